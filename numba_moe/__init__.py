@@ -1,0 +1,42 @@
+"""Mixture-of-Experts routing in Python: Numba CUDA kernels, each beside a NumPy reference that defines it.
+
+Public names load on first use: importing the package imports neither torch nor CUDA.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "AlignedBlocks": "align",
+    "PermutedTokens": "permute",
+    "TopK": "gating",
+    "count_tokens_per_expert": "counting",
+    "expert_offsets": "counting",
+    "grouped_topk": "gating",
+    "moe_align_block_size": "align",
+    "moe_permute": "permute",
+    "moe_unpermute": "permute",
+    "topk_sigmoid": "gating",
+    "topk_softmax": "gating",
+}
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from numba_moe.align import AlignedBlocks, moe_align_block_size
+    from numba_moe.counting import count_tokens_per_expert, expert_offsets
+    from numba_moe.gating import TopK, grouped_topk, topk_sigmoid, topk_softmax
+    from numba_moe.permute import PermutedTokens, moe_permute, moe_unpermute
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

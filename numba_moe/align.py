@@ -1,0 +1,187 @@
+"""Slots grouped by expert and padded to whole GEMM blocks.
+
+The counting sort of `numba_moe.counting`, with offsets aligned to the block size, writes each slot to its place;
+`fill_padding` writes everything else: the padding behind each expert's slots, the unused tail, the expert of
+each block.
+"""
+
+from typing import Any
+
+import torch
+from numba import cuda
+
+from numba_moe import counting
+from numba_moe.reference import align as reference
+from numba_moe.reference.align import AlignedBlocks
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.launch import block_threads, launch
+from numba_moe.runtime.parameters import ExpertMap, Int32, Int32Array, Int64Array, OptionalInt32Array
+
+THREADS = 256
+
+
+@cuda.jit
+def fill_padding(
+    counts: Int32Array,
+    offset: Int64Array,
+    block_names: ExpertMap,
+    num_experts: Int32,
+    num_slots: Int32,
+    length: Int32,
+    block_size: Int32,
+    inactive_expert_id: Int32,
+    sorted_slots: Int32Array,
+    expert_ids: OptionalInt32Array,
+):
+    # counts [num_experts], offset [num_experts + 1], block_names [num_experts], sorted_slots [length],
+    # expert_ids [ceil(length / block_size)]; a thread per position
+    position = cuda.grid(1)
+    if position >= length:
+        return
+
+    # The last expert whose rows begin at or before this position; experts without rows begin where the next does.
+    expert = 0
+    after = num_experts
+    while after - expert > 1:
+        middle = (expert + after) // 2
+        if offset[middle] <= position:
+            expert = middle
+        else:
+            after = middle
+
+    unused = position >= offset[num_experts]
+    if unused or position >= offset[expert] + counts[expert]:
+        sorted_slots[position] = num_slots
+    if expert_ids is not None and position % block_size == 0:
+        name = expert
+        if block_names is not None:
+            name = block_names[expert]
+        if unused:
+            name = inactive_expert_id
+        expert_ids[position // block_size] = name
+
+
+def launch_fill(
+    counts: torch.Tensor,
+    offset: torch.Tensor,
+    block_names: torch.Tensor | None,
+    num_slots: int,
+    block_size: int,
+    inactive_expert_id: int,
+    sorted_slots: torch.Tensor,
+    expert_ids: torch.Tensor | None,
+) -> None:
+    """Write every position that holds no slot, and the expert of each block."""
+    length = sorted_slots.numel()
+    threads = block_threads(THREADS)
+    sizes = (counts.numel(), num_slots, length, block_size, inactive_expert_id)
+    blocks = -(-length // threads)
+    launch(fill_padding, blocks, threads, counts, offset, block_names, *sizes, sorted_slots, expert_ids)
+
+
+def _launch_align(
+    topk_ids: torch.Tensor,
+    slot_map: torch.Tensor | None,
+    block_names: torch.Tensor | None,
+    block_size: int,
+    inactive_expert_id: int,
+    scratch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: AlignedBlocks,
+) -> None:
+    tiles, counts, offset = scratch
+    counting.launch_count(topk_ids, slot_map, tiles, counts)
+    counting.launch_offsets(counts, block_size, offset, out.num_tokens_post_padded)
+    counting.launch_place(topk_ids, slot_map, offset, tiles, out.sorted_token_ids, None)
+    num_slots = topk_ids.numel()
+    names = (block_names, num_slots, block_size, inactive_expert_id)
+    launch_fill(counts, offset, *names, out.sorted_token_ids, out.expert_ids)
+
+
+@arrays.public
+def moe_align_block_size(
+    topk_ids: Any,
+    block_size: int,
+    num_experts: int,
+    expert_map: Any = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    *,
+    inactive_expert_id: int = -1,
+) -> AlignedBlocks:
+    """Group the slots by expert and pad each group to a multiple of the block size.
+
+    Parameters
+    ----------
+    topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
+        Contiguous. Ids outside ``[0, num_experts)``, -1 for instance, are skipped.
+    block_size : int
+        Rows of one GEMM block.
+    num_experts : int
+        Number of experts that ids range over.
+    expert_map : array of int32 or int64, shape [num_experts], optional
+        This rank's id of each expert, -1 for an expert of another rank.
+    pad_sorted_ids : bool
+        Round the length of `sorted_token_ids` up to a multiple of the block size.
+    ignore_invalid_experts : bool
+        With a map: leave out the slots of other ranks' experts and group by this rank's ids. Otherwise all slots
+        are grouped by their own id, and `expert_ids` names the blocks by the map (-1 for other ranks' blocks).
+    inactive_expert_id : int
+        What `expert_ids` holds past the last block in use.
+
+    Returns
+    -------
+    AlignedBlocks
+        sorted_token_ids : int32 [num_slots + num_experts * (block_size - 1)], or num_slots * block_size if there
+        are fewer slots than experts and that is less; the slots of each expert in ascending order, padded with
+        num_slots. expert_ids : int32, the expert of each block. num_tokens_post_padded : int32 [1], the positions
+        in use, a multiple of the block size.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, block_size below 1, positions past int32.
+
+    Notes
+    -----
+    The order is stable and the same at every run. Runs on the caller's current stream without synchronising and
+    captures into CUDA graphs. Allocates the results, and scratch of about num_slots int32 (num_experts at least).
+    The signature is that of vLLM's function of this name (release 0.21).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> blocks = moe_align_block_size(np.array([[2, 0], [0, 1], [2, 1]]), block_size=4, num_experts=3)
+    >>> blocks.sorted_token_ids
+    array([1, 2, 6, 6, 3, 5, 6, 6, 0, 4, 6, 6, 6, 6, 6], dtype=int32)
+    >>> blocks.expert_ids
+    array([ 0,  1,  2, -1], dtype=int32)
+    """
+    num_experts = checks.routing(topk_ids, num_experts, expert_map)
+    block_size = checks.integer("block_size", block_size, 1)
+    checks.boolean("pad_sorted_ids", pad_sorted_ids)
+    checks.boolean("ignore_invalid_experts", ignore_invalid_experts)
+    inactive_expert_id = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
+    num_slots = topk_ids.numel()
+    length = reference.max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
+    checks.fits_int32("topk_ids", length, "the number of padded positions")
+    if arrays.answered_by_reference(topk_ids):
+        arguments = (topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts)
+        return arrays.by_reference(
+            reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id
+        )
+    device = topk_ids.device
+    out = AlignedBlocks(
+        torch.empty(length, dtype=torch.int32, device=device),
+        torch.empty(-(-length // block_size), dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
+    scratch = (
+        counting.tile_scratch(topk_ids, num_experts),
+        torch.empty(num_experts, dtype=torch.int32, device=device),
+        torch.empty(num_experts + 1, dtype=torch.int64, device=device),
+    )
+    slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
+    _launch_align(topk_ids, slot_map, block_names, block_size, inactive_expert_id, scratch, out)
+    return out

@@ -1,0 +1,156 @@
+"""The bridge to array libraries: torch tensors inside, the caller's own kind of array outside, no copies.
+
+Public functions are written for torch tensors. `public` lets them take NumPy arrays, CuPy arrays, Numba device
+arrays and any other array that speaks DLPack: it wraps them as tensors over the same memory, calls the
+function on the caller's stream, and wraps the results the same way back.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+from numba_moe.runtime import simulator
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Kind:
+    """How arrays of one library become tensors over the same memory, and back."""
+
+    def wrap(self, array: Any) -> torch.Tensor:
+        return torch.from_dlpack(array)
+
+    def unwrap(self, tensor: torch.Tensor) -> Any:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
+        """Make the stream that the caller works on torch's current one."""
+        yield
+
+
+class _NumpyKind(_Kind):
+    def wrap(self, array: Any) -> torch.Tensor:
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+            array = array.copy()  # a tensor can express neither; the reference answers CPU arrays anyway
+        return torch.from_numpy(array)
+
+    def unwrap(self, tensor: torch.Tensor) -> Any:
+        return tensor.numpy()
+
+
+class _NumbaKind(_Kind):
+    def wrap(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array._ary) if simulator.ENABLED else torch.as_tensor(array, device="cuda")
+
+    def unwrap(self, tensor: torch.Tensor) -> Any:
+        from numba import cuda
+
+        return cuda.to_device(tensor.numpy()) if simulator.ENABLED else cuda.as_cuda_array(tensor)
+
+    @contextlib.contextmanager
+    def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
+        if simulator.ENABLED:
+            with simulator.running():
+                yield
+        else:
+            handle = int(getattr(array.stream, "handle", array.stream) or 0)
+            with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=tensor.device)):
+                yield
+
+
+class _CupyKind(_Kind):
+    def unwrap(self, tensor: torch.Tensor) -> Any:
+        return importlib.import_module("cupy").from_dlpack(tensor)
+
+    @contextlib.contextmanager
+    def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
+        handle = importlib.import_module("cupy").cuda.get_current_stream(tensor.device.index).ptr
+        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=tensor.device)):
+            yield
+
+
+class _DlpackKind(_Kind):
+    """Any library with the array API's `from_dlpack`; DLPack itself orders the two libraries' streams."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._namespace = namespace
+
+    def unwrap(self, tensor: torch.Tensor) -> Any:
+        return self._namespace.from_dlpack(tensor)
+
+
+def _kind(array: Any) -> _Kind | None:
+    library = type(array).__module__.split(".")[0]
+    if isinstance(array, np.ndarray):
+        return _NumpyKind()
+    if library == "cupy":
+        return _CupyKind()
+    if hasattr(array, "copy_to_host"):
+        return _NumbaKind()
+    if hasattr(array, "__dlpack__") and hasattr(array, "__array_namespace__"):
+        return _DlpackKind(array.__array_namespace__())
+    return None
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of torch tensors take and return arrays of any library; its first argument decides which."""
+    first = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        array = args[0] if args else kwargs.get(first)
+        if isinstance(array, torch.Tensor):
+            return function(*args, **kwargs)
+        kind = _kind(array)
+        if kind is None:
+            return function(*args, **kwargs)  # whose checks say what the argument must be
+
+        def wrap(value: Any) -> Any:
+            same_library = type(value).__module__.split(".")[0] == type(array).__module__.split(".")[0]
+            if not same_library or _kind(value) is None:
+                return value
+            try:
+                return kind.wrap(value)
+            except TypeError:
+                return value  # a dtype that torch lacks: the checks name the argument
+
+        positional: Any = [wrap(value) for value in args]
+        named: Any = {name: wrap(value) for name, value in kwargs.items()}
+        tensor = positional[0] if positional else named[first]
+        if not isinstance(tensor, torch.Tensor):
+            return function(*positional, **named)
+        with kind.calling(array, tensor):
+            result = function(*positional, **named)
+            if isinstance(result, tuple):
+                return type(result)(*map(kind.unwrap, result))  # type: ignore[return-value]
+            return kind.unwrap(result)  # type: ignore[arg-type]
+
+    return call
+
+
+def answered_by_reference(tensor: torch.Tensor) -> bool:
+    """Whether a call on this tensor is for the NumPy reference: it is on the CPU, and no simulation runs."""
+    return not tensor.is_cuda and not simulator.is_running()
+
+
+def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the reference on CPU tensors and return CPU tensors."""
+
+    def to_numpy(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+    result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})
+    if isinstance(result, tuple):
+        return type(result)(*map(torch.from_numpy, result))
+    return torch.from_numpy(result)

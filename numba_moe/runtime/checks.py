@@ -1,0 +1,128 @@
+"""Every argument check of the public functions, and every error message.
+
+Checks read types, shapes, dtypes, strides and devices, never data, so they cost no synchronisation. A wrong type
+is a TypeError, a wrong value, shape or device a ValueError; the message reads
+"`<argument>` must be <rule>, got <value>".
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+LARGEST_INT32 = 2**31 - 1
+IDS = (torch.int32, torch.int64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _wrong_type(argument: str, rule: str, value: Any) -> NoReturn:
+    raise TypeError(f"`{argument}` must be {rule}, got {value}")
+
+
+def _wrong_value(argument: str, rule: str, value: Any) -> NoReturn:
+    raise ValueError(f"`{argument}` must be {rule}, got {value}")
+
+
+def integer(argument: str, value: Any, lowest: int, highest: int = LARGEST_INT32, because: str = "") -> int:
+    """Return an integer within its bounds; `because` says where the upper bound comes from."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        _wrong_type(argument, "an integer", type(value).__name__)
+    if isinstance(value, bool):
+        _wrong_type(argument, "an integer", "bool")
+    if number < lowest:
+        _wrong_value(argument, f"at least {lowest}", number)
+    if number > highest:
+        _wrong_value(argument, f"at most {because or highest}", number)
+    return number
+
+
+def boolean(argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        _wrong_type(argument, "True or False", repr(value))
+
+
+def number(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _wrong_type(argument, "a number", type(value).__name__)
+
+
+def choice(argument: str, value: Any, options: Sequence[str]) -> None:
+    if value not in options:
+        _wrong_value(argument, "one of " + ", ".join(map(repr, options)), repr(value))
+
+
+def array(
+    argument: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype],
+    ndims: Sequence[int],
+    like: tuple[str, Any] | None = None,
+    rows: bool = False,
+) -> None:
+    """Check the kind, dtype, rank, layout and device of an array.
+
+    Parameters
+    ----------
+    like
+        Name and value of the array whose library and device this one must share.
+    rows
+        The last dimension must be contiguous, the rows may be strided; otherwise the whole array must be contiguous.
+    """
+    if not isinstance(value, torch.Tensor):
+        kinds = "a torch tensor, or a NumPy, CuPy, Numba device or DLPack array, of dtype "
+        rule = f"of the same library as `{like[0]}`" if like else kinds + " or ".join(map(_name, dtypes))
+        _wrong_type(argument, rule, f"{type(value).__module__}.{type(value).__name__}")
+    if value.dtype not in dtypes:
+        _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype))
+    if value.dim() not in ndims:
+        shape = tuple(value.shape)
+        _wrong_value(argument, "of " + " or ".join(map(str, ndims)) + " dimensions", f"shape {shape}")
+    if rows:
+        if value.numel() and (value.stride(-1) != 1 and value.shape[-1] > 1):
+            _wrong_value(argument, "contiguous in its last dimension", f"strides {value.stride()}")
+    elif not value.is_contiguous():
+        _wrong_value(argument, "contiguous", f"shape {tuple(value.shape)} with strides {value.stride()}")
+    if value.device.type not in ("cpu", "cuda"):
+        _wrong_value(argument, "on a CUDA device or the CPU", str(value.device))
+    if like is not None and value.device != like[1].device:
+        _wrong_value(argument, f"on the device of `{like[0]}`, {like[1].device}", str(value.device))
+
+
+def shape(argument: str, value: torch.Tensor, expected: tuple[int, ...], because: str) -> None:
+    if tuple(value.shape) != expected:
+        _wrong_value(argument, f"of shape {because} = {expected}", f"shape {tuple(value.shape)}")
+
+
+def fits_int32(argument: str, count: int, what: str) -> None:
+    """Check that a number of slots or positions that follows from the shapes fits the int32 that index them."""
+    if count > LARGEST_INT32:
+        _wrong_value(argument, f"small enough for {what} to fit int32 ({LARGEST_INT32})", f"{what} = {count}")
+
+
+def routing(
+    topk_ids: Any,
+    num_experts: Any,
+    expert_map: Any,
+    ndims: Sequence[int] = (1, 2),
+    like: tuple[str, Any] | None = None,
+) -> int:
+    """Check the arguments by which every grouping op is told its slots; return the number of experts."""
+    array("topk_ids", topk_ids, IDS, ndims, like=like)
+    experts = integer("num_experts", num_experts, 1)
+    fits_int32("topk_ids", topk_ids.numel(), "the number of slots")
+    if expert_map is not None:
+        array("expert_map", expert_map, IDS, (1,), like=("topk_ids", topk_ids))
+        shape("expert_map", expert_map, (experts,), "(num_experts,)")
+    return experts
+
+
+def divides(argument: str, divisor: int, whole: str, number: int) -> None:
+    if number % divisor:
+        _wrong_value(argument, f"a divisor of {whole} = {number}", divisor)

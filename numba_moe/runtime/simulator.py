@@ -1,0 +1,231 @@
+"""Numba's CUDA simulator, completed: warp operations, and threads that take turns.
+
+With ``NUMBA_ENABLE_CUDASIM=1`` Numba runs each CUDA thread as a Python thread. It lacks the warp-wide operations
+and lets all threads compete for the interpreter. Here exactly one thread of a block runs at a time and hands
+over where it waits, in a random order with a fixed seed: runs repeat, code that needs a missing barrier to get
+right answers gets wrong ones, and a thread that waits for one that never comes is an error, not a hang.
+"""
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numba.cuda.core import config
+
+ENABLED = bool(config.ENABLE_CUDASIM)
+_ALL_LANES = 0xFFFFFFFF
+_running = False
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Let CPU arrays be answered by the kernels, in the simulator, instead of by the reference."""
+    global _running
+    if not ENABLED:
+        raise RuntimeError("the simulator is off: set NUMBA_ENABLE_CUDASIM=1 before numba is imported")
+    before, _running = _running, True
+    try:
+        yield
+    finally:
+        _running = before
+
+
+def is_running() -> bool:
+    """Whether CPU arrays are answered by kernels in the simulator."""
+    return _running
+
+
+class Pointer:
+    """A tensor's memory as a kernel sees it: flat, and an access outside it raises IndexError."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = tensor.detach().as_strided((extent if tensor.numel() else 0,), (1,))
+        self._memory = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+        self.dtype = self._memory.dtype
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self._memory.size:
+            raise IndexError(f"index {index} is outside an array of {self._memory.size} elements")
+
+    def __getitem__(self, index: int) -> Any:
+        self._check(index)
+        value = self._memory[index]
+        # Numba widens integers to 64 bits in arithmetic; Python's own integers cannot overflow either.
+        return int(value) if isinstance(value, np.integer) else value
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self._check(index)
+        self._memory[index] = value
+
+
+def launch(kernel: Any, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
+    """Run a kernel in the simulator on CPU tensors."""
+    kernel[blocks, threads](*[Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+
+
+if ENABLED:
+    from numba.cuda.simulator import kernel as _kernel
+    from numba.cuda.simulator.kernelapi import FakeCUDAModule
+
+    class _Aborted(BaseException):
+        """Ends a simulated thread after another one of its block failed."""
+
+    class _Thread(_kernel.BlockThread):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.turn = threading.Lock()
+            self.turn.acquire()
+            self.received: dict[int, Any] = {}
+            self.ended = False
+
+        def run(self) -> None:
+            with contextlib.suppress(_Aborted):
+                super().run()
+            self.ended = True
+            self._manager.leave(self)
+
+        def syncthreads(self) -> None:
+            self._manager.meet(self, "block", lambda: self._manager.alive, None)
+
+    class _Block(_kernel.BlockManager):
+        """Runs one block; its methods are called by whichever simulated thread has the turn."""
+
+        def run(self, grid_point: tuple[int, ...], *arguments: Any) -> None:
+            points = np.ndindex(*self._block_dim)
+            program = lambda: self._f(*arguments)  # noqa: E731
+            self.threads = [_Thread(program, self, grid_point, point, self._debug) for point in points]
+            self._ready = list(self.threads)
+            self.alive = len(self.threads)
+            self._random = random.Random(self.alive)
+            self._waiting: dict[Any, dict[_Thread, Any]] = {}
+            self._failure: BaseException | None = None
+            self._done = threading.Event()
+            self._hand_over()
+            self._done.wait()
+            if self._failure is not None:
+                raise self._failure
+
+        def meet(self, thread: _Thread, place: Any, expected: Callable[[], int], value: Any) -> dict[int, Any]:
+            """Wait until all expected threads came to a place; return the value that each brought, by thread id."""
+            self._waiting.setdefault(place, {})[thread] = value
+            if len(self._waiting[place]) == expected():
+                self._release(place)
+                self._ready.remove(thread)
+            else:
+                self._hand_over()
+                thread.turn.acquire()
+                if self._failure is not None:
+                    raise _Aborted
+            return thread.received
+
+        def leave(self, thread: _Thread) -> None:
+            self.alive -= 1
+            if thread.exception is not None and self._failure is None:
+                error, traceback = thread.exception
+                self._fail(error.with_traceback(traceback))
+            elif self._failure is None:
+                if len(self._waiting.get("block", ())) == self.alive > 0:
+                    self._release("block")
+                self._hand_over()
+
+        def _release(self, place: Any) -> None:
+            group = self._waiting.pop(place)
+            values = {thread.thread_id: value for thread, value in group.items()}
+            for thread in group:
+                thread.received = values
+            self._ready.extend(group)
+
+        def _hand_over(self) -> None:
+            if self._ready:
+                following = self._ready.pop(self._random.randrange(len(self._ready)))
+                following.turn.release() if following.ident else following.start()
+            elif self._waiting:
+                stuck = {
+                    str(place): sorted(thread.thread_id for thread in group) for place, group in self._waiting.items()
+                }
+                self._fail(RuntimeError(f"deadlock: threads wait for others that never arrive: {stuck}"))
+            else:
+                self._done.set()
+
+        def _fail(self, failure: BaseException) -> None:
+            self._failure = failure
+            for group in self._waiting.values():
+                for thread in group:
+                    thread.turn.release()
+            for thread in self._ready:
+                if thread.ident:
+                    thread.turn.release()
+            self._done.set()
+
+    def _exchange(mask: int, value: Any) -> tuple[dict[int, Any], int]:
+        """Give a value to the lanes of a mask; return theirs by lane, and this lane's number."""
+        thread: Any = threading.current_thread()
+        mask = int(mask) & _ALL_LANES
+        warp, lane = divmod(thread.thread_id, 32)
+        if not mask >> lane & 1:
+            raise RuntimeError(f"lane {lane} calls a warp operation whose mask {mask:#x} leaves it out")
+        values = thread._manager.meet(thread, (warp, mask), lambda: bin(mask).count("1"), value)
+        return {thread_id % 32: given for thread_id, given in values.items()}, lane
+
+    def _mask(lanes: Any) -> int:
+        return sum(1 << lane for lane in lanes)
+
+    class _WarpOperations:
+        def shfl_sync(self, mask: int, value: Any, source: int) -> Any:
+            values, lane = _exchange(mask, value)
+            return values.get(source % 32, values[lane])
+
+        def shfl_up_sync(self, mask: int, value: Any, delta: int) -> Any:
+            values, lane = _exchange(mask, value)
+            return values.get(lane - delta, values[lane])
+
+        def shfl_down_sync(self, mask: int, value: Any, delta: int) -> Any:
+            values, lane = _exchange(mask, value)
+            return values.get(lane + delta, values[lane])
+
+        def shfl_xor_sync(self, mask: int, value: Any, lane_mask: int) -> Any:
+            values, lane = _exchange(mask, value)
+            return values.get(lane ^ lane_mask, values[lane])
+
+        def all_sync(self, mask: int, predicate: Any) -> bool:
+            return all(_exchange(mask, bool(predicate))[0].values())
+
+        def any_sync(self, mask: int, predicate: Any) -> bool:
+            return any(_exchange(mask, bool(predicate))[0].values())
+
+        def eq_sync(self, mask: int, predicate: Any) -> bool:
+            return len(set(_exchange(mask, bool(predicate))[0].values())) == 1
+
+        def ballot_sync(self, mask: int, predicate: Any) -> int:
+            return _mask(lane for lane, given in _exchange(mask, bool(predicate))[0].items() if given)
+
+        def match_any_sync(self, mask: int, value: Any) -> int:
+            return _mask(lane for lane, given in _exchange(mask, value)[0].items() if given == value)
+
+        def match_all_sync(self, mask: int, value: Any) -> tuple[int, bool]:
+            values, _ = _exchange(mask, value)
+            same = all(given == value for given in values.values())
+            return (_mask(values) if same else 0), same
+
+        def syncwarp(self, mask: int = _ALL_LANES) -> None:
+            _exchange(mask, None)
+
+        def activemask(self) -> int:
+            """Return the lanes of this warp that have not ended: the simulator follows no branches."""
+            this: Any = threading.current_thread()
+            warp = this.thread_id // 32
+            return _mask(
+                thread.thread_id % 32
+                for thread in this._manager.threads
+                if thread.thread_id // 32 == warp and not thread.ended
+            )
+
+    _kernel.BlockManager = _Block
+    for _name, _operation in vars(_WarpOperations).items():
+        if not _name.startswith("__"):
+            setattr(FakeCUDAModule, _name, _operation)

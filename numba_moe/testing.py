@@ -1,0 +1,202 @@
+"""Inputs, poison, tolerances and comparison: shared by the tests, the verification and the benchmark."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+
+from numba_moe import reference
+
+# (relative, absolute) error of a float result against the reference. float32: sums of up to a few thousand
+# terms, and exp to 2 units in the last place. float16 and bfloat16: one unit in the last place, since a sum that
+# differs in its last float32 bits may round to the neighbour.
+TOLERANCES = {
+    torch.float32: (1e-5, 1e-6),
+    torch.float16: (2.0**-10, 1e-5),
+    torch.bfloat16: (2.0**-7, 1e-5),
+}
+
+ROUTINGS = ("uniform", "zipf", "one_hot")
+
+
+def random_ids(rng: np.random.Generator, num_tokens: int, num_experts: int, top_k: int, routing: str) -> np.ndarray:
+    """Draw distinct experts for each token: int32 [num_tokens, top_k].
+
+    `routing` is "uniform"; "zipf", where the r-th most wanted expert has weight 1 / r; "one_hot", where every
+    token has one expert in common; or "half_empty", where the upper half of the experts gets nothing.
+    """
+    popularity = np.zeros(num_experts)
+    if routing == "zipf":
+        popularity = rng.permutation(-np.log1p(np.arange(num_experts)))
+    elif routing == "one_hot":
+        popularity[rng.integers(num_experts)] = 1e6
+    elif routing == "half_empty":
+        popularity[max(top_k, num_experts // 2) :] = -1e6
+    elif routing != "uniform":
+        raise ValueError(f"`routing` must be one of {ROUTINGS} or 'half_empty', got {routing!r}")
+    draws = popularity - np.log(rng.exponential(size=(num_tokens, num_experts)))
+    if top_k < num_experts:
+        draws = np.argpartition(-draws, top_k - 1, axis=1)[:, :top_k]
+    else:
+        draws = np.argsort(-draws, axis=1)
+    return rng.permuted(draws, axis=1).astype(np.int32)
+
+
+def random_floats(rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+    """Draw normal numbers that the dtype can hold; NumPy has no bfloat16, so those come as float32."""
+    values = rng.standard_normal(shape, np.float32)
+    if dtype == "bfloat16":
+        return torch.from_numpy(values).bfloat16().float().numpy()
+    return values.astype(dtype)
+
+
+def separated_logits(rng: np.random.Generator, num_tokens: int, num_experts: int) -> np.ndarray:
+    """Draw logits of which no two in a row are near each other: float32 in (-4, 4), at least 8 / E / 2 apart."""
+    steps = np.linspace(-4, 4, num_experts, endpoint=False)
+    jitter = rng.random((num_tokens, num_experts)) * (4 / num_experts)
+    return rng.permuted(steps + jitter, axis=1).astype(np.float32)
+
+
+def to_device(value: Any, device: str, dtype: str | None = None, strided: bool = False) -> Any:
+    """Copy a NumPy array to a device.
+
+    Floats become the dtype; as strided, rows of a matrix lie inside wider rows of NaN.
+    """
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.from_numpy(value.copy()).to(device)
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(getattr(torch, dtype))
+    if strided and tensor.is_floating_point() and tensor.dim() == 2:
+        wide = torch.full((tensor.shape[0], tensor.shape[1] + 8), torch.nan, dtype=tensor.dtype, device=device)
+        wide[:, : tensor.shape[1]] = tensor
+        tensor = wide[:, : tensor.shape[1]]
+    return tensor
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Copy a tensor to the host; bfloat16 becomes float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns: NaN in floats, a large odd number in integers."""
+    empty = torch.empty
+
+    @functools.wraps(empty)
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x5EADBEEF & torch.iinfo(tensor.dtype).max)
+
+    with mock.patch.object(torch, "empty", poisoned):
+        yield
+
+
+class Comparison(NamedTuple):
+    """How far one result is from the reference."""
+
+    mismatches: int
+    error: float  # the largest, in units of its tolerance
+    message: str
+
+
+def compare(result: torch.Tensor, expected: np.ndarray, exact: bool = False) -> Comparison:
+    """Compare a result with the reference's: integers and exact results bitwise, floats by `TOLERANCES`."""
+    got = to_numpy(result)
+    if got.shape != expected.shape:
+        return Comparison(max(got.size, expected.size, 1), np.inf, f"shape {got.shape}, expected {expected.shape}")
+    if result.dtype not in TOLERANCES:
+        if got.dtype != expected.dtype:
+            return Comparison(max(got.size, 1), np.inf, f"dtype {got.dtype}, expected {expected.dtype}")
+        exact = True
+    if exact:
+        wrong = got != expected
+        error = np.inf if wrong.any() else 0.0
+    else:
+        relative, absolute = TOLERANCES[result.dtype]
+        wanted = expected.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            ratio = np.abs(got.astype(np.float64) - wanted) / (absolute + relative * np.abs(wanted))
+        ratio = np.where((got == wanted) | (np.isnan(got) & np.isnan(wanted)), 0.0, ratio)
+        wrong = ~(ratio <= 1.0)
+        error = float(np.max(np.where(np.isnan(ratio), np.inf, ratio), initial=0.0))
+    message = ""
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        message = f"first at {index}: got {got[index]}, expected {expected[index]}"
+    return Comparison(int(np.count_nonzero(wrong)), error, message)
+
+
+def rows_decided_by_rounding(arguments: Mapping[str, Any], rows: np.ndarray, scoring_func: str) -> np.ndarray:
+    """Return which of the rows of a gating call hang on the last bits of float32 scores.
+
+    Without a correction bias experts rank by their logits and nothing hangs on rounding, but for sums over
+    groups. With one, two candidates may be closer than the float32 error of their scores; candidates of equal
+    logit and equal bias are a tie on any machine, so they do not count.
+    """
+    logits = np.asarray(arguments["gating_output"], np.float64)[rows]
+    bias = arguments.get("correction_bias")
+    scores, ranks = reference.gating.score_and_rank(logits, scoring_func, bias)
+    close = np.zeros(len(logits), bool)
+    num_groups = arguments.get("num_expert_group", 1)
+    if num_groups > 1 and (bias is not None or arguments.get("group_score") == "top2_sum"):
+        groups = reference.gating.score_groups(scores, ranks, num_groups, bias, arguments.get("group_score"))
+        order = -np.sort(-groups, axis=1)
+        last = arguments["topk_group"]
+        if last < num_groups:
+            close |= order[:, last - 1] - order[:, last] <= 1e-6 * np.maximum(1.0, np.abs(order[:, last]))
+    if bias is not None:
+        order = np.argsort(-ranks, axis=1, kind="stable")
+        sorted_ranks = np.take_along_axis(ranks, order, axis=1)
+        gaps = sorted_ranks[:, :-1] - sorted_ranks[:, 1:]
+        inputs = np.take_along_axis(logits, order, axis=1), np.asarray(bias)[order]
+        tied = np.logical_and.reduce([values[:, :-1] == values[:, 1:] for values in inputs])
+        close |= ((gaps <= 1e-6 * np.maximum(1.0, np.abs(sorted_ranks[:, 1:]))) & ~tied).any(axis=1)
+    return close
+
+
+def compare_topk(result: Any, expected: Any, arguments: Mapping[str, Any], scoring_func: str) -> list[Comparison]:
+    """Compare weights and ids of a gating call, leaving out rows that float32 rounding decides; ids stay distinct."""
+    got = to_numpy(result.topk_ids)
+    num_experts = arguments["gating_output"].shape[1]
+    if got.shape == expected.topk_ids.shape and got.size:
+        in_order = np.sort(got, axis=1)
+        valid = (in_order[:, 0] >= 0) & (in_order[:, -1] < num_experts) & (np.diff(in_order, axis=1) > 0).all(axis=1)
+        different = np.flatnonzero((got != expected.topk_ids).any(axis=1) & valid)
+        left_out = different[rows_decided_by_rounding(arguments, different, scoring_func)]
+        kept = np.ones(len(got), bool)
+        kept[left_out] = False
+        kept_rows = torch.from_numpy(np.flatnonzero(kept)).to(result.topk_ids.device)
+        result = type(result)(*(part[kept_rows] for part in result))
+        expected = type(expected)(*(part[kept] for part in expected))
+    return [compare(part, wanted) for part, wanted in zip(result, expected, strict=True)]
+
+
+def compare_results(name: str, result: Any, expected: Any, arguments: Mapping[str, Any]) -> list[Comparison]:
+    """Compare the result of the public op `name` with the reference's, field by field."""
+    if name in ("topk_softmax", "topk_sigmoid", "grouped_topk"):
+        scoring_func = arguments.get("scoring_func", "softmax") if name == "grouped_topk" else name.split("_")[1]
+        return compare_topk(result, expected, arguments, scoring_func)
+    if not isinstance(expected, tuple):
+        result, expected = (result,), (expected,)
+    exact = name == "moe_permute"  # it moves rows and computes nothing
+    return [compare(part, wanted, exact) for part, wanted in zip(result, expected, strict=True)]
+
+
+def time_on_device(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Return the median device time of a call in microseconds, launch gaps included."""
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return sorted(times)[repeats // 2]

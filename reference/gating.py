@@ -1,0 +1,229 @@
+"""The experts of each token, and how much each weighs.
+
+Every op scores all experts of a row, ranks them, takes the first `top_k`, and weighs those by their scores.
+Without a correction bias experts rank by their logits, which is the order of the scores without their rounding.
+With one they rank by ``score + bias``, in float32; the weight stays the score.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class TopK(NamedTuple):
+    """The chosen experts of each token, best first."""
+
+    topk_weights: Any
+    topk_ids: Any
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the softmax of each row; 0 throughout a row with a NaN or +inf, or of -inf alone.
+
+    >>> softmax(np.array([[0.0, np.log(3.0)], [0.0, np.nan]]))
+    array([[0.25, 0.75],
+           [0.  , 0.  ]])
+    """
+    peak = logits.max(axis=1, keepdims=True)
+    usable = np.isfinite(peak)
+    powers = np.exp(np.where(usable, logits, 0.0) - np.where(usable, peak, 0.0))
+    return np.where(usable, powers / powers.sum(axis=1, keepdims=True), 0.0)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return ``1 / (1 + exp(-x))``; 0 for NaN.
+
+    >>> sigmoid(np.array([0.0, np.inf, -np.inf, np.nan]))
+    array([0.5, 1. , 0. , 0. ])
+    """
+    with np.errstate(over="ignore"):
+        scores = 1.0 / (1.0 + np.exp(-logits))
+    return np.where(np.isnan(logits), 0.0, scores)
+
+
+SCORING = {"softmax": softmax, "sigmoid": sigmoid}
+
+
+def score_and_rank(
+    gating_output: np.ndarray, scoring_func: str, correction_bias: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores (float64) and the values by which experts are chosen; NaN ranks as -inf."""
+    logits = gating_output.astype(np.float64)
+    scores = SCORING[scoring_func](logits)
+    if correction_bias is not None:
+        ranks = scores.astype(np.float32) + correction_bias.astype(np.float32)
+    elif scoring_func == "softmax":
+        usable = np.isfinite(logits.max(axis=1, keepdims=True))
+        ranks = np.where(usable, logits, 0.0)
+    else:
+        ranks = logits
+    return scores, np.where(np.isnan(ranks), -np.inf, ranks)
+
+
+def best(ranks: np.ndarray, count: int) -> np.ndarray:
+    """Return the columns of the largest values of each row, largest first; the lower column wins a tie.
+
+    >>> best(np.array([[1.0, 5.0, 5.0, 2.0]]), 3)
+    array([[1, 2, 3]])
+    """
+    return np.argsort(-ranks, axis=1, kind="stable")[:, :count]
+
+
+def weigh(scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0) -> TopK:
+    """Return the chosen experts with their scores as weights; a row whose scores sum to 0 keeps zeros."""
+    weights = np.take_along_axis(scores, topk_ids, axis=1)
+    if renormalize:
+        total = weights.sum(axis=1, keepdims=True)
+        weights = weights / np.where(total > 0, total, 1.0)
+    return TopK((weights * routed_scaling_factor).astype(np.float32), topk_ids.astype(np.int32))
+
+
+def topk_softmax(
+    gating_output: np.ndarray, top_k: int, renormalize: bool = False, correction_bias: np.ndarray | None = None
+) -> TopK:
+    """Choose the experts of each token by softmax scores.
+
+    Parameters
+    ----------
+    gating_output
+        float32 or float16 [num_tokens, num_experts], the router's logits.
+    top_k
+        Experts per token, at most num_experts.
+    renormalize
+        Divide the weights of a token by their sum (by 1 if the sum is 0).
+    correction_bias
+        float32 [num_experts], added to the scores for the choice alone.
+
+    Returns
+    -------
+    TopK
+        topk_weights: float32 [num_tokens, top_k], best first. topk_ids: int32 of the same shape.
+
+    Notes
+    -----
+    The lower id wins a tie. A row with NaN or +inf has scores 0 throughout: without a bias experts 0, 1, ... are
+    chosen with weight 0.
+
+    Examples
+    --------
+    >>> logits = np.log(np.array([[0.1, 0.6, 0.3], [0.4, 0.2, 0.4]]))
+    >>> weights, ids = topk_softmax(logits, 2)
+    >>> ids
+    array([[1, 2],
+           [0, 2]], dtype=int32)
+    >>> weights
+    array([[0.6, 0.3],
+           [0.4, 0.4]], dtype=float32)
+    """
+    scores, ranks = score_and_rank(gating_output, "softmax", correction_bias)
+    return weigh(scores, best(ranks, top_k), renormalize)
+
+
+def topk_sigmoid(
+    gating_output: np.ndarray, top_k: int, renormalize: bool = False, correction_bias: np.ndarray | None = None
+) -> TopK:
+    """Choose the experts of each token by sigmoid scores.
+
+    Parameters and result are those of `topk_softmax`. A NaN logit scores 0 and ranks last; other logits of its
+    row are not affected.
+
+    Examples
+    --------
+    >>> weights, ids = topk_sigmoid(np.array([[0.0, 2.0, -2.0]]), 2, correction_bias=np.array([0.0, 0.0, 1.0]))
+    >>> ids
+    array([[2, 1]], dtype=int32)
+    >>> weights.round(4)
+    array([[0.1192, 0.8808]], dtype=float32)
+    """
+    scores, ranks = score_and_rank(gating_output, "sigmoid", correction_bias)
+    return weigh(scores, best(ranks, top_k), renormalize)
+
+
+def grouped_topk(
+    gating_output: np.ndarray,
+    top_k: int,
+    num_expert_group: int,
+    topk_group: int,
+    renormalize: bool = False,
+    *,
+    scoring_func: str = "softmax",
+    correction_bias: np.ndarray | None = None,
+    group_score: str | None = None,
+    routed_scaling_factor: float = 1.0,
+) -> TopK:
+    """Choose groups of experts first, then experts inside the chosen groups (DeepSeek-V2 and -V3).
+
+    Parameters
+    ----------
+    gating_output
+        float32 or float16 [num_tokens, num_experts], the router's logits.
+    top_k
+        Experts per token, at most those of `topk_group` groups.
+    num_expert_group
+        Number of groups; consecutive experts form a group, all of one size.
+    topk_group
+        Groups per token.
+    renormalize
+        Divide the weights of a token by their sum (by 1 if the sum is 0).
+    scoring_func
+        "softmax" or "sigmoid".
+    correction_bias
+        float32 [num_experts], added to the scores for the choice of groups and experts alone.
+    group_score
+        "max": the best rank of the group; "top2_sum": the sum of its two best ``score + bias``, in float32 (one,
+        in groups of one). By default "top2_sum" with a bias and "max" without one.
+    routed_scaling_factor
+        Multiplies the weights, after renormalising.
+
+    Returns
+    -------
+    TopK
+        topk_weights: float32 [num_tokens, top_k], best first. topk_ids: int32 of the same shape.
+
+    Notes
+    -----
+    The lower group and the lower expert win a tie.
+
+    Examples
+    --------
+    Of the groups (0, 1) and (2, 3) the second has the larger sum of its best two, so expert 0 is out although it
+    has the best score of all:
+
+    >>> logits = np.array([[3.0, -3.0, 1.0, 2.0]])
+    >>> grouped_topk(logits, 1, 2, 1, scoring_func="sigmoid", group_score="top2_sum").topk_ids
+    array([[3]], dtype=int32)
+    >>> grouped_topk(logits, 1, 2, 1, scoring_func="sigmoid", group_score="max").topk_ids
+    array([[0]], dtype=int32)
+    """
+    scores, ranks = score_and_rank(gating_output, scoring_func, correction_bias)
+    group_scores = score_groups(scores, ranks, num_expert_group, correction_bias, group_score)
+    chosen = np.zeros(group_scores.shape, bool)
+    np.put_along_axis(chosen, best(group_scores, topk_group), True, axis=1)
+
+    # Experts outside the chosen groups come last whatever their rank, which may itself be -inf.
+    eligible = np.repeat(chosen, ranks.shape[1] // num_expert_group, axis=1)
+    by_rank = best(ranks, ranks.shape[1])
+    outside = ~np.take_along_axis(eligible, by_rank, axis=1)
+    topk_ids = np.take_along_axis(by_rank, np.argsort(outside, axis=1, kind="stable")[:, :top_k], axis=1)
+    return weigh(scores, topk_ids, renormalize, routed_scaling_factor)
+
+
+def score_groups(
+    scores: np.ndarray,
+    ranks: np.ndarray,
+    num_expert_group: int,
+    correction_bias: np.ndarray | None,
+    group_score: str | None,
+) -> np.ndarray:
+    """Return the score of each group [num_tokens, num_expert_group]."""
+    num_tokens, num_experts = ranks.shape
+    shape = (num_tokens, num_expert_group, num_experts // num_expert_group)
+    ranks = ranks.reshape(shape)
+    if group_score is None:
+        group_score = "max" if correction_bias is None else "top2_sum"
+    if group_score == "max":
+        return ranks.max(axis=2)
+    values = ranks if correction_bias is not None else scores.astype(np.float32).reshape(shape)
+    best_two = np.argsort(-ranks, axis=2, kind="stable")[:, :, :2]
+    sums = np.take_along_axis(values, best_two, axis=2).sum(axis=2, dtype=np.float32)
+    return np.where(np.isnan(sums), -np.inf, sums)

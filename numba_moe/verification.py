@@ -57,7 +57,7 @@ MODELS = (
     Model("Kimi-K2", 384, 8, 7168),
 )
 TOKENS = {
-    "simulator": (1, 5),
+    "simulator": (3,),
     "quick": (1, 100),
     "default": (1, 100, 4096),
     "full": (1, 7, 64, 512, 4096, 16384, 65536),

@@ -7,10 +7,11 @@ right answers gets wrong ones, and a thread that waits for one that never comes 
 """
 
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,24 +71,49 @@ def launch(kernel: Any, blocks: int, threads: int, arguments: tuple[Any, ...]) -
 
 if ENABLED:
     from numba.cuda.simulator import kernel as _kernel
-    from numba.cuda.simulator.kernelapi import FakeCUDAModule
+    from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
 
     class _Aborted(BaseException):
         """Ends a simulated thread after another one of its block failed."""
 
     class _Thread(_kernel.BlockThread):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        """A Python thread that plays one CUDA thread after another; idle ones wait in a list for the next block."""
+
+        idle: ClassVar[list["_Thread"]] = []
+
+        def __init__(self) -> None:
+            threading.Thread.__init__(self, daemon=True)
             self.turn = threading.Lock()
             self.turn.acquire()
+            self.start()
+
+        def play(self, program: Callable[[], None], block: "_Block", block_idx: Any, thread_idx: Any) -> None:
+            """Take the part of one CUDA thread; it begins when its turn comes."""
+            self._program, self._manager = program, block
+            self.blockIdx, self.threadIdx = Dim3(*block_idx), Dim3(*thread_idx)
+            across, up, _ = block._block_dim
+            self.thread_id = thread_idx[0] + across * (thread_idx[1] + up * thread_idx[2])
             self.received: dict[int, Any] = {}
             self.ended = False
 
         def run(self) -> None:
-            with contextlib.suppress(_Aborted):
-                super().run()
-            self.ended = True
-            self._manager.leave(self)
+            if hasattr(os, "sched_setaffinity"):  # threads that take turns hand over faster on one processor
+                processors = sorted(os.sched_getaffinity(0))
+                os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+            while True:
+                self.turn.acquire()
+                failure: BaseException | None = None
+                try:
+                    self._manager.begin()
+                    self._program()
+                except _Aborted:
+                    pass
+                except BaseException as error:
+                    failure = error
+                self.ended = True
+                block = self._manager
+                self.idle.append(self)
+                block.leave(failure)
 
         def syncthreads(self) -> None:
             self._manager.meet(self, "block", lambda: self._manager.alive, None)
@@ -96,9 +122,11 @@ if ENABLED:
         """Runs one block; its methods are called by whichever simulated thread has the turn."""
 
         def run(self, grid_point: tuple[int, ...], *arguments: Any) -> None:
-            points = np.ndindex(*self._block_dim)
-            program = lambda: self._f(*arguments)  # noqa: E731
-            self.threads = [_Thread(program, self, grid_point, point, self._debug) for point in points]
+            self.threads = []
+            for point in np.ndindex(*self._block_dim):
+                thread = _Thread.idle.pop() if _Thread.idle else _Thread()
+                thread.play(lambda: self._f(*arguments), self, grid_point, point)
+                self.threads.append(thread)
             self._ready = list(self.threads)
             self.alive = len(self.threads)
             self._random = random.Random(self.alive)
@@ -110,6 +138,10 @@ if ENABLED:
             if self._failure is not None:
                 raise self._failure
 
+        def begin(self) -> None:
+            if self._failure is not None:
+                raise _Aborted
+
         def meet(self, thread: _Thread, place: Any, expected: Callable[[], int], value: Any) -> dict[int, Any]:
             """Wait until all expected threads came to a place; return the value that each brought, by thread id."""
             self._waiting.setdefault(place, {})[thread] = value
@@ -119,19 +151,20 @@ if ENABLED:
             else:
                 self._hand_over()
                 thread.turn.acquire()
-                if self._failure is not None:
-                    raise _Aborted
+                self.begin()
             return thread.received
 
-        def leave(self, thread: _Thread) -> None:
+        def leave(self, failure: BaseException | None) -> None:
+            """Count out a thread that ended, and let another one run."""
             self.alive -= 1
-            if thread.exception is not None and self._failure is None:
-                error, traceback = thread.exception
-                self._fail(error.with_traceback(traceback))
-            elif self._failure is None:
-                if len(self._waiting.get("block", ())) == self.alive > 0:
-                    self._release("block")
-                self._hand_over()
+            if self._failure is not None:
+                return
+            if failure is not None:
+                self._fail(failure)
+                return
+            if len(self._waiting.get("block", ())) == self.alive > 0:
+                self._release("block")
+            self._hand_over()
 
         def _release(self, place: Any) -> None:
             group = self._waiting.pop(place)
@@ -142,8 +175,7 @@ if ENABLED:
 
         def _hand_over(self) -> None:
             if self._ready:
-                following = self._ready.pop(self._random.randrange(len(self._ready)))
-                following.turn.release() if following.ident else following.start()
+                self._ready.pop(self._random.randrange(len(self._ready))).turn.release()
             elif self._waiting:
                 stuck = {
                     str(place): sorted(thread.thread_id for thread in group) for place, group in self._waiting.items()
@@ -153,12 +185,10 @@ if ENABLED:
                 self._done.set()
 
         def _fail(self, failure: BaseException) -> None:
+            """End the block: threads that wait are woken to leave, those that have not begun go back to the idle."""
             self._failure = failure
-            for group in self._waiting.values():
-                for thread in group:
-                    thread.turn.release()
-            for thread in self._ready:
-                if thread.ident:
+            for thread in self.threads:
+                if not thread.ended and thread is not threading.current_thread():
                     thread.turn.release()
             self._done.set()
 

@@ -1,0 +1,176 @@
+"""The reference against numbers typed by hand and loops that spell the definition out."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from numba_moe import reference
+
+ROUTINGS = hnp.arrays(
+    np.int32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=12), elements=st.integers(-2, 7)
+)
+
+
+@settings(deadline=None)
+@given(ids=ROUTINGS, block_size=st.integers(1, 5), pad=st.booleans(), ignore=st.booleans(), data=st.data())
+def test_alignment_by_loops(ids, block_size, pad, ignore, data):
+    num_experts = 6
+    maps = st.none() | hnp.arrays(np.int32, num_experts, elements=st.integers(-1, num_experts - 1))
+    expert_map = data.draw(maps)
+    expected, blocks = [], []
+    for expert in range(num_experts):
+        slots = []
+        for slot, given_id in enumerate(ids.ravel().tolist()):
+            if not 0 <= given_id < num_experts:
+                continue
+            mapped = given_id if expert_map is None or not ignore else int(expert_map[given_id])
+            if mapped == expert:
+                slots.append(slot)
+        while len(slots) % block_size:
+            slots.append(ids.size)
+        expected += slots
+        name = expert if expert_map is None or ignore else int(expert_map[expert])
+        blocks += [name] * (len(slots) // block_size)
+
+    got = reference.moe_align_block_size(ids, block_size, num_experts, expert_map, pad, ignore, inactive_expert_id=-5)
+    used = len(expected)
+    assert got.num_tokens_post_padded.tolist() == [used]
+    assert got.sorted_token_ids[:used].tolist() == expected
+    assert (got.sorted_token_ids[used:] == ids.size).all()
+    assert got.expert_ids.tolist() == blocks + [-5] * (len(got.expert_ids) - len(blocks))
+    assert len(got.expert_ids) * block_size >= len(got.sorted_token_ids) > (len(got.expert_ids) - 1) * block_size
+    assert got.sorted_token_ids.dtype == got.expert_ids.dtype == got.num_tokens_post_padded.dtype == np.int32
+
+
+def test_length_of_sorted_token_ids():
+    from numba_moe.reference.align import max_sorted_slots
+
+    # num_slots + num_experts * (block_size - 1), but at most num_slots * block_size below num_experts slots
+    assert max_sorted_slots(8, 16, 256) == 128
+    assert max_sorted_slots(32768, 64, 256) == 48896
+    assert max_sorted_slots(33, 16, 2) == 63
+    assert max_sorted_slots(33, 16, 2, pad_sorted_ids=True) == 64
+    assert max_sorted_slots(0, 16, 8) == 0
+
+
+@settings(deadline=None)
+@given(ids=ROUTINGS)
+def test_counts_and_offsets_by_loops(ids):
+    counts = reference.count_tokens_per_expert(ids, 6)
+    assert counts.tolist() == [sum(value == expert for value in ids.ravel().tolist()) for expert in range(6)]
+    assert counts.dtype == np.int32
+    offsets = reference.expert_offsets(counts, 4)
+    assert offsets.dtype == np.int64
+    position = 0
+    for expert in range(6):
+        assert offsets[expert] == position
+        while position < offsets[expert] + counts[expert] or position % 4:
+            position += 1
+    assert offsets[6] == position
+
+
+@settings(deadline=None)
+@given(
+    logits=hnp.arrays(np.float32, (3, 12), elements=st.floats(-30, 30, width=32) | st.just(np.nan)),
+    top_k=st.integers(1, 6),
+    scoring_func=st.sampled_from(["softmax", "sigmoid"]),
+    group_score=st.sampled_from(["max", "top2_sum"]),
+    bias=st.none() | hnp.arrays(np.float32, 12, elements=st.floats(-2, 2, width=32)),
+    renormalize=st.booleans(),
+)
+def test_grouped_choice_by_loops(logits, top_k, scoring_func, group_score, bias, renormalize):
+    got = reference.grouped_topk(
+        logits, top_k, 4, 2, renormalize, scoring_func=scoring_func, correction_bias=bias, group_score=group_score,
+        routed_scaling_factor=2.5,
+    )  # fmt: skip
+    for row, weights, ids in zip(logits.astype(np.float64), *got, strict=True):
+        scores, ranks = [], []
+        for expert, logit in enumerate(row):
+            if scoring_func == "sigmoid":
+                score = 0.0 if np.isnan(logit) else 1 / (1 + np.exp(-logit))
+                rank = -np.inf if np.isnan(logit) else logit
+            else:
+                score = 0.0 if np.isnan(row).any() else np.exp(logit) / np.exp(row).sum()
+                rank = 0.0 if np.isnan(row).any() else logit
+            scores.append(score)
+            ranks.append(rank if bias is None else np.float32(score) + bias[expert])
+        values = []
+        for group in range(4):
+            members = sorted(range(3 * group, 3 * group + 3), key=lambda e: (-ranks[e], e))
+            best_two = [np.float32(scores[e]) if bias is None else ranks[e] for e in members[:2]]
+            values.append(ranks[members[0]] if group_score == "max" else np.float32(best_two[0] + best_two[1]))
+        groups = sorted(range(4), key=lambda g: (-values[g], g))[:2]
+        chosen = sorted((e for e in range(12) if e // 3 in groups), key=lambda e: (-ranks[e], e))[:top_k]
+        assert ids.tolist() == chosen
+        total = sum(scores[e] for e in chosen) if renormalize else 1.0
+        np.testing.assert_allclose(weights, [2.5 * scores[e] / (total or 1.0) for e in chosen], rtol=1e-5)
+
+
+def test_ungrouped_choice_is_the_grouped_one_with_one_group():
+    logits = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
+    for scoring_func, function in (("softmax", reference.topk_softmax), ("sigmoid", reference.topk_sigmoid)):
+        grouped = reference.grouped_topk(logits, 5, 1, 1, True, scoring_func=scoring_func)
+        for part, other in zip(grouped, function(logits, 5, True), strict=True):
+            assert part.tolist() == other.tolist()
+
+
+def test_softmax_row_without_softmax_chooses_the_first_experts_with_weight_zero():
+    weights, ids = reference.topk_softmax(np.array([[1.0, np.nan, 3.0], [-np.inf] * 3, [0, np.inf, 0]]), 2, True)
+    assert ids.tolist() == [[0, 1]] * 3
+    assert weights.tolist() == [[0, 0]] * 3
+
+
+def test_masked_experts_come_last():
+    weights, ids = reference.topk_softmax(np.array([[-np.inf, 1.0, -np.inf, 1.0]]), 3)
+    assert ids.tolist() == [[1, 3, 0]]
+    assert weights.tolist() == [[0.5, 0.5, 0.0]]
+
+
+@settings(deadline=None)
+@given(ids=ROUTINGS.filter(lambda ids: ids.shape[1] > 0))
+def test_permute_and_unpermute_by_loops(ids):
+    num_experts = 6
+    rows = np.arange(ids.shape[0] * 2, dtype=np.float32).reshape(-1, 2)
+    permuted, offsets, permuted_idx, inv_permuted_idx = reference.moe_permute(rows, ids, num_experts)
+    flat = ids.ravel().tolist()
+    row = 0
+    for expert in range(num_experts):
+        assert offsets[expert] == row
+        for slot, given_id in enumerate(flat):
+            if given_id == expert:
+                assert permuted_idx[row] == slot
+                assert inv_permuted_idx.ravel()[slot] == row
+                assert permuted[row].tolist() == rows[slot // ids.shape[1]].tolist()
+                row += 1
+    assert offsets[num_experts] == row
+    assert (permuted_idx[row:] == ids.size).all()
+    assert (permuted[row:] == 0).all()
+    kept = (ids >= 0) & (ids < num_experts)
+    assert ((inv_permuted_idx >= 0) == kept).all()
+    combined = reference.moe_unpermute(permuted, np.ones(ids.shape, np.float32), inv_permuted_idx)
+    assert combined.tolist() == (rows * kept.sum(1, keepdims=True)).tolist()
+
+
+def test_unpermute_rounds_once():
+    rows = np.array([[1.0], [2.0**-11], [2.0**-11]], np.float16)
+    weights = np.ones((1, 3), np.float32)
+    assert reference.moe_unpermute(rows, weights, np.array([[0, 1, 2]], np.int32)).item() == 1 + 2.0**-10
+
+
+def test_no_shape_is_too_small():
+    empty = np.zeros((0, 2), np.int32)
+    assert [part.tolist() for part in reference.moe_align_block_size(empty, 4, 3)] == [[], [], [0]]
+    assert reference.count_tokens_per_expert(empty, 3).tolist() == [0, 0, 0]
+    assert reference.topk_softmax(np.zeros((0, 3), np.float32), 2).topk_ids.shape == (0, 2)
+    assert reference.moe_permute(np.zeros((0, 5), np.float32), empty, 3).permuted_hidden_states.shape == (0, 5)
+
+
+@pytest.mark.parametrize("num_experts", [1, 257, 2048])
+def test_any_number_of_experts(num_experts):
+    ids = np.random.default_rng(0).integers(0, num_experts, (300, 2)).astype(np.int32)
+    sorted_ids, expert_ids, used = reference.moe_align_block_size(ids, 16, num_experts)
+    for block, expert in enumerate(expert_ids[: used[0] // 16]):
+        slots = sorted_ids[16 * block : 16 * block + 16]
+        assert (ids.ravel()[slots[slots < ids.size]] == expert).all()

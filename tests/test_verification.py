@@ -1,0 +1,190 @@
+"""The kernels equal the reference over all named cases, and the verification notices when they do not."""
+
+import importlib
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from numba import cuda
+
+import numba_moe
+from numba_moe import cli, reference, testing, verification
+
+ON_GPU = torch.cuda.is_available()
+LEVEL = "quick" if ON_GPU else "simulator"
+CASES = [*verification.model_cases(LEVEL), *verification.edge_cases()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
+def test_kernels_equal_the_reference(case):
+    outcome = verification.run_case(case, seed=1, device="cuda" if ON_GPU else "cpu")
+    assert outcome.passed, outcome
+
+
+def test_every_op_and_every_kernel_option_has_cases():
+    assert {case.op for case in CASES} == set(verification.OPS)
+    assert len({(case.op, case.name) for case in CASES}) == len(CASES)
+    assert len(list(verification.model_cases("full"))) + len(list(verification.edge_cases())) >= 200
+
+
+def broken(module, kernel, source):
+    """Compile a replacement of a kernel, with the kernel's own annotations and globals."""
+    home = importlib.import_module(f"numba_moe.{module}")
+    original = getattr(home, kernel).py_func
+    names = dict(vars(home))
+    exec(source, names)
+    function = names[kernel]
+    function.__annotations__ = dict(original.__annotations__)
+    return home, cuda.jit(function)
+
+
+def source_of(module, kernel, old, new):
+    import inspect
+
+    home = importlib.import_module(f"numba_moe.{module}")
+    text = inspect.getsource(getattr(home, kernel).py_func).replace("@cuda.jit\n", "")
+    assert old in text, f"the kernel changed: {old!r} is not in {kernel}"
+    return text.replace(old, new)
+
+
+FAULTS = {
+    "no-op": ("counting", "place_slots", "tile = warp_index()\n", "tile = num_tiles\n"),
+    "off by one": ("counting", "place_slots", "position = offset[expert] +", "position = 1 + offset[expert] +"),
+    "swapped pair": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = slot ^ 1"),
+    "unstable order": ("counting", "place_slots", "peers & lanes_below())\n", "peers) - 1 - cuda.popc(peers & lanes_below())\n"),
+    "unwritten tail": ("align", "fill_padding", "if unused or position >=", "if not unused and position >="),
+    "unwritten padding": ("align", "fill_padding", "if unused or position >= offset[expert] + counts[expert]:", "if unused:"),
+    "wrong block name": ("align", "fill_padding", "name = inactive_expert_id", "name = 0"),
+    "higher id wins a tie": ("gating", "choose_experts", "chosen = chosen_index(last)", "chosen = num_experts - 1 - chosen_index(last)"),
+    "not renormalised": ("gating", "choose_experts", "scale = scale / weight_sum", "scale = scale"),
+    "row off by one": ("permute", "gather_rows", "slot // top_k", "(slot + 1) % num_slots // top_k"),
+    "last slot left out": ("permute", "combine_rows", "range(first, first + top_k)", "range(first, first + top_k - 1)"),
+    "one tile counted twice": ("counting", "scan_tiles", "before + including - count", "before + including"),
+    "padding miscounted": ("counting", "scan_experts", "+ alignment - 1", "+ alignment"),
+}
+OPS_OF = {
+    "align": ["moe_align_block_size"],
+    "counting": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
+    "gating": ["topk_softmax"],
+    "permute": ["moe_permute", "moe_unpermute"],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_kernel_is_caught(fault, monkeypatch):
+    module, kernel, old, new = FAULTS[fault]
+    home, wrong = broken(module, kernel, source_of(module, kernel, old, new))
+    monkeypatch.setattr(home, kernel, wrong)
+    cases = [c for c in CASES if c.op in OPS_OF[module] and c.name.split()[0] in ("OLMoE", "several", "-1", "skipped")]
+    assert cases
+    outcomes = [verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in cases]
+    assert not all(outcome.passed for outcome in outcomes), fault
+
+
+def test_an_input_that_a_kernel_writes_is_caught(monkeypatch):
+    def writes(topk_ids, num_experts, expert_map=None):
+        result = count(topk_ids, num_experts, expert_map)
+        topk_ids[0, 0] = -1
+        return result
+
+    count = numba_moe.count_tokens_per_expert
+    monkeypatch.setattr(numba_moe, "count_tokens_per_expert", writes)
+    [case] = [c for c in CASES if c.op == "count_tokens_per_expert" and c.name == "one slot"]
+    outcome = verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu")
+    assert not outcome.inputs_unchanged
+    assert not outcome.passed
+
+
+def test_a_result_that_changes_is_caught(monkeypatch):
+    results = iter([np.array([1, 0]), np.array([0, 1])])
+    monkeypatch.setattr(numba_moe, "count_tokens_per_expert", lambda **_: torch.from_numpy(next(results).astype("i4")))
+    monkeypatch.setattr(testing, "time_on_device", lambda call: 0.0)
+    ids = {"topk_ids": np.array([[0]], np.int32), "num_experts": 2}
+    outcome = verification.run_case(verification.Case("count_tokens_per_expert", "", lambda _: ids), 0, "cpu")
+    assert outcome.mismatches == 0
+    assert not outcome.repeats_equal
+    assert not outcome.passed
+
+
+def test_a_call_that_raises_fails_and_says_why(monkeypatch, capsys):
+    def fails(**_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(numba_moe, "expert_offsets", fails)
+    assert cli.main(["verify", "--op", "expert_offsets", "--case", "2048 experts"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED RuntimeError: no such kernel" in printed
+    assert printed.splitlines()[-1] == "0 passed, 1 failed"
+
+
+def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert cli.main(["verify", "--op", "expert_*", "--case", "no experts", "--seed", "3", "--json", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "CUDA" in lines[0] or "NVIDIA" in lines[0]
+    assert lines[-1] == "1 passed, 0 failed"
+    [outcome] = json.loads(path.read_text())["outcomes"]
+    assert outcome["op"] == "expert_offsets"
+    assert outcome["passed"] is True
+
+
+def test_command_lists_cases(capsys):
+    assert cli.main(["verify", "--list", "--op", "grouped_topk"]) == 0
+    assert all(line.startswith("grouped_topk: ") for line in capsys.readouterr().out.splitlines()[1:])
+
+
+def test_nothing_selected_is_a_failure(capsys):
+    assert cli.main(["verify", "--op", "no_such_op"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 0 failed"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
+def test_own_routing_is_verified(suffix, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    ids = testing.random_ids(rng, 5, 12, 2, "zipf")
+    logits = testing.random_floats(rng, (4, 12))
+    path = tmp_path / f"routing{suffix}"
+    if suffix == ".npy":
+        np.save(path, ids)
+    elif suffix == ".npz":
+        np.savez(path, topk_ids=ids, router_logits=logits)
+    elif suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        save_file({"topk_ids": ids, "router_logits": logits}, path)
+    else:
+        torch.save({"topk_ids": torch.from_numpy(ids), "router_logits": torch.from_numpy(logits).bfloat16()}, path)
+    assert cli.main(["verify", "--input", str(path), "--num-experts", "12", "--top-k", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == ("3" if suffix == ".npy" else "8") + " passed, 0 failed"
+
+
+class Payload:
+    def __reduce__(self):
+        return os.putenv, ("NUMBA_MOE_TEST_PAYLOAD", "ran")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
+def test_a_file_cannot_run_code(suffix, tmp_path):
+    path = tmp_path / f"evil{suffix}"
+    if suffix == ".pt":
+        torch.save({"topk_ids": Payload()}, path)
+    else:
+        save = np.save if suffix == ".npy" else np.savez
+        save(path, np.array([Payload()], object), allow_pickle=True)
+    with pytest.raises((ValueError, pickle.UnpicklingError)):
+        verification.load_routing(path)
+
+
+def test_a_file_without_routing_is_refused(tmp_path):
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    with pytest.raises(ValueError, match="holds no topk_ids"):
+        verification.load_routing(tmp_path / "text.npy")
+    with pytest.raises(ValueError, match=r"must be a \.npy"):
+        verification.load_routing(tmp_path / "routing.csv")
+
+
+def test_reference_and_public_names_agree():
+    assert set(reference.__all__) == set(numba_moe.__all__)

@@ -23,11 +23,18 @@ _MODULE_OF = {
 }
 __all__ = sorted(_MODULE_OF)
 
-if TYPE_CHECKING:
-    from numba_moe.align import AlignedBlocks, moe_align_block_size
-    from numba_moe.counting import count_tokens_per_expert, expert_offsets
-    from numba_moe.gating import TopK, grouped_topk, topk_sigmoid, topk_softmax
-    from numba_moe.permute import PermutedTokens, moe_permute, moe_unpermute
+if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
+    from numba_moe.align import moe_align_block_size as moe_align_block_size
+    from numba_moe.counting import count_tokens_per_expert as count_tokens_per_expert
+    from numba_moe.counting import expert_offsets as expert_offsets
+    from numba_moe.gating import grouped_topk as grouped_topk
+    from numba_moe.gating import topk_sigmoid as topk_sigmoid
+    from numba_moe.gating import topk_softmax as topk_softmax
+    from numba_moe.permute import moe_permute as moe_permute
+    from numba_moe.permute import moe_unpermute as moe_unpermute
+    from numba_moe.reference.align import AlignedBlocks as AlignedBlocks
+    from numba_moe.reference.gating import TopK as TopK
+    from numba_moe.reference.permute import PermutedTokens as PermutedTokens
 
 
 def __getattr__(name: str) -> Any:

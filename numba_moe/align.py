@@ -168,9 +168,7 @@ def moe_align_block_size(
     checks.fits_int32("topk_ids", length, "the number of padded positions")
     if arrays.answered_by_reference(topk_ids):
         arguments = (topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts)
-        return arrays.by_reference(
-            reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id
-        )
+        return arrays.by_reference(reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id)
     device = topk_ids.device
     out = AlignedBlocks(
         torch.empty(length, dtype=torch.int32, device=device),

@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
-    verify = commands.add_parser("verify", help="compare the kernels with the reference", description=verification.__doc__)
+    verify = commands.add_parser(
+        "verify", help="compare the kernels with the reference", description=verification.__doc__
+    )
     verification.add_arguments(verify)
     return verification.run(parser.parse_args(arguments))
 

@@ -179,7 +179,7 @@ def _tile_size(num_experts: int) -> int:
 def launch_count(
     topk_ids: torch.Tensor, expert_map: torch.Tensor | None, tile_counts: torch.Tensor, counts: torch.Tensor
 ) -> None:
-    """Steps 1 and 2: write counts, and turn tile_counts into each tile's prefix."""
+    """Launch steps 1 and 2: write counts, and turn tile_counts into each tile's prefix."""
     num_experts, num_tiles = tile_counts.shape
     sizes = (topk_ids.numel(), num_experts, num_tiles, _tile_size(num_experts))
     launch_warps(count_slots, num_tiles, topk_ids, expert_map, *sizes, tile_counts)
@@ -189,7 +189,7 @@ def launch_count(
 def launch_offsets(
     counts: torch.Tensor, alignment: int, offset: torch.Tensor, last_offset: torch.Tensor | None
 ) -> None:
-    """Step 3: write offset, and its last entry once more as int32."""
+    """Launch step 3: write offset, and its last entry once more as int32."""
     launch(scan_experts, 1, block_threads(1024), counts, counts.numel(), alignment, offset, last_offset)
 
 
@@ -201,7 +201,7 @@ def launch_place(
     sorted_slots: torch.Tensor,
     position_of_slot: torch.Tensor | None,
 ) -> None:
-    """Step 4: write each slot to its position, and its position to each slot."""
+    """Launch step 4: write each slot to its position, and its position to each slot."""
     num_experts, num_tiles = tile_prefix.shape
     sizes = (topk_ids.numel(), num_experts, num_tiles, _tile_size(num_experts))
     outputs = (sorted_slots, position_of_slot)

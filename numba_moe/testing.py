@@ -39,11 +39,8 @@ def random_ids(rng: np.random.Generator, num_tokens: int, num_experts: int, top_
     elif routing != "uniform":
         raise ValueError(f"`routing` must be one of {ROUTINGS} or 'half_empty', got {routing!r}")
     draws = popularity - np.log(rng.exponential(size=(num_tokens, num_experts)))
-    if top_k < num_experts:
-        draws = np.argpartition(-draws, top_k - 1, axis=1)[:, :top_k]
-    else:
-        draws = np.argsort(-draws, axis=1)
-    return rng.permuted(draws, axis=1).astype(np.int32)
+    chosen = np.argpartition(-draws, top_k - 1, axis=1)[:, :top_k]
+    return rng.permuted(chosen, axis=1).astype(np.int32)
 
 
 def random_floats(rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from numba_moe.reference.counting import expert_of_slots, expert_offsets
 
 

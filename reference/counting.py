@@ -23,9 +23,7 @@ def expert_of_slots(topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarr
     return experts
 
 
-def count_tokens_per_expert(
-    topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarray | None = None
-) -> np.ndarray:
+def count_tokens_per_expert(topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarray | None = None) -> np.ndarray:
     """Count the slots of each expert.
 
     Parameters

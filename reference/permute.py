@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from numba_moe.reference.counting import count_tokens_per_expert, expert_of_slots, expert_offsets
 
 

@@ -10,7 +10,7 @@ from numba_moe.runtime import simulator
 
 @pytest.fixture
 def device() -> Iterator[str]:
-    """The device whose tensors are answered by kernels: "cuda", or "cpu" in the simulator."""
+    """Name the device whose tensors are answered by kernels: "cuda", or "cpu" in the simulator."""
     if torch.cuda.is_available():
         yield "cuda"
     else:

@@ -11,11 +11,11 @@ import torch
 from numba import cuda
 
 import numba_moe
-from numba_moe import cli, reference, testing, verification
+from numba_moe import cases, cli, reference, testing, verification
 
 ON_GPU = torch.cuda.is_available()
 LEVEL = "quick" if ON_GPU else "simulator"
-CASES = [*verification.model_cases(LEVEL), *verification.edge_cases()]
+CASES = [*cases.model_cases(LEVEL), *cases.edge_cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
@@ -27,7 +27,7 @@ def test_kernels_equal_the_reference(case):
 def test_every_op_and_every_kernel_option_has_cases():
     assert {case.op for case in CASES} == set(verification.OPS)
     assert len({(case.op, case.name) for case in CASES}) == len(CASES)
-    assert len(list(verification.model_cases("full"))) + len(list(verification.edge_cases())) >= 200
+    assert len(list(cases.model_cases("full"))) + len(list(cases.edge_cases())) >= 200
 
 
 def broken(module, kernel, source):
@@ -54,11 +54,26 @@ FAULTS = {
     "no-op": ("counting", "place_slots", "tile = warp_index()\n", "tile = num_tiles\n"),
     "off by one": ("counting", "place_slots", "position = offset[expert] +", "position = 1 + offset[expert] +"),
     "swapped pair": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = slot ^ 1"),
-    "unstable order": ("counting", "place_slots", "peers & lanes_below())\n", "peers) - 1 - cuda.popc(peers & lanes_below())\n"),
+    "unstable order": (
+        "counting",
+        "place_slots",
+        "peers & lanes_below())\n",
+        "peers) - 1 - cuda.popc(peers & lanes_below())\n",
+    ),
     "unwritten tail": ("align", "fill_padding", "if unused or position >=", "if not unused and position >="),
-    "unwritten padding": ("align", "fill_padding", "if unused or position >= offset[expert] + counts[expert]:", "if unused:"),
+    "unwritten padding": (
+        "align",
+        "fill_padding",
+        "if unused or position >= offset[expert] + counts[expert]:",
+        "if unused:",
+    ),
     "wrong block name": ("align", "fill_padding", "name = inactive_expert_id", "name = 0"),
-    "higher id wins a tie": ("gating", "choose_experts", "chosen = chosen_index(last)", "chosen = num_experts - 1 - chosen_index(last)"),
+    "higher id wins a tie": (
+        "gating",
+        "choose_experts",
+        "chosen = chosen_index(last)",
+        "chosen = num_experts - 1 - chosen_index(last)",
+    ),
     "not renormalised": ("gating", "choose_experts", "scale = scale / weight_sum", "scale = scale"),
     "row off by one": ("permute", "gather_rows", "slot // top_k", "(slot + 1) % num_slots // top_k"),
     "last slot left out": ("permute", "combine_rows", "range(first, first + top_k)", "range(first, first + top_k - 1)"),
@@ -78,9 +93,9 @@ def test_a_wrong_kernel_is_caught(fault, monkeypatch):
     module, kernel, old, new = FAULTS[fault]
     home, wrong = broken(module, kernel, source_of(module, kernel, old, new))
     monkeypatch.setattr(home, kernel, wrong)
-    cases = [c for c in CASES if c.op in OPS_OF[module] and c.name.split()[0] in ("OLMoE", "several", "-1", "skipped")]
-    assert cases
-    outcomes = [verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in cases]
+    chosen = [c for c in CASES if c.op in OPS_OF[module] and c.name.split()[0] in ("OLMoE", "several", "-1", "skipped")]
+    assert chosen
+    outcomes = [verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in chosen]
     assert not all(outcome.passed for outcome in outcomes), fault
 
 
@@ -103,7 +118,7 @@ def test_a_result_that_changes_is_caught(monkeypatch):
     monkeypatch.setattr(numba_moe, "count_tokens_per_expert", lambda **_: torch.from_numpy(next(results).astype("i4")))
     monkeypatch.setattr(testing, "time_on_device", lambda call: 0.0)
     ids = {"topk_ids": np.array([[0]], np.int32), "num_experts": 2}
-    outcome = verification.run_case(verification.Case("count_tokens_per_expert", "", lambda _: ids), 0, "cpu")
+    outcome = verification.run_case(cases.Case("count_tokens_per_expert", "", lambda _: ids), 0, "cpu")
     assert outcome.mismatches == 0
     assert not outcome.repeats_equal
     assert not outcome.passed
@@ -162,6 +177,8 @@ def test_own_routing_is_verified(suffix, tmp_path, capsys):
 
 
 class Payload:
+    """An object whose unpickling runs code."""
+
     def __reduce__(self):
         return os.putenv, ("NUMBA_MOE_TEST_PAYLOAD", "ran")
 
@@ -175,15 +192,15 @@ def test_a_file_cannot_run_code(suffix, tmp_path):
         save = np.save if suffix == ".npy" else np.savez
         save(path, np.array([Payload()], object), allow_pickle=True)
     with pytest.raises((ValueError, pickle.UnpicklingError)):
-        verification.load_routing(path)
+        cases.load_routing(path)
 
 
 def test_a_file_without_routing_is_refused(tmp_path):
     np.save(tmp_path / "text.npy", np.array(["a"]))
     with pytest.raises(ValueError, match="holds no topk_ids"):
-        verification.load_routing(tmp_path / "text.npy")
+        cases.load_routing(tmp_path / "text.npy")
     with pytest.raises(ValueError, match=r"must be a \.npy"):
-        verification.load_routing(tmp_path / "routing.csv")
+        cases.load_routing(tmp_path / "routing.csv")
 
 
 def test_reference_and_public_names_agree():

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 from numba_moe.runtime import simulator
 
@@ -25,7 +26,7 @@ class _Kind:
     """How arrays of one library become tensors over the same memory, and back."""
 
     def wrap(self, array: Any) -> torch.Tensor:
-        return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array)
 
     def unwrap(self, tensor: torch.Tensor) -> Any:
         raise NotImplementedError
@@ -128,10 +129,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
         if not isinstance(tensor, torch.Tensor):
             return function(*positional, **named)
         with kind.calling(array, tensor):
-            result = function(*positional, **named)
-            if isinstance(result, tuple):
-                return type(result)(*map(kind.unwrap, result))  # type: ignore[return-value]
-            return kind.unwrap(result)  # type: ignore[arg-type]
+            result: Any = function(*positional, **named)
+            result = type(result)(*map(kind.unwrap, result)) if isinstance(result, tuple) else kind.unwrap(result)
+            return result
 
     return call
 

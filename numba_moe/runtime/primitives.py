@@ -106,7 +106,7 @@ def warp_max(value):
 
 @cuda.jit(device=True)
 def warp_sum(value):
-    """The same bits in every lane, at every run."""
+    """Sum over the warp, with the same bits in every lane and at every run."""
     for distance in (16, 8, 4, 2, 1):
         value += cuda.shfl_xor_sync(ALL_LANES, value, distance)
     return value

@@ -1,0 +1,298 @@
+"""The named cases: calls shaped like published models, calls that break kernels, a user's own routing.
+
+Verification, tests and benchmarks all draw from here.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from numba_moe import reference, testing
+
+Draw = Callable[[np.random.Generator], Any]
+
+
+class Case(NamedTuple):
+    """One call of a public op."""
+
+    op: str
+    name: str
+    arguments: Callable[[np.random.Generator], dict[str, Any]]
+    dtype: str | None = None  # of the float payload on the device
+    strided: bool = False  # rows of the payload lie inside wider ones
+
+
+class Model(NamedTuple):
+    """Routing dimensions of a published model, from the configuration it is published with."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    hidden: int
+    groups: tuple[int, int] | None = None
+
+
+MODELS = (
+    Model("Mixtral-8x7B", 8, 2, 4096),
+    Model("OLMoE", 64, 8, 2048),
+    Model("Qwen3-30B-A3B", 128, 8, 2048),
+    Model("gpt-oss-120b", 128, 4, 2880),
+    Model("DeepSeek-V3", 256, 8, 7168, (8, 4)),
+    Model("Kimi-K2", 384, 8, 7168),
+)
+TOKENS = {
+    "simulator": (3,),
+    "quick": (1, 100),
+    "default": (1, 100, 4096),
+    "full": (1, 7, 64, 512, 4096, 16384, 65536),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_ROWS = 1 << 28  # elements of the permuted rows of one case: the reference holds them in float64
+
+
+def given(**arguments: Any) -> Callable[[np.random.Generator], dict[str, Any]]:
+    """Return what makes a call's arguments: values as they are, functions called with the random generator."""
+    return lambda rng: {name: value(rng) if callable(value) else value for name, value in arguments.items()}
+
+
+def ids(tokens: int, experts: int, top_k: int, routing: str) -> Draw:
+    return lambda rng: testing.random_ids(rng, tokens, experts, top_k, routing)
+
+
+def floats(*shape: int, dtype: str = "float32", scale: float = 1.0) -> Draw:
+    return lambda rng: (
+        testing.random_floats(rng, shape, dtype)
+        * np.float32(scale).astype("float16" if dtype == "float16" else "float32")
+    )
+
+
+def uniform(*shape: int, dtype: str = "float32") -> Draw:
+    return lambda rng: rng.random(shape, np.float32).astype("float16" if dtype == "float16" else "float32")
+
+
+def permutation(*shape: int) -> Draw:
+    return lambda rng: rng.permutation(int(np.prod(shape))).astype(np.int32).reshape(shape)
+
+
+def counts(tokens: int, experts: int, top_k: int) -> Draw:
+    return lambda rng: reference.count_tokens_per_expert(ids(tokens, experts, top_k, "zipf")(rng), experts)
+
+
+def permute_case(name: str, tokens: int, experts: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
+    rows, chosen = floats(tokens, hidden, dtype=dtype), ids(tokens, experts, top_k, "zipf")
+    return Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=experts), dtype, **layout)
+
+
+def unpermute_case(name: str, tokens: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
+    arguments = given(
+        permuted=floats(tokens * top_k, hidden, dtype=dtype),
+        topk_weights=uniform(tokens, top_k, dtype=dtype),
+        inv_permuted_idx=permutation(tokens, top_k),
+    )
+    return Case("moe_unpermute", name, arguments, dtype, **layout)
+
+
+def model_cases(level: str) -> Iterator[Case]:
+    """Yield the cases shaped like published models, with the token counts of a level of `TOKENS`."""
+    for number, (name, experts, top_k, model_hidden, groups) in enumerate(MODELS):
+        for step, tokens in enumerate(TOKENS[level]):
+            block_size = 16 if tokens < 512 else 64 if tokens < 16384 else 128
+            dtype = DTYPES[(number + step) % len(DTYPES)]
+            label = f"{name} {tokens} tokens"
+            for routing in testing.ROUTINGS:
+                chosen = ids(tokens, experts, top_k, routing)
+                align = given(topk_ids=chosen, block_size=block_size, num_experts=experts)
+                yield Case("moe_align_block_size", f"{label} {routing}", align)
+            count = given(topk_ids=ids(tokens, experts, top_k, "zipf"), num_experts=experts)
+            yield Case("count_tokens_per_expert", f"{label} zipf", count)
+            offsets = given(counts=counts(tokens, experts, top_k), alignment=block_size)
+            yield Case("expert_offsets", f"{label} zipf", offsets)
+            yield gating_case(f"{label} {dtype}", tokens, experts, top_k, groups, dtype)
+            hidden = 64 if level == "simulator" else model_hidden
+            if tokens * top_k * hidden <= LARGEST_ROWS:
+                yield permute_case(f"{label} {dtype}", tokens, experts, top_k, hidden, dtype)
+                yield unpermute_case(f"{label} {dtype}", tokens, top_k, hidden, dtype)
+
+
+def gating_case(name: str, tokens: int, experts: int, top_k: int, groups: tuple[int, int] | None, dtype: str) -> Case:
+    """Return the gating of a model: grouped where it has groups, biased sigmoid above 256 experts, else softmax."""
+    logits: dict[str, Any] = {"gating_output": floats(tokens, experts, dtype=dtype), "top_k": top_k}
+    biased = {**logits, "correction_bias": floats(experts, scale=0.1)}
+    if groups is not None:
+        grouped = {"num_expert_group": groups[0], "topk_group": groups[1], "scoring_func": "sigmoid"}
+        return Case(
+            "grouped_topk", name, given(**biased, **grouped, renormalize=True, routed_scaling_factor=2.5), dtype
+        )
+    if experts > 256:
+        return Case("topk_sigmoid", f"{name} bias", given(**biased, renormalize=True), dtype)
+    return Case("topk_softmax", name, given(**logits, renormalize=True), dtype)
+
+
+def edge_cases() -> Iterator[Case]:
+    """Yield the cases that break kernels."""
+    yield from _grouping_edges()
+    yield from _gating_edges()
+    for dtype in DTYPES:
+        yield permute_case(f"strided rows {dtype}", 9, 4, 2, 33, dtype, strided=True)
+        yield unpermute_case(f"strided rows {dtype}", 9, 2, 33, dtype, strided=True)
+    yield permute_case("hidden 0", 9, 4, 2, 0, "float32")
+    yield unpermute_case("zero tokens", 0, 2, 16, "float32")
+    skipped = np.array([[0, -1, 5], [-1, -1, -1], [6, 2, 1], [3, 4, 2**31 - 1]], np.int32)
+    arguments = given(permuted=floats(6, 40), topk_weights=uniform(4, 3), inv_permuted_idx=skipped)
+    yield Case("moe_unpermute", "skipped slots", arguments)
+
+
+def _grouping_edges() -> Iterator[Case]:
+    kinds: dict[str, np.ndarray] = {
+        "zero tokens": np.zeros((0, 2), np.int32),
+        "one slot": np.array([[5]], np.int32),
+        "-1 rows": np.repeat([[3, 1], [-1, -1], [7, 3]], 9, axis=0).astype(np.int32),
+        "all ids -1": np.full((40, 2), -1, np.int32),
+        "ids out of range": np.tile([[8, 2], [-7, 2**31 - 1], [0, -(2**31)]], (12, 1)).astype(np.int32),
+        "int64 ids past int32": np.tile([[2**32 + 1, 2], [-(2**40), 5]], (12, 1)),
+        "one hot expert": np.full((70, 2), 6, np.int32),
+        "empty experts": np.tile([[1, 6], [6, 6]], (35, 1)).astype(np.int32),
+        "several tiles": np.random.default_rng(0).integers(-1, 9, (400, 2)).astype(np.int32),
+    }
+    for name, chosen in kinds.items():
+        yield Case("moe_align_block_size", name, given(topk_ids=chosen, block_size=4, num_experts=8))
+        yield Case("count_tokens_per_expert", name, given(topk_ids=chosen, num_experts=8))
+        rows = floats(len(chosen), 20)
+        yield Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=8))
+
+    expert_map = np.array([-1, 0, 1, -1, 2, -1, 3, -1], np.int32)
+    reverse = np.arange(8, dtype=np.int32)[::-1].copy()
+    options: dict[str, dict[str, Any]] = {
+        "expert_map": {"expert_map": expert_map},
+        "expert_map int64": {"expert_map": expert_map.astype(np.int64)},
+        "expert_map ignore_invalid_experts": {"expert_map": expert_map, "ignore_invalid_experts": True},
+        "expert_map reversed": {"expert_map": reverse, "ignore_invalid_experts": True},
+        "expert_map of no expert": {"expert_map": np.full(8, -1, np.int32), "ignore_invalid_experts": True},
+        "pad_sorted_ids": {"pad_sorted_ids": True},
+        "inactive_expert_id 0": {"inactive_expert_id": 0},
+        "block_size 1": {"block_size": 1},
+        "block_size 3": {"block_size": 3},
+        "block_size above the slots": {"block_size": 1024},
+    }
+    chosen = kinds["several tiles"][:25]
+    for name, option in options.items():
+        arguments = {"topk_ids": chosen, "block_size": 4, "num_experts": 8, **option}
+        yield Case("moe_align_block_size", name, given(**arguments))
+    yield Case("moe_align_block_size", "one dimension", given(topk_ids=chosen.ravel(), block_size=4, num_experts=8))
+    mapped = given(topk_ids=chosen, num_experts=8, expert_map=expert_map)
+    yield Case("count_tokens_per_expert", "expert_map", mapped)
+    rows = floats(len(chosen), 20)
+    mapped = given(hidden_states=rows, topk_ids=chosen, num_experts=8, expert_map=expert_map)
+    yield Case("moe_permute", "expert_map", mapped)
+    for name, tokens, experts, top_k in (
+        ("one expert", 40, 1, 1),
+        ("257 experts", 30, 257, 10),
+        ("2048 experts", 20, 2048, 8),
+    ):
+        drawn = ids(tokens, experts, top_k, "half_empty")
+        yield Case("moe_align_block_size", name, given(topk_ids=drawn, block_size=16, num_experts=experts))
+    yield Case("expert_offsets", "no experts", given(counts=np.zeros(0, np.int32)))
+    yield Case("expert_offsets", "int64 counts past int32", given(counts=np.full(5, 2**31, np.int64)))
+    yield Case("expert_offsets", "2048 experts", given(counts=np.arange(2048) % 99, alignment=7))
+
+
+def _gating_edges() -> Iterator[Case]:
+    non_finite = np.random.default_rng(0).standard_normal((7, 20), np.float32)
+    non_finite[0] = np.nan
+    non_finite[1, 3] = np.nan
+    non_finite[2, 4] = np.inf
+    non_finite[3, ::2] = -np.inf
+    non_finite[4] = -np.inf
+    non_finite[5, 1:4] = np.inf, -np.inf, np.nan
+    kinds: dict[str, tuple[Any, int, dict[str, Any]]] = {
+        "zero tokens": (np.zeros((0, 8), np.float32), 2, {}),
+        "one expert": (floats(3, 1), 1, {"renormalize": True}),
+        "all logits equal": (np.zeros((3, 40), np.float32), 6, {}),
+        "ties": (lambda rng: rng.integers(0, 3, (6, 60)).astype(np.float32), 8, {"renormalize": True}),
+        "top_k is half the experts": (floats(2, 36), 18, {}),
+        "strided rows": (lambda rng: testing.separated_logits(rng, 4, 60), 4, {}),
+        "signed zeros": (np.array([[0.0, -0.0] * 4, [-0.0, 0.0] * 4], np.float32), 3, {}),
+        "saturated": (lambda rng: rng.choice([-200.0, 200.0, 0.0], (4, 20)).astype(np.float32), 5, {}),
+        "non-finite logits": (non_finite, 6, {"renormalize": True}),
+    }
+    for (name, (logits, top_k, options)), biased in itertools.product(kinds.items(), (False, True)):
+        experts = (logits(np.random.default_rng(0)) if callable(logits) else logits).shape[1]
+        arguments = {"gating_output": logits, "top_k": top_k, **options}
+        if biased:
+            name, arguments["correction_bias"] = f"{name} bias", np.linspace(0, 1, experts, dtype=np.float32)
+        strided = "strided" in name
+        yield Case("topk_softmax", name, given(**arguments), strided=strided)
+        yield Case("topk_sigmoid", name, given(**arguments), strided=strided)
+        if experts % 4 == 0:
+            for scoring_func, group_score in itertools.product(("softmax", "sigmoid"), ("max", "top2_sum")):
+                grouped = {
+                    "num_expert_group": 4,
+                    "topk_group": 2,
+                    "scoring_func": scoring_func,
+                    "group_score": group_score,
+                }
+                label = f"{name} {scoring_func} {group_score}"
+                yield Case("grouped_topk", label, given(**arguments, **grouped), strided=strided)
+
+    def many(rng: np.random.Generator) -> np.ndarray:
+        return testing.separated_logits(rng, 2, 2048)
+
+    yield Case("topk_softmax", "2048 experts", given(gating_output=many, top_k=10))
+    yield Case("topk_sigmoid", "2048 experts", given(gating_output=many, top_k=40))
+
+
+def input_cases(path: Path, num_experts: int | None, top_k: int, block_size: int) -> Iterator[Case]:
+    """Yield every op that applies to a user's own routing; nothing in the file is executed."""
+    for name, array in load_routing(path).items():
+        label = f"{path.name}: {name}"
+        if np.issubdtype(array.dtype, np.floating):
+            # float16 keeps its dtype; the rest becomes float32 before either side sees it
+            logits = array if array.dtype == np.float16 else array.astype(np.float32)
+            experts = logits.shape[1]
+            count = min(top_k, experts)
+            for op in ("topk_softmax", "topk_sigmoid"):
+                yield Case(op, label, given(gating_output=logits, top_k=count, renormalize=True))
+            chosen = reference.topk_softmax(logits, count).topk_ids
+        else:
+            chosen = array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
+            experts = num_experts or int(chosen.max(initial=0)) + 1
+        align = given(topk_ids=chosen, block_size=block_size, num_experts=experts)
+        yield Case("moe_align_block_size", label, align)
+        yield Case("count_tokens_per_expert", label, given(topk_ids=chosen, num_experts=experts))
+        if chosen.ndim == 2:
+            rows = floats(len(chosen), 64)
+            yield Case("moe_permute", label, given(hidden_states=rows, topk_ids=chosen, num_experts=experts))
+
+
+def load_routing(path: Path) -> dict[str, np.ndarray]:
+    """Read topk_ids and gating logits from .npy, .npz, .safetensors or .pt, without running code from the file."""
+    loaded: Any
+    if path.suffix == ".npy":
+        loaded = {"array": np.load(path, allow_pickle=False)}
+    elif path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            loaded = dict(file)
+    elif path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        loaded = load_file(path)
+    elif path.suffix in (".pt", ".pth"):
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = loaded if isinstance(loaded, dict) else {"tensor": loaded}
+    else:
+        raise ValueError(f"`--input` must be a .npy, .npz, .safetensors or .pt file, got {path.name}")
+    usable = {}
+    for name, value in loaded.items():
+        array = testing.to_numpy(value) if isinstance(value, torch.Tensor) else value
+        if isinstance(array, np.ndarray) and (
+            (np.issubdtype(array.dtype, np.integer) and array.ndim in (1, 2))
+            or (np.issubdtype(array.dtype, np.floating) and array.ndim == 2)
+        ):
+            usable[str(name)] = np.ascontiguousarray(array)
+    if not usable:
+        raise ValueError(f"{path.name} holds no topk_ids (integers, 1 or 2 dimensions) and no logits (floats, 2)")
+    return usable

@@ -1,0 +1,85 @@
+"""Bad arguments get an error that names the argument, the rule and the value, before any launch."""
+
+import numpy as np
+import pytest
+import torch
+
+import numba_moe as moe
+from numba_moe.runtime import checks
+
+IDS = torch.zeros(4, 2, dtype=torch.int32)
+LOGITS = torch.zeros(4, 8)
+ROWS = torch.zeros(4, 16)
+WEIGHTS = torch.zeros(4, 2)
+META = torch.zeros(8, dtype=torch.int32, device="meta")
+
+BAD = {
+    "ids of floats": (lambda: moe.count_tokens_per_expert(LOGITS, 8), TypeError, "`topk_ids` must be of dtype int32 or int64, got float32"),
+    "ids as a list": (lambda: moe.count_tokens_per_expert([[0, 1]], 8), TypeError, "`topk_ids` must be a torch tensor, .* got builtins.list"),
+    "no ids": (lambda: moe.moe_align_block_size(None, 4, 8), TypeError, "`topk_ids` must be a torch tensor, .* got .*NoneType"),
+    "ids of text": (lambda: moe.count_tokens_per_expert(np.array(["a"]), 8), TypeError, "`topk_ids` must be a torch tensor, .* got numpy.ndarray"),
+    "ids of rank 3": (lambda: moe.moe_align_block_size(IDS[None], 4, 8), ValueError, r"`topk_ids` must be of 1 or 2 dimensions, got shape \(1, 4, 2\)"),
+    "ids of rank 1 to permute": (lambda: moe.moe_permute(ROWS, IDS[0], 8), ValueError, r"`topk_ids` must be of 2 dimensions, got shape \(2,\)"),
+    "strided ids": (lambda: moe.count_tokens_per_expert(IDS[:, :1], 8), ValueError, r"`topk_ids` must be contiguous, got shape \(4, 1\) with strides \(2, 1\)"),
+    "no experts": (lambda: moe.moe_align_block_size(IDS, 4, 0), ValueError, "`num_experts` must be at least 1, got 0"),
+    "half an expert": (lambda: moe.count_tokens_per_expert(IDS, 8.5), TypeError, "`num_experts` must be an integer, got float"),
+    "block_size 0": (lambda: moe.moe_align_block_size(IDS, 0, 8), ValueError, "`block_size` must be at least 1, got 0"),
+    "block_size True": (lambda: moe.moe_align_block_size(IDS, True, 8), TypeError, "`block_size` must be an integer, got bool"),
+    "flag as a number": (lambda: moe.moe_align_block_size(IDS, 4, 8, None, 1), TypeError, "`pad_sorted_ids` must be True or False, got 1"),
+    "inactive id past int32": (lambda: moe.moe_align_block_size(IDS, 4, 8, inactive_expert_id=2**31), ValueError, "`inactive_expert_id` must be at most 2147483647, got 2147483648"),
+    "positions past int32": (lambda: moe.moe_align_block_size(torch.zeros(100, dtype=torch.int32), 2**30, 8), ValueError, r"`topk_ids` must be small enough for the number of padded positions to fit int32 \(2147483647\)"),
+    "map of another length": (lambda: moe.count_tokens_per_expert(IDS, 7, torch.zeros(8, dtype=torch.int32)), ValueError, r"`expert_map` must be of shape \(num_experts,\) = \(7,\), got shape \(8,\)"),
+    "map of another library": (lambda: moe.count_tokens_per_expert(IDS, 8, np.zeros(8, np.int32)), TypeError, "`expert_map` must be of the same library as `topk_ids`, got numpy.ndarray"),
+    "map on another device": (lambda: moe.count_tokens_per_expert(IDS, 8, META), ValueError, "`expert_map` must be on a CUDA device or the CPU, got meta"),
+    "counts of rank 2": (lambda: moe.expert_offsets(IDS), ValueError, "`counts` must be of 1 dimensions"),
+    "alignment 0": (lambda: moe.expert_offsets(IDS[0], 0), ValueError, "`alignment` must be at least 1, got 0"),
+    "logits of doubles": (lambda: moe.topk_softmax(LOGITS.double(), 2), TypeError, "`gating_output` must be of dtype float32 or float16 or bfloat16, got float64"),
+    "logits of rank 1": (lambda: moe.topk_softmax(LOGITS[0], 2), ValueError, r"`gating_output` must be of 2 dimensions, got shape \(8,\)"),
+    "transposed logits": (lambda: moe.topk_softmax(LOGITS.T, 2), ValueError, r"`gating_output` must be contiguous in its last dimension, got strides \(1, 8\)"),
+    "no columns": (lambda: moe.topk_softmax(LOGITS[:, :0], 1), ValueError, "`num_experts .*` must be at least 1, got 0"),
+    "top_k 0": (lambda: moe.topk_sigmoid(LOGITS, 0), ValueError, "`top_k` must be at least 1, got 0"),
+    "top_k above the experts": (lambda: moe.topk_sigmoid(LOGITS, 9), ValueError, "`top_k` must be at most num_experts = 8, got 9"),
+    "half a bias": (lambda: moe.topk_softmax(LOGITS, 2, False, torch.zeros(8).half()), TypeError, "`correction_bias` must be of dtype float32, got float16"),
+    "short bias": (lambda: moe.topk_softmax(LOGITS, 2, False, torch.zeros(7)), ValueError, r"`correction_bias` must be of shape \(num_experts,\) = \(8,\), got shape \(7,\)"),
+    "renormalize as text": (lambda: moe.topk_softmax(LOGITS, 2, "yes"), TypeError, "`renormalize` must be True or False, got 'yes'"),
+    "groups that do not divide": (lambda: moe.grouped_topk(LOGITS, 2, 3, 1), ValueError, "`num_expert_group` must be a divisor of num_experts = 8, got 3"),
+    "more groups than there are": (lambda: moe.grouped_topk(LOGITS, 2, 4, 5), ValueError, "`topk_group` must be at most num_expert_group = 4, got 5"),
+    "more experts than the groups hold": (lambda: moe.grouped_topk(LOGITS, 3, 4, 1), ValueError, "`top_k` must be at most the 2 experts of 1 groups, got 3"),
+    "unknown scoring": (lambda: moe.grouped_topk(LOGITS, 2, 4, 2, scoring_func="relu"), ValueError, "`scoring_func` must be one of 'softmax', 'sigmoid', got 'relu'"),
+    "unknown group score": (lambda: moe.grouped_topk(LOGITS, 2, 4, 2, group_score="min"), ValueError, "`group_score` must be one of 'max', 'top2_sum', got 'min'"),
+    "factor as text": (lambda: moe.grouped_topk(LOGITS, 2, 4, 2, routed_scaling_factor="2"), TypeError, "`routed_scaling_factor` must be a number, got str"),
+    "rows of integers": (lambda: moe.moe_permute(IDS, IDS, 8), TypeError, "`hidden_states` must be of dtype"),
+    "ids of other tokens": (lambda: moe.moe_permute(ROWS[:3], IDS, 8), ValueError, r"`topk_ids` must be of shape \(num_tokens, top_k\) = \(3, 2\), got shape \(4, 2\)"),
+    "top_k of no columns": (lambda: moe.moe_permute(ROWS, IDS[:, :0].contiguous(), 8), ValueError, "`top_k .*` must be at least 1, got 0"),
+    "weights of another shape": (lambda: moe.moe_unpermute(ROWS, WEIGHTS[:3], IDS), ValueError, r"`inv_permuted_idx` must be of shape that of `topk_weights` = \(3, 2\), got shape \(4, 2\)"),
+    "index of int64": (lambda: moe.moe_unpermute(ROWS, WEIGHTS, IDS.long()), TypeError, "`inv_permuted_idx` must be of dtype int32, got int64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name, device, monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("allocated before checking"))
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_too_many_slots():
+    checks.fits_int32("topk_ids", 2**31 - 1, "the number of slots")
+    with pytest.raises(ValueError, match="got the number of slots = 2147483648"):
+        checks.fits_int32("topk_ids", 2**31, "the number of slots")
+    huge = torch.zeros(1, dtype=torch.int32).expand(2**31)
+    with pytest.raises(ValueError, match="`topk_ids` must be contiguous"):
+        moe.count_tokens_per_expert(huge, 8)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    assert moe.count_tokens_per_expert(IDS, np.int64(8)).tolist() == [8, 0, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_mixed_devices_name_both():
+    with pytest.raises(ValueError, match="`expert_map` must be on the device of `topk_ids`, cuda:0, got cpu"):
+        moe.count_tokens_per_expert(IDS.cuda(), 8, torch.zeros(8, dtype=torch.int32))
+    with pytest.raises(ValueError, match="`correction_bias` must be on the device of `gating_output`, cpu, got cuda:0"):
+        moe.topk_softmax(LOGITS, 2, False, torch.zeros(8, device="cuda"))

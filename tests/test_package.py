@@ -1,0 +1,79 @@
+"""The package installs whole, imports light, and says the same thing twice."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import numba_moe
+from numba_moe import reference
+
+ROOT = Path(__file__).parents[1]
+OPS = [name for name in numba_moe.__all__ if name[0].islower()]
+
+
+def test_import_is_light():
+    program = (
+        "import sys, time; begin = time.perf_counter(); import numba_moe; took = time.perf_counter() - begin;"
+        "print(took, *sorted({'torch', 'numba', 'cuda', 'numpy'} & set(sys.modules)))"
+    )
+    took, *heavy = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert heavy == []
+    assert float(took) < 0.3
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="has no attribute 'moe_sort'"):
+        _ = numba_moe.moe_sort
+    assert set(numba_moe.__all__) <= set(dir(numba_moe))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_has_its_twin_in_the_reference(name):
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert parameters(getattr(numba_moe, name)) == parameters(getattr(reference, name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_docstrings_have_their_sections(name):
+    text = inspect.getdoc(getattr(numba_moe, name))
+    for section in ("Parameters", "Returns", "Raises", "Notes", "Examples"):
+        assert re.search(rf"^{section}\n-+$", text, re.MULTILINE), section
+    for parameter in inspect.signature(getattr(numba_moe, name)).parameters:
+        assert re.search(rf"^{parameter} : ", text, re.MULTILINE), parameter
+
+
+def test_reference_uses_numpy_alone():
+    for path in (ROOT / "reference").glob("*.py"):
+        imported = set(re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE))
+        assert {name for name in imported if not name.startswith("numba_moe.reference")} <= {"numpy", "typing"}
+
+
+def test_reference_readme_names_every_op():
+    text = (ROOT / "reference" / "README.md").read_text()
+    assert [name for name in OPS if f"`{name}" not in text] == []
+
+
+def test_wheel_holds_the_reference_and_no_top_level_package_of_that_name(tmp_path):
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"
+    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
+    for name in filter(None, listed):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "numba_moe/reference/align.py" in names
+    assert "numba_moe/reference/README.md" in names
+    assert "numba_moe/runtime/launch.py" in names
+    assert "numba_moe/py.typed" in names
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"numba_moe", f"numba_moe-{numba_moe.__version__}.dist-info"}

@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -130,8 +130,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             return function(*positional, **named)
         with kind.calling(array, tensor):
             result: Any = function(*positional, **named)
-            result = type(result)(*map(kind.unwrap, result)) if isinstance(result, tuple) else kind.unwrap(result)
-            return result
+            if isinstance(result, tuple):
+                return cast(R, type(result)(*map(kind.unwrap, result)))
+            return cast(R, kind.unwrap(result))
 
     return call
 

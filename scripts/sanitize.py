@@ -13,9 +13,10 @@ def main() -> int:
     parser.add_argument("verify", nargs="*", help="options of verify.py, after -- (default: --quick)")
     options = parser.parse_args()
     verify = [sys.executable, str(Path(__file__).with_name("verify.py")), *(options.verify or ["--quick"])]
+    # API errors are left out: cuda-bindings probes for entry points that older drivers lack, and handles their absence
     failed = False
     for tool in options.tool or ["memcheck", "racecheck"]:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "2", *verify]
+        command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "2", *verify]
         print(" ".join(command), flush=True)
         failed |= subprocess.run(command).returncode != 0
     return int(failed)

@@ -47,12 +47,13 @@ def test_a_graph_replays_with_new_inputs():
             assert torch.equal(part, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_synchronises():
     hidden = torch.randn(300, 256, device="cuda")
     logits = torch.randn(300, 64, device="cuda")
     whole_block(hidden, logits)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         whole_block(hidden, logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -116,6 +117,7 @@ def test_payload_past_int32_elements():
     assert torch.equal(combined, rows)
 
 
+@pytest.mark.filterwarnings("ignore:.*under-utilization")
 def test_kernels_launch_by_hand_on_numba_arrays():
     from numba import cuda
 

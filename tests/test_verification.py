@@ -88,8 +88,13 @@ OPS_OF = {
 }
 
 
+WRITES_OUTSIDE = {"off by one", "one tile counted twice", "padding miscounted"}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_kernel_is_caught(fault, monkeypatch):
+    if ON_GPU and fault in WRITES_OUTSIDE:
+        pytest.skip("would write outside its arrays; the simulator catches that")
     module, kernel, old, new = FAULTS[fault]
     home, wrong = broken(module, kernel, source_of(module, kernel, old, new))
     monkeypatch.setattr(home, kernel, wrong)

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import pickle
 import platform
 import sys
 import time
@@ -163,7 +164,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"Comparing the kernels on {where['device']} with the NumPy reference.")
     else:
         print("No CUDA device here: the same kernels run in Numba's CUDA simulator, on smaller cases.")
-    cases = select_cases(options, on_gpu)
+    try:
+        cases = select_cases(options, on_gpu)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        print(f"numba-moe verify: {error}", file=sys.stderr)
+        return 2
     if options.list:
         print("\n".join(f"{case.op}: {case.name}" for case in cases))
         return 0

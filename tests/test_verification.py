@@ -200,6 +200,11 @@ def test_a_file_cannot_run_code(suffix, tmp_path):
         cases.load_routing(path)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
+    assert cli.main(["verify", "--input", str(tmp_path / "missing.npy")]) == 2
+    assert "missing.npy" in capsys.readouterr().err
+
+
 def test_a_file_without_routing_is_refused(tmp_path):
     np.save(tmp_path / "text.npy", np.array(["a"]))
     with pytest.raises(ValueError, match="holds no topk_ids"):

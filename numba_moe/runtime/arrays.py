@@ -49,7 +49,7 @@ class _NumpyKind(_Kind):
 
 class _NumbaKind(_Kind):
     def wrap(self, array: Any) -> torch.Tensor:
-        return torch.from_numpy(array._ary) if simulator.ENABLED else torch.as_tensor(array, device="cuda")
+        return torch.from_numpy(array._ary) if simulator.ENABLED else torch.as_tensor(array)
 
     def unwrap(self, tensor: torch.Tensor) -> Any:
         from numba import cuda

@@ -7,7 +7,8 @@ reader all take it from the same place::
     def count_slots(topk_ids: Ids, expert_map: ExpertMap, num_slots: Int32, ..., tile_counts: Int32Array):
 
 Array parameters are flat: kernels index them with one integer. `None` among the dtypes means that the
-argument may be absent; Numba then compiles the `is None` branch alone.
+argument may be absent; Numba then compiles the `is None` branch alone. (Numba's own launch takes no None: by hand,
+give an array there.)
 """
 
 from typing import Annotated, Any

@@ -8,12 +8,12 @@ each block.
 from typing import Any
 
 import torch
-from numba import cuda
 
 from numba_moe import counting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
 from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.dialect import cuda
 from numba_moe.runtime.launch import block_threads, launch
 from numba_moe.runtime.parameters import ExpertMap, Int32, Int32Array, Int64Array, OptionalInt32Array
 

@@ -14,10 +14,10 @@ at every run.
 from typing import Any
 
 import torch
-from numba import cuda, int32, int64
 
 from numba_moe.reference import counting as reference
 from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.dialect import cuda, int32, int64
 from numba_moe.runtime.launch import block_threads, launch, launch_warps
 from numba_moe.runtime.parameters import (
     ExpertMap,

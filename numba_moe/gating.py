@@ -10,11 +10,11 @@ Experts rank by their logits, or by score + bias where there is a correction bia
 from typing import Any
 
 import torch
-from numba import cuda, float32, int64
 
 from numba_moe.reference import gating as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.dialect import cuda, float32, int64
 from numba_moe.runtime.launch import launch_warps
 from numba_moe.runtime.parameters import (
     Float32Array,

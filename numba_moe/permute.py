@@ -7,12 +7,12 @@ block each, as machine words whatever their dtype; `combine_rows` sums each toke
 from typing import Any
 
 import torch
-from numba import cuda, float32, int64
 
 from numba_moe import align, counting
 from numba_moe.reference import permute as reference
 from numba_moe.reference.permute import PermutedTokens
 from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.dialect import cuda, float32, int64
 from numba_moe.runtime.launch import block_threads, launch
 from numba_moe.runtime.parameters import FloatArray, Int32, Int32Array, Int64, Words
 from numba_moe.runtime.primitives import load_float, store_float

@@ -11,7 +11,6 @@ import pickle
 import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +22,10 @@ from tqdm import tqdm
 import numba_moe
 from numba_moe import reference, testing
 from numba_moe.cases import Case, edge_cases, input_cases, model_cases
-from numba_moe.runtime import simulator
+from numba_moe.runtime import cache, simulator
 
 PAYLOADS = ("gating_output", "hidden_states", "permuted")  # whose dtype and layout a case chooses
+PACKAGES = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
 OPS = tuple(name for name in numba_moe.__all__ if name[0].islower())
 
 
@@ -150,8 +150,7 @@ def select_cases(options: argparse.Namespace, on_gpu: bool) -> list[Case]:
 
 def environment(on_gpu: bool) -> dict[str, str]:
     """Return what a reader needs to know to compare two tables."""
-    packages = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
-    found = {name: version(name) for name in packages}
+    found = {name: cache.version(name) for name in PACKAGES}
     device = torch.cuda.get_device_name() if on_gpu else "Numba's CUDA simulator"
     return {"device": device, "python": platform.python_version(), **found}
 

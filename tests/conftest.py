@@ -1,6 +1,9 @@
 """Fixtures: a device on which public functions run the kernels."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,3 +19,17 @@ def device() -> Iterator[str]:
     else:
         with simulator.running():
             yield "cpu"
+
+
+@pytest.fixture
+def without_simulator() -> Callable[..., str]:
+    """Return a function that runs a program in a process of its own, with Numba's compiler, and returns its output."""
+
+    def run(program: str, *arguments: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

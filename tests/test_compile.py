@@ -1,9 +1,6 @@
 """Every specialisation of every kernel compiles, on a machine with or without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -21,15 +18,8 @@ print(json.dumps(report))
 """
 
 
-def without_simulator(program, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    done = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("compute_capability", [(8, 0), (9, 0), (10, 0)])
-def test_every_specialisation_compiles_to_ptx(compute_capability):
+def test_every_specialisation_compiles_to_ptx(compute_capability, without_simulator):
     report = json.loads(without_simulator(PROGRAM, json.dumps(compute_capability)))
     assert set(report) == {
         "choose_experts",
@@ -45,7 +35,7 @@ def test_every_specialisation_compiles_to_ptx(compute_capability):
         assert not any(calls), f"{kernel} calls a function that was not inlined: {calls}"
 
 
-def test_a_dtype_outside_the_signature_is_refused():
+def test_a_dtype_outside_the_signature_is_refused(without_simulator):
     program = """
 from numba_moe import counting
 from numba_moe.runtime import compile

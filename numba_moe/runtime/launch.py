@@ -12,7 +12,7 @@ import torch
 from cuda.core import Device, LaunchConfig, Stream
 from cuda.core import launch as cuda_launch
 
-from numba_moe.runtime import simulator
+from numba_moe.runtime import compile, simulator
 
 _kernels: dict[tuple[Any, ...], Any] = {}
 _compile_lock = threading.Lock()
@@ -69,8 +69,6 @@ def _launch_on_current_device(kernel: Any, blocks: int, threads: int, arguments:
 
 
 def _load(key: tuple[Any, ...], kernel: Any, device: int, dtypes: tuple[Any, ...]) -> Any:
-    from numba_moe.runtime import compile
-
     with _compile_lock:
         if key not in _kernels:
             names = tuple(None if dtype is None else str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -13,11 +13,9 @@ give an array there.)
 
 from typing import Annotated, Any
 
-from numba import types
-
-Int32 = Annotated[int, types.int32]
-Int64 = Annotated[int, types.int64]
-Float64 = Annotated[float, types.float64]
+Int32 = Annotated[int, "int32"]
+Int64 = Annotated[int, "int64"]
+Float64 = Annotated[float, "float64"]
 
 Ids = Annotated[Any, "int32", "int64"]
 ExpertMap = Annotated[Any, None, "int32", "int64"]
@@ -30,12 +28,4 @@ FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
 Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
 
 # bfloat16 travels as its 16 bits: primitives.load_float and store_float convert it.
-ELEMENT_TYPES = {
-    "float32": types.float32,
-    "float16": types.float16,
-    "bfloat16": types.uint16,
-    "int64": types.int64,
-    "int32": types.int32,
-    "int16": types.int16,
-    "uint8": types.uint8,
-}
+ELEMENT_TYPES = {"bfloat16": "uint16"}

@@ -6,10 +6,9 @@ A warp function must be reached by all 32 lanes of the warp.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import cuda, float32, int32, int64, types
 
 from numba_moe.runtime import simulator
+from numba_moe.runtime.dialect import Deferred, cuda, float32, int32, int64
 
 ALL_LANES = 0xFFFFFFFF
 WARP = 32
@@ -19,7 +18,11 @@ LOWEST_KEY = np.iinfo(np.int64).min
 HIGHEST_KEY = np.iinfo(np.int64).max
 
 
-if simulator.ENABLED:
+load_float: Any
+store_float: Any
+float_as_int: Any
+exp: Any
+if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
     def load_float(array: Any, index: int) -> Any:
         value = array[index]
@@ -40,49 +43,10 @@ if simulator.ENABLED:
             return np.exp(np.float32(value))
 
 else:
-    from numba.cuda import libdevice
-    from numba.cuda.extending import intrinsic
-
-    float_as_int = libdevice.float_as_int
-    exp = libdevice.expf
-
-    def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-        if isinstance(array_type, types.Array):
-            array = context.make_array(array_type)(context, builder, array).data
-        return builder.gep(array, [index])
-
-    @intrinsic
-    def load_float(typingctx: Any, array: Any, index: Any) -> Any:
-        """Read an element of a float32, float16 or bfloat16 (as uint16) array as float32."""
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            value = builder.load(_address(context, builder, signature.args[0], *arguments))
-            dtype = signature.args[0].dtype
-            if dtype == types.float16:
-                return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-            if dtype == types.uint16:
-                word = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-                return builder.bitcast(word, ir.FloatType())
-            return value
-
-        return types.float32(array, types.int64), codegen
-
-    @intrinsic
-    def store_float(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-        """Write a float32 to an element of a float32, float16 or bfloat16 array, rounded to nearest even."""
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            dtype = signature.args[0].dtype
-            value = arguments[2]
-            if dtype == types.float16:
-                value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-            elif dtype == types.uint16:
-                convert = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
-                value = builder.call(ir.InlineAsm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f"), [value])
-            builder.store(value, _address(context, builder, signature.args[0], *arguments[:2]))
-            return context.get_dummy_value()
-
-        return types.void(array, types.int64, types.float32), codegen
+    load_float = Deferred("numba_moe.runtime.intrinsics", "load_float")
+    store_float = Deferred("numba_moe.runtime.intrinsics", "store_float")
+    float_as_int = Deferred("numba.cuda.libdevice", "float_as_int")
+    exp = Deferred("numba.cuda.libdevice", "expf")
 
 
 @cuda.jit(device=True)

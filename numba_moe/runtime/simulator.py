@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba.cuda.core import config
 
-ENABLED = bool(config.ENABLE_CUDASIM)
+ENABLED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 _ALL_LANES = 0xFFFFFFFF
 _running = False
 

@@ -169,16 +169,15 @@ def moe_align_block_size(
     if arrays.answered_by_reference(topk_ids):
         arguments = (topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts)
         return arrays.by_reference(reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id)
-    device = topk_ids.device
     out = AlignedBlocks(
-        torch.empty(length, dtype=torch.int32, device=device),
-        torch.empty(-(-length // block_size), dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
+        arrays.empty(length, torch.int32, topk_ids),
+        arrays.empty(-(-length // block_size), torch.int32, topk_ids),
+        arrays.empty(1, torch.int32, topk_ids),
     )
     scratch = (
         counting.tile_scratch(topk_ids, num_experts),
-        torch.empty(num_experts, dtype=torch.int32, device=device),
-        torch.empty(num_experts + 1, dtype=torch.int64, device=device),
+        arrays.empty(num_experts, torch.int32, topk_ids),
+        arrays.empty(num_experts + 1, torch.int64, topk_ids),
     )
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     _launch_align(topk_ids, slot_map, block_names, block_size, inactive_expert_id, scratch, out)

@@ -169,7 +169,7 @@ def place_slots(
 def tile_scratch(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Allocate tile_counts: tiles at least as long as there are experts keep it no larger than the input."""
     num_tiles = -(-topk_ids.numel() // _tile_size(num_experts))
-    return torch.empty((num_experts, num_tiles), dtype=torch.int32, device=topk_ids.device)
+    return arrays.empty((num_experts, num_tiles), torch.int32, topk_ids)
 
 
 def _tile_size(num_experts: int) -> int:
@@ -246,7 +246,7 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
     num_experts = checks.routing(topk_ids, num_experts, expert_map)
     if arrays.answered_by_reference(topk_ids):
         return arrays.by_reference(reference.count_tokens_per_expert, topk_ids, num_experts, expert_map)
-    counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
+    counts = arrays.empty(num_experts, torch.int32, topk_ids)
     launch_count(topk_ids, expert_map, tile_scratch(topk_ids, num_experts), counts)
     return counts
 
@@ -288,6 +288,6 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     alignment = checks.integer("alignment", alignment, 1)
     if arrays.answered_by_reference(counts):
         return arrays.by_reference(reference.expert_offsets, counts, alignment)
-    offset = torch.empty(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    offset = arrays.empty(counts.numel() + 1, torch.int64, counts)
     launch_offsets(counts, alignment, offset, None)
     return offset

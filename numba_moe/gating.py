@@ -239,10 +239,8 @@ def _check_gating(gating_output: Any, top_k: Any, renormalize: Any, correction_b
 
 
 def _allocate(gating_output: torch.Tensor, top_k: int) -> TopK:
-    shape, device = (gating_output.shape[0], top_k), gating_output.device
-    return TopK(
-        torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.int32, device=device)
-    )
+    shape = (gating_output.shape[0], top_k)
+    return TopK(arrays.empty(shape, torch.float32, gating_output), arrays.empty(shape, torch.int32, gating_output))
 
 
 def _topk(scoring_func: str, gating_output: Any, top_k: int, renormalize: bool, correction_bias: Any) -> TopK:
@@ -431,7 +429,7 @@ def grouped_topk(
             routed_scaling_factor=routed_scaling_factor,
         )
     out = _allocate(gating_output, top_k)
-    group_scores = torch.empty((num_tokens, num_expert_group), dtype=torch.float32, device=gating_output.device)
+    group_scores = arrays.empty((num_tokens, num_expert_group), torch.float32, gating_output)
     groups = (num_expert_group, topk_group, group_score)
     _launch_choose(
         gating_output, correction_bias, scoring_func, renormalize, routed_scaling_factor, groups, group_scores, out

@@ -148,17 +148,17 @@ def moe_permute(hidden_states: Any, topk_ids: Any, num_experts: int, expert_map:
     num_tokens, hidden = hidden_states.shape
     top_k = checks.integer("top_k (columns of `topk_ids`)", topk_ids.shape[1], 1)
     checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
-    dtype, device, num_slots = hidden_states.dtype, hidden_states.device, topk_ids.numel()
+    dtype, num_slots = hidden_states.dtype, topk_ids.numel()
     if arrays.answered_by_reference(hidden_states):
         rows, *indices = arrays.by_reference(reference.moe_permute, hidden_states, topk_ids, num_experts, expert_map)
         return PermutedTokens(rows.to(dtype), *indices)
     out = PermutedTokens(
-        torch.empty((num_slots, hidden), dtype=dtype, device=device),
-        torch.empty(num_experts + 1, dtype=torch.int64, device=device),
-        torch.empty(num_slots, dtype=torch.int32, device=device),
-        torch.empty((num_tokens, top_k), dtype=torch.int32, device=device),
+        arrays.empty((num_slots, hidden), dtype, hidden_states),
+        arrays.empty(num_experts + 1, torch.int64, hidden_states),
+        arrays.empty(num_slots, torch.int32, hidden_states),
+        arrays.empty((num_tokens, top_k), torch.int32, hidden_states),
     )
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    counts = arrays.empty(num_experts, torch.int32, hidden_states)
     scratch = (counting.tile_scratch(topk_ids, num_experts), counts)
     _launch_permute(hidden_states, topk_ids, expert_map, scratch, out)
     return out
@@ -214,7 +214,7 @@ def moe_unpermute(permuted: Any, topk_weights: Any, inv_permuted_idx: Any) -> An
     if arrays.answered_by_reference(permuted):
         combined = arrays.by_reference(reference.moe_unpermute, permuted, topk_weights, inv_permuted_idx)
         return combined.to(permuted.dtype)
-    out = torch.empty((num_tokens, hidden), dtype=permuted.dtype, device=permuted.device)
+    out = arrays.empty((num_tokens, hidden), permuted.dtype, permuted)
     sizes = (num_rows, top_k, hidden, permuted.stride(0))
     blocks = num_tokens if hidden else 0
     launch(combine_rows, blocks, block_threads(THREADS), permuted, topk_weights, inv_permuted_idx, *sizes, out)

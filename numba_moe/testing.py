@@ -1,7 +1,6 @@
 """Inputs, poison, tolerances and comparison: shared by the tests, the verification and the benchmark."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from numba_moe import reference
+from numba_moe.runtime import arrays
 
 # (relative, absolute) error of a float result against the reference. float32: sums of up to a few thousand
 # terms, and exp to 2 units in the last place. float16 and bfloat16: one unit in the last place, since a sum that
@@ -83,15 +83,14 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty returns: NaN in floats, a large odd number in integers."""
-    empty = torch.empty
+    """Fill what ops allocate: NaN in floats, a large odd number in integers."""
+    empty = arrays.empty
 
-    @functools.wraps(empty)
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = empty(*args, **kwargs)
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        tensor = empty(*arguments)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x5EADBEEF & torch.iinfo(tensor.dtype).max)
 
-    with mock.patch.object(torch, "empty", poisoned):
+    with mock.patch.object(arrays, "empty", poisoned):
         yield
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from numba_moe import reference, testing
+from numba_moe.runtime import arrays
 
 
 @pytest.mark.parametrize(
@@ -85,11 +86,12 @@ def test_random_ids_are_distinct_and_skewed_as_asked(routing):
 
 
 def test_poisoned_memory_fills_what_is_allocated():
+    like = torch.zeros(1)
     with testing.poisoned_memory():
-        assert torch.empty(3).isnan().all()
-        assert (torch.empty(3, dtype=torch.int32) > 1 << 20).all()
-        assert (torch.empty(3, dtype=torch.uint8) > 0).all()
-    assert torch.empty(0).numel() == 0
+        assert arrays.empty(3, torch.float32, like).isnan().all()
+        assert (arrays.empty((3, 2), torch.int32, like) > 1 << 20).all()
+        assert (arrays.empty(3, torch.uint8, like) > 0).all()
+    assert arrays.empty(0, torch.int32, like).numel() == 0
 
 
 def test_strided_rows_lie_between_poison():

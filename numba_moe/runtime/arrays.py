@@ -137,6 +137,11 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def empty(shape: int | tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Allocate on the device of a tensor: every output and scratch of every op, so that tests can poison it."""
+    return like.new_empty(shape, dtype=dtype)
+
+
 def answered_by_reference(tensor: torch.Tensor) -> bool:
     """Whether a call on this tensor is for the NumPy reference: it is on the CPU, and no simulation runs."""
     return not tensor.is_cuda and not simulator.is_running()

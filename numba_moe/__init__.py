@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "AlignedBlocks": "align",
+    "BumpAllocator": "runtime.workspace",
     "PermutedTokens": "permute",
     "TopK": "gating",
     "count_tokens_per_expert": "counting",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.reference.align import AlignedBlocks as AlignedBlocks
     from numba_moe.reference.gating import TopK as TopK
     from numba_moe.reference.permute import PermutedTokens as PermutedTokens
+    from numba_moe.runtime.workspace import BumpAllocator as BumpAllocator
 
 
 def __getattr__(name: str) -> Any:

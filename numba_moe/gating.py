@@ -230,6 +230,7 @@ def _check_gating(gating_output: Any, top_k: Any, renormalize: Any, correction_b
     checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
     top_k = checks.integer("top_k", top_k, 1, num_experts, f"num_experts = {num_experts}")
     checks.boolean("renormalize", renormalize)
+    checks.logits("gating_output", gating_output)
     checks.fits_int32("gating_output", num_tokens * top_k, "num_tokens * top_k")
     if correction_bias is not None:
         like = ("gating_output", gating_output)

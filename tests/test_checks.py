@@ -73,6 +73,39 @@ def test_too_many_slots():
         moe.count_tokens_per_expert(huge, 8)
 
 
+ROUTED = torch.tensor([[3, 1], [0, -1], [-1, -1], [2, 0]], dtype=torch.int32)
+BAD_DATA = {
+    "out of range": (3, 1, 8, r"`topk_ids` must be -1 or in \[0, num_experts = 8\), got another id at token 3, k 1"),
+    "below -1": (1, 1, -2, "got another id at token 1, k 1"),
+    "twice": (3, 1, 2, "`topk_ids` must be distinct experts for each token, got an expert again at token 3, k 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_validation_names_the_first_bad_token(name, device, monkeypatch):
+    token, k, value, message = BAD_DATA[name]
+    ids = ROUTED.clone()
+    ids[token, k] = value
+    moe.count_tokens_per_expert(ids.to(device), 8)
+    monkeypatch.setattr(checks, "VALIDATE", True)
+    moe.count_tokens_per_expert(ROUTED.to(device), 8)
+    with pytest.raises(ValueError, match=message):
+        moe.count_tokens_per_expert(ids.to(device), 8)
+    if name != "twice":
+        with pytest.raises(ValueError, match=f"another id at slot {2 * token + k}"):
+            moe.moe_align_block_size(ids.ravel().to(device), 4, 8)
+
+
+def test_validation_names_the_first_bad_logit(device, monkeypatch):
+    logits = LOGITS.clone()
+    logits[2, 5] = torch.nan
+    moe.topk_softmax(logits.to(device), 2)
+    monkeypatch.setattr(checks, "VALIDATE", True)
+    moe.topk_softmax(LOGITS.to(device), 2)
+    with pytest.raises(ValueError, match="`gating_output` must be finite, got another value at token 2, expert 5"):
+        moe.topk_softmax(logits.to(device), 2)
+
+
 def test_numbers_of_other_libraries_are_numbers():
     assert moe.count_tokens_per_expert(IDS, np.int64(8)).tolist() == [8, 0, 0, 0, 0, 0, 0, 0]
 

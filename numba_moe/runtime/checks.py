@@ -3,15 +3,19 @@
 Checks read types, shapes, dtypes, strides and devices, never data, so they cost no synchronisation. A wrong type
 is a TypeError, a wrong value, shape or device a ValueError; the message reads
 "`<argument>` must be <rule>, got <value>".
+
+With NUMBA_MOE_VALIDATE=1 in the environment a pass over the data, which does synchronise, names the first bad token.
 """
 
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 
 LARGEST_INT32 = 2**31 - 1
+VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -120,7 +124,34 @@ def routing(
     if expert_map is not None:
         array("expert_map", expert_map, IDS, (1,), like=("topk_ids", topk_ids))
         shape("expert_map", expert_map, (experts,), "(num_experts,)")
+    if VALIDATE:
+        _validate_ids(topk_ids, experts)
     return experts
+
+
+def _first(bad: torch.Tensor) -> str | None:
+    """Name the first True of a mask of rows, or None."""
+    found = bad.nonzero()
+    names = ("slot",) if bad.dim() == 1 else ("token", "k")
+    return ", ".join(f"{name} {int(i)}" for name, i in zip(names, found[0], strict=True)) if len(found) else None
+
+
+def _validate_ids(topk_ids: torch.Tensor, num_experts: int) -> None:
+    """Check that ids are -1 or experts, none of them twice for a token."""
+    if place := _first((topk_ids < -1) | (topk_ids >= num_experts)):
+        _wrong_value("topk_ids", f"-1 or in [0, num_experts = {num_experts})", f"another id at {place}")
+    if topk_ids.dim() == 2:
+        ordered, order = topk_ids.sort(dim=1, stable=True)
+        again = torch.zeros_like(topk_ids, dtype=torch.bool)
+        again.scatter_(1, order[:, 1:], (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0))
+        if place := _first(again):
+            _wrong_value("topk_ids", "distinct experts for each token", f"an expert again at {place}")
+
+
+def logits(argument: str, value: torch.Tensor) -> None:
+    """Check that logits are finite, where the data is to be validated."""
+    if VALIDATE and (place := _first(~value.isfinite())):
+        _wrong_value(argument, "finite", f"another value at {place.replace(', k ', ', expert ')}")
 
 
 def divides(argument: str, divisor: int, whole: str, number: int) -> None:

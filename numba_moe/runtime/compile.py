@@ -13,7 +13,6 @@ import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
-from unittest import mock
 
 from cuda.core import ObjectCode, Program, ProgramOptions
 
@@ -78,8 +77,12 @@ def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
     from numba.cuda import dispatcher
 
     device = types.SimpleNamespace(compute_capability=compute_capability)
-    with mock.patch.object(dispatcher, "get_current_device", return_value=device):
+    before = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: device
+    try:
         yield
+    finally:
+        dispatcher.get_current_device = before
 
 
 def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]) -> str:

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["verify"]:
         use_simulator_without_gpu()  # before anything imports numba
-    from numba_moe import verification
+    from numba_moe import bench, verification
 
     parser = argparse.ArgumentParser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -27,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify = commands.add_parser("verify", help=text, description=verification.__doc__)
     verification.add_arguments(verify)
     verify.set_defaults(run=verification.run)
+    text = "time the ops beside other implementations"
+    timing = commands.add_parser("bench", help=text, description=bench.__doc__)
+    bench.add_arguments(timing)
+    timing.set_defaults(run=bench.run)
     text = "compile every kernel ahead of its first use, also on a machine without a GPU"
     warmup = commands.add_parser("warmup", help=text, description=f"{text.capitalize()}.")
     text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"

@@ -63,7 +63,10 @@ def run_case(case: Case, seed: int, device: str) -> Outcome:
         }
 
     given, untouched = on_device(), on_device()
-    call = lambda: getattr(numba_moe, case.op)(**given)  # noqa: E731
+
+    def call() -> Any:
+        return getattr(numba_moe, case.op)(**given)
+
     running = contextlib.nullcontext() if device == "cuda" else simulator.running()
     try:
         with running, testing.poisoned_memory():

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from numba_moe import bench, reference, testing
-from numba_moe.bench import OURS, Row
+from numba_moe.bench import contenders, measure, report
+from numba_moe.bench.contenders import OURS
+from numba_moe.bench.measure import Row
 
 
 def parse(*arguments):
@@ -31,35 +33,35 @@ def rows_of_two_shapes():
 
 def test_ratios_are_to_the_best_peer_of_the_same_case():
     rows = rows_of_two_shapes()
-    assert bench.ratios(rows) == {rows[0].key: (0.5, 1.0), rows[3].key: (8.0, 4.0)}
+    assert report.ratios(rows) == {rows[0].key: (0.5, 1.0), rows[3].key: (8.0, 4.0)}
     alone = rows[0]._replace(dtype="bfloat16")
-    assert bench.ratios([*rows, alone])[alone.key] == (None, None)
+    assert report.ratios([*rows, alone])[alone.key] == (None, None)
 
 
 def test_geometric_means():
-    count, device, host = bench.means(rows_of_two_shapes())["topk_softmax"]
+    count, device, host = report.means(rows_of_two_shapes())["topk_softmax"]
     assert count == 2
     assert device == pytest.approx(2.0)
     assert host == pytest.approx(2.0)
-    assert bench.means(rows_of_two_shapes()[:1]) == {}
+    assert report.means(rows_of_two_shapes()[:1]) == {}
 
 
 def test_table():
-    first, vllm, *_, wrong = bench.table(rows_of_two_shapes()).splitlines()[2:]
+    first, vllm, *_, wrong = report.table(rows_of_two_shapes()).splitlines()[2:]
     assert first.split() == ["topk_softmax", "a", "float32", OURS, "2.0", "9.0", "50%", "0.50", "1.00"]
     assert vllm.split()[-2:] == ["-", "-"]
     assert wrong.split()[4:] == ["-", "-", "-", "-", "-", "WRONG", "row", "3"]
     refused = Row("topk_softmax", "a", 1, "float32", "vllm", message="RuntimeError: too many experts")
-    assert bench.table([refused]).split()[-1] == "refused"
+    assert report.table([refused]).split()[-1] == "refused"
 
 
 def test_table_beside_an_older_run(tmp_path):
     rows = rows_of_two_shapes()
     older = [rows[0]._replace(device_us=8.0, host_us=6.0), rows[4]._replace(shape="c")]
-    bench.write_report(tmp_path / "old.json", older, {"device": "some GPU"})
-    old = bench.read_report(tmp_path / "old.json")
+    report.write_report(tmp_path / "old.json", older, {"device": "some GPU"})
+    old = report.read_report(tmp_path / "old.json")
     assert old == {row.key: row for row in older}
-    lines = bench.table(rows, old).splitlines()[2:]
+    lines = report.table(rows, old).splitlines()[2:]
     assert lines[0].split()[-4:] == ["8.0", "0.25", "6.0", "1.50"]
     assert lines[4].split()[-4:] == ["-", "-", "-", "-"]
 
@@ -69,7 +71,7 @@ def test_a_file_that_is_no_report(tmp_path, text):
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"old\.json is no report"):
-        bench.read_report(path)
+        report.read_report(path)
 
 
 def test_bytes_of_alignment():
@@ -77,7 +79,7 @@ def test_bytes_of_alignment():
     blocks = reference.moe_align_block_size(chosen.numpy(), 4, 3)
     arguments = {"topk_ids": chosen, "block_size": 4, "num_experts": 3}
     # reads 4 ids; writes 4 + 3 * 3 positions, ceil(13 / 4) experts and 1 count; 4 bytes each
-    moved = bench.bytes_moved(arguments, tuple(map(torch.from_numpy, blocks)))
+    moved = measure.bytes_moved(arguments, tuple(map(torch.from_numpy, blocks)))
     assert moved == 4 * (4 + 13 + 4 + 1)
 
 
@@ -85,8 +87,8 @@ def test_bytes_of_gating():
     arguments = {"gating_output": torch.ones(3, 8, dtype=torch.bfloat16), "top_k": 2, "correction_bias": torch.ones(8)}
     # reads 24 logits of 2 bytes and 8 biases of 4; writes 6 weights and 6 ids of 4
     result = torch.ones(3, 2), torch.ones(3, 2, dtype=torch.int32)
-    assert bench.bytes_moved(arguments, result) == 24 * 2 + 8 * 4 + 6 * 4 + 6 * 4
-    assert bench.bytes_moved({}, result[0]) == 24
+    assert measure.bytes_moved(arguments, result) == 24 * 2 + 8 * 4 + 6 * 4 + 6 * 4
+    assert measure.bytes_moved({}, result[0]) == 24
 
 
 IDS = np.array([[2, 0], [0, 1], [2, 1]], np.int32)
@@ -95,8 +97,8 @@ ALIGNED = {"topk_ids": torch.from_numpy(IDS), "block_size": 4, "num_experts": 3}
 
 def aligned(slots, experts, used):
     result = tuple(torch.tensor(part, dtype=torch.int32) for part in (slots, experts, used))
-    case = next(bench.align_cases(["uniform"]))
-    return bench.fault_of(case, "vllm", result, reference.moe_align_block_size(IDS, 4, 3), ALIGNED)
+    case = next(contenders.align_cases(["uniform"]))
+    return measure.fault_of(case, "vllm", result, reference.moe_align_block_size(IDS, 4, 3), ALIGNED)
 
 
 def test_alignment_of_a_peer():
@@ -112,13 +114,13 @@ def test_alignment_of_a_peer():
 
 
 def test_alignment_of_ours_must_equal_the_reference():
-    case = next(bench.align_cases(["uniform"]))
+    case = next(contenders.align_cases(["uniform"]))
     expected = reference.moe_align_block_size(IDS, 4, 3)
-    assert bench.fault_of(case, OURS, tuple(map(torch.from_numpy, expected)), expected, ALIGNED) == ""
+    assert measure.fault_of(case, OURS, tuple(map(torch.from_numpy, expected)), expected, ALIGNED) == ""
     swapped = expected.sorted_token_ids.copy()
     swapped[:2] = 2, 1
     ours = expected._replace(sorted_token_ids=swapped)
-    assert "first at (0,)" in bench.fault_of(case, OURS, tuple(map(torch.from_numpy, ours)), expected, ALIGNED)
+    assert "first at (0,)" in measure.fault_of(case, OURS, tuple(map(torch.from_numpy, ours)), expected, ALIGNED)
 
 
 # softmax 0.1, 0.2, 0.3, 0.4; and a row in which experts 1 and 2 tie for the second place
@@ -129,7 +131,7 @@ def gated(weights, chosen, logits=LOGITS):
     arguments = {"gating_output": torch.from_numpy(logits), "top_k": 2, "renormalize": True}
     expected = reference.topk_softmax(logits, 2, True)
     result = torch.tensor(weights), torch.tensor(chosen)
-    return bench.fault_of(next(bench.gating_cases("topk_softmax")), "torch", result, expected, arguments)
+    return measure.fault_of(next(contenders.gating_cases("topk_softmax")), "torch", result, expected, arguments)
 
 
 def test_gating_of_a_peer():
@@ -152,7 +154,7 @@ def grouped(weights, chosen, logits):
     expected = reference.grouped_topk(logits, **options, correction_bias=bias)
     arguments = {"gating_output": torch.from_numpy(logits), "correction_bias": torch.from_numpy(bias), **options}
     result = torch.tensor([weights]), torch.tensor([chosen])
-    return bench.fault_of(next(bench.grouped_cases()), "vllm", result, expected, arguments)
+    return measure.fault_of(next(contenders.grouped_cases()), "vllm", result, expected, arguments)
 
 
 def test_grouped_gating_of_a_peer():
@@ -169,10 +171,10 @@ def test_torch_is_a_right_peer():
         arguments = {"gating_output": torch.from_numpy(logits), "top_k": 6, "renormalize": True}
         arguments |= {name: torch.from_numpy(value) for name, value in more.items()}
         expected = getattr(reference, op)(logits, 6, True, **more)
-        (call,) = [peer.call for peer in bench.OPS[op].peers(**arguments) if peer.name == "torch"]
+        (call,) = [peer.call for peer in contenders.OPS[op].peers(**arguments) if peer.name == "torch"]
         weights, chosen = call()
-        assert bench.OPS[op].fault((weights, chosen), expected, arguments) == ""
-        assert bench.OPS[op].fault((weights, (chosen + 1) % 40), expected, arguments) != ""
+        assert contenders.OPS[op].fault((weights, chosen), expected, arguments) == ""
+        assert contenders.OPS[op].fault((weights, (chosen + 1) % 40), expected, arguments) != ""
 
 
 def test_cases():
@@ -199,9 +201,9 @@ def test_unpacking(tmp_path):
     plain, packed = tmp_path / "ops.so", tmp_path / "ops.so.xz"
     plain.write_bytes(b"ELF" * 1000)
     packed.write_bytes(lzma.compress(plain.read_bytes()))
-    with bench.unpacked(plain) as path:
+    with contenders.unpacked(plain) as path:
         assert path == plain
-    with bench.unpacked(packed) as path:
+    with contenders.unpacked(packed) as path:
         assert path.name == "ops.so"
         assert path.read_bytes() == plain.read_bytes()
     assert not path.exists()
@@ -209,27 +211,29 @@ def test_unpacking(tmp_path):
 
 
 def test_peers_that_are_not_there(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "PEERS", {"vllm": ("_no_such_C", "no_such_package"), "torch": bench.PEERS["torch"]})
-    assert bench.load_peers(None, []) == {"torch": version("torch")}
+    monkeypatch.setattr(
+        contenders, "PEERS", {"vllm": ("_no_such_C", "no_such_package"), "torch": contenders.PEERS["torch"]}
+    )
+    assert contenders.load_peers(None, []) == {"torch": version("torch")}
     with pytest.raises(ValueError, match="peer vllm is neither installed nor in a --peer-lib"):
-        bench.load_peers(["vllm"], [])
+        contenders.load_peers(["vllm"], [])
 
 
 def test_a_peer_that_does_not_load(monkeypatch, capsys, tmp_path):
     (tmp_path / "broken_peer.py").write_text("raise ImportError('another torch')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(bench, "PEERS", {"vllm": ("_no_such_C", "broken_peer")})
-    assert bench.load_peers(None, []) == {}
+    monkeypatch.setattr(contenders, "PEERS", {"vllm": ("_no_such_C", "broken_peer")})
+    assert contenders.load_peers(None, []) == {}
     assert "does not load: another torch" in capsys.readouterr().err
     with pytest.raises(ValueError, match="does not load: another torch"):
-        bench.load_peers(["vllm"], [])
+        contenders.load_peers(["vllm"], [])
 
 
 def test_registered_ops():
-    assert bench.is_registered("")
-    assert bench.is_registered("aten.topk")
-    assert not bench.is_registered("aten.topk_softmax")
-    assert not bench.is_registered("_no_such_C.topk_softmax")
+    assert contenders.is_registered("")
+    assert contenders.is_registered("aten.topk")
+    assert not contenders.is_registered("aten.topk_softmax")
+    assert not contenders.is_registered("_no_such_C.topk_softmax")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -243,7 +247,7 @@ def test_without_a_gpu(capsys):
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [*rows_of_two_shapes(), rows_of_two_shapes()[0]._replace(op="grouped_topk")]
-    bench.plot(tmp_path / "times.png", rows)
+    report.plot(tmp_path / "times.png", rows)
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -252,11 +256,11 @@ def on_cpu(monkeypatch):
     """Measure on the CPU, where the reference answers, with a clock that tells 2 and 3 us."""
     to_device = testing.to_device
     monkeypatch.setattr(testing, "to_device", lambda value, device: to_device(value, "cpu"))
-    monkeypatch.setattr(bench, "device_time", lambda call: 2.0)
-    monkeypatch.setattr(bench, "host_time", lambda call: 3.0)
+    monkeypatch.setattr(measure, "device_time", lambda call: 2.0)
+    monkeypatch.setattr(measure, "host_time", lambda call: 3.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 100.0)
-    monkeypatch.setattr(bench, "environment", lambda peers: {"device": "none"})
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda: 100.0)
+    monkeypatch.setattr(measure, "environment", lambda peers: {"device": "none"})
 
 
 def test_only_right_results_are_timed(on_cpu, monkeypatch):
@@ -265,14 +269,14 @@ def test_only_right_results_are_timed(on_cpu, monkeypatch):
 
     def peers(gating_output, top_k, renormalize):
         right = tuple(gating_output.float().softmax(1).topk(top_k))
-        yield bench.Contender("vllm", refuse)
-        yield bench.Contender("sglang", lambda: right)  # not renormalised
-        yield bench.Contender("torch", lambda: (right[0] / right[0].sum(1, keepdim=True), right[1]))
-        yield bench.Contender("torch", refuse, "_no_such_C.topk_softmax")
+        yield contenders.Contender("vllm", refuse)
+        yield contenders.Contender("sglang", lambda: right)  # not renormalised
+        yield contenders.Contender("torch", lambda: (right[0] / right[0].sum(1, keepdim=True), right[1]))
+        yield contenders.Contender("torch", refuse, "_no_such_C.topk_softmax")
 
-    monkeypatch.setitem(bench.OPS, "topk_softmax", bench.OPS["topk_softmax"]._replace(peers=peers))
-    (case,) = (c for c in bench.gating_cases("topk_softmax") if c.name == "64x256 top 8" and c.dtype == "bfloat16")
-    ours, vllm, sglang, right = bench.measure(case, ("vllm", "sglang", "torch"), 100.0)
+    monkeypatch.setitem(contenders.OPS, "topk_softmax", contenders.OPS["topk_softmax"]._replace(peers=peers))
+    (case,) = (c for c in contenders.gating_cases("topk_softmax") if c.name == "64x256 top 8" and c.dtype == "bfloat16")
+    ours, vllm, sglang, right = measure.measure(case, ("vllm", "sglang", "torch"), 100.0)
     moved = 64 * 256 * 2 + 64 * 8 * (4 + 4)
     assert ours == Row("topk_softmax", "64x256 top 8", 64, "bfloat16", OURS, 2.0, 3.0, moved / 2 / 100)
     assert vllm == ours._replace(
@@ -286,14 +290,14 @@ def test_only_right_results_are_timed(on_cpu, monkeypatch):
     assert sglang.device_us is None
     assert "weight (0, 0)" in sglang.message
     assert right == ours._replace(implementation="torch")
-    assert [row.implementation for row in bench.measure(case, (), 100.0)] == [OURS]
+    assert [row.implementation for row in measure.measure(case, (), 100.0)] == [OURS]
 
 
 def test_exit_status_is_about_our_results(on_cpu, monkeypatch, capsys):
     options = parse("--op", "topk_softmax", "--shape", "1x64 top 2", "--peers", "torch")
     assert bench.run(options) == 0
     assert "WRONG" not in capsys.readouterr().out
-    monkeypatch.setattr(bench.numba_moe, "topk_softmax", lambda gating_output, **options: 1 / 0)
+    monkeypatch.setattr(measure.numba_moe, "topk_softmax", lambda gating_output, **options: 1 / 0)
     assert bench.run(options) == 1
     assert "WRONG ZeroDivisionError" in capsys.readouterr().out
 
@@ -318,7 +322,7 @@ def test_end_to_end(tmp_path, capsys):
     options = ("--op", "topk_softmax", "--shape", "1x64 top 2", "--peers", "torch", "--json", str(path))
     assert bench.run(parse(*options)) == 0
     assert "driver: " in capsys.readouterr().out
-    rows = list(bench.read_report(path).values())
+    rows = list(report.read_report(path).values())
     assert [(row.dtype, row.implementation) for row in rows] == [
         (dtype, name) for dtype in ("float32", "bfloat16") for name in (OURS, "torch")
     ]

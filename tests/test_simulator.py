@@ -1,5 +1,8 @@
 """The simulator's warp operations do what CUDA's do, and what would hang or corrupt a GPU is an error."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -94,16 +97,24 @@ def test_choice_keys_order_by_value_then_by_lower_index():
     assert choice_key(np.float32(np.nan), 3) == choice_key(np.float32(-np.inf), 3)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_barrier_that_some_threads_never_reach_is_an_error():
     @cuda.jit
     def kernel(out):
         if cuda.laneid < 16:
             cuda.syncwarp()
-        out[cuda.laneid] = 1
+        else:  # the rest wait for lane 0 elsewhere
+            out[cuda.laneid] = cuda.ballot_sync(0xFFFF0001, 1)
 
-    with pytest.raises(RuntimeError, match="deadlock: threads wait for others that never arrive"):
-        run(kernel, 32, np.zeros(32, np.int64))
+    def deadlock():
+        with pytest.raises(RuntimeError, match="deadlock: threads wait for others that never arrive"):
+            run(kernel, 32, np.zeros(32, np.int64))
+        time.sleep(0.05)  # for the last thread to go back to the idle
+
+    deadlock()
+    before = threading.active_count()
+    for _ in range(5):
+        deadlock()
+    assert threading.active_count() == before, "threads that waited serve the next block"
 
 
 def test_a_lane_outside_the_mask_is_an_error():

@@ -187,7 +187,7 @@ if ENABLED:
             """End the block: threads that wait are woken to leave, those that have not begun go back to the idle."""
             self._failure = failure
             for thread in self.threads:
-                if not thread.ended and thread is not threading.current_thread():
+                if not thread.ended:
                     thread.turn.release()
             self._done.set()
 

@@ -1,0 +1,99 @@
+"""Our ops and their peers' side by side: device time, host time, share of the copy bandwidth.
+
+A result that is wrong is not timed. Device time is the median replay of a CUDA graph of calls; host time is that
+of an eager call. Every implementation allocates its outputs inside the call, the way its users call it.
+
+torch is a peer for plain gating alone: what it can compose for alignment and for grouped gating takes a dozen
+launches, which nobody who has a choice would run.
+"""
+
+import argparse
+import fnmatch
+import importlib.util
+import lzma
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from numba_moe import testing
+from numba_moe.bench import contenders, measure, report
+from numba_moe.cases import Case
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the benchmark."""
+
+    def listed(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+        """Return a parser of names with commas between them."""
+
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            for name in names:
+                if name not in allowed:
+                    raise argparse.ArgumentTypeError(f"must be among {', '.join(allowed)}, got {name!r}")
+            return names
+
+        return parse
+
+    routings, every_peer = testing.ROUTINGS, tuple(contenders.PEERS)
+    parser.add_argument("--op", action="append", metavar="PATTERN", help="only these ops; * and ? match")
+    parser.add_argument("--shape", action="append", metavar="TEXT", help="only shapes whose name contains this")
+    parser.add_argument(
+        "--routing", type=listed(routings), default=["uniform"], metavar="NAMES", help=f"of {','.join(routings)}"
+    )
+    parser.add_argument("--peers", type=listed(every_peer), metavar="NAMES", help=f"of {','.join(every_peer)}")
+    parser.add_argument(
+        "--peer-lib", type=Path, action="append", default=[], metavar="FILE", help="op library to load, .so or .so.xz"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show the times of an earlier run beside")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over tokens")
+
+
+def select_cases(options: argparse.Namespace) -> list[Case]:
+    """Return the cases that the options ask for."""
+    patterns, texts = options.op or ["*"], options.shape or [""]
+    return [
+        case
+        for name, op in contenders.OPS.items()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        for case in op.cases(options.routing)
+        if any(text in case.name for text in texts)
+    ]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print the table, and return the exit status: 1 if a result of ours is wrong, 2 if nothing can run."""
+    cases = select_cases(options)
+    try:
+        if not torch.cuda.is_available():
+            raise ValueError("no CUDA device here, and nothing to time without one")
+        if not cases:
+            raise ValueError("no op and shape is called that")
+        for path in (options.json, options.plot):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"no folder for {path}")
+        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+        old = None if options.compare is None else report.read_report(options.compare)
+        peers = contenders.load_peers(options.peers, options.peer_lib)
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        print(f"numba-moe bench: {error}", file=sys.stderr)
+        return 2
+    bandwidth = measure.copy_bandwidth()
+    where = {**measure.environment(peers), "copy": f"{bandwidth / 1e3:.0f} GB/s read plus written"}
+    print("\n".join(f"{name}: {value}" for name, value in where.items()))
+    progress = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
+    rows = [row for case in progress for row in measure.measure(case, tuple(peers), bandwidth)]
+    print(report.table(rows, old))
+    headers = ("op", "shapes", "device / best peer", "host / best peer")
+    print(tabulate([(op, *values) for op, values in report.means(rows).items()], headers, floatfmt=".2f"))
+    if options.json is not None:
+        report.write_report(options.json, rows, where)
+    if options.plot is not None:
+        report.plot(options.plot, rows)
+    return 1 if any(row.wrong and row.implementation == contenders.OURS for row in rows) else 0

@@ -1,0 +1,317 @@
+"""What is timed: the shapes, the ops, the peers, and what makes a peer's result wrong."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import itertools
+import lzma
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from numba_moe import reference, testing
+from numba_moe.cases import Case, floats, given, ids
+from numba_moe.reference.align import max_sorted_slots
+
+OURS = "numba_moe"
+# peer -> the torch.ops namespace of its ops, and the module whose import registers them
+PEERS = {"vllm": ("_moe_C", "vllm._moe_C"), "sglang": ("sgl_kernel", "sgl_kernel"), "torch": ("", "torch")}
+
+ALIGN_SHAPES = (  # tokens, experts, top_k, block_size
+    (1, 64, 2, 16),
+    (1, 256, 8, 16),
+    (16, 256, 8, 16),
+    (64, 256, 8, 16),
+    (128, 8, 2, 64),
+    (512, 256, 8, 64),
+    (4096, 64, 2, 128),
+    (4096, 256, 8, 64),
+    (16384, 256, 8, 128),
+    (16384, 512, 10, 128),
+    (65536, 256, 8, 128),
+    (131072, 128, 8, 128),
+)
+GATING_SHAPES = (  # tokens, experts, top_k
+    (1, 64, 2),
+    (1, 256, 8),
+    (64, 256, 8),
+    (512, 256, 8),
+    (4096, 64, 8),
+    (4096, 256, 8),
+    (16384, 256, 8),
+    (16384, 512, 10),
+    (65536, 128, 8),
+)
+GROUPED_TOKENS = (1, 16, 64, 512, 4096, 16384, 65536)
+DTYPES = ("float32", "bfloat16")
+
+
+class Contender(NamedTuple):
+    """One implementation of an op, ready to be called on a case's arguments."""
+
+    name: str
+    call: Callable[[], Any]
+    needs: str = ""  # the op that it calls: namespace.name in torch.ops
+
+
+class Op(NamedTuple):
+    """What the benchmark knows of an op; to add one, fill in these three."""
+
+    cases: Callable[[Sequence[str]], Iterator[Case]]  # of the routings asked for
+    peers: Callable[..., Iterator[Contender]]  # of the arguments on the device
+    fault: Callable[[Any, Any, Mapping[str, Any]], str]  # of a peer's result, given the reference's; "" if right
+
+
+def align_cases(routings: Sequence[str]) -> Iterator[Case]:
+    for (tokens, experts, top_k, block_size), routing in itertools.product(ALIGN_SHAPES, routings):
+        arguments = given(topk_ids=ids(tokens, experts, top_k, routing), block_size=block_size, num_experts=experts)
+        yield Case("moe_align_block_size", f"{tokens}x{experts} top {top_k} block {block_size} {routing}", arguments)
+
+
+def align_peers(topk_ids: torch.Tensor, block_size: int, num_experts: int) -> Iterator[Contender]:
+    num_slots = topk_ids.numel()
+
+    def blocks(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            torch.empty(length, dtype=torch.int32, device=topk_ids.device),
+            torch.empty(-(-length // block_size), dtype=torch.int32, device=topk_ids.device),
+            torch.empty(1, dtype=torch.int32, device=topk_ids.device),
+        )
+
+    def vllm() -> Any:
+        out = blocks(max_sorted_slots(num_slots, block_size, num_experts))
+        torch.ops._moe_C.moe_align_block_size(topk_ids, num_experts, block_size, *out, None)
+        return out
+
+    def sglang() -> Any:
+        buckets = num_experts + 1  # the first is for id -1
+        longest = num_slots * block_size if num_slots < buckets else num_slots + buckets * (block_size - 1)
+        out = blocks(longest)
+        cumsum_buffer = torch.empty(buckets + 1, dtype=torch.int32, device=topk_ids.device)
+        align = torch.ops.sgl_kernel.moe_align_block_size.default
+        align(topk_ids, buckets, block_size, *out, cumsum_buffer, True)
+        return out
+
+    yield Contender("vllm", vllm, "_moe_C.moe_align_block_size")
+    yield Contender("sglang", sglang, "sgl_kernel.moe_align_block_size")
+
+
+def align_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    """Compare the part in use; peers order the slots of an expert as they like and leave the rest undefined."""
+    slots, experts, used = (testing.to_numpy(part) for part in result)
+    length = int(expected.num_tokens_post_padded[0])
+    if used.tolist() != [length]:
+        return f"num_tokens_post_padded is {used.tolist()}, expected [{length}]"
+    block_size = arguments["block_size"]
+    wanted = expected.expert_ids[: length // block_size]
+    if not np.array_equal(experts[: len(wanted)], wanted):
+        return "the experts of the blocks differ"
+    # the padding is the largest value, so that sorting within an expert gives the reference's order
+    if len(slots) < length:
+        return f"sorted_token_ids has {len(slots)} positions, {length} are in use"
+    in_order = slots[:length][np.lexsort((slots[:length], np.repeat(wanted, block_size)))]
+    return "" if np.array_equal(in_order, expected.sorted_token_ids[:length]) else "the slots of an expert differ"
+
+
+def gating_cases(op: str) -> Iterator[Case]:
+    for (tokens, experts, top_k), dtype in itertools.product(GATING_SHAPES, DTYPES):
+        bias = {"correction_bias": floats(experts, scale=0.1)} if op == "topk_sigmoid" else {}
+        logits = floats(tokens, experts, dtype=dtype)
+        arguments = given(gating_output=logits, top_k=top_k, renormalize=True, **bias)
+        yield Case(op, f"{tokens}x{experts} top {top_k}", arguments, dtype)
+
+
+def gating_peers(
+    scoring_func: str,
+    gating_output: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    correction_bias: torch.Tensor | None = None,
+) -> Iterator[Contender]:
+    def empty(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(gating_output.shape[0], top_k, dtype=dtype, device=gating_output.device)
+
+    def vllm() -> Any:
+        out = empty(torch.float32), empty(torch.int32)
+        gate = getattr(torch.ops._moe_C, f"topk_{scoring_func}")
+        gate(*out, empty(torch.int32), gating_output, renormalize, correction_bias)
+        return out
+
+    def sglang() -> Any:
+        out = empty(torch.float32), empty(torch.int32)
+        softcapping = (0.0,) if scoring_func == "softmax" else ()
+        gate = getattr(torch.ops.sgl_kernel, f"topk_{scoring_func}").default
+        gate(*out, gating_output, renormalize, *softcapping, correction_bias)
+        return out
+
+    def torch_ops() -> Any:
+        if scoring_func == "softmax":
+            weights, chosen = torch.topk(torch.softmax(gating_output, -1, dtype=torch.float32), top_k)
+        else:
+            scores = torch.sigmoid(gating_output.float())
+            chosen = torch.topk(scores if correction_bias is None else scores + correction_bias, top_k).indices
+            weights = scores.gather(1, chosen)
+        return weights / weights.sum(-1, keepdim=True) if renormalize else weights, chosen
+
+    yield Contender("vllm", vllm, f"_moe_C.topk_{scoring_func}")
+    # SGLang adds a bias to the logits before a softmax, and keeps it in the weights: another function
+    if scoring_func == "sigmoid" or correction_bias is None:
+        yield Contender("sglang", sglang, f"sgl_kernel.topk_{scoring_func}")
+    yield Contender("torch", torch_ops)
+
+
+def grouped_cases() -> Iterator[Case]:
+    for tokens, dtype in itertools.product(GROUPED_TOKENS, DTYPES):
+        arguments = given(
+            gating_output=floats(tokens, 256, dtype=dtype),
+            top_k=8,
+            num_expert_group=8,
+            topk_group=4,
+            renormalize=True,
+            scoring_func="sigmoid",
+            correction_bias=floats(256, scale=0.1),
+        )
+        yield Case("grouped_topk", f"{tokens}x256 top 8 groups 4 of 8", arguments, dtype)
+
+
+def grouped_peers(
+    gating_output: torch.Tensor,
+    top_k: int,
+    num_expert_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scoring_func: str,
+    correction_bias: torch.Tensor,
+) -> Iterator[Contender]:
+    def vllm() -> Any:
+        groups = (num_expert_group, topk_group, top_k, renormalize, 1.0)
+        weights, chosen = torch.ops._moe_C.grouped_topk(gating_output, *groups, correction_bias, 1)
+        return weights.to(torch.float32), chosen.to(torch.int32)
+
+    def sglang() -> Any:
+        groups = (num_expert_group, topk_group, top_k, 0, 1.0, False)
+        gate = torch.ops.sgl_kernel.moe_fused_gate.default
+        return gate(gating_output.to(torch.float32), correction_bias, *groups)
+
+    # both ops know sigmoid alone, and SGLang's always renormalises
+    if scoring_func == "sigmoid":
+        yield Contender("vllm", vllm, "_moe_C.grouped_topk")
+        if renormalize:
+            yield Contender("sglang", sglang, "sgl_kernel.moe_fused_gate")
+
+
+def gating_fault(scoring_func: str, result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    """Compare choices by what they rank, and weights with the scores of the experts that were chosen.
+
+    Peers break ties as they like and some work in the logits' dtype, whose tolerance therefore holds throughout.
+    """
+    weights, chosen = (testing.to_numpy(part) for part in result)
+    if not weights.shape == chosen.shape == expected.topk_ids.shape:
+        return f"shapes {weights.shape} and {chosen.shape}, expected {expected.topk_ids.shape}"
+    chosen = chosen.astype(np.int64)
+    logits, bias = testing.to_numpy(arguments["gating_output"]), arguments.get("correction_bias")
+    bias = None if bias is None else testing.to_numpy(bias)
+    in_order = np.sort(chosen, axis=1)
+    invalid = (in_order < 0) | (in_order >= logits.shape[1])
+    invalid[:, 1:] |= np.diff(in_order, axis=1) == 0
+    if invalid.any():
+        row = int(np.argwhere(invalid)[0, 0])
+        return f"row {row} has ids twice or out of range: {chosen[row].tolist()}"
+
+    relative, absolute = testing.TOLERANCES[arguments["gating_output"].dtype]
+
+    def far(got: Any, wanted: Any) -> Any:
+        return ~(np.abs(got - wanted) <= absolute + relative * np.abs(wanted))
+
+    scores, ranks = reference.gating.score_and_rank(logits, scoring_func, bias)
+    wanted_ranks, got_ranks = (
+        np.sort(np.take_along_axis(ranks, picks, axis=1), axis=1) for picks in (expected.topk_ids, chosen)
+    )
+    worse = far(got_ranks, wanted_ranks).any(axis=1)
+    if "num_expert_group" in arguments:
+        # where the last group taken and the first left out are nearly equal, either choice is right
+        groups = reference.gating.score_groups(scores, ranks, arguments["num_expert_group"], bias, None)
+        order, taken = -np.sort(-groups, axis=1), arguments["topk_group"]
+        if taken < order.shape[1]:
+            worse &= far(order[:, taken], order[:, taken - 1])
+    if worse.any():
+        row = int(np.flatnonzero(worse)[0])
+        return f"row {row} chose {chosen[row].tolist()}, expected {expected.topk_ids[row].tolist()}"
+    wanted = reference.gating.weigh(scores, chosen, arguments["renormalize"]).topk_weights
+    if (wrong := far(weights, wanted)).any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        return f"weight {index} is {weights[index]}, expected {wanted[index]}"
+    return ""
+
+
+OPS = {
+    "moe_align_block_size": Op(align_cases, align_peers, align_fault),
+    "topk_softmax": Op(
+        lambda routings: gating_cases("topk_softmax"),
+        functools.partial(gating_peers, "softmax"),
+        functools.partial(gating_fault, "softmax"),
+    ),
+    "topk_sigmoid": Op(
+        lambda routings: gating_cases("topk_sigmoid"),
+        functools.partial(gating_peers, "sigmoid"),
+        functools.partial(gating_fault, "sigmoid"),
+    ),
+    "grouped_topk": Op(lambda routings: grouped_cases(), grouped_peers, functools.partial(gating_fault, "sigmoid")),
+}
+
+
+def is_registered(op: str) -> bool:
+    """Return whether torch.ops has an op, given as namespace.name; "" stands for torch's own functions."""
+    namespace, _, name = op.partition(".")
+    return not op or hasattr(getattr(torch.ops, namespace), name)
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """Yield a library file, unpacked to a temporary one if it ends in .xz."""
+    if path.suffix != ".xz":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path.stem
+        with lzma.open(path) as packed, target.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        yield target
+
+
+def load_peers(wanted: Sequence[str] | None, libraries: Sequence[Path]) -> dict[str, str]:
+    """Register the peers' ops and return where each peer came from; ask for none by name to get all there are."""
+    for path in libraries:
+        with unpacked(path) as library:
+            torch.ops.load_library(str(library))  # once loaded, the file may go
+    sources = {}
+    for name in wanted or PEERS:
+        namespace, module = PEERS[name]
+        package = module.partition(".")[0]
+        if namespace and is_registered(f"{namespace}.moe_align_block_size"):
+            sources[name] = " ".join(path.name for path in libraries) or "loaded before"
+            continue
+        if importlib.util.find_spec(package) is None:
+            if wanted:
+                raise ValueError(f"peer {name} is neither installed nor in a --peer-lib")
+            continue
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError) as error:
+            if wanted:
+                raise ValueError(f"peer {name} is installed but does not load: {error}") from error
+            print(f"Leaving out peer {name}, which is installed but does not load: {error}", file=sys.stderr)
+            continue
+        try:
+            sources[name] = version({"sglang": "sglang-kernel"}.get(name, package))
+        except PackageNotFoundError:  # on the path without being installed, or under an older name
+            sources[name] = "of unknown version"
+    return sources

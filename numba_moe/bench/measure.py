@@ -1,0 +1,155 @@
+"""How it is timed: device and host time of a call, share of the copy bandwidth, and where that was."""
+
+import functools
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import numba_moe
+from numba_moe import reference, testing, verification
+from numba_moe.bench.contenders import OPS, OURS, Contender, is_registered
+from numba_moe.cases import Case
+
+CALLS = 50  # in a captured graph and in a batch of eager calls: too few to fill the launch queue
+REPLAYS = 20
+BATCHES = 6
+
+
+class Row(NamedTuple):
+    """What one implementation took for one case; no times if its result is wrong or it refused the case."""
+
+    op: str
+    shape: str
+    tokens: int
+    dtype: str
+    implementation: str
+    device_us: float | None = None
+    host_us: float | None = None
+    copy_fraction: float | None = None
+    wrong: bool = False
+    message: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.op, self.shape, self.dtype, self.implementation
+
+
+def device_time(call: Callable[[], Any]) -> float:
+    """Return the device microseconds of a call, from replays of a graph of many."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and loads what a capture could not
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()  # keeps the device busy until the timed replay is queued, whose launch would count otherwise
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / CALLS)
+    return median(times)
+
+
+def host_time(call: Callable[[], Any]) -> float:
+    """Return the host microseconds of an eager call, the queue drained between batches."""
+    times = []
+    for batch in range(BATCHES + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        if batch > 0:  # the first warms up
+            times.append((time.perf_counter() - begin) * 1e6 / CALLS)
+    torch.cuda.synchronize()
+    return median(times)
+
+
+def copy_bandwidth() -> float:
+    """Return the bytes per microsecond, read plus written, of a device-to-device copy of 1 GiB."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / testing.time_on_device(lambda: target.copy_(source), REPLAYS)
+
+
+def bytes_moved(arguments: Mapping[str, Any], result: Any) -> int:
+    """Return the bytes that an op cannot avoid: each input read once, each output written once."""
+    outputs = result if isinstance(result, tuple) else (result,)
+    return sum(part.nbytes for part in (*arguments.values(), *outputs) if isinstance(part, torch.Tensor))
+
+
+def fault_of(case: Case, name: str, result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    """Return what is wrong with a result, "" if nothing is: ours equals the reference, a peer's is valid."""
+    if name != OURS:
+        return OPS[case.op].fault(result, expected, arguments)
+    on_host = {k: testing.to_numpy(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    comparisons = testing.compare_results(case.op, result, expected, on_host)
+    return "; ".join(comparison.message for comparison in comparisons if comparison.mismatches)
+
+
+def measure(case: Case, peers: Sequence[str], copy_bytes_per_us: float) -> Iterator[Row]:
+    """Check and time every implementation of a case."""
+    on_host = case.arguments(np.random.default_rng(0))
+    expected = getattr(reference, case.op)(**on_host)
+    arguments = {name: testing.to_device(value, "cuda") for name, value in on_host.items()}
+    payload = next(iter(arguments))  # has a row a token
+    if case.dtype is not None:
+        arguments[payload] = arguments[payload].to(getattr(torch, case.dtype))
+    row = Row(case.op, case.name, len(arguments[payload]), str(arguments[payload].dtype).removeprefix("torch."), OURS)
+    ours = Contender(OURS, functools.partial(getattr(numba_moe, case.op), **arguments))
+    others = (c for c in OPS[case.op].peers(**arguments) if c.name in peers and is_registered(c.needs))
+    moved: int | None = None
+    for name, call, _ in (ours, *others):
+        row = row._replace(implementation=name)
+        try:
+            with testing.poisoned_memory():
+                result = call()
+            if message := fault_of(case, name, result, expected, arguments):
+                yield row._replace(wrong=True, message=message)
+                continue
+            if name == OURS:
+                moved = bytes_moved(arguments, result)
+            device_us, host_us = device_time(call), host_time(call)
+        except Exception as error:  # a peer may refuse a case; we may not
+            yield row._replace(wrong=name == OURS, message=f"{type(error).__name__}: {error}")
+            continue
+        fraction = None if moved is None else moved / device_us / copy_bytes_per_us
+        yield row._replace(device_us=device_us, host_us=host_us, copy_fraction=fraction)
+
+
+def environment(peers: Mapping[str, str]) -> dict[str, str]:
+    """Return what a reader needs to know to compare two runs."""
+    from cuda.core import system
+
+    where = verification.environment(on_gpu=True)
+    try:
+        where["driver"] = ".".join(map(str, system.get_kernel_mode_driver_version()))
+    except RuntimeError as error:  # some containers lack NVML
+        where["driver"] = f"unknown: {error}"
+    where["CUDA"] = str(torch.version.cuda)
+    where |= {f"peer {name}": source for name, source in peers.items() if name != "torch"}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists() and shutil.which("git"):
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+        if described.returncode == 0:
+            where["commit"] = described.stdout.strip()
+    where["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return where

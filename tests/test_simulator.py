@@ -104,16 +104,15 @@ def test_a_barrier_that_some_threads_never_reach_is_an_error():
         else:  # the rest wait for lane 0 elsewhere
             out[cuda.laneid] = cuda.ballot_sync(0xFFFF0001, 1)
 
-    def deadlock():
+    test_sums()
+    everyone = len(simulator._Thread.idle)
+    for _ in range(5):
         with pytest.raises(RuntimeError, match="deadlock: threads wait for others that never arrive"):
             run(kernel, 32, np.zeros(32, np.int64))
-        time.sleep(0.05)  # for the last thread to go back to the idle
-
-    deadlock()
-    before = len(simulator._Thread.idle)
-    for _ in range(5):
-        deadlock()
-    assert len(simulator._Thread.idle) == before, "threads that waited serve the next block"
+        patience = time.monotonic() + 10
+        while len(simulator._Thread.idle) < everyone and time.monotonic() < patience:
+            time.sleep(0.01)
+        assert len(simulator._Thread.idle) == everyone, "threads that waited serve the next block"
 
 
 def test_a_lane_outside_the_mask_is_an_error():

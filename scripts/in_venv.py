@@ -34,7 +34,7 @@ def install() -> None:
     python = executables() / "python"
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--progress-bar", "off"]
     subprocess.run(
-        [*command, "--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[cu13,test]"], check=True
+        [*command, "--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[cu13,plot,test]"], check=True
     )
     stamp.write_text(wanted)
 

@@ -5,6 +5,7 @@ arrays and any other array that speaks DLPack: it wraps them as tensors over the
 function on the caller's stream, and wraps the results the same way back.
 """
 
+import abc
 import contextlib
 import functools
 import importlib
@@ -22,14 +23,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Kind:
+class _Kind(abc.ABC):
     """How arrays of one library become tensors over the same memory, and back."""
 
     def wrap(self, array: Any) -> torch.Tensor:
         return torch.utils.dlpack.from_dlpack(array)
 
-    def unwrap(self, tensor: torch.Tensor) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def unwrap(self, tensor: torch.Tensor) -> Any: ...
 
     @contextlib.contextmanager
     def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:

@@ -35,7 +35,7 @@ def means(rows: Sequence[Row]) -> dict[str, tuple[int, float, float]]:
         if device is not None and host is not None:
             found.setdefault(key[0], []).append((device, host))
     return {
-        op: (len(pairs), *(geometric_mean(side) for side in zip(*pairs, strict=True)))  # type: ignore[misc]
+        op: (len(pairs), geometric_mean(device for device, _ in pairs), geometric_mean(host for _, host in pairs))
         for op, pairs in found.items()
     }
 

@@ -1,8 +1,6 @@
 """Slots grouped by expert and padded to whole GEMM blocks.
 
-The counting sort of `numba_moe.counting`, with offsets aligned to the block size, writes each slot to its place;
-`fill_padding` writes everything else: the padding behind each expert's slots, the unused tail, the expert of
-each block.
+The counting sort of `numba_moe.counting` with rows padded to the block size.
 """
 
 from typing import Any
@@ -13,88 +11,6 @@ from numba_moe import counting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.dialect import cuda
-from numba_moe.runtime.launch import block_threads, launch
-from numba_moe.runtime.parameters import ExpertMap, Int32, Int32Array, Int64Array, OptionalInt32Array
-
-THREADS = 256
-
-
-@cuda.jit
-def fill_padding(
-    counts: Int32Array,
-    offset: Int64Array,
-    block_names: ExpertMap,
-    num_experts: Int32,
-    num_slots: Int32,
-    length: Int32,
-    block_size: Int32,
-    inactive_expert_id: Int32,
-    sorted_slots: Int32Array,
-    expert_ids: OptionalInt32Array,
-):
-    # counts [num_experts], offset [num_experts + 1], block_names [num_experts], sorted_slots [length],
-    # expert_ids [ceil(length / block_size)]; a thread per position
-    position = cuda.grid(1)
-    if position >= length:
-        return
-
-    # The last expert whose rows begin at or before this position; experts without rows begin where the next does.
-    expert = 0
-    after = num_experts
-    while after - expert > 1:
-        middle = (expert + after) // 2
-        if offset[middle] <= position:
-            expert = middle
-        else:
-            after = middle
-
-    unused = position >= offset[num_experts]
-    if unused or position >= offset[expert] + counts[expert]:
-        sorted_slots[position] = num_slots
-    if expert_ids is not None and position % block_size == 0:
-        name = expert
-        if block_names is not None:
-            name = block_names[expert]
-        if unused:
-            name = inactive_expert_id
-        expert_ids[position // block_size] = name
-
-
-def launch_fill(
-    counts: torch.Tensor,
-    offset: torch.Tensor,
-    block_names: torch.Tensor | None,
-    num_slots: int,
-    block_size: int,
-    inactive_expert_id: int,
-    sorted_slots: torch.Tensor,
-    expert_ids: torch.Tensor | None,
-) -> None:
-    """Write every position that holds no slot, and the expert of each block."""
-    length = sorted_slots.numel()
-    threads = block_threads(THREADS)
-    sizes = (counts.numel(), num_slots, length, block_size, inactive_expert_id)
-    blocks = -(-length // threads)
-    launch(fill_padding, blocks, threads, counts, offset, block_names, *sizes, sorted_slots, expert_ids)
-
-
-def _launch_align(
-    topk_ids: torch.Tensor,
-    slot_map: torch.Tensor | None,
-    block_names: torch.Tensor | None,
-    block_size: int,
-    inactive_expert_id: int,
-    scratch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    out: AlignedBlocks,
-) -> None:
-    tiles, counts, offset = scratch
-    counting.launch_count(topk_ids, slot_map, tiles, counts)
-    counting.launch_offsets(counts, block_size, offset, out.num_tokens_post_padded)
-    counting.launch_place(topk_ids, slot_map, offset, tiles, out.sorted_token_ids, None)
-    num_slots = topk_ids.numel()
-    names = (block_names, num_slots, block_size, inactive_expert_id)
-    launch_fill(counts, offset, *names, out.sorted_token_ids, out.expert_ids)
 
 
 @arrays.public
@@ -146,7 +62,7 @@ def moe_align_block_size(
     Notes
     -----
     The order is stable and the same at every run. Runs on the caller's current stream without synchronising and
-    captures into CUDA graphs. Allocates the results, and scratch of about num_slots int32 (num_experts at least).
+    captures into CUDA graphs. Allocates the results, and scratch as `count_tokens_per_expert` does.
     The signature is that of vLLM's function of this name (release 0.21).
 
     Examples
@@ -174,11 +90,14 @@ def moe_align_block_size(
         arrays.empty(-(-length // block_size), torch.int32, topk_ids),
         arrays.empty(1, torch.int32, topk_ids),
     )
-    scratch = (
-        counting.tile_scratch(topk_ids, num_experts),
-        arrays.empty(num_experts, torch.int32, topk_ids),
-        arrays.empty(num_experts + 1, torch.int64, topk_ids),
-    )
+    scratch = counting.sort_scratch(topk_ids, num_experts)
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
-    _launch_align(topk_ids, slot_map, block_names, block_size, inactive_expert_id, scratch, out)
+    counting.launch_sort(
+        *(topk_ids, num_experts, block_size, scratch, out.sorted_token_ids),
+        expert_map=slot_map,
+        block_names=block_names,
+        inactive_expert_id=inactive_expert_id,
+        expert_ids=out.expert_ids,
+        num_padded=out.num_tokens_post_padded,
+    )
     return out

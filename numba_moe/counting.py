@@ -1,211 +1,483 @@
-"""Counting sort of slots by expert: counts, offsets, and the stable position of every slot.
+"""Counting sort of slots by expert: the ground under alignment and permutation.
 
-Consecutive slots form tiles, and each tile belongs to one warp.
+Consecutive slots belong to one warp, consecutive warps to one block. The position of a slot is a sum:
 
-1. `count_slots`: tile_counts[e, t] = slots of expert e in tile t.
-2. `scan_tiles`: each expert's row of tile_counts becomes the sum of the tiles before; its total is counts[e].
-3. `scan_experts`: offset[e] = counts of the experts before e, each rounded up to the alignment.
-4. `place_slots`: position = offset[expert] + tile prefix + slots of the same expert before it in the tile.
+    rows of the experts before its own, padded  +  slots of its expert in earlier blocks
+                                                +  slots of its expert in earlier warps of its block
+                                                +  slots of its expert before it in its warp
 
-No step has an atomic operation or a limit on experts, and every sum is over integers: positions are the same
-at every run.
+1. `count_slots` counts each expert's slots by block. Where one block holds all slots, step 2 alone does everything.
+2. `place_slots` sums these counts, counts the slots of its own block by warp, and writes every slot to its place.
+
+Nine slots of experts 1 1 2 | 2 1 0 | 1 2 2, three to a block and rows padded to 4: expert 2 begins at position 8,
+two of its slots are in earlier blocks, one is before the last slot in its warp: that one goes to 8 + 2 + 0 + 1 = 11.
+
+No position depends on which thread came first, so the order is stable and the same at every run.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 
 from numba_moe.reference import counting as reference
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.dialect import cuda, int32, int64
+from numba_moe.runtime.dialect import cuda, int16, int32, int64, uint32
 from numba_moe.runtime.launch import block_threads, launch, launch_warps
 from numba_moe.runtime.parameters import (
-    ExpertMap,
     Ids,
+    Int16Array,
     Int32,
     Int32Array,
     Int64Array,
+    Items,
+    OptionalIds,
+    OptionalInt16Array,
     OptionalInt32Array,
+    OptionalInt64Array,
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     WARP,
-    block_inclusive_sum,
+    atomic_add,
+    block_sums,
+    count_lanes,
+    flat,
     lanes_below,
+    load_words,
+    present,
+    quotient,
     warp_inclusive_sum,
     warp_index,
 )
 
-SMALLEST_TILE = 256
+MOST_THREADS = 1024
+# Experts that a block counts at a time, in shared memory.
+CHUNK = 1024
+# With more counts by block than this, `scan_blocks` sums them once instead of every block for itself.
+UNSCANNED_COUNTS = 64 * 1024
+# Loads of 16 bytes that a thread has on their way at once.
+BATCH = 4
+BATCH_WORDS = 4 * BATCH
 
 
 @cuda.jit(device=True)
-def expert_of_slot(topk_ids, expert_map, slot, num_slots, num_experts):
-    """Return the expert of a slot after the map, -1 where the slot is skipped or past the last."""
-    if slot >= num_slots:
-        return int32(-1)
-    expert = int64(topk_ids[slot])
-    if expert < 0 or expert >= num_experts:
-        return int32(-1)
-    if expert_map is not None:
-        expert = int64(expert_map[expert])
-        if expert < 0 or expert >= num_experts:
-            return int32(-1)
-    return int32(expert)
+def load_experts(topk_ids, expert_map, num_slots, num_experts, first, step, items, experts):
+    """Read the experts of slots first, first + step, ...; num_experts for a skipped slot and past the last."""
+    for item in range(items):
+        experts[item] = num_experts
+    if num_slots == 0:
+        return
+    last = int32(num_slots - 1)
+    for item in range(items):  # without branches, so that all loads are on their way before the first is used
+        slot = int32(first + item * step)
+        expert = int64(topk_ids[min(slot, last)])
+        if expert < 0 or expert > num_experts or slot > last:
+            expert = int64(num_experts)
+        experts[item] = int32(expert)
+    if present(expert_map):
+        for item in range(items):
+            if experts[item] < num_experts:
+                expert = int64(expert_map[experts[item]])
+                if expert < 0 or expert > num_experts:
+                    expert = int64(num_experts)
+                experts[item] = int32(expert)
+
+
+@cuda.jit(device=True)
+def fill(array, size, value, first, step):
+    """Write array[first:size:step]."""
+    index = first
+    while index < size:
+        array[index] = value
+        index = int32(index + step)
+
+
+@cuda.jit(launch_bounds=MOST_THREADS)
+def count_slots(
+    topk_ids: Ids,
+    expert_map: OptionalIds,
+    num_slots: Int32,
+    num_experts: Int32,
+    stride: Int32,
+    num_positions: Int32,
+    block_counts: OptionalInt16Array,
+    counts: OptionalInt32Array,
+    sorted_slots: OptionalInt32Array,
+    items: Items,
+):
+    # topk_ids [num_slots]; expert_map [num_experts]; block_counts [blocks, stride]; counts [num_experts], zeros where
+    # there are several blocks; sorted_slots [num_positions], filled with num_slots
+    in_block = flat(cuda.shared.array(CHUNK, int32))
+    experts = cuda.local.array(items, int32)
+    thread = int32(cuda.threadIdx.x)
+    threads = int32(cuda.blockDim.x)
+    block = int32(cuda.blockIdx.x)
+    blocks = int32(cuda.gridDim.x)
+    first_slot = int32(block * threads * items + thread)
+    load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, threads, items, experts)
+    if present(sorted_slots):
+        fill(sorted_slots, num_positions, num_slots, int32(block * threads + thread), int32(blocks * threads))
+    row = int64(block) * stride
+    first = int32(0)
+    while first < num_experts:
+        size = int32(min(CHUNK, stride - first))  # with zeros for no expert behind the last
+        fill(in_block, size, 0, thread, threads)
+        cuda.syncthreads()
+        for item in range(items):
+            expert = int32(experts[item] - first)
+            if expert >= 0 and expert < min(size, num_experts - first):
+                atomic_add(in_block, expert, 1)
+        cuda.syncthreads()
+        expert = thread
+        while expert < size:
+            count = in_block[expert]
+            if present(block_counts):
+                block_counts[row + first + expert] = count
+            elif blocks == 1 and first + expert < num_experts:
+                counts[first + expert] = count
+            elif count > 0:
+                atomic_add(counts, first + expert, count)
+            expert = int32(expert + threads)
+        cuda.syncthreads()
+        first = int32(first + CHUNK)
 
 
 @cuda.jit
-def count_slots(
-    topk_ids: Ids,
-    expert_map: ExpertMap,
-    num_slots: Int32,
-    num_experts: Int32,
-    num_tiles: Int32,
-    tile_size: Int32,
-    tile_counts: Int32Array,
-):
-    # topk_ids [num_slots], expert_map [num_experts], tile_counts [num_experts, num_tiles]; a warp per tile
-    tile = warp_index()
-    if tile >= num_tiles:
+def scan_blocks(block_counts: Int16Array, num_blocks: Int32, num_experts: Int32, stride: Int32, offsets: Int32Array):
+    # block_counts [num_blocks, stride], offsets [num_blocks + 1, num_experts]: the slots in earlier blocks, and in
+    # all of them; a warp per expert
+    expert = int64(warp_index())
+    if expert >= num_experts:
         return
-    lane = cuda.laneid
-    for expert in range(lane, num_experts, WARP):
-        tile_counts[int64(expert) * num_tiles + tile] = 0
-    cuda.syncwarp()
-    first = int64(tile) * tile_size
-    for base in range(first, min(first + tile_size, num_slots), WARP):
-        expert = expert_of_slot(topk_ids, expert_map, base + lane, num_slots, num_experts)
-        peers = cuda.match_any_sync(ALL_LANES, expert)
-        if expert >= 0 and peers & lanes_below() == 0:
-            tile_counts[int64(expert) * num_tiles + tile] += cuda.popc(peers)
+    before = int32(0)
+    for group in range(0, num_blocks, WARP):
+        block = int64(group + cuda.laneid)
+        count = int32(0)
+        if block < num_blocks:
+            count = int32(block_counts[block * stride + expert])
+        upto = warp_inclusive_sum(count, int32)
+        if block < num_blocks:
+            offsets[block * num_experts + expert] = before + upto - count
+        before = int32(before + cuda.shfl_sync(ALL_LANES, upto, WARP - 1))
+    if cuda.laneid == 0:
+        offsets[int64(num_blocks) * num_experts + expert] = before
+
+
+@cuda.jit(device=True)
+def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers, ranks):
+    """Count the experts [first, first + size) of this warp from in_warps[row] on, and rank its slots among them."""
+    for item in range(items):
+        peers[item] = ALL_LANES
+    bit = int32(1)
+    while 0 < bit <= num_experts:  # a vote for each bit of an id: less than match_any_sync takes for many ids
+        for item in range(items):
+            is_set = (experts[item] & bit) != 0
+            votes = cuda.ballot_sync(ALL_LANES, is_set)
+            if not is_set:
+                votes = votes ^ ALL_LANES
+            peers[item] = peers[item] & votes
+        bit = int32(bit << 1)
+    for item in range(items):
+        expert = int32(experts[item] - first)
+        counted = expert >= 0 and expert < size
+        earlier = count_lanes(peers[item] & lanes_below())
+        if counted:
+            ranks[item] = in_warps[row + expert] + earlier
+        cuda.syncwarp()
+        if counted and earlier == 0:
+            in_warps[row + expert] += count_lanes(peers[item])
         cuda.syncwarp()
 
 
-@cuda.jit
-def scan_tiles(tile_counts: Int32Array, num_experts: Int32, num_tiles: Int32, counts: Int32Array):
-    # tile_counts [num_experts, num_tiles], counts [num_experts]; a warp per expert
-    expert = warp_index()
-    if expert >= num_experts:
-        return
-    row = int64(expert) * num_tiles
+@cuda.jit(device=True)
+def sum_other_blocks(block_counts, stride, first, size, before, after):
+    """Sum the counts of earlier and of later blocks: a thread takes eight experts of every so many blocks."""
+    words = cuda.local.array(BATCH_WORDS, int32)
+    earlier = cuda.local.array(8, int32)
+    later = cuda.local.array(8, int32)
+    for i in range(8):
+        earlier[i] = 0
+        later[i] = 0
+    thread = int32(cuda.threadIdx.x)
+    block = int32(cuda.blockIdx.x)
+    last = int32(cuda.gridDim.x - 1)
+    groups = int32((size + 7) >> 3)
+    rows = quotient(cuda.blockDim.x, groups)
+    row = quotient(thread, groups)
+    expert = int32((thread - row * groups) * 8)
+    if row < rows:
+        while row <= last:
+            for turn in range(BATCH):
+                other = min(int32(row + turn * rows), last)
+                four = load_words(block_counts, int64(other) * stride + first + expert)
+                for i in range(4):
+                    words[4 * turn + i] = four[i]
+            for turn in range(BATCH):
+                other = int32(row + turn * rows)
+                for i in range(8):
+                    count = int32((words[4 * turn + i // 2] >> (16 * (i % 2))) & 0xFFFF)
+                    if other < block:
+                        earlier[i] = int32(earlier[i] + count)
+                    elif other > block and other <= last:
+                        later[i] = int32(later[i] + count)
+            row = int32(row + BATCH * rows)
+        for i in range(8):
+            atomic_add(before, expert + i, earlier[i])
+            atomic_add(after, expert + i, later[i])
+
+
+@cuda.jit(device=True)
+def sum_warps(in_warps, warps, width, expert):
+    """Turn an expert's counts by warp into its slots in earlier warps; return its slots in all of them."""
+    counts = cuda.local.array(4, int32)
     before = int32(0)
-    for base in range(0, num_tiles, WARP):
-        tile = base + cuda.laneid
-        count = int32(0)
-        if tile < num_tiles:
-            count = int32(tile_counts[row + tile])
-        including = warp_inclusive_sum(count)
-        if tile < num_tiles:
-            tile_counts[row + tile] = before + including - count
-        before = int32(before + cuda.shfl_sync(ALL_LANES, including, WARP - 1))
-    if cuda.laneid == 0:
-        counts[expert] = before
+    cell = expert
+    end = int32(warps * width)
+    while cell < end:
+        for i in range(4):
+            counts[i] = in_warps[int32(cell + i * width)]
+        for i in range(4):
+            in_warps[int32(cell + i * width)] = before
+            before = int32(before + counts[i])
+        cell = int32(cell + 4 * width)
+    return before
+
+
+@cuda.jit(launch_bounds=MOST_THREADS)
+def place_slots(
+    topk_ids: Ids,
+    expert_map: OptionalIds,
+    block_names: OptionalIds,
+    num_slots: Int32,
+    num_experts: Int32,
+    stride: Int32,
+    num_positions: Int32,
+    block_size: Int32,
+    inactive_expert_id: Int32,
+    block_counts: OptionalInt16Array,
+    block_offsets: OptionalInt32Array,
+    sorted_slots: Int32Array,
+    position_of_slot: OptionalInt32Array,
+    counts: OptionalInt32Array,
+    offset: OptionalInt64Array,
+    expert_ids: OptionalInt32Array,
+    num_padded: OptionalInt32Array,
+    items: Items,
+):
+    # topk_ids and position_of_slot [num_slots]; expert_map, block_names and counts [num_experts]; block_counts
+    # [blocks, stride] from count_slots; block_offsets [blocks + 1, num_experts] from scan_blocks; offset
+    # [num_experts + 1]; sorted_slots [num_positions]; expert_ids [ceil(num_positions / block_size)]; num_padded [1]
+    in_warps = flat(cuda.shared.array(0, int16))  # [warps, width]
+    places = flat(cuda.shared.array(CHUNK, int32))
+    others = flat(cuda.shared.array(CHUNK, int32))
+    warp_sums = flat(cuda.shared.array(WARP, int32))
+    experts = cuda.local.array(items, int32)
+    peers = cuda.local.array(items, uint32)
+    ranks = cuda.local.array(items, int32)
+    thread = int32(cuda.threadIdx.x)
+    threads = int32(cuda.blockDim.x)
+    block = int32(cuda.blockIdx.x)
+    blocks = int32(cuda.gridDim.x)
+    warp = int32(thread >> 5)
+    first_slot = int32((block * threads + (warp << 5)) * items + cuda.laneid)
+    load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, WARP, items, experts)
+    if blocks == 1:  # otherwise count_slots did
+        fill(sorted_slots, num_positions, num_slots, thread, threads)
+
+    width = int32(min(stride, CHUNK))
+    row = int32(warp * width)
+    # Warps of this block that have slots, rounded up to a multiple of four.
+    warps = min(int32(threads >> 5), quotient(num_slots - block * threads * items + WARP * items - 1, WARP * items))
+    warps = int32((warps + 3) & -4)
+    base = int32(0)
+    first = int32(0)
+    while first < num_experts:
+        size = int32(min(CHUNK, num_experts - first))
+        fill(in_warps, int32(warps * width), 0, thread, threads)
+        fill(places, width, 0, thread, threads)
+        fill(others, width, 0, thread, threads)
+        cuda.syncthreads()
+
+        if warp < warps:
+            rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers, ranks)
+        if blocks > 1 and not present(block_offsets):
+            sum_other_blocks(block_counts, stride, first, size, places, others)
+        cuda.syncthreads()
+
+        group = int32(0)
+        while group < size:
+            expert = int32(group + thread)
+            padded = int32(0)
+            if expert < size:
+                total = sum_warps(in_warps, warps, width, expert)
+                before = places[expert]
+                if present(block_offsets):
+                    before = block_offsets[int64(block) * num_experts + first + expert]
+                    total = block_offsets[int64(blocks) * num_experts + first + expert]
+                else:
+                    total = int32(before + total + others[expert])
+                padded = int32(quotient(int32(total + block_size - 1), block_size) * block_size)
+                if block == 0 and present(counts):
+                    counts[first + expert] = total
+            upto, of_group = block_sums(padded, warp_sums, int32)
+            if expert < size:
+                start = int32(base + upto - padded)
+                places[expert] = int32(before + start)
+                if block == 0 and present(offset):
+                    offset[first + expert] = start
+            base = int32(base + of_group)
+            group = int32(group + threads)
+        cuda.syncthreads()
+
+        for item in range(items):
+            slot = int32(first_slot + item * WARP)
+            if slot < num_slots:
+                expert = int32(experts[item] - first)
+                position = int32(-1)
+                if expert >= 0 and expert < size:
+                    position = int32(places[expert] + in_warps[row + expert] + ranks[item])
+                    sorted_slots[position] = slot
+                    if present(expert_ids):
+                        index = quotient(position, block_size)
+                        if int32(index * block_size) == position:
+                            name = int64(experts[item])
+                            if present(block_names):
+                                name = int64(block_names[name])
+                            expert_ids[index] = name
+                if present(position_of_slot) and (position >= 0 or (first == 0 and experts[item] == num_experts)):
+                    position_of_slot[slot] = position
+        cuda.syncthreads()
+        first = int32(first + CHUNK)
+
+    here = int32(block * threads + thread)
+    if present(expert_ids):
+        unused = int32(quotient(base, block_size) + here)
+        indices = quotient(int32(num_positions + block_size - 1), block_size)
+        fill(expert_ids, indices, inactive_expert_id, unused, int32(blocks * threads))
+    if here == 0:
+        if present(offset):
+            offset[num_experts] = base
+        if present(num_padded):
+            num_padded[0] = base
 
 
 @cuda.jit
-def scan_experts(
-    counts: Ids, num_experts: Int32, alignment: Int32, offset: Int64Array, last_offset: OptionalInt32Array
-):
-    # counts [num_experts], offset [num_experts + 1], last_offset [1]; one block
-    warp_sums = cuda.shared.array(WARP, int64)
-    before = cuda.shared.array(1, int64)
-    if cuda.threadIdx.x == 0:
-        before[0] = 0
-        offset[0] = 0
-    cuda.syncthreads()
-    for base in range(0, num_experts, cuda.blockDim.x):
-        expert = base + cuda.threadIdx.x
+def scan_experts(counts: Ids, num_experts: Int32, alignment: Int32, offset: Int64Array):
+    # counts [num_experts], offset [num_experts + 1]; one block
+    warp_sums = flat(cuda.shared.array(WARP, int64))
+    base = int64(0)
+    first = 0
+    while first < num_experts:
+        expert = first + cuda.threadIdx.x
         padded = int64(0)
         if expert < num_experts:
             padded = (int64(counts[expert]) + alignment - 1) // alignment * alignment
-        upto = before[0] + block_inclusive_sum(padded, warp_sums)
+        upto, group_sum = block_sums(padded, warp_sums, int64)
         if expert < num_experts:
-            offset[expert + 1] = upto
-        cuda.syncthreads()
-        if cuda.threadIdx.x == cuda.blockDim.x - 1:
-            before[0] = upto
-        cuda.syncthreads()
-    if last_offset is not None and cuda.threadIdx.x == 0:
-        last_offset[0] = before[0]
+            offset[expert] = base + upto - padded
+        base += group_sum
+        first += cuda.blockDim.x
+    if cuda.threadIdx.x == 0:
+        offset[num_experts] = base
 
 
-@cuda.jit
-def place_slots(
-    topk_ids: Ids,
-    expert_map: ExpertMap,
-    num_slots: Int32,
-    num_experts: Int32,
-    num_tiles: Int32,
-    tile_size: Int32,
-    offset: Int64Array,
-    tile_prefix: Int32Array,
-    sorted_slots: Int32Array,
-    position_of_slot: OptionalInt32Array,
-):
-    # offset [num_experts + 1], tile_prefix [num_experts, num_tiles], sorted_slots: at least offset[num_experts],
-    # position_of_slot [num_slots]; a warp per tile, which uses its column of tile_prefix up
-    tile = warp_index()
-    if tile >= num_tiles:
-        return
-    lane = cuda.laneid
-    first = int64(tile) * tile_size
-    for base in range(first, min(first + tile_size, num_slots), WARP):
-        slot = base + lane
-        expert = expert_of_slot(topk_ids, expert_map, slot, num_slots, num_experts)
-        peers = cuda.match_any_sync(ALL_LANES, expert)
-        cell = int64(expert) * num_tiles + tile
-        position = int64(-1)
-        if expert >= 0:
-            position = offset[expert] + tile_prefix[cell] + cuda.popc(peers & lanes_below())
-            sorted_slots[position] = slot
-        cuda.syncwarp()
-        if expert >= 0 and peers & lanes_below() == 0:
-            tile_prefix[cell] += cuda.popc(peers)
-        cuda.syncwarp()
-        if position_of_slot is not None and slot < num_slots:
-            position_of_slot[slot] = position
+class Grid(NamedTuple):
+    """How slots are dealt to threads, `items` to each, and how counts by block are kept: a stride of whole words."""
+
+    blocks: int
+    threads: int
+    items: int
+    stride: int
+    shared_bytes: int
+    scanned: bool
 
 
-def tile_scratch(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Allocate tile_counts: tiles at least as long as there are experts keep it no larger than the input."""
-    num_tiles = -(-topk_ids.numel() // _tile_size(num_experts))
-    return arrays.empty((num_experts, num_tiles), torch.int32, topk_ids)
+@functools.lru_cache(maxsize=4096)
+def _grid(num_slots: int, num_experts: int) -> Grid:
+    most = block_threads(MOST_THREADS)
+    if num_slots <= most:
+        return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts)
+    # Measured on an H200: one wave of small blocks while there are few slots, then more slots to a block.
+    threads, items = (256, 1) if num_slots <= 2**15 else (256, 4) if num_slots <= 160 * 1024 else (512, 8)
+    threads = block_threads(threads)
+    return _deal(-(-num_slots // (threads * items)), threads, items, num_experts)
 
 
-def _tile_size(num_experts: int) -> int:
-    return max(SMALLEST_TILE, 1 << (num_experts - 1).bit_length())
+def _deal(blocks: int, threads: int, items: int, num_experts: int) -> Grid:
+    stride = -(-num_experts // 8) * 8
+    shared_bytes = 2 * -(-threads // 128) * 4 * min(stride, CHUNK)
+    return Grid(blocks, threads, items, stride, shared_bytes, blocks > 1 and blocks * stride > UNSCANNED_COUNTS)
 
 
-def launch_count(
-    topk_ids: torch.Tensor, expert_map: torch.Tensor | None, tile_counts: torch.Tensor, counts: torch.Tensor
-) -> None:
-    """Launch steps 1 and 2: write counts, and turn tile_counts into each tile's prefix."""
-    num_experts, num_tiles = tile_counts.shape
-    sizes = (topk_ids.numel(), num_experts, num_tiles, _tile_size(num_experts))
-    launch_warps(count_slots, num_tiles, topk_ids, expert_map, *sizes, tile_counts)
-    launch_warps(scan_tiles, num_experts, tile_counts, num_experts, num_tiles, counts)
+class SortScratch(NamedTuple):
+    """Counts by block, and their sums over earlier blocks."""
+
+    block_counts: torch.Tensor | None
+    block_offsets: torch.Tensor | None
 
 
-def launch_offsets(
-    counts: torch.Tensor, alignment: int, offset: torch.Tensor, last_offset: torch.Tensor | None
-) -> None:
-    """Launch step 3: write offset, and its last entry once more as int32."""
-    launch(scan_experts, 1, block_threads(1024), counts, counts.numel(), alignment, offset, last_offset)
+def sort_scratch(topk_ids: torch.Tensor, num_experts: int) -> SortScratch:
+    """Allocate what `launch_sort` needs besides its outputs."""
+    grid = _grid(topk_ids.numel(), num_experts)
+    counts = offsets = None
+    if grid.blocks > 1:
+        counts = arrays.empty(grid.blocks * grid.stride, torch.int16, topk_ids)
+    if grid.scanned:
+        offsets = arrays.empty((grid.blocks + 1) * num_experts, torch.int32, topk_ids)
+    return SortScratch(counts, offsets)
 
 
-def launch_place(
+def launch_sort(
     topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    offset: torch.Tensor,
-    tile_prefix: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    scratch: SortScratch,
     sorted_slots: torch.Tensor,
-    position_of_slot: torch.Tensor | None,
+    *,
+    expert_map: torch.Tensor | None = None,
+    block_names: torch.Tensor | None = None,
+    inactive_expert_id: int = -1,
+    position_of_slot: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    expert_ids: torch.Tensor | None = None,
+    num_padded: torch.Tensor | None = None,
 ) -> None:
-    """Launch step 4: write each slot to its position, and its position to each slot."""
-    num_experts, num_tiles = tile_prefix.shape
-    sizes = (topk_ids.numel(), num_experts, num_tiles, _tile_size(num_experts))
-    outputs = (sorted_slots, position_of_slot)
-    launch_warps(place_slots, num_tiles, topk_ids, expert_map, *sizes, offset, tile_prefix, *outputs)
+    """Sort the slots by expert, the rows of each padded to a multiple of block_size; fill the other positions."""
+    num_slots = topk_ids.numel()
+    grid = _grid(num_slots, num_experts)
+    num_positions = sorted_slots.numel()
+    sizes = (grid.stride, num_positions)
+    if grid.blocks > 1:
+        launch(
+            *(count_slots, grid.blocks, grid.threads),
+            *(topk_ids, expert_map, num_slots, num_experts, *sizes, scratch.block_counts, None, sorted_slots),
+            items=grid.items,
+        )
+    if grid.scanned:
+        launch_warps(
+            *(scan_blocks, num_experts),
+            *(scratch.block_counts, grid.blocks, num_experts, grid.stride, scratch.block_offsets),
+        )
+    launch(
+        *(place_slots, grid.blocks, grid.threads),
+        *(topk_ids, expert_map, block_names, num_slots, num_experts, *sizes),
+        *(block_size, inactive_expert_id, *scratch),
+        *(sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded),
+        items=grid.items,
+        shared_bytes=grid.shared_bytes,
+    )
+
+
+def _launch_count(
+    topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None, counts: torch.Tensor
+) -> None:
+    grid = _grid(topk_ids.numel(), num_experts)
+    if grid.blocks > 1:
+        counts.zero_()
+    sizes = (topk_ids.numel(), num_experts, grid.stride, 0)
+    launch(count_slots, grid.blocks, grid.threads, topk_ids, expert_map, *sizes, None, counts, None, items=grid.items)
 
 
 @arrays.public
@@ -234,8 +506,8 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
 
     Notes
     -----
-    Runs on the caller's current stream without synchronising and captures into CUDA graphs. Allocates the result,
-    and scratch of about num_slots int32 (num_experts at least).
+    Runs on the caller's current stream without synchronising and captures into CUDA graphs. Allocates the result
+    only.
 
     Examples
     --------
@@ -247,7 +519,7 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
     if arrays.answered_by_reference(topk_ids):
         return arrays.by_reference(reference.count_tokens_per_expert, topk_ids, num_experts, expert_map)
     counts = arrays.empty(num_experts, torch.int32, topk_ids)
-    launch_count(topk_ids, expert_map, tile_scratch(topk_ids, num_experts), counts)
+    _launch_count(topk_ids, num_experts, expert_map, counts)
     return counts
 
 
@@ -289,5 +561,5 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     if arrays.answered_by_reference(counts):
         return arrays.by_reference(reference.expert_offsets, counts, alignment)
     offset = arrays.empty(counts.numel() + 1, torch.int64, counts)
-    launch_offsets(counts, alignment, offset, None)
+    launch(scan_experts, 1, block_threads(MOST_THREADS), counts, counts.numel(), alignment, offset)
     return offset

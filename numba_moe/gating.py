@@ -35,6 +35,7 @@ from numba_moe.runtime.primitives import (
     chosen_index,
     exp,
     load_float,
+    present,
     store_float,
     warp_index,
     warp_max,
@@ -81,7 +82,7 @@ def score_of(logit, scoring_func, peak, total):
 @cuda.jit(device=True)
 def rank_of(gating_output, row, expert, correction_bias, scoring_func, peak, total):
     logit = load_float(gating_output, row + expert)
-    if correction_bias is not None:
+    if present(correction_bias):
         return score_of(logit, scoring_func, peak, total) + correction_bias[expert]
     if scoring_func == SOFTMAX and total == float32(0.0):
         return float32(0.0)
@@ -103,7 +104,7 @@ def score_group(gating_output, row, first, size, correction_bias, scoring_func, 
                 key = max(key, candidate)
         last = warp_max(key)
         best = chosen_index(last)
-        if group_score == MAX or correction_bias is not None:
+        if group_score == MAX or present(correction_bias):
             value = rank_of(gating_output, row, best, correction_bias, scoring_func, peak, total)
         else:
             value = score_of(load_float(gating_output, row + best), scoring_func, peak, total)
@@ -158,7 +159,7 @@ def choose_experts(
     groups = int64(token) * num_expert_group
     group_size = num_experts // num_expert_group
     last_group = int64(LOWEST_KEY)
-    if group_scores is not None:
+    if present(group_scores):
         for group in range(num_expert_group):
             first = group * group_size
             value = score_group(
@@ -176,7 +177,7 @@ def choose_experts(
         key = int64(LOWEST_KEY)
         for expert in range(lane, num_experts, WARP):
             eligible = True
-            if group_scores is not None:
+            if present(group_scores):
                 group = expert // group_size
                 eligible = choice_key(group_scores[groups + group], group) >= last_group
             if eligible:

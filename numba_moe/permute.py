@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from numba_moe import align, counting
+from numba_moe import counting
 from numba_moe.reference import permute as reference
 from numba_moe.reference.permute import PermutedTokens
 from numba_moe.runtime import arrays, checks
@@ -81,16 +81,17 @@ def _launch_permute(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
-    scratch: tuple[torch.Tensor, torch.Tensor],
+    scratch: counting.SortScratch,
     out: PermutedTokens,
 ) -> None:
-    tiles, counts = scratch
-    offset = out.expert_first_token_offset
     num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
-    counting.launch_count(topk_ids, expert_map, tiles, counts)
-    counting.launch_offsets(counts, 1, offset, None)
-    counting.launch_place(topk_ids, expert_map, offset, tiles, out.permuted_idx, out.inv_permuted_idx)
-    align.launch_fill(counts, offset, None, num_slots, 1, -1, out.permuted_idx, None)
+    offset = out.expert_first_token_offset
+    counting.launch_sort(
+        *(topk_ids, offset.numel() - 1, 1, scratch, out.permuted_idx),
+        expert_map=expert_map,
+        position_of_slot=out.inv_permuted_idx,
+        offset=offset,
+    )
     if out.permuted_hidden_states.numel():
         source, target = _as_words(hidden_states, out.permuted_hidden_states)
         sizes = (num_slots, top_k, source.shape[1], source.stride(0))
@@ -130,8 +131,8 @@ def moe_permute(hidden_states: Any, topk_ids: Any, num_experts: int, expert_map:
     Notes
     -----
     Stable: rows of one expert ascend by slot. Rows are addressed in 64 bits. Runs on the caller's current stream
-    without synchronising and captures into CUDA graphs. Allocates the results, and scratch of about num_slots
-    int32 (num_experts at least).
+    without synchronising and captures into CUDA graphs. Allocates the results, and scratch as
+    `count_tokens_per_expert` does.
 
     Examples
     --------
@@ -158,9 +159,7 @@ def moe_permute(hidden_states: Any, topk_ids: Any, num_experts: int, expert_map:
         arrays.empty(num_slots, torch.int32, hidden_states),
         arrays.empty((num_tokens, top_k), torch.int32, hidden_states),
     )
-    counts = arrays.empty(num_experts, torch.int32, hidden_states)
-    scratch = (counting.tile_scratch(topk_ids, num_experts), counts)
-    _launch_permute(hidden_states, topk_ids, expert_map, scratch, out)
+    _launch_permute(hidden_states, topk_ids, expert_map, counting.sort_scratch(topk_ids, num_experts), out)
     return out
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from numba_moe.runtime import cache
 
-ENTRY = cache.Entry("scan_tiles", ("int32", None), "sm_90", "entry", bytes(range(256)) * 40)
+ENTRY = cache.Entry("scan_blocks", ("int32", "int32"), "sm_90", "entry", bytes(range(256)) * 40)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ WRITE_OFTEN = """
 import pathlib, sys
 from numba_moe.runtime import cache
 for step in range(300):
-    entry = cache.Entry("scan_tiles", ("int32", None), "sm_90", "entry", bytes([int(sys.argv[2])]) * (1000 + step))
+    entry = cache.Entry("scan_blocks", ("int32", "int32"), "sm_90", "entry", bytes([int(sys.argv[2])]) * (1000 + step))
     cache.write(pathlib.Path(sys.argv[1]), entry)
 """
 
@@ -83,7 +83,7 @@ def test_every_part_of_a_key_counts(monkeypatch):
         cache.path_of("a", ("int32",), "sm_90"),
         cache.path_of("b", ("int32",), "sm_90"),
         cache.path_of("a", ("int64",), "sm_90"),
-        cache.path_of("a", (None,), "sm_90"),
+        cache.path_of("a", ("int32", "int32"), "sm_90"),
         cache.path_of("a", ("int32",), "sm_80"),
     }
     cache.fingerprint.cache_clear()
@@ -135,7 +135,7 @@ COMPILE = """
 import json, sys
 from numba_moe import counting
 from numba_moe.runtime import compile
-entry = compile.compiled(counting.scan_tiles, ("int32", "int32"), (9, 0))
+entry = compile.compiled(counting.scan_blocks, ("int32", "int32"), (9, 0))
 print(json.dumps([compile.statistics, "numba" in sys.modules, len(entry.cubin)]))
 """
 
@@ -155,7 +155,7 @@ COMMANDS = """
 import sys
 from numba_moe import cli
 from numba_moe.runtime import compile, parameters
-compile.KERNEL_MODULES = ("align",)
+compile.KERNEL_MODULES = ("counting",)
 import torch
 torch.cuda.device_count = lambda: 0
 print([cli.main(arguments.split()) for arguments in sys.argv[1:]])
@@ -165,8 +165,8 @@ print([cli.main(arguments.split()) for arguments in sys.argv[1:]])
 def test_warmup_and_info(folder, without_simulator):
     printed = without_simulator(COMMANDS, "warmup --arch sm_90", "warmup --arch sm_90,sm_100", "info", "warmup")
     lines = printed.splitlines()
-    assert lines[0].startswith("6 kernels ready in ")
-    assert lines[0].endswith("6 of them compiled now")
-    assert lines[1].endswith("12 of them compiled now")
-    assert any(line.startswith("fill_padding") and line.split()[1:] == ["sm_100", "6"] for line in lines)
+    assert lines[0].startswith("15 kernels ready in ")
+    assert lines[0].endswith("15 of them compiled now")
+    assert lines[1].endswith("30 of them compiled now")
+    assert any(line.startswith("place_slots") and line.split()[1:] == ["sm_100", "8"] for line in lines)
     assert lines[-1] == "[0, 0, 0, 2]"

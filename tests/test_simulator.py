@@ -8,14 +8,15 @@ import torch
 from numba import cuda
 
 from numba_moe.runtime import simulator
-from numba_moe.runtime.primitives import block_inclusive_sum, choice_key, chosen_index, warp_inclusive_sum, warp_sum
+from numba_moe.runtime.dialect import int64
+from numba_moe.runtime.primitives import block_sums, choice_key, chosen_index, warp_inclusive_sum, warp_sum
 
 pytestmark = pytest.mark.skipif(not simulator.ENABLED, reason="needs Numba's CUDA simulator")
 ALL = 0xFFFFFFFF
 
 
 def run(kernel, threads, *arrays):
-    simulator.launch(kernel, 1, threads, tuple(map(torch.from_numpy, arrays)))
+    simulator.launch(kernel, 1, threads, tuple(map(torch.from_numpy, arrays)), 0)
     return arrays[-1]
 
 
@@ -75,16 +76,17 @@ def test_sums():
     def kernel(values, out):
         thread = cuda.threadIdx.x
         sums = cuda.shared.array(32, np.int64)
-        out[thread] = warp_inclusive_sum(values[thread])
+        out[thread] = warp_inclusive_sum(values[thread], int64)
         out[64 + thread] = warp_sum(values[thread])
-        out[128 + thread] = block_inclusive_sum(values[thread], sums)
+        out[128 + thread], out[192 + thread] = block_sums(values[thread], sums, int64)
 
     values = np.random.default_rng(0).integers(-9, 9, 64)
-    got = run(kernel, 64, values, np.zeros(192, np.int64)).reshape(3, 64)
+    got = run(kernel, 64, values, np.zeros(256, np.int64)).reshape(4, 64)
     halves = values.reshape(2, 32)
     assert got[0].tolist() == np.cumsum(halves, axis=1).ravel().tolist()
     assert got[1].tolist() == np.repeat(halves.sum(1), 32).tolist()
     assert got[2].tolist() == np.cumsum(values).tolist()
+    assert set(got[3].tolist()) == {values.sum()}
 
 
 def test_choice_keys_order_by_value_then_by_lower_index():

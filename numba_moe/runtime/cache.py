@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     """A kernel as machine code."""
 
     kernel: str
-    specialisation: tuple[str | None, ...]
+    specialisation: tuple[str | int, ...]
     arch: str
     entry_name: str
     cubin: bytes
@@ -78,7 +78,7 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def path_of(kernel: str, specialisation: tuple[str | None, ...], arch: str) -> Path:
+def path_of(kernel: str, specialisation: tuple[str | int, ...], arch: str) -> Path:
     """Return the file of an entry."""
     key = json.dumps([fingerprint(), kernel, specialisation, arch])
     return folder() / f"{kernel}-{arch}-{hashlib.sha256(key.encode()).hexdigest()[:32]}{SUFFIX}"

@@ -1,7 +1,7 @@
 """From a kernel to machine code: Numba function -> PTX -> cubin -> a kernel that the driver can launch.
 
-A specialisation of a kernel is the tuple of its array dtypes, None where an array is absent. Compilation needs
-no GPU: Numba brings NVVM, and cuda.core links the PTX. Numba is imported when something must be compiled.
+A specialisation of a kernel is the tuple of its array dtypes and constants. Compilation needs no GPU: Numba brings
+NVVM, and cuda.core links the PTX. Numba is imported when something must be compiled.
 """
 
 import contextlib
@@ -12,16 +12,19 @@ import itertools
 import sys
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from cuda.core import ObjectCode, Program, ProgramOptions
+from cuda.bindings import driver
+from cuda.core import Device, ObjectCode, Program, ProgramOptions
 
 from numba_moe.runtime import cache, dialect
-from numba_moe.runtime.parameters import ELEMENT_TYPES
+from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
 
-KERNEL_MODULES = ("counting", "align", "gating", "permute")
+KERNEL_MODULES = ("counting", "gating", "permute")
+# Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
+MOST_SHARED_BYTES = 64 * 1024
 
-Specialisation = tuple[str | None, ...]
+Specialisation = tuple[str | int, ...]
 
 # How many kernels this process compiled, and how many it read from the disk cache instead.
 statistics = {"compiled": 0, "read": 0}
@@ -41,33 +44,60 @@ def kernels() -> list[Any]:
     return list(found.values())
 
 
+class _Parameter(NamedTuple):
+    """What a parameter may be: dtypes of an array or number, or the values of a constant."""
+
+    name: str
+    is_array: bool
+    is_constant: bool
+    options: tuple[Any, ...]
+
+
 @functools.cache
-def _parameters(function: Any) -> tuple[tuple[bool, tuple[str | None, ...]], ...]:
-    """Return of each parameter whether it is an array, and the types that it may have."""
-    annotations = (get_args(parameter.annotation) for parameter in inspect.signature(function).parameters.values())
-    return tuple((kind not in (int, float), tuple(options)) for kind, *options in annotations)
+def _parameters(function: Any) -> tuple[_Parameter, ...]:
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, *options = get_args(parameter.annotation)
+        is_constant = options[0] == CONSTANT
+        found.append(_Parameter(name, kind not in (int, float), is_constant, tuple(options[is_constant:])))
+    return tuple(found)
+
+
+def _varying(kernel: Any) -> list[_Parameter]:
+    """Return the parameters that a specialisation says something about."""
+    return [parameter for parameter in _parameters(kernel.py_func) if parameter.is_array or parameter.is_constant]
 
 
 def specialisations(kernel: Any) -> list[Specialisation]:
-    """Return every combination of array dtypes that a kernel's signature allows."""
-    return list(itertools.product(*(options for is_array, options in _parameters(kernel.py_func) if is_array)))
+    """Return every specialisation that a kernel's signature allows."""
+    choices = ([option for option in parameter.options if option is not None] for parameter in _varying(kernel))
+    return list(itertools.product(*choices))
+
+
+def specialisation_for(kernel: Any, given: Iterable[str | int | None]) -> Specialisation:
+    """Return the specialisation for these dtypes and constants; an absent array's dtype is the first it may have."""
+    found = []
+    for choice, parameter in zip(given, _varying(kernel), strict=True):
+        if choice not in parameter.options:
+            where = f"kernel {kernel.py_func.__name__} takes {parameter.options} for {parameter.name}"
+            raise TypeError(f"{where}, got {choice}")
+        found.append(parameter.options[0] if choice is None else choice)
+    return tuple(found)
 
 
 def signature(kernel: Any, specialisation: Specialisation) -> Any:
-    """Return the Numba signature of one specialisation: pointers for arrays, numbers by value."""
+    """Return the Numba signature of one specialisation: pointers for arrays, numbers by value, constants not at all."""
     from numba import types
 
-    dtypes = iter(specialisation)
+    choices = iter(specialisation)
     arguments: list[Any] = []
-    for is_array, options in _parameters(kernel.py_func):
-        dtype = next(dtypes) if is_array else options[0]
-        if dtype not in options:
-            raise TypeError(f"kernel {kernel.py_func.__name__} takes {options} here, got {dtype}")
-        if dtype is None:
-            arguments.append(types.none)
+    for parameter in _parameters(kernel.py_func):
+        choice = next(choices) if parameter.is_array or parameter.is_constant else parameter.options[0]
+        if parameter.is_constant:
+            arguments.append(types.Omitted(choice))
         else:
-            element = getattr(types, ELEMENT_TYPES.get(dtype, dtype))
-            arguments.append(types.CPointer(element) if is_array else element)
+            element = getattr(types, ELEMENT_TYPES.get(str(choice), str(choice)))
+            arguments.append(types.CPointer(element) if parameter.is_array else element)
     return types.void(*arguments)
 
 
@@ -92,7 +122,12 @@ def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[i
     dialect.resolve(kernel.py_func.__globals__)
     with _compiling_for(compute_capability):
         code, _ = cuda.compile(
-            kernel.py_func, signature(kernel, specialisation), device=False, abi="numba", cc=compute_capability
+            kernel.py_func,
+            signature(kernel, specialisation),
+            device=False,
+            abi="numba",
+            cc=compute_capability,
+            launch_bounds=kernel.targetoptions.get("launch_bounds"),
         )
     return code if isinstance(code, str) else code.decode()
 
@@ -122,10 +157,15 @@ def compiled(kernel: Any, specialisation: Specialisation, compute_capability: tu
     return entry
 
 
-def load(kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]) -> Any:
-    """Return a kernel as a `cuda.core.Kernel`, compiled if need be."""
-    entry = compiled(kernel, specialisation, compute_capability)
-    return ObjectCode.from_cubin(entry.cubin).get_kernel(entry.entry_name)
+def load(kernel: Any, specialisation: Specialisation, device: Device) -> Any:
+    """Return a kernel as a `cuda.core.Kernel` that may use MOST_SHARED_BYTES on a device, compiled if need be."""
+    entry = compiled(kernel, specialisation, tuple(device.compute_capability))
+    loaded = ObjectCode.from_cubin(entry.cubin).get_kernel(entry.entry_name)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, MOST_SHARED_BYTES, loaded.handle, device.device_id)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuKernelSetAttribute of kernel {entry.kernel}: {status.name}")
+    return loaded
 
 
 def compile_all(compute_capabilities: Iterable[tuple[int, int]]) -> int:

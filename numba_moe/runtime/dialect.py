@@ -29,7 +29,7 @@ class DeferredKernel(Deferred):
     """A `@cuda.jit` function that Numba sees when it is compiled or launched by hand."""
 
     def __init__(self, function: Any, options: dict[str, Any]) -> None:
-        self.py_func, self._options, self._real = function, options, None
+        self.py_func, self.targetoptions, self._real = function, options, None
         self.__doc__ = function.__doc__
 
     def resolve(self) -> Any:
@@ -37,7 +37,7 @@ class DeferredKernel(Deferred):
             if self._real is None:
                 from numba import cuda
 
-                self._real = cuda.jit(**self._options)(self.py_func)
+                self._real = cuda.jit(**self.targetoptions)(self.py_func)
                 resolve(self.py_func.__globals__)
         return self._real
 
@@ -61,13 +61,17 @@ def resolve(namespace: dict[str, Any]) -> None:
 
 cuda: Any
 float32: Any
+int16: Any
 int32: Any
 int64: Any
+uint32: Any
+_SCALARS = ("float32", "int16", "int32", "int64", "uint32")
 if simulator.ENABLED:
     import numba
     import numba.cuda
 
-    cuda, float32, int32, int64 = numba.cuda, numba.float32, numba.int32, numba.int64
+    cuda = numba.cuda
+    float32, int16, int32, int64, uint32 = (getattr(numba, name) for name in _SCALARS)
 else:
     cuda = _DeferredCuda("numba.cuda")
-    float32, int32, int64 = (Deferred("numba", name) for name in ("float32", "int32", "int64"))
+    float32, int16, int32, int64, uint32 = (Deferred("numba", name) for name in _SCALARS)

@@ -14,6 +14,66 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 
 @intrinsic
+def flat(typingctx: Any, array: Any) -> Any:
+    """Take an array in shared memory as plain memory: Numba would let every index also count from the end."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+@intrinsic
+def quotient(typingctx: Any, number: Any, divisor: Any) -> Any:
+    """Divide numbers that are not negative in 32 bits, which takes a tenth of the time that 64 bits do."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.udiv(*arguments)
+
+    return types.int32(types.int32, types.int32), codegen
+
+
+@intrinsic
+def present(typingctx: Any, array: Any) -> Any:
+    """Whether an optional array was given: its address is not null."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_type, array = signature.args[0], arguments[0]
+        if isinstance(array_type, types.Array):
+            array = context.make_array(array_type)(context, builder, array).data
+        return builder.icmp_unsigned("!=", array, ir.Constant(array.type, None))
+
+    return types.boolean(array), codegen
+
+
+@intrinsic
+def load_words(typingctx: Any, array: Any, index: Any) -> Any:
+    """Read 16 bytes as four int32; the address of array[index] must be a multiple of 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments)
+        words = ir.VectorType(ir.IntType(32), 4)
+        vector = builder.load(builder.bitcast(address, words.as_pointer()), align=16)
+        lanes = [builder.extract_element(vector, ir.Constant(ir.IntType(32), lane)) for lane in range(4)]
+        return context.make_tuple(builder, signature.return_type, lanes)
+
+    return types.UniTuple(types.int32, 4)(array, types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Add to an element of an integer array in device memory, in no particular order among threads."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.atomic_rmw(
+            "add", _address(context, builder, signature.args[0], *arguments[:2]), arguments[2], "monotonic"
+        )
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), codegen
+
+
+@intrinsic
 def load_float(typingctx: Any, array: Any, index: Any) -> Any:
     """Read an element of a float32, float16 or bfloat16 (as uint16) array as float32."""
 

@@ -22,7 +22,7 @@ _compile_lock = threading.Lock()
 _thread = threading.local()
 
 
-def launch(kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+def launch(kernel: Any, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0, **constants: int) -> None:
     """Launch a `@cuda.jit` kernel; its first argument is a tensor, and all tensors are on that one's device.
 
     Parameters
@@ -33,18 +33,22 @@ def launch(kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
         Grid size, and threads per block. A grid of no blocks launches nothing.
     arguments
         Tensors, None for an absent array, Python numbers.
+    shared_bytes
+        Dynamic shared memory of a block, at most compile.MOST_SHARED_BYTES.
+    constants
+        The kernel's `Constant` parameters, which are its last, in order.
     """
     if blocks == 0:
         return
     if simulator.is_running():
-        simulator.launch(kernel, blocks, threads, arguments)
+        simulator.launch(kernel, blocks, threads, (*arguments, *constants.values()), shared_bytes)
         return
     device = arguments[0].get_device()
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            _launch_on_current_device(kernel, blocks, threads, arguments, device)
+            _launch_on_current_device(kernel, blocks, threads, arguments, constants, device, shared_bytes)
     else:
-        _launch_on_current_device(kernel, blocks, threads, arguments, device)
+        _launch_on_current_device(kernel, blocks, threads, arguments, constants, device, shared_bytes)
 
 
 def launch_warps(kernel: Any, warps: int, *arguments: Any) -> None:
@@ -55,10 +59,18 @@ def launch_warps(kernel: Any, warps: int, *arguments: Any) -> None:
 
 def block_threads(wanted: int) -> int:
     """Return the threads for a kernel that works with any whole number of warps a block."""
-    return 32 if simulator.is_running() else wanted
+    return min(128, wanted) if simulator.is_running() else wanted
 
 
-def _launch_on_current_device(kernel: Any, blocks: int, threads: int, arguments: tuple[Any, ...], device: int) -> None:
+def _launch_on_current_device(
+    kernel: Any,
+    blocks: int,
+    threads: int,
+    arguments: tuple[Any, ...],
+    constants: dict[str, int],
+    device: int,
+    shared_bytes: int,
+) -> None:
     # One pass over the arguments: this loop is most of what a launch costs beside the driver's part.
     key: list[Any] = [kernel.py_func, device]
     values: list[Any] = []
@@ -71,21 +83,22 @@ def _launch_on_current_device(kernel: Any, blocks: int, threads: int, arguments:
         else:
             key.append(argument.dtype)
             values.append(argument.data_ptr())
+    key += constants.values()
     loaded = _kernels.get(tuple(key))
     if loaded is None:
         loaded = _load(tuple(key), kernel)
     if getattr(_thread, "device", None) != device:
         _make_context_current(device)
     stream = _stream(torch._C._cuda_getCurrentRawStream(device))
-    cuda_launch(stream, _config(blocks, threads), loaded, *values)
+    cuda_launch(stream, _config(blocks, threads, shared_bytes), loaded, *values)
 
 
 def _load(key: tuple[Any, ...], kernel: Any) -> Any:
-    _, device, *dtypes = key
+    _, device, *given = key
     with _compile_lock:
         if key not in _kernels:
-            names = tuple(None if dtype is None else str(dtype).removeprefix("torch.") for dtype in dtypes)
-            _kernels[key] = compile.load(kernel, names, torch.cuda.get_device_capability(device))
+            names = (str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype for dtype in given)
+            _kernels[key] = compile.load(kernel, compile.specialisation_for(kernel, names), Device(device))
     return _kernels[key]
 
 
@@ -96,8 +109,8 @@ def _make_context_current(device: int) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(blocks: int, threads: int) -> Any:
-    return LaunchConfig(grid=blocks, block=threads)
+def _config(blocks: int, threads: int, shared_bytes: int) -> Any:
+    return LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
 
 
 @functools.lru_cache(maxsize=1024)

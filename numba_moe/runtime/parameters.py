@@ -7,25 +7,36 @@ reader all take it from the same place::
     def count_slots(topk_ids: Ids, expert_map: ExpertMap, num_slots: Int32, ..., tile_counts: Int32Array):
 
 Array parameters are flat: kernels index them with one integer. `None` among the dtypes means that the
-argument may be absent; Numba then compiles the `is None` branch alone. (Numba's own launch takes no None: by hand,
-give an array there.)
+argument may be absent, which the kernel asks by `present(array)`: it then is a null pointer of the first dtype.
+(Numba's own launch takes no None: by hand, give an array there.)
+
+A `Constant` parameter is a number that is known when the kernel is compiled, so that it can size a local array or
+unroll a loop; the launch names it by keyword.
 """
 
 from typing import Annotated, Any
+
+CONSTANT = "constant"
 
 Int32 = Annotated[int, "int32"]
 Int64 = Annotated[int, "int64"]
 Float64 = Annotated[float, "float64"]
 
 Ids = Annotated[Any, "int32", "int64"]
-ExpertMap = Annotated[Any, None, "int32", "int64"]
+OptionalIds = Annotated[Any, "int32", "int64", None]
+Int16Array = Annotated[Any, "int16"]
+OptionalInt16Array = Annotated[Any, "int16", None]
 Int32Array = Annotated[Any, "int32"]
 Int64Array = Annotated[Any, "int64"]
-OptionalInt32Array = Annotated[Any, None, "int32"]
+OptionalInt32Array = Annotated[Any, "int32", None]
+OptionalInt64Array = Annotated[Any, "int64", None]
 Float32Array = Annotated[Any, "float32"]
-OptionalFloat32Array = Annotated[Any, None, "float32"]
+OptionalFloat32Array = Annotated[Any, "float32", None]
 FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
 Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
+
+# Slots of one thread in the counting sort.
+Items = Annotated[int, CONSTANT, 1, 4, 8]
 
 # bfloat16 travels as its 16 bits: primitives.load_float and store_float convert it.
 ELEMENT_TYPES = {"bfloat16": "uint16"}

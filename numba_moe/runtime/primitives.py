@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from numba_moe.runtime import simulator
-from numba_moe.runtime.dialect import Deferred, cuda, float32, int32, int64
+from numba_moe.runtime.dialect import Deferred, cuda, float32, int32, int64, uint32
 
 ALL_LANES = 0xFFFFFFFF
 WARP = 32
@@ -18,11 +18,31 @@ LOWEST_KEY = np.iinfo(np.int64).min
 HIGHEST_KEY = np.iinfo(np.int64).max
 
 
+flat: Any
+quotient: Any
+present: Any
+atomic_add: Any
+load_words: Any
 load_float: Any
 store_float: Any
 float_as_int: Any
 exp: Any
 if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
+
+    def flat(array: Any) -> Any:
+        return array
+
+    def quotient(number: int, divisor: int) -> int:
+        return int(number) // int(divisor)
+
+    def present(array: Any) -> bool:
+        return array is not None
+
+    def atomic_add(array: Any, index: int, value: Any) -> None:
+        array[index] = array[index] + value  # threads take turns
+
+    def load_words(array: Any, index: int) -> Any:
+        return array.words(index)
 
     def load_float(array: Any, index: int) -> Any:
         value = array[index]
@@ -43,6 +63,11 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
             return np.exp(np.float32(value))
 
 else:
+    flat = Deferred("numba_moe.runtime.intrinsics", "flat")
+    quotient = Deferred("numba_moe.runtime.intrinsics", "quotient")
+    present = Deferred("numba_moe.runtime.intrinsics", "present")
+    atomic_add = Deferred("numba_moe.runtime.intrinsics", "atomic_add")
+    load_words = Deferred("numba_moe.runtime.intrinsics", "load_words")
     load_float = Deferred("numba_moe.runtime.intrinsics", "load_float")
     store_float = Deferred("numba_moe.runtime.intrinsics", "store_float")
     float_as_int = Deferred("numba.cuda.libdevice", "float_as_int")
@@ -52,7 +77,7 @@ else:
 @cuda.jit(device=True)
 def warp_index():
     """Index of this warp in the grid."""
-    return (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // WARP
+    return int32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
 
 
 @cuda.jit(device=True)
@@ -77,26 +102,37 @@ def warp_sum(value):
 
 
 @cuda.jit(device=True)
-def warp_inclusive_sum(value):
+def count_lanes(mask):
+    """Count the lanes of a mask."""
+    return int32(cuda.popc(uint32(mask)))
+
+
+@cuda.jit(device=True)
+def warp_inclusive_sum(value, dtype):
+    """Sum of `value` over this and all lower lanes, in that dtype: Numba would widen int32 to int64."""
     for distance in (1, 2, 4, 8, 16):
         below = cuda.shfl_up_sync(ALL_LANES, value, distance)
         if cuda.laneid >= distance:
-            value += below
+            value = dtype(value + below)
     return value
 
 
 @cuda.jit(device=True)
-def block_inclusive_sum(value, warp_sums):
-    """Sum of `value` over this and all earlier threads of the block; warp_sums: shared int64 [32]."""
-    warp = cuda.threadIdx.x // WARP
-    value = warp_inclusive_sum(value)
+def block_sums(value, warp_sums, dtype):
+    """Sum `value` over this and all lower threads, and over the block; warp_sums: shared [32] of that dtype."""
+    warp = cuda.threadIdx.x >> 5
+    value = warp_inclusive_sum(value, dtype)
     if cuda.laneid == WARP - 1:
         warp_sums[warp] = value
     cuda.syncthreads()
-    for earlier in range(warp):
-        value += warp_sums[earlier]
+    of_warp = dtype(0)
+    if cuda.laneid < cuda.blockDim.x >> 5:
+        of_warp = warp_sums[cuda.laneid]
+    upto = warp_inclusive_sum(of_warp, dtype)
+    total = cuda.shfl_sync(ALL_LANES, upto, WARP - 1)
+    before = cuda.shfl_sync(ALL_LANES, dtype(upto - of_warp), warp)
     cuda.syncthreads()
-    return value
+    return dtype(value + before), total
 
 
 @cuda.jit(device=True)

@@ -58,17 +58,27 @@ class Pointer:
         # Numba widens integers to 64 bits in arithmetic; Python's own integers cannot overflow either.
         return int(value) if isinstance(value, np.integer) else value
 
+    def words(self, index: int) -> Any:
+        """Return 16 bytes from an element on as four int32."""
+        width = 16 // self.dtype.itemsize
+        if index % width:
+            raise IndexError(f"index {index} is not a multiple of 16 bytes")
+        self._check(index)
+        self._check(index + width - 1)
+        return tuple(map(int, self._memory[index : index + width].view(np.int32)))
+
     def __setitem__(self, index: int, value: Any) -> None:
         self._check(index)
         self._memory[index] = value
 
 
-def launch(kernel: Any, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
+def launch(kernel: Any, blocks: int, threads: int, arguments: tuple[Any, ...], shared_bytes: int) -> None:
     """Run a kernel in the simulator on CPU tensors."""
-    kernel[blocks, threads](*[Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+    kernel[blocks, threads, 0, shared_bytes](*[Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments])
 
 
 if ENABLED:
+    import numba.cuda
     from numba.cuda.simulator import kernel as _kernel
     from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
 
@@ -254,6 +264,11 @@ if ENABLED:
                 if thread.thread_id // 32 == warp and not thread.ended
             )
 
+    def _jit(function: Any = None, *, launch_bounds: int | None = None, **options: Any) -> Any:
+        """`cuda.jit` with the option that the simulator's lacks; it says how to compile, not what is computed."""
+        return _simulated_jit(function, **options)
+
+    _simulated_jit, numba.cuda.jit = numba.cuda.jit, _jit
     _kernel.BlockManager = _Block
     for _name, _operation in vars(_WarpOperations).items():
         if not _name.startswith("__"):

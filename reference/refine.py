@@ -229,7 +229,7 @@ def good_enough(layer: Layer, load: np.ndarray) -> float:
     return busiest(means) * (1 + CLOSE)
 
 
-def improve(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int) -> np.ndarray | None:
+def improve(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int, goal: float) -> np.ndarray | None:
     """Return the placement after the best change that takes load off the busiest rank, None if there is none.
 
     With several steps a rank is as hot as the steps in which it is the busiest make it, and the first one that can be
@@ -237,7 +237,7 @@ def improve(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: 
     """
     load = loads_of(place, layer.weight, layer.machine)
     now = busiest(load)
-    if now <= good_enough(layer, load):
+    if now <= min(good_enough(layer, load), goal):
         return None
     heat = np.bincount(load.argmax(axis=1), weights=load.max(axis=1))
     for hot in heaviest_first(heat)[: np.count_nonzero(heat)]:
@@ -254,10 +254,10 @@ def improve(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: 
     return None
 
 
-def descend(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int) -> np.ndarray:
-    """Make changes for as long as they help."""
+def descend(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int, goal: float) -> np.ndarray:
+    """Make changes for as long as they help and are needed."""
     for _ in range(CHANGES_PER_SLOT * len(place)):
-        better = improve(layer, place, current, most_changed)
+        better = improve(layer, place, current, most_changed, goal)
         if better is None:
             break
         place = better
@@ -278,8 +278,9 @@ def refine(weight: np.ndarray, machine: Machine, current: np.ndarray | None, max
     """Return the expert of each slot of one layer.
 
     Starts are the current placement, that of `deepseek` and that of `spread`; with `max_moves` the current one alone.
-    Every start is first rid of experts that a rank holds twice. That can cost balance, so at the end the current
-    placement and that of `deepseek` are compared with the result as they were.
+    Every start is first rid of experts that a rank holds twice. That can cost balance, and the goal is not to be worse
+    than the current placement and that of `deepseek` as they were. If it is not reached from the best start, the others
+    are tried, and in the end those placements themselves are taken.
     """
     num_slots = len(machine.rank_of_slot)
     now = np.full(num_slots, -1) if current is None else np.where(machine.active[machine.rank_of_slot], current, -1)
@@ -304,7 +305,14 @@ def refine(weight: np.ndarray, machine: Machine, current: np.ndarray | None, max
         layer = Layer(weight, machine, *domains(groups_to_nodes(total, machine), machine))
         starts.append((layer, spread(layer)))
 
+    def peak(place: np.ndarray) -> float:
+        return busiest(loads_of(place, weight, machine))
+
+    goal = min(map(peak, as_they_were), default=np.inf)
     apart = [(layer, separate(layer, start, now, most_changed)) for layer, start in starts]
-    layer, place = min(apart, key=lambda start: busiest(loads_of(start[1], weight, machine)))
-    place = arrange(descend(layer, place, now, most_changed), now, machine)
-    return min([place, *as_they_were], key=lambda place: busiest(loads_of(place, weight, machine)))
+    found = []
+    for layer, place in sorted(apart, key=lambda start: peak(start[1])):
+        found.append(arrange(descend(layer, place, now, most_changed, goal), now, machine))
+        if peak(found[-1]) <= goal:
+            break
+    return min([*found, *as_they_were], key=peak)

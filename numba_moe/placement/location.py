@@ -1,6 +1,7 @@
 """`ExpertLocation`: which slot of which rank holds which expert, and the files it is kept in."""
 
 import dataclasses
+import io
 import json
 import os
 import tempfile
@@ -404,7 +405,7 @@ def _read(path: Path) -> dict[str, Any]:
     checks.choice("path", path.suffix, FORMATS)
     data = path.read_bytes()
     try:
-        content = _parse(path)
+        content = _parse(data, path.suffix)
     except Exception as error:  # readers raise what they like
         found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
         raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
@@ -413,10 +414,10 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse(path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
+def _parse(data: bytes, suffix: str) -> Any:
+    if suffix == ".json":
+        return json.loads(data)
+    if suffix == ".npz":
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return dict(file)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

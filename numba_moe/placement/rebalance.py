@@ -112,18 +112,19 @@ def _refined(
         np.repeat(np.arange(num_gpus), sizes),
         np.concatenate([[0], np.cumsum(sizes)]),
         np.repeat(np.arange(num_nodes), even_sizes(num_gpus, num_nodes)),
-        active,
+        active.copy(),
         np.repeat(np.arange(num_groups), even_sizes(num_experts, num_groups)),
         num_groups,
         num_nodes,
     )
     divides = num_gpus % num_nodes == num_experts % num_groups == 0
     regular = bool(divides and active.all() and sizes.min() == sizes.max())
-    now = np.full((num_layers, num_slots), -1) if current is None else current
+    # Copies, because Numba would compile again for arrays that cannot be written.
+    now = np.full((num_layers, num_slots), -1) if current is None else current.copy()
     limit = -1 if max_moves is None else max_moves
     places = np.empty((num_layers, num_slots), np.int64)
     missing = np.zeros(num_layers, np.int64)
-    loads = np.ascontiguousarray(steps.transpose(1, 0, 2))
+    loads = steps.transpose(1, 0, 2).copy()
     in_threads(search.refine_layers, num_layers, (loads, machine, regular, now, limit), (places, missing))
     if missing.any():
         rule = f"at least {missing[missing > 0][0]}, the slots that have to change"
@@ -244,7 +245,7 @@ def rebalance_experts(
         checks.divides("num_gpus", num_gpus, "num_replicas", num_replicas)
         checks.divides("num_nodes", num_nodes, "num_gpus", num_gpus)
         checks.divides("num_groups", num_groups, "num_experts", num_experts)
-        total = np.ascontiguousarray(np.cumsum(steps, axis=0)[-1])
+        total = np.cumsum(steps, axis=0)[-1].copy()
         places = _deepseek(total, num_replicas, num_groups, num_nodes, num_gpus)
     else:
         sizes = check_slots_per_rank(slots_per_rank, num_replicas, num_gpus)

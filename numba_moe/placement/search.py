@@ -600,7 +600,7 @@ def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current
 
 
 @compiled
-def descend(state, machine, domain_of_rank, domain_of_expert, current, max_moves):
+def descend(state, machine, domain_of_rank, domain_of_expert, current, max_moves, goal):
     """Take load off the busiest rank, change by change, until that is enough or there is no such change."""
     for _ in range(CHANGES_PER_SLOT * len(state.place)):
         peak = 0.0
@@ -609,7 +609,7 @@ def descend(state, machine, domain_of_rank, domain_of_expert, current, max_moves
             hot = state.by_load[step, 0]
             peak += state.load[step, hot]
             heat[hot] += state.load[step, hot]
-        if peak <= enough(state, domain_of_rank):
+        if peak <= min(enough(state, domain_of_rank), goal):
             return
         improved = False
         while not improved and heat.max() > 0:
@@ -648,51 +648,54 @@ def refine(weight, machine, regular, current, max_moves, place):
             now[slot] = -1
     limit = max_moves if max_moves >= 0 else num_slots
 
-    as_they_were = np.empty((2, num_slots), np.int64)
-    num_as_they_were = 0
-    best = np.empty(num_slots, np.int64)
-    best_peak = np.inf
-    best_domains = (np.empty(num_ranks, np.int64), np.empty(num_experts, np.int64))
+    goal = np.inf
+    as_it_was = np.empty(num_slots, np.int64)
+    peaks = np.full(3, np.inf)
+    starts = np.empty((3, num_slots), np.int64)
+    domain_of_rank = np.empty((3, num_ranks), np.int64)
+    domain_of_expert = np.empty((3, num_experts), np.int64)
     for kind in range(3):
-        start = now.copy()
+        start = starts[kind]
+        start[:] = now
         if kind == 0:
             if max_moves < 0 and current.max() < 0:
                 continue
-            domain_of_rank, domain_of_expert = domains(home_nodes(start, machine), machine)
+            node_of_group = home_nodes(start, machine)
         elif max_moves >= 0 or (kind == 1 and not regular):
             continue
         elif kind == 1:
             deepseek(total, machine.num_groups, machine.num_nodes, num_ranks, start)
-            domain_of_rank, domain_of_expert = domains(home_nodes(start, machine), machine)
+            node_of_group = home_nodes(start, machine)
         else:
-            domain_of_rank, domain_of_expert = domains(groups_to_nodes(total, machine), machine)
-            spread(total, machine, domain_of_rank, domain_of_expert, start)
+            node_of_group = groups_to_nodes(total, machine)
+        domain_of_rank[kind], domain_of_expert[kind] = domains(node_of_group, machine)
+        if kind == 2:
+            spread(total, machine, domain_of_rank[kind], domain_of_expert[kind], start)
         state = new_state(start, weight, machine)
         missing = 0
         if kind == 0:
-            complete(state, machine, domain_of_rank, domain_of_expert)
+            complete(state, machine, domain_of_rank[kind], domain_of_expert[kind])
             missing = moves(start, now)
             if missing > limit:
                 return missing
-        if kind < 2 and missing == 0:
-            as_they_were[num_as_they_were] = start
-            num_as_they_were += 1
-        separate(state, machine, domain_of_rank, domain_of_expert, now, limit)
-        peak = peak_of(start, weight, machine)
-        if peak < best_peak:
-            best_peak = peak
-            best[:] = start
-            best_domains = (domain_of_rank, domain_of_expert)
+        if kind < 2 and missing == 0 and peak_of(start, weight, machine) < goal:
+            goal = peak_of(start, weight, machine)
+            as_it_was[:] = start
+        separate(state, machine, domain_of_rank[kind], domain_of_expert[kind], now, limit)
+        peaks[kind] = peak_of(start, weight, machine)
 
-    descend(new_state(best, weight, machine), machine, best_domains[0], best_domains[1], now, limit)
-    arrange(best, machine, now)
-    place[:] = best
-    best_peak = peak_of(best, weight, machine)
-    for index in range(num_as_they_were):
-        peak = peak_of(as_they_were[index], weight, machine)
-        if peak < best_peak:
-            best_peak = peak
-            place[:] = as_they_were[index]
+    best_peak = np.inf
+    for kind in np.argsort(peaks, kind="mergesort"):
+        if peaks[kind] < np.inf and (best_peak == np.inf or best_peak > goal):
+            state = new_state(starts[kind], weight, machine)
+            descend(state, machine, domain_of_rank[kind], domain_of_expert[kind], now, limit, goal)
+            arrange(state.place, machine, now)
+            peak = peak_of(state.place, weight, machine)
+            if peak < best_peak:
+                best_peak = peak
+                place[:] = state.place
+    if goal < best_peak:
+        place[:] = as_it_was
     return 0
 
 

@@ -145,6 +145,17 @@ def test_refined_is_its_twin_bit_for_bit():
     assert refused > 0
 
 
+def test_refined_is_its_twin_where_busy_ranks_are_few():
+    rng = np.random.default_rng(13)
+    for _ in range(500):
+        num_experts, num_gpus = int(rng.integers(5, 12)), int(rng.integers(3, 5))
+        num_slots = max(num_experts, 2 * num_gpus) + int(rng.integers(0, 3))
+        weight = rng.integers(1, 40, (1, num_experts))
+        arguments = (weight, num_slots, 1, 1, num_gpus)
+        found = answer(rebalance_experts, *arguments, algorithm="refined")
+        assert found == answer(reference.rebalance_experts, *arguments, algorithm="refined")
+
+
 @pytest.mark.parametrize("shape", [(1, 64), (2, 1, 64)])
 def test_refined_is_its_twin_when_it_has_a_way_to_go(shape):
     weight = np.random.default_rng(3).pareto(1.2, shape)
@@ -320,6 +331,18 @@ def test_results_do_not_depend_on_threads(monkeypatch):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)), raising=False)
         found.append(rebalance_experts(weight, 64, 1, 1, 8, algorithm="refined").physical_to_logical_map.tolist())
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "noise"])
+def test_a_damaged_file_of_compiled_code_is_compiled_again(damage, tmp_path, monkeypatch, without_simulator):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    program = "import numpy as np; from numba_moe.placement import search; print(search.moves(np.arange(3), np.zeros(3, int)))"
+    assert without_simulator(program) == "2\n"
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
+    assert len(files) == 2
+    for path in files:
+        path.write_bytes(path.read_bytes()[:50] if damage == "truncated" else bytes(range(256)))
+        assert without_simulator(program) == "2\n"
 
 
 W = np.ones((2, 12))

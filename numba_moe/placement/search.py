@@ -22,12 +22,26 @@ MARGIN = 1 + 1e-9  # between a bound computed by differences and a load summed i
 
 def compiled(function: Any) -> Any:
     """Compile a function that runs without Python's lock; keep it on disk unless nothing there may be written."""
-    if cache.enabled():
+    options = {"nogil": True, "error_model": "numpy"}
+    if not cache.enabled():
+        return njit(**options)(function)
+    try:
+        kept = njit(**options, cache=True)(function)
+    except RuntimeError:
+        return njit(**options)(function)
+
+    # Numba fails on a damaged file; here it is compiled again.
+    load = kept._cache.load_overload
+
+    def load_or_forget(signature: Any, context: Any) -> Any:
         try:
-            return njit(nogil=True, error_model="numpy", cache=True)(function)
-        except RuntimeError:
-            pass
-    return njit(nogil=True, error_model="numpy")(function)
+            return load(signature, context)
+        except Exception:
+            kept._cache.flush()
+            return None
+
+    kept._cache.load_overload = load_or_forget
+    return kept
 
 
 class Machine(NamedTuple):
@@ -538,7 +552,8 @@ def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current
             if rank == hot or domain_of_rank[rank] != domain_of_rank[hot]:
                 continue
             extra = share[take] - share[give]
-            if single and max(load[hot] + extra, load[rank] - extra) > (limits[1] if rank == second else limits[0]):
+            # A swap with the second busiest rank is no exception: one of the two gets more than that has now.
+            if single and max(load[hot] + extra, load[rank] - extra) > limits[0]:
                 continue
             if holds[hot, take] or holds[rank, give]:
                 continue

@@ -168,12 +168,17 @@ def test_maps_and_dumps_of_others(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_file_that_says_where_slots_are_is_not_told(suffix, tmp_path):
+def test_a_file_is_not_told_what_it_does_not_need(suffix, tmp_path):
     LOCATION.save(tmp_path / f"location{suffix}")
     with pytest.raises(
-        ValueError, match=r"`num_gpus` must be left out for location\.\w+, which says where slots are, got 3"
+        ValueError, match=r"`num_gpus` must be left out for location\.\w+, which does not need it, got 3"
     ):
         ExpertLocation.load(tmp_path / f"location{suffix}", num_gpus=3)
+    path = write(tmp_path / f"map{suffix}", {"physical_to_logical_map": MAP})
+    with pytest.raises(
+        ValueError, match=r"`algorithm` must be left out for map\.\w+, which does not need it, got best"
+    ):
+        ExpertLocation.load(path, num_gpus=3, algorithm="best")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

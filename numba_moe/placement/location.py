@@ -180,8 +180,8 @@ class ExpertLocation:
         path: str | os.PathLike[str],
         *,
         num_replicas: int | None = None,
-        num_groups: int = 1,
-        num_nodes: int = 1,
+        num_groups: int | None = None,
+        num_nodes: int | None = None,
         num_gpus: int | None = None,
         slots_per_rank: Any = None,
         **options: Any,
@@ -194,9 +194,9 @@ class ExpertLocation:
             A ``.json``, ``.npz`` or ``.pt`` file (read without running code from it). It holds what `save` writes; or
             ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or [steps, L, E], as a dump of the recorder.
         num_nodes, num_gpus, slots_per_rank : optional
-            Where slots are, for a file that does not say. It needs `num_gpus`.
+            Where slots are, for a file that does not say. It needs `num_gpus`; the others are those of `from_mapping`.
         num_replicas, num_groups, **options : optional
-            For a file of counts, those of `rebalance_experts`. It needs `num_replicas`.
+            For a file of counts, those of `rebalance_experts`; groups are 1 by default. It needs `num_replicas`.
 
         Raises
         ------
@@ -208,21 +208,23 @@ class ExpertLocation:
         """
         path = Path(path)
         content = _read(path)
-        if "rank_of_slot" in content:
-            given = {"num_replicas": num_replicas, "num_gpus": num_gpus, "slots_per_rank": slots_per_rank, **options}
-            for name, value in given.items():
-                checks.holds(name, f"left out for {path.name}, which says where slots are", value is None, value)
+        of_ranks = {"num_gpus": num_gpus, "num_nodes": num_nodes, "slots_per_rank": slots_per_rank}
+        of_counts = {"num_replicas": num_replicas, "num_groups": num_groups, **options}
+        has_map, has_ranks = "physical_to_logical_map" in content, "rank_of_slot" in content
+        for name, value in {**(of_ranks if has_ranks else {}), **(of_counts if has_map else {})}.items():
+            checks.holds(name, f"left out for {path.name}, which does not need it", value is None, value)
+        if has_ranks:
             return cls._from_content(content, path)
-        for name, value in {"num_gpus": num_gpus, "num_replicas": num_replicas}.items():
-            needed = name == "num_gpus" or "physical_to_logical_map" not in content
-            checks.holds(name, f"given for {path.name}, which does not say", value is not None or not needed, value)
-        if "physical_to_logical_map" in content:
+        for name, value in {"num_gpus": num_gpus, **({} if has_map else {"num_replicas": num_replicas})}.items():
+            checks.holds(name, f"given for {path.name}, which does not say", value is not None, value)
+        num_gpus, num_nodes = num_gpus or 1, num_nodes or 1
+        if has_map:
             mapping = content["physical_to_logical_map"]
-            return cls.from_mapping(mapping, None, num_gpus or 1, num_nodes, slots_per_rank=slots_per_rank)
+            return cls.from_mapping(mapping, None, num_gpus, num_nodes, slots_per_rank=slots_per_rank)
         if slots_per_rank is not None:
             options["slots_per_rank"] = slots_per_rank
         counts = content["logical_count"]
-        return cls.from_counts(counts, num_replicas or 1, num_groups, num_nodes, num_gpus or 1, **options)
+        return cls.from_counts(counts, num_replicas or 1, num_groups or 1, num_nodes, num_gpus, **options)
 
     @classmethod
     def _from_content(cls, content: dict[str, Any], path: Path) -> "ExpertLocation":

@@ -1,23 +1,29 @@
 """Mixture-of-Experts routing in NumPy: what every op of numba_moe computes, written to be read.
 
-Start with `counting`, then `align`, `gating` and `permute`; README.md beside this file has the contract.
+Start with `counting`, then `align`, `gating` and `permute`; where experts live is in `deepseek`, `refine` and
+`rebalance`. README.md beside this file has the contract.
 """
 
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
 from numba_moe.reference.gating import TopK, grouped_topk, topk_sigmoid, topk_softmax
 from numba_moe.reference.permute import PermutedTokens, moe_permute, moe_unpermute
+from numba_moe.reference.rebalance import RebalancedExperts, balancedness, rank_loads, rebalance_experts
 
 __all__ = [
     "AlignedBlocks",
     "PermutedTokens",
+    "RebalancedExperts",
     "TopK",
+    "balancedness",
     "count_tokens_per_expert",
     "expert_offsets",
     "grouped_topk",
     "moe_align_block_size",
     "moe_permute",
     "moe_unpermute",
+    "rank_loads",
+    "rebalance_experts",
     "topk_sigmoid",
     "topk_softmax",
 ]

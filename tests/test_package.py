@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import numba_moe
-from numba_moe import reference
+from numba_moe import placement, reference
 
 ROOT = Path(__file__).parents[1]
-OPS = [name for name in numba_moe.__all__ if name[0].islower()]
+OPS = {name: package for package in (numba_moe, placement) for name in package.__all__ if name[0].islower()}
 
 
 def test_import_is_light():
@@ -27,10 +27,23 @@ def test_import_is_light():
     assert float(took) < 0.3
 
 
+def test_placement_imports_numba_when_something_is_rebalanced(without_simulator):
+    program = (
+        "import sys; from numba_moe import placement; assert not {'torch', 'numba'} & set(sys.modules);"
+        "location = placement.ExpertLocation.trivial(1, 2); placement.balancedness([[1, 2]], [[0, 1]], 2);"
+        "assert 'numba' not in sys.modules; placement.rebalance_experts([[1, 2]], 2, 1, 1, 2);"
+        "print('numba' in sys.modules)"
+    )
+    assert without_simulator(program) == "True\n"
+
+
 def test_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'moe_sort'"):
         _ = numba_moe.moe_sort
+    with pytest.raises(AttributeError, match="has no attribute 'migrate_all'"):
+        _ = placement.migrate_all
     assert set(numba_moe.__all__) <= set(dir(numba_moe))
+    assert set(placement.__all__) <= set(dir(placement))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -38,22 +51,26 @@ def test_every_op_has_its_twin_in_the_reference(name):
     def parameters(function):
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
-    assert parameters(getattr(numba_moe, name)) == parameters(getattr(reference, name))
+    assert parameters(getattr(OPS[name], name)) == parameters(getattr(reference, name))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_docstrings_have_their_sections(name):
-    text = inspect.getdoc(getattr(numba_moe, name))
+    text = inspect.getdoc(getattr(OPS[name], name))
     for section in ("Parameters", "Returns", "Raises", "Notes", "Examples"):
         assert re.search(rf"^{section}\n-+$", text, re.MULTILINE), section
-    for parameter in inspect.signature(getattr(numba_moe, name)).parameters:
+    for parameter in inspect.signature(getattr(OPS[name], name)).parameters:
         assert re.search(rf"^{parameter} : ", text, re.MULTILINE), parameter
 
 
 def test_reference_uses_numpy_alone():
     for path in (ROOT / "reference").glob("*.py"):
         imported = set(re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE))
-        assert {name for name in imported if not name.startswith("numba_moe.reference")} <= {"numpy", "typing"}
+        assert {name for name in imported if not name.startswith("numba_moe.reference")} <= {
+            "collections.abc",
+            "numpy",
+            "typing",
+        }
 
 
 def test_reference_readme_names_every_op():
@@ -74,6 +91,7 @@ def test_wheel_holds_the_reference_and_no_top_level_package_of_that_name(tmp_pat
     assert "numba_moe/reference/align.py" in names
     assert "numba_moe/reference/README.md" in names
     assert "numba_moe/runtime/launch.py" in names
+    assert "numba_moe/placement/search.py" in names
     assert "numba_moe/py.typed" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"numba_moe", f"numba_moe-{numba_moe.__version__}.dist-info"}

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 LARGEST_INT32 = 2**31 - 1
@@ -157,3 +158,48 @@ def logits(argument: str, value: torch.Tensor) -> None:
 def divides(argument: str, divisor: int, whole: str, number: int) -> None:
     if number % divisor:
         _wrong_value(argument, f"a divisor of {whole} = {number}", divisor)
+
+
+NUMBERS = {"float64": "iuf", "int64": "iu", "bool": "b"}
+
+
+def host_array(argument: str, value: Any, dtype: str, ndims: Sequence[int]) -> np.ndarray:
+    """Return an array, a tensor or nested lists as a contiguous NumPy array; floats do not become integers."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()
+    try:
+        found = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        found = np.asarray(None)
+    if found.dtype.kind not in NUMBERS[dtype]:
+        _wrong_type(argument, f"an array that converts to {dtype}", f"{type(value).__name__} of dtype {found.dtype}")
+    if found.ndim not in ndims:
+        _wrong_value(argument, "of " + " or ".join(map(str, ndims)) + " dimensions", f"shape {found.shape}")
+    if 0 in found.shape:
+        _wrong_value(argument, "without empty dimensions", f"shape {found.shape}")
+    return found.astype(dtype, order="C", copy=False)
+
+
+def every(argument: str, rule: str, good: np.ndarray, values: np.ndarray, axes: Sequence[str]) -> None:
+    """Check that a rule holds for every element; the error names the first that breaks it."""
+    if not good.all():
+        index = tuple(np.argwhere(~good)[0].tolist())
+        place = ", ".join(f"{axis} {i}" for axis, i in zip(axes, index, strict=True))
+        _wrong_value(argument, rule, f"{values[index]} at {place}")
+
+
+def host_shape(argument: str, value: np.ndarray, expected: tuple[int, ...], because: str) -> None:
+    if value.shape != expected:
+        _wrong_value(argument, f"of shape {because} = {expected}", f"shape {value.shape}")
+
+
+def at_least(argument: str, number: int, lowest: int, because: str) -> None:
+    if number < lowest:
+        _wrong_value(argument, f"at least {because} = {lowest}", number)
+
+
+def holds(argument: str, rule: str, true: bool, value: Any) -> None:
+    """Check a rule that needs no computing of its own."""
+    if not true:
+        _wrong_value(argument, rule, value)

@@ -1,0 +1,35 @@
+"""Where experts live: which slot of which rank holds which expert, and which should.
+
+Public names load on first use; Numba is imported when something is rebalanced.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_MODULE_OF = {
+    "ExpertLocation": "numba_moe.placement.location",
+    "RebalancedExperts": "numba_moe.reference.rebalance",
+    "balancedness": "numba_moe.placement.rebalance",
+    "rank_loads": "numba_moe.placement.rebalance",
+    "rebalance_experts": "numba_moe.placement.rebalance",
+}
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from numba_moe.placement.location import ExpertLocation as ExpertLocation
+    from numba_moe.placement.rebalance import balancedness as balancedness
+    from numba_moe.placement.rebalance import rank_loads as rank_loads
+    from numba_moe.placement.rebalance import rebalance_experts as rebalance_experts
+    from numba_moe.reference.rebalance import RebalancedExperts as RebalancedExperts
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

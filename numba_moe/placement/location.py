@@ -1,0 +1,425 @@
+"""`ExpertLocation`: which slot of which rank holds which expert, and the files it is kept in."""
+
+import dataclasses
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from numba_moe.placement.rebalance import (
+    check_map,
+    check_slots_per_rank,
+    even_sizes,
+    rebalance_experts,
+    slots_of_experts,
+)
+from numba_moe.runtime import checks
+
+FORMATS = (".json", ".npz", ".pt")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExpertLocation:
+    """Which slot of which rank holds which expert.
+
+    Make one by `trivial`, `from_mapping`, `from_counts` or `load`. Arrays are int64 NumPy arrays that cannot be
+    written; a change is a new location.
+
+    Attributes
+    ----------
+    physical_to_logical_map : int64 [L, P]
+        The expert of each slot, -1 throughout a rank without experts.
+    logical_to_all_physical_map : int64 [L, E, P - E + 1]
+        The slots of each expert, ascending, padded with -1. The last dimension follows from the others, so it stays
+        as it is when experts move.
+    logical_to_all_physical_map_num_valid : int64 [L, E]
+        How many slots each expert has.
+    rank_of_slot : int64 [P]
+        Ascending from 0; ranks may differ in their numbers of slots.
+    node_of_slot : int64 [P]
+        Ascending from 0.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Arrays that contradict each other; the message names the first place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> location = ExpertLocation.from_mapping(np.array([[0, 1, 2, 0]]), num_gpus=2)
+    >>> location.logical_to_all_physical_map
+    array([[[ 0,  3],
+            [ 1, -1],
+            [ 2, -1]]])
+    >>> location.rank_of_slot
+    array([0, 0, 1, 1])
+    >>> location == ExpertLocation.trivial(1, 3, 4, num_gpus=2)
+    True
+    """
+
+    physical_to_logical_map: np.ndarray
+    logical_to_all_physical_map: np.ndarray
+    logical_to_all_physical_map_num_valid: np.ndarray
+    rank_of_slot: np.ndarray
+    node_of_slot: np.ndarray
+
+    def __post_init__(self) -> None:
+        ndims = (2, 3, 2, 1, 1)
+        for field, ndim in zip(dataclasses.fields(self), ndims, strict=True):
+            array = checks.host_array(field.name, getattr(self, field.name), "int64", (ndim,)).copy()
+            array.flags.writeable = False
+            object.__setattr__(self, field.name, array)
+        self.validate()
+
+    @classmethod
+    def trivial(
+        cls,
+        num_layers: int,
+        num_experts: int,
+        num_replicas: int | None = None,
+        *,
+        num_gpus: int = 1,
+        num_nodes: int = 1,
+        slots_per_rank: Any = None,
+    ) -> "ExpertLocation":
+        """Put expert ``slot % num_experts`` into each of `num_replicas` slots (one for each expert by default).
+
+        `num_gpus`, `num_nodes` and `slots_per_rank` are those of `from_mapping`.
+
+        Examples
+        --------
+        >>> ExpertLocation.trivial(1, num_experts=3, num_replicas=4).physical_to_logical_map
+        array([[0, 1, 2, 0]])
+        """
+        num_layers = checks.integer("num_layers", num_layers, 1)
+        num_experts = checks.integer("num_experts", num_experts, 1)
+        num_slots = num_experts if num_replicas is None else checks.integer("num_replicas", num_replicas, 1)
+        checks.at_least("num_replicas", num_slots, num_experts, "num_experts")
+        places = np.tile(np.arange(num_slots) % num_experts, (num_layers, 1))
+        return cls.from_mapping(places, num_experts, num_gpus, num_nodes, slots_per_rank=slots_per_rank)
+
+    @classmethod
+    def from_mapping(
+        cls,
+        physical_to_logical_map: Any,
+        num_experts: int | None = None,
+        num_gpus: int = 1,
+        num_nodes: int = 1,
+        *,
+        slots_per_rank: Any = None,
+    ) -> "ExpertLocation":
+        """Take the expert of each slot.
+
+        Parameters
+        ----------
+        physical_to_logical_map : array of int, shape [L, P]
+            The expert of each slot, -1 throughout a rank without experts.
+        num_experts : int, optional
+            Experts of a layer (E); by default one more than the largest in the map.
+        num_gpus, num_nodes : int
+            Ranks, and nodes of as many consecutive ranks as can be equal.
+        slots_per_rank : array of int, shape [num_gpus], optional
+            Slots of each rank, as equal as can be by default, larger ranks first.
+
+        Raises
+        ------
+        TypeError
+            Wrong kind of array or dtype.
+        ValueError
+            More ranks than slots, sizes that do not agree, an expert without a slot, a rank with some empty slots.
+
+        Examples
+        --------
+        >>> location = ExpertLocation.from_mapping([[0, 1, 2, 0, 1]], num_gpus=2, slots_per_rank=[2, 3])
+        >>> location.rank_of_slot
+        array([0, 0, 1, 1, 1])
+        """
+        places = checks.host_array("physical_to_logical_map", physical_to_logical_map, "int64", (2,))
+        if num_experts is None:
+            num_experts = max(int(places.max()) + 1, 1)
+        num_slots = places.shape[1]
+        experts = checks.integer("num_experts", num_experts, 1, num_slots, f"the number of slots = {num_slots}")
+        num_gpus = checks.integer("num_gpus", num_gpus, 1, num_slots, f"the number of slots = {num_slots}")
+        num_nodes = checks.integer("num_nodes", num_nodes, 1, num_gpus, f"num_gpus = {num_gpus}")
+        sizes = check_slots_per_rank(slots_per_rank, num_slots, num_gpus)
+        rank_of_slot = np.repeat(np.arange(num_gpus), sizes)
+        node_of_rank = np.repeat(np.arange(num_nodes), even_sizes(num_gpus, num_nodes))
+        check_map("physical_to_logical_map", places, experts, rank_of_slot)
+        return cls(places, *slots_of_experts(places, experts), rank_of_slot, node_of_rank[rank_of_slot])
+
+    @classmethod
+    def from_counts(
+        cls, weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, **options: Any
+    ) -> "ExpertLocation":
+        """Choose by loads; parameters, options and errors are those of `rebalance_experts`.
+
+        Examples
+        --------
+        >>> location = ExpertLocation.from_counts([[8.0, 8.0, 4.0]], 4, 1, 1, 2, algorithm="refined")
+        >>> location.physical_to_logical_map
+        array([[1, 2, 0, 2]])
+        """
+        placed = rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus, **options)
+        sizes = options.get("slots_per_rank")
+        num_experts = placed.logical_to_all_physical_map_num_valid.shape[1]
+        places = placed.physical_to_logical_map
+        return cls.from_mapping(places, num_experts, num_gpus, num_nodes, slots_per_rank=sizes)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_replicas: int | None = None,
+        num_groups: int | None = None,
+        num_nodes: int | None = None,
+        num_gpus: int | None = None,
+        slots_per_rank: Any = None,
+        **options: Any,
+    ) -> "ExpertLocation":
+        """Read a location, a map, or counts to place experts by.
+
+        Parameters
+        ----------
+        path : path
+            A ``.json``, ``.npz`` or ``.pt`` file (read without running code from it). It holds what `save` writes; or
+            ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or [steps, L, E], as a dump of the recorder.
+        num_nodes, num_gpus, slots_per_rank : optional
+            Where slots are, for a file that does not say. It needs `num_gpus`; the others are those of `from_mapping`.
+        num_replicas, num_groups, **options : optional
+            For a file of counts, those of `rebalance_experts`; groups are 1 by default. It needs `num_replicas`.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such file.
+        ValueError
+            Another kind of file, a damaged one, one that holds neither, an argument that is missing, or one that the
+            file has no use for.
+        """
+        path = Path(path)
+        content = _read(path)
+        of_ranks = {"num_gpus": num_gpus, "num_nodes": num_nodes, "slots_per_rank": slots_per_rank}
+        of_counts = {"num_replicas": num_replicas, "num_groups": num_groups, **options}
+        has_map, has_ranks = "physical_to_logical_map" in content, "rank_of_slot" in content
+        for name, value in {**(of_ranks if has_ranks else {}), **(of_counts if has_map else {})}.items():
+            checks.holds(name, f"left out for {path.name}, which does not need it", value is None, value)
+        if has_ranks:
+            return cls._from_content(content, path)
+        for name, value in {"num_gpus": num_gpus, **({} if has_map else {"num_replicas": num_replicas})}.items():
+            checks.holds(name, f"given for {path.name}, which does not say", value is not None, value)
+        num_gpus, num_nodes = num_gpus or 1, num_nodes or 1
+        if has_map:
+            mapping = content["physical_to_logical_map"]
+            return cls.from_mapping(mapping, None, num_gpus, num_nodes, slots_per_rank=slots_per_rank)
+        if slots_per_rank is not None:
+            options["slots_per_rank"] = slots_per_rank
+        counts = content["logical_count"]
+        return cls.from_counts(counts, num_replicas or 1, num_groups or 1, num_nodes, num_gpus, **options)
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any], path: Path) -> "ExpertLocation":
+        for name in ("num_logical_experts", "node_of_slot", "physical_to_logical_map"):
+            checks.holds("path", f"a file with {name}", name in content, path.name)
+        places = checks.host_array("physical_to_logical_map", content["physical_to_logical_map"], "int64", (2,))
+        num_experts = checks.host_array("num_logical_experts", content["num_logical_experts"], "int64", (0,))
+        num_slots = places.shape[1]
+        experts = checks.integer("num_logical_experts", int(num_experts), 1, num_slots, f"the slots = {num_slots}")
+        rank_of_slot = checks.host_array("rank_of_slot", content["rank_of_slot"], "int64", (1,))
+        checks.host_shape("rank_of_slot", rank_of_slot, (num_slots,), "(the number of slots,)")
+        check_map("physical_to_logical_map", places, experts, rank_of_slot)
+        return cls(places, *slots_of_experts(places, experts), rank_of_slot, content["node_of_slot"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a ``.json``, ``.npz`` or ``.pt`` file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            Where to write; a file that is there is replaced.
+
+        Raises
+        ------
+        ValueError
+            Another kind of file.
+
+        Notes
+        -----
+        The file holds ``physical_to_logical_map``, ``num_logical_experts``, ``rank_of_slot`` and ``node_of_slot``.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> location = ExpertLocation.trivial(2, 8, 12, num_gpus=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     location.save(f"{folder}/location.json")
+        ...     ExpertLocation.load(f"{folder}/location.json") == location
+        True
+        """
+        path = Path(path)
+        checks.choice("path", path.suffix, FORMATS)
+        arrays = {
+            "physical_to_logical_map": self.physical_to_logical_map,
+            "num_logical_experts": np.array(self.num_logical_experts),
+            "rank_of_slot": self.rank_of_slot,
+            "node_of_slot": self.node_of_slot,
+        }
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                _write(file, path.suffix, arrays)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    def __eq__(self, other: object) -> bool:
+        """Compare all arrays."""
+        if not isinstance(other, ExpertLocation):
+            return NotImplemented
+        names = [field.name for field in dataclasses.fields(self)]
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_layers} layers, {self.num_logical_experts} experts in {self.num_physical_experts} slots"
+        return f"ExpertLocation({sizes} of {self.num_gpus} ranks on {self.num_nodes} nodes)"
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.physical_to_logical_map.shape[0])
+
+    @property
+    def num_physical_experts(self) -> int:
+        return int(self.physical_to_logical_map.shape[1])
+
+    @property
+    def num_logical_experts(self) -> int:
+        return int(self.logical_to_all_physical_map.shape[1])
+
+    @property
+    def num_gpus(self) -> int:
+        return int(self.rank_of_slot[-1]) + 1
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.node_of_slot[-1]) + 1
+
+    @property
+    def slots_per_rank(self) -> np.ndarray:
+        return np.bincount(self.rank_of_slot)
+
+    def validate(self) -> None:
+        """Check that the arrays agree; the error names the first place where they do not.
+
+        Raises
+        ------
+        ValueError
+            Shapes that differ, ranks or nodes out of order, an expert without a slot, a rank with some empty slots, a
+            list of slots that is not that of the map.
+        """
+        num_layers, num_slots = self.physical_to_logical_map.shape
+        num_experts = self.logical_to_all_physical_map.shape[1]
+        shape = (num_layers, num_experts, num_slots - num_experts + 1)
+        checks.host_shape("logical_to_all_physical_map", self.logical_to_all_physical_map, shape, "(L, E, P - E + 1)")
+        valid = self.logical_to_all_physical_map_num_valid
+        checks.host_shape("logical_to_all_physical_map_num_valid", valid, shape[:2], "(L, E)")
+        for name in ("rank_of_slot", "node_of_slot"):
+            array = getattr(self, name)
+            checks.host_shape(name, array, (num_slots,), "(P,)")
+            step = np.diff(array, prepend=array[:1] * 0)
+            ascending = (step == 0) | ((step == 1) & (np.arange(num_slots) > 0))
+            checks.every(name, "ascending from 0 without gaps", ascending, array, ("slot",))
+        first_of_rank = np.searchsorted(self.rank_of_slot, self.rank_of_slot)
+        same = self.node_of_slot == self.node_of_slot[first_of_rank]
+        checks.every("node_of_slot", "the same in all slots of a rank", same, self.node_of_slot, ("slot",))
+        check_map("physical_to_logical_map", self.physical_to_logical_map, num_experts, self.rank_of_slot)
+        slots, count = slots_of_experts(self.physical_to_logical_map, num_experts)
+        axes = ("layer", "expert", "replica")
+        rule = "the number of slots that the map gives each expert"
+        checks.every("logical_to_all_physical_map_num_valid", rule, valid == count, valid, axes[:2])
+        found = self.logical_to_all_physical_map
+        rule = "the slots that the map gives each expert, ascending, then -1"
+        checks.every("logical_to_all_physical_map", rule, found == slots, found, axes)
+
+    def update(self, other: "ExpertLocation", layers: Iterable[int] | None = None) -> "ExpertLocation":
+        """Return a location with some layers of another.
+
+        Parameters
+        ----------
+        other : ExpertLocation
+            Of the same sizes, ranks and nodes.
+        layers : iterable of int, optional
+            Layers to take from it; all by default.
+
+        Raises
+        ------
+        TypeError
+            Another kind of object.
+        ValueError
+            Different sizes, ranks or nodes, or a layer that is not there.
+
+        Examples
+        --------
+        >>> old = ExpertLocation.from_mapping([[0, 1], [0, 1]])
+        >>> new = ExpertLocation.from_mapping([[1, 0], [1, 0]])
+        >>> old.update(new, layers=[1]).physical_to_logical_map
+        array([[0, 1],
+               [1, 0]])
+        """
+        if not isinstance(other, ExpertLocation):
+            raise TypeError(f"`other` must be an ExpertLocation, got {type(other).__name__}")
+        for name in ("logical_to_all_physical_map", "rank_of_slot", "node_of_slot"):
+            mine, given = getattr(self, name), getattr(other, name)
+            same = mine.shape == given.shape and (mine.ndim > 1 or np.array_equal(mine, given))
+            checks.holds("other", "of the same sizes, ranks and nodes", same, other)
+        last = self.num_layers - 1
+        chosen = range(self.num_layers) if layers is None else layers
+        indices = [checks.integer("layers", layer, 0, last, f"num_layers - 1 = {last}") for layer in chosen]
+        changed = {}
+        for name in [field.name for field in dataclasses.fields(self)][:3]:
+            changed[name] = getattr(self, name).copy()
+            changed[name][indices] = getattr(other, name)[indices]
+        return dataclasses.replace(self, **changed)
+
+
+def _write(file: IO[bytes], suffix: str, arrays: dict[str, np.ndarray]) -> None:
+    if suffix == ".json":
+        file.write(json.dumps({name: array.tolist() for name, array in arrays.items()}).encode())
+    elif suffix == ".npz":
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    else:
+        torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, file)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read what a file holds, without running code from it."""
+    checks.choice("path", path.suffix, FORMATS)
+    data = path.read_bytes()
+    try:
+        content = _parse(data, path.suffix)
+    except Exception as error:  # readers raise what they like
+        found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
+        raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
+    known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
+    checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
+    return content
+
+
+def _parse(data: bytes, suffix: str) -> Any:
+    if suffix == ".json":
+        return json.loads(data)
+    if suffix == ".npz":
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return dict(file)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

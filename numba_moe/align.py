@@ -3,7 +3,7 @@
 The counting sort of `numba_moe.counting` with rows padded to the block size.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,37 @@ from numba_moe import counting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
 from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.plans import Layout, layout, planned
+
+
+class AlignPlan(NamedTuple):
+    """The lengths of `sorted_token_ids` and of `expert_ids`, and the sort."""
+
+    num_positions: int
+    num_blocks: int
+    sort: counting.SortPlan
+
+
+@planned
+def _plan(
+    topk_ids: Layout,
+    block_size: int,
+    num_experts: int,
+    expert_map: Layout | None,
+    pad_sorted_ids: bool,
+    ignore_invalid_experts: bool,
+    inactive_expert_id: int,
+) -> AlignPlan:
+    num_experts = checks.routing(topk_ids, num_experts, expert_map)
+    block_size = checks.integer("block_size", block_size, 1)
+    checks.boolean("pad_sorted_ids", pad_sorted_ids)
+    checks.boolean("ignore_invalid_experts", ignore_invalid_experts)
+    inactive_expert_id = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
+    num_positions = reference.max_sorted_slots(topk_ids.shape.numel(), block_size, num_experts, pad_sorted_ids)
+    checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
+    maps = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
+    sort = counting.plan_sort(topk_ids, num_experts, num_positions, block_size, inactive_expert_id, *maps)
+    return AlignPlan(num_positions, -(-num_positions // block_size), sort)
 
 
 @arrays.public
@@ -74,30 +105,18 @@ def moe_align_block_size(
     >>> blocks.expert_ids
     array([ 0,  1,  2, -1], dtype=int32)
     """
-    num_experts = checks.routing(topk_ids, num_experts, expert_map)
-    block_size = checks.integer("block_size", block_size, 1)
-    checks.boolean("pad_sorted_ids", pad_sorted_ids)
-    checks.boolean("ignore_invalid_experts", ignore_invalid_experts)
-    inactive_expert_id = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
-    num_slots = topk_ids.numel()
-    length = reference.max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
-    checks.fits_int32("topk_ids", length, "the number of padded positions")
+    plan = _plan(
+        *(layout(topk_ids), block_size, num_experts, layout(expert_map)),
+        *(pad_sorted_ids, ignore_invalid_experts, inactive_expert_id),
+    )
+    checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(topk_ids):
         arguments = (topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts)
         return arrays.by_reference(reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id)
-    out = AlignedBlocks(
-        arrays.empty(length, torch.int32, topk_ids),
-        arrays.empty(-(-length // block_size), torch.int32, topk_ids),
-        arrays.empty(1, torch.int32, topk_ids),
-    )
-    scratch = counting.sort_scratch(topk_ids, num_experts)
+    sorted_token_ids = arrays.empty(plan.num_positions, torch.int32, topk_ids)
+    expert_ids = arrays.empty(plan.num_blocks, torch.int32, topk_ids)
+    num_tokens_post_padded = arrays.empty(1, torch.int32, topk_ids)
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
-    counting.launch_sort(
-        *(topk_ids, num_experts, block_size, scratch, out.sorted_token_ids),
-        expert_map=slot_map,
-        block_names=block_names,
-        inactive_expert_id=inactive_expert_id,
-        expert_ids=out.expert_ids,
-        num_padded=out.num_tokens_post_padded,
-    )
-    return out
+    outputs = (sorted_token_ids, None, None, None, expert_ids, num_tokens_post_padded)
+    counting.sort(plan.sort, topk_ids, slot_map, block_names, *outputs)
+    return AlignedBlocks(sorted_token_ids, expert_ids, num_tokens_post_padded)

@@ -23,7 +23,7 @@ import torch
 from numba_moe.reference import counting as reference
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.dialect import cuda, int16, int32, int64, uint32
-from numba_moe.runtime.launch import block_threads, launch, launch_warps
+from numba_moe.runtime.launch import Launch, block_threads, warps
 from numba_moe.runtime.parameters import (
     Ids,
     Int16Array,
@@ -36,6 +36,7 @@ from numba_moe.runtime.parameters import (
     OptionalInt32Array,
     OptionalInt64Array,
 )
+from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     WARP,
@@ -54,11 +55,15 @@ from numba_moe.runtime.primitives import (
 MOST_THREADS = 1024
 # Experts that a block counts at a time, in shared memory.
 CHUNK = 1024
+TWO_CHUNKS = 2 * CHUNK
+# Up to this many slots every block counts them all, which takes less than another launch.
+RECOUNTED_SLOTS = 2**15
 # With more counts by block than this, `scan_blocks` sums them once instead of every block for itself.
 UNSCANNED_COUNTS = 64 * 1024
-# Loads of 16 bytes that a thread has on their way at once.
-BATCH = 4
-BATCH_WORDS = 4 * BATCH
+# Loads that a thread has on their way at once: of slots, of 16 bytes of counts.
+SLOT_BATCH = 8
+ROW_BATCH = 4
+ROW_BATCH_WORDS = 4 * ROW_BATCH
 
 
 @cuda.jit(device=True)
@@ -97,13 +102,13 @@ def fill(array, size, value, first, step):
 def count_slots(
     topk_ids: Ids,
     expert_map: OptionalIds,
+    block_counts: OptionalInt16Array,
+    counts: OptionalInt32Array,
+    sorted_slots: OptionalInt32Array,
     num_slots: Int32,
     num_experts: Int32,
     stride: Int32,
     num_positions: Int32,
-    block_counts: OptionalInt16Array,
-    counts: OptionalInt32Array,
-    sorted_slots: OptionalInt32Array,
     items: Items,
 ):
     # topk_ids [num_slots]; expert_map [num_experts]; block_counts [blocks, stride]; counts [num_experts], zeros where
@@ -144,7 +149,13 @@ def count_slots(
 
 
 @cuda.jit
-def scan_blocks(block_counts: Int16Array, num_blocks: Int32, num_experts: Int32, stride: Int32, offsets: Int32Array):
+def scan_blocks(
+    block_counts: Int16Array,
+    offsets: Int32Array,
+    num_blocks: Int32,
+    num_experts: Int32,
+    stride: Int32,
+):
     # block_counts [num_blocks, stride], offsets [num_blocks + 1, num_experts]: the slots in earlier blocks, and in
     # all of them; a warp per expert
     expert = int64(warp_index())
@@ -191,16 +202,34 @@ def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers,
 
 
 @cuda.jit(device=True)
-def sum_other_blocks(block_counts, stride, first, size, before, after):
-    """Sum the counts of earlier and of later blocks: a thread takes eight experts of every so many blocks."""
-    words = cuda.local.array(BATCH_WORDS, int32)
+def count_all(topk_ids, expert_map, num_slots, num_experts, mine, first, size, around):
+    """Count all slots before `mine` in around[:size], the others from around[CHUNK] on."""
+    experts = cuda.local.array(SLOT_BATCH, int32)
+    threads = int32(cuda.blockDim.x)
+    slot = int32(cuda.threadIdx.x)
+    while slot < num_slots:
+        load_experts(topk_ids, expert_map, num_slots, num_experts, slot, threads, SLOT_BATCH, experts)
+        for item in range(SLOT_BATCH):
+            expert = int32(experts[item] - first)
+            if expert >= 0 and expert < size:
+                atomic_add(around, int32(expert if slot < mine else expert + CHUNK), 1)
+            slot = int32(slot + threads)
+
+
+@cuda.jit(device=True)
+def sum_blocks(block_counts, stride, first, size, around):
+    """Sum the counts of earlier blocks to around[:size], of the others from around[CHUNK] on.
+
+    A thread takes eight experts of every so many blocks.
+    """
+    words = cuda.local.array(ROW_BATCH_WORDS, int32)
     earlier = cuda.local.array(8, int32)
-    later = cuda.local.array(8, int32)
+    others = cuda.local.array(8, int32)
     for i in range(8):
         earlier[i] = 0
-        later[i] = 0
+        others[i] = 0
     thread = int32(cuda.threadIdx.x)
-    block = int32(cuda.blockIdx.x)
+    mine = int32(cuda.blockIdx.x)
     last = int32(cuda.gridDim.x - 1)
     groups = int32((size + 7) >> 3)
     rows = quotient(cuda.blockDim.x, groups)
@@ -208,23 +237,23 @@ def sum_other_blocks(block_counts, stride, first, size, before, after):
     expert = int32((thread - row * groups) * 8)
     if row < rows:
         while row <= last:
-            for turn in range(BATCH):
-                other = min(int32(row + turn * rows), last)
-                four = load_words(block_counts, int64(other) * stride + first + expert)
+            for turn in range(ROW_BATCH):
+                block = min(int32(row + turn * rows), last)
+                four = load_words(block_counts, int64(block) * stride + first + expert)
                 for i in range(4):
                     words[4 * turn + i] = four[i]
-            for turn in range(BATCH):
-                other = int32(row + turn * rows)
+            for turn in range(ROW_BATCH):
+                block = int32(row + turn * rows)
                 for i in range(8):
                     count = int32((words[4 * turn + i // 2] >> (16 * (i % 2))) & 0xFFFF)
-                    if other < block:
+                    if block < mine:
                         earlier[i] = int32(earlier[i] + count)
-                    elif other > block and other <= last:
-                        later[i] = int32(later[i] + count)
-            row = int32(row + BATCH * rows)
+                    elif block <= last:
+                        others[i] = int32(others[i] + count)
+            row = int32(row + ROW_BATCH * rows)
         for i in range(8):
-            atomic_add(before, expert + i, earlier[i])
-            atomic_add(after, expert + i, later[i])
+            atomic_add(around, expert + i, earlier[i])
+            atomic_add(around, CHUNK + expert + i, others[i])
 
 
 @cuda.jit(device=True)
@@ -249,12 +278,6 @@ def place_slots(
     topk_ids: Ids,
     expert_map: OptionalIds,
     block_names: OptionalIds,
-    num_slots: Int32,
-    num_experts: Int32,
-    stride: Int32,
-    num_positions: Int32,
-    block_size: Int32,
-    inactive_expert_id: Int32,
     block_counts: OptionalInt16Array,
     block_offsets: OptionalInt32Array,
     sorted_slots: Int32Array,
@@ -263,14 +286,22 @@ def place_slots(
     offset: OptionalInt64Array,
     expert_ids: OptionalInt32Array,
     num_padded: OptionalInt32Array,
+    num_slots: Int32,
+    num_experts: Int32,
+    stride: Int32,
+    num_positions: Int32,
+    block_size: Int32,
+    inactive_expert_id: Int32,
     items: Items,
 ):
     # topk_ids and position_of_slot [num_slots]; expert_map, block_names and counts [num_experts]; block_counts
     # [blocks, stride] from count_slots; block_offsets [blocks + 1, num_experts] from scan_blocks; offset
     # [num_experts + 1]; sorted_slots [num_positions]; expert_ids [ceil(num_positions / block_size)]; num_padded [1]
     in_warps = flat(cuda.shared.array(0, int16))  # [warps, width]
+    around = flat(cuda.shared.array(TWO_CHUNKS, int32))  # slots in earlier blocks, in the others
     places = flat(cuda.shared.array(CHUNK, int32))
-    others = flat(cuda.shared.array(CHUNK, int32))
+    filled = flat(cuda.shared.array(CHUNK, int32))
+    ends = flat(cuda.shared.array(CHUNK, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))
     experts = cuda.local.array(items, int32)
     peers = cuda.local.array(items, uint32)
@@ -282,7 +313,9 @@ def place_slots(
     warp = int32(thread >> 5)
     first_slot = int32((block * threads + (warp << 5)) * items + cuda.laneid)
     load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, WARP, items, experts)
-    if blocks == 1:  # otherwise count_slots did
+    everywhere = int32(blocks * threads)
+    here = int32(block * threads + thread)
+    if blocks == 1:
         fill(sorted_slots, num_positions, num_slots, thread, threads)
 
     width = int32(min(stride, CHUNK))
@@ -295,35 +328,42 @@ def place_slots(
     while first < num_experts:
         size = int32(min(CHUNK, num_experts - first))
         fill(in_warps, int32(warps * width), 0, thread, threads)
-        fill(places, width, 0, thread, threads)
-        fill(others, width, 0, thread, threads)
+        if blocks > 1:
+            fill(around, TWO_CHUNKS, 0, thread, threads)
         cuda.syncthreads()
 
         if warp < warps:
             rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers, ranks)
-        if blocks > 1 and not present(block_offsets):
-            sum_other_blocks(block_counts, stride, first, size, places, others)
+        if blocks > 1 and not present(block_counts):
+            mine = int32(block * threads * items)
+            count_all(topk_ids, expert_map, num_slots, num_experts, mine, first, size, around)
+        elif blocks > 1 and not present(block_offsets):
+            sum_blocks(block_counts, stride, first, size, around)
         cuda.syncthreads()
 
         group = int32(0)
         while group < size:
             expert = int32(group + thread)
             padded = int32(0)
+            total = int32(0)
+            before = int32(0)
             if expert < size:
                 total = sum_warps(in_warps, warps, width, expert)
-                before = places[expert]
                 if present(block_offsets):
                     before = block_offsets[int64(block) * num_experts + first + expert]
                     total = block_offsets[int64(blocks) * num_experts + first + expert]
-                else:
-                    total = int32(before + total + others[expert])
+                elif blocks > 1:
+                    before = around[expert]
+                    total = int32(before + around[CHUNK + expert])
                 padded = int32(quotient(int32(total + block_size - 1), block_size) * block_size)
                 if block == 0 and present(counts):
                     counts[first + expert] = total
             upto, of_group = block_sums(padded, warp_sums, int32)
             if expert < size:
                 start = int32(base + upto - padded)
-                places[expert] = int32(before + start)
+                places[expert] = int32(start + before)
+                filled[expert] = int32(start + total)
+                ends[expert] = int32(start + padded)
                 if block == 0 and present(offset):
                     offset[first + expert] = start
             base = int32(base + of_group)
@@ -347,14 +387,20 @@ def place_slots(
                             expert_ids[index] = name
                 if present(position_of_slot) and (position >= 0 or (first == 0 and experts[item] == num_experts)):
                     position_of_slot[slot] = position
+        if blocks > 1 and not present(block_counts):
+            expert = int32(here >> 5)
+            while expert < size:
+                fill(sorted_slots, ends[expert], num_slots, int32(filled[expert] + cuda.laneid), WARP)
+                expert = int32(expert + (everywhere >> 5))
         cuda.syncthreads()
         first = int32(first + CHUNK)
 
-    here = int32(block * threads + thread)
+    if blocks > 1 and not present(block_counts):
+        fill(sorted_slots, num_positions, num_slots, int32(base + here), everywhere)
     if present(expert_ids):
         unused = int32(quotient(base, block_size) + here)
         indices = quotient(int32(num_positions + block_size - 1), block_size)
-        fill(expert_ids, indices, inactive_expert_id, unused, int32(blocks * threads))
+        fill(expert_ids, indices, inactive_expert_id, unused, everywhere)
     if here == 0:
         if present(offset):
             offset[num_experts] = base
@@ -363,7 +409,12 @@ def place_slots(
 
 
 @cuda.jit
-def scan_experts(counts: Ids, num_experts: Int32, alignment: Int32, offset: Int64Array):
+def scan_experts(
+    counts: Ids,
+    offset: Int64Array,
+    num_experts: Int32,
+    alignment: Int32,
+):
     # counts [num_experts], offset [num_experts + 1]; one block
     warp_sums = flat(cuda.shared.array(WARP, int64))
     base = int64(0)
@@ -390,6 +441,7 @@ class Grid(NamedTuple):
     items: int
     stride: int
     shared_bytes: int
+    counted: bool
     scanned: bool
 
 
@@ -397,87 +449,109 @@ class Grid(NamedTuple):
 def _grid(num_slots: int, num_experts: int) -> Grid:
     most = block_threads(MOST_THREADS)
     if num_slots <= most:
-        return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts)
-    # Measured on an H200: one wave of small blocks while there are few slots, then more slots to a block.
-    threads, items = (256, 1) if num_slots <= 2**15 else (256, 4) if num_slots <= 160 * 1024 else (512, 8)
+        return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts, False)
+    # Measured on an H200: blocks that each count all slots, then one wave of small blocks, then more slots to a block.
+    counted = num_slots > RECOUNTED_SLOTS
+    threads, items = (most, 1) if not counted else (256, 4) if num_slots <= 160 * 1024 else (512, 8)
     threads = block_threads(threads)
-    return _deal(-(-num_slots // (threads * items)), threads, items, num_experts)
+    return _deal(-(-num_slots // (threads * items)), threads, items, num_experts, counted)
 
 
-def _deal(blocks: int, threads: int, items: int, num_experts: int) -> Grid:
+def _deal(blocks: int, threads: int, items: int, num_experts: int, counted: bool) -> Grid:
     stride = -(-num_experts // 8) * 8
     shared_bytes = 2 * -(-threads // 128) * 4 * min(stride, CHUNK)
-    return Grid(blocks, threads, items, stride, shared_bytes, blocks > 1 and blocks * stride > UNSCANNED_COUNTS)
+    return Grid(blocks, threads, items, stride, shared_bytes, counted, counted and blocks * stride > UNSCANNED_COUNTS)
 
 
-class SortScratch(NamedTuple):
-    """Counts by block, and their sums over earlier blocks."""
-
-    block_counts: torch.Tensor | None
-    block_offsets: torch.Tensor | None
+def _choices(topk_ids: Layout, expert_map: Layout | None, grid: Grid) -> dict[str, Any]:
+    return {"topk_ids": topk_ids.dtype, "expert_map": expert_map and expert_map.dtype, "items": grid.items}
 
 
-def sort_scratch(topk_ids: torch.Tensor, num_experts: int) -> SortScratch:
-    """Allocate what `launch_sort` needs besides its outputs."""
-    grid = _grid(topk_ids.numel(), num_experts)
-    counts = offsets = None
-    if grid.blocks > 1:
-        counts = arrays.empty(grid.blocks * grid.stride, torch.int16, topk_ids)
-    if grid.scanned:
-        offsets = arrays.empty((grid.blocks + 1) * num_experts, torch.int32, topk_ids)
-    return SortScratch(counts, offsets)
+class SortPlan(NamedTuple):
+    """The launches of a sort, and the sizes of the scratch between them: counts by block, and their sums."""
+
+    num_counts: int
+    num_offsets: int
+    count_slots: Launch
+    scan_blocks: Launch
+    place_slots: Launch
 
 
-def launch_sort(
-    topk_ids: torch.Tensor,
+def plan_sort(
+    topk_ids: Layout,
     num_experts: int,
-    block_size: int,
-    scratch: SortScratch,
-    sorted_slots: torch.Tensor,
-    *,
-    expert_map: torch.Tensor | None = None,
-    block_names: torch.Tensor | None = None,
+    num_positions: int,
+    block_size: int = 1,
     inactive_expert_id: int = -1,
+    expert_map: Layout | None = None,
+    block_names: Layout | None = None,
+) -> SortPlan:
+    """Plan the sort of slots by expert, the rows of each padded to a multiple of block_size."""
+    num_slots = topk_ids.shape.numel()
+    grid = _grid(num_slots, num_experts)
+    where = (topk_ids.device, grid.blocks, grid.threads)
+    sizes = (num_slots, num_experts, grid.stride, num_positions)
+    ids: dict[str, Any] = {
+        "topk_ids": topk_ids.dtype,
+        "expert_map": expert_map and expert_map.dtype,
+        "items": grid.items,
+    }
+    scan = (grid.blocks, num_experts, grid.stride)
+    names = {"block_names": block_names and block_names.dtype}
+    return SortPlan(
+        grid.blocks * grid.stride if grid.counted else 0,
+        (grid.blocks + 1) * num_experts if grid.scanned else 0,
+        Launch(count_slots, *where, sizes, ids),
+        Launch(scan_blocks, topk_ids.device, *warps(num_experts), scan),
+        Launch(place_slots, *where, (*sizes, block_size, inactive_expert_id), ids | names, grid.shared_bytes),
+    )
+
+
+def sort(
+    plan: SortPlan,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    block_names: torch.Tensor | None,
+    sorted_slots: torch.Tensor,
     position_of_slot: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
     expert_ids: torch.Tensor | None = None,
     num_padded: torch.Tensor | None = None,
 ) -> None:
-    """Sort the slots by expert, the rows of each padded to a multiple of block_size; fill the other positions."""
-    num_slots = topk_ids.numel()
+    """Write every slot to its position, and what else is asked for; positions without a slot hold num_slots."""
+    block_counts = block_offsets = None
+    if plan.num_counts:
+        block_counts = arrays.empty(plan.num_counts, torch.int16, topk_ids)
+        plan.count_slots(topk_ids, expert_map, block_counts, None, sorted_slots)
+    if plan.num_offsets:
+        block_offsets = arrays.empty(plan.num_offsets, torch.int32, topk_ids)
+        plan.scan_blocks(block_counts, block_offsets)
+    inputs = (topk_ids, expert_map, block_names, block_counts, block_offsets)
+    plan.place_slots(*inputs, sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded)
+
+
+@planned
+def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -> tuple[int, bool, Launch]:
+    num_experts = checks.routing(topk_ids, num_experts, expert_map)
+    num_slots = topk_ids.shape.numel()
     grid = _grid(num_slots, num_experts)
-    num_positions = sorted_slots.numel()
-    sizes = (grid.stride, num_positions)
-    if grid.blocks > 1:
-        launch(
-            *(count_slots, grid.blocks, grid.threads),
-            *(topk_ids, expert_map, num_slots, num_experts, *sizes, scratch.block_counts, None, sorted_slots),
-            items=grid.items,
-        )
-    if grid.scanned:
-        launch_warps(
-            *(scan_blocks, num_experts),
-            *(scratch.block_counts, grid.blocks, num_experts, grid.stride, scratch.block_offsets),
-        )
-    launch(
-        *(place_slots, grid.blocks, grid.threads),
-        *(topk_ids, expert_map, block_names, num_slots, num_experts, *sizes),
-        *(block_size, inactive_expert_id, *scratch),
-        *(sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded),
-        items=grid.items,
-        shared_bytes=grid.shared_bytes,
-    )
+    where = (topk_ids.device, grid.blocks, grid.threads)
+    ids: dict[str, Any] = {
+        "topk_ids": topk_ids.dtype,
+        "expert_map": expert_map and expert_map.dtype,
+        "items": grid.items,
+    }
+    launch = Launch(count_slots, *where, (num_slots, num_experts, grid.stride, 0), ids)
+    return num_experts, grid.blocks > 1, launch
 
 
-def _launch_count(
-    topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None, counts: torch.Tensor
-) -> None:
-    grid = _grid(topk_ids.numel(), num_experts)
-    if grid.blocks > 1:
-        counts.zero_()
-    sizes = (topk_ids.numel(), num_experts, grid.stride, 0)
-    launch(count_slots, grid.blocks, grid.threads, topk_ids, expert_map, *sizes, None, counts, None, items=grid.items)
+@planned
+def _plan_offsets(counts: Layout, alignment: int) -> Launch:
+    checks.array("counts", counts, checks.IDS, (1,))
+    alignment = checks.integer("alignment", alignment, 1)
+    numbers = (counts.shape[0], alignment)
+    return Launch(scan_experts, counts.device, 1, block_threads(MOST_THREADS), numbers, {"counts": counts.dtype})
 
 
 @arrays.public
@@ -515,11 +589,14 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
     >>> count_tokens_per_expert(np.array([[0, 2], [2, -1]]), 4)
     array([1, 0, 2, 0], dtype=int32)
     """
-    num_experts = checks.routing(topk_ids, num_experts, expert_map)
+    num_experts, several_blocks, count = _plan_count(layout(topk_ids), num_experts, layout(expert_map))
+    checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(topk_ids):
         return arrays.by_reference(reference.count_tokens_per_expert, topk_ids, num_experts, expert_map)
     counts = arrays.empty(num_experts, torch.int32, topk_ids)
-    _launch_count(topk_ids, num_experts, expert_map, counts)
+    if several_blocks:
+        counts.zero_()
+    count(topk_ids, expert_map, None, counts, None)
     return counts
 
 
@@ -556,10 +633,9 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     >>> expert_offsets(np.array([3, 0, 5]), alignment=4)
     array([ 0,  4,  4, 12])
     """
-    checks.array("counts", counts, checks.IDS, (1,))
-    alignment = checks.integer("alignment", alignment, 1)
+    scan = _plan_offsets(layout(counts), alignment)
     if arrays.answered_by_reference(counts):
         return arrays.by_reference(reference.expert_offsets, counts, alignment)
     offset = arrays.empty(counts.numel() + 1, torch.int64, counts)
-    launch(scan_experts, 1, block_threads(MOST_THREADS), counts, counts.numel(), alignment, offset)
+    scan(counts, offset)
     return offset

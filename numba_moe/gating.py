@@ -1,22 +1,25 @@
 """The experts of each token, and how much each weighs: softmax, sigmoid and grouped top-k.
 
-One warp serves one token. A candidate is one 64-bit key, its rank above its inverted id, so that one maximum
-finds the best expert and lets the lower id win a tie. Pick k is the largest key below pick k - 1: nothing is
-stored between picks, and neither the number of experts nor top_k has a limit.
+One warp serves one token, and keeps its row in registers: lane l has experts l * columns and the next few. Ranks
+become integers of the same order. A pick is one maximum over the warp and one vote: the lowest lane that has the
+maximum has the lowest id. That lane alone then strikes the expert out. With groups, the ranks pass through shared
+memory, where a few lanes share a group; the experts of groups that are not chosen are struck out at the start.
 
 Experts rank by their logits, or by score + bias where there is a correction bias.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from numba_moe.reference import gating as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.dialect import cuda, float32, int64
-from numba_moe.runtime.launch import launch_warps
+from numba_moe.runtime.dialect import cuda, float32, int32, int64
+from numba_moe.runtime.launch import Launch, warps
 from numba_moe.runtime.parameters import (
+    COLUMNS,
+    Columns,
     Float32Array,
     Float64,
     FloatArray,
@@ -25,18 +28,28 @@ from numba_moe.runtime.parameters import (
     Int64,
     OptionalFloat32Array,
 )
+from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
+    ALL_LANES,
     HIGHEST_KEY,
+    INFINITY_ORDER,
     LARGEST_FLOAT,
     LOWEST_KEY,
+    LOWEST_ORDER,
     NEGATIVE_INFINITY,
     WARP,
     choice_key,
     chosen_index,
     exp,
+    flat,
     load_float,
+    load_floats,
+    order,
     present,
+    quotient,
     store_float,
+    value_of,
+    warp_highest,
     warp_index,
     warp_max,
     warp_sum,
@@ -48,8 +61,217 @@ GROUP_SCORES = ("max", "top2_sum")
 MAX = 0
 
 
+# A row of more experts than this, or of more groups than lanes, is read again for each pick.
+MOST_IN_REGISTERS = 1024
+
+
 @cuda.jit(device=True)
-def softmax_statistics(gating_output, row, num_experts):
+def load_row(gating_output, row, first, num_experts, aligned, columns, logits):
+    """Read this lane's experts, from `first` on; -inf past the last."""
+    if aligned:
+        for group in range(columns // 4):
+            expert = int32(first + 4 * group)
+            for i in range(4):
+                logits[4 * group + i] = float32(NEGATIVE_INFINITY)
+            if expert < num_experts:
+                four = load_floats(gating_output, row + expert)
+                for i in range(4):
+                    logits[4 * group + i] = four[i]
+    else:
+        for column in range(columns):
+            logits[column] = float32(NEGATIVE_INFINITY)
+            if first + column < num_experts:
+                logits[column] = load_float(gating_output, row + first + column)
+
+
+@cuda.jit(device=True)
+def softmax_of_row(logits, columns):
+    """Return the largest logit of the warp's row and the sum of exponentials; 0 if the row has no softmax."""
+    peak = float32(NEGATIVE_INFINITY)
+    broken = False
+    for column in range(columns):
+        broken = broken or not logits[column] <= float32(LARGEST_FLOAT)  # NaN or +inf
+        peak = max(peak, logits[column])
+    highest = warp_highest(int32(INFINITY_ORDER) if broken else order(peak))
+    total = float32(0.0)
+    if highest < INFINITY_ORDER and highest > order(float32(NEGATIVE_INFINITY)):
+        peak = value_of(highest)
+        for column in range(columns):
+            total += exp(logits[column] - peak)
+        total = warp_sum(total)
+    return peak, total
+
+
+@cuda.jit(device=True)
+def score_of(logit, scoring_func, peak, total):
+    if scoring_func != SOFTMAX:
+        if logit != logit:
+            return float32(0.0)
+        return float32(1.0) / (float32(1.0) + exp(-logit))
+    if total == float32(0.0):
+        return float32(0.0)
+    return exp(logit - peak) / total
+
+
+@cuda.jit(device=True)
+def score_groups(values, shift, num_experts, num_expert_group, lanes, group_score):
+    """Return the score of this lane's group, from values[shift : shift + num_experts]; `lanes` share a group."""
+    size = quotient(num_experts, num_expert_group)
+    group = quotient(cuda.laneid, lanes)
+    best = float32(NEGATIVE_INFINITY)
+    second = float32(NEGATIVE_INFINITY)
+    if group < num_expert_group:
+        member = int32(cuda.laneid - group * lanes)
+        while member < size:
+            value = values[shift + group * size + member]
+            second = max(second, min(best, value))
+            best = max(best, value)
+            member = int32(member + lanes)
+    distance = int32(1)
+    while distance < lanes:
+        other = cuda.shfl_xor_sync(ALL_LANES, best, distance)
+        other_second = cuda.shfl_xor_sync(ALL_LANES, second, distance)
+        second = max(min(best, other), max(second, other_second))
+        best = max(best, other)
+        distance = int32(distance << 1)
+    if group_score == MAX or size == 1:
+        return best
+    return best + second
+
+
+@cuda.jit(device=True)
+def choose_groups(score, num_expert_group, topk_group, lanes):
+    """Return the chosen groups as a mask of the lanes that come first in each."""
+    rank = order(score)
+    if cuda.laneid >= num_expert_group * lanes:
+        rank = int32(LOWEST_ORDER)
+    chosen = 0
+    for _ in range(topk_group):
+        winner = cuda.ffs(cuda.ballot_sync(ALL_LANES, rank == warp_highest(rank))) - 1
+        chosen |= 1 << winner
+        if quotient(cuda.laneid, lanes) == quotient(winner, lanes):
+            rank = int32(LOWEST_ORDER)
+    return chosen
+
+
+@cuda.jit(device=True)
+def strike_out(ranks, columns, highest):
+    """Strike out this lane's first expert of the highest rank; return its column, and the highest rank of the rest."""
+    struck = int32(-1)
+    rest = int32(LOWEST_ORDER)
+    for column in range(columns):
+        if struck < 0 and ranks[column] == highest:
+            struck = int32(column)
+            ranks[column] = LOWEST_ORDER
+        rest = max(rest, ranks[column])
+    return struck, rest
+
+
+@cuda.jit
+def choose_experts(
+    gating_output: FloatArray,
+    correction_bias: OptionalFloat32Array,
+    topk_weights: Float32Array,
+    topk_ids: Int32Array,
+    num_tokens: Int32,
+    num_experts: Int32,
+    row_stride: Int64,
+    aligned: Int32,
+    top_k: Int32,
+    scoring_func: Int32,
+    renormalize: Int32,
+    routed_scaling_factor: Float64,
+    num_expert_group: Int32,
+    topk_group: Int32,
+    group_score: Int32,
+    lanes_per_group: Int32,
+    columns: Columns,
+):
+    # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
+    # and topk_ids [num_tokens, top_k]; a warp per token; shared, with groups: [warps, num_experts]
+    token = warp_index()
+    if token >= num_tokens:
+        return
+    lane = int32(cuda.laneid)
+    first = int32(lane * columns)
+    row = int64(token) * row_stride
+    logits = cuda.local.array(columns, float32)
+    ranks = cuda.local.array(columns, int32)
+    load_row(gating_output, row, first, num_experts, aligned, columns, logits)
+    peak = float32(0.0)
+    total = float32(1.0)
+    if scoring_func == SOFTMAX:
+        peak, total = softmax_of_row(logits, columns)
+
+    highest = int32(LOWEST_ORDER)
+    for column in range(columns):
+        rank = logits[column]
+        expert = int32(first + column)
+        if total == float32(0.0):
+            rank = float32(0.0)
+        if present(correction_bias) and expert < num_experts:
+            rank = score_of(logits[column], scoring_func, peak, total) + correction_bias[expert]
+        ranks[column] = order(rank)
+        if expert >= num_experts:
+            ranks[column] = LOWEST_ORDER
+        highest = max(highest, ranks[column])
+
+    if num_expert_group > 1:
+        values = flat(cuda.shared.array(0, float32))
+        shift = int32((cuda.threadIdx.x >> 5) * num_experts)
+        for column in range(columns):
+            expert = int32(first + column)
+            if expert < num_experts:
+                value = value_of(ranks[column])
+                if group_score != MAX and not present(correction_bias):
+                    value = score_of(logits[column], scoring_func, peak, total)
+                values[shift + expert] = value
+        cuda.syncwarp()
+        score = score_groups(values, shift, num_experts, num_expert_group, lanes_per_group, group_score)
+        chosen_groups = choose_groups(score, num_expert_group, topk_group, lanes_per_group)
+        size = quotient(num_experts, num_expert_group)
+        highest = int32(LOWEST_ORDER)
+        for column in range(columns):
+            group = quotient(int32(first + column), size)
+            if not (chosen_groups >> (group * lanes_per_group)) & 1:
+                ranks[column] = LOWEST_ORDER
+            highest = max(highest, ranks[column])
+
+    weight_sum = float32(0.0)
+    weight = float32(0.0)
+    for base in range(0, top_k, WARP):
+        chosen = int32(0)
+        for pick in range(base, min(base + WARP, top_k)):
+            winning = warp_highest(highest)
+            winner = cuda.ffs(cuda.ballot_sync(ALL_LANES, highest == winning)) - 1
+            column = int32(0)
+            if lane == winner:
+                column, highest = strike_out(ranks, columns, winning)
+            expert = cuda.shfl_sync(ALL_LANES, int32(first + column), winner)
+            if lane == pick - base:
+                chosen = expert
+        weight = float32(0.0)
+        if base + lane < top_k:
+            weight = score_of(load_float(gating_output, row + chosen), scoring_func, peak, total)
+            topk_ids[int64(token) * top_k + base + lane] = chosen
+            store_float(topk_weights, int64(token) * top_k + base + lane, weight)
+        weight_sum += weight
+
+    scale = float32(routed_scaling_factor)
+    if renormalize:
+        weight_sum = warp_sum(weight_sum)
+        if weight_sum > float32(0.0):
+            scale = scale / weight_sum
+    if top_k <= WARP:
+        if lane < top_k:
+            store_float(topk_weights, int64(token) * top_k + lane, weight * scale)
+    else:
+        for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
+            topk_weights[int64(token) * top_k + pick] *= scale
+
+
+@cuda.jit(device=True)
+def softmax_from_memory(gating_output, row, num_experts):
     """Return the largest logit of a row and the sum of exponentials; a sum of 0 if the row has no softmax."""
     peak = float32(NEGATIVE_INFINITY)
     broken = 0
@@ -66,17 +288,6 @@ def softmax_statistics(gating_output, row, num_experts):
         for expert in range(cuda.laneid, num_experts, WARP):
             total += exp(load_float(gating_output, row + expert) - peak)
     return peak, warp_sum(total)
-
-
-@cuda.jit(device=True)
-def score_of(logit, scoring_func, peak, total):
-    if scoring_func != SOFTMAX:
-        if logit != logit:
-            return float32(0.0)
-        return float32(1.0) / (float32(1.0) + exp(-logit))
-    if total == float32(0.0):
-        return float32(0.0)
-    return exp(logit - peak) / total
 
 
 @cuda.jit(device=True)
@@ -127,9 +338,12 @@ def last_group_key(group_scores, row, num_expert_group, topk_group):
 
 
 @cuda.jit
-def choose_experts(
+def choose_from_memory(
     gating_output: FloatArray,
     correction_bias: OptionalFloat32Array,
+    group_scores: OptionalFloat32Array,
+    topk_weights: Float32Array,
+    topk_ids: Int32Array,
     num_tokens: Int32,
     num_experts: Int32,
     row_stride: Int64,
@@ -140,12 +354,10 @@ def choose_experts(
     num_expert_group: Int32,
     topk_group: Int32,
     group_score: Int32,
-    group_scores: OptionalFloat32Array,
-    topk_weights: Float32Array,
-    topk_ids: Int32Array,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts],
-    # group_scores [num_tokens, num_expert_group], topk_weights and topk_ids [num_tokens, top_k]; a warp per token
+    # group_scores [num_tokens, num_expert_group], topk_weights and topk_ids [num_tokens, top_k]; a warp
+    # per token, which reads its row again for each pick
     token = warp_index()
     if token >= num_tokens:
         return
@@ -154,7 +366,7 @@ def choose_experts(
     peak = float32(0.0)
     total = float32(0.0)
     if scoring_func == SOFTMAX:
-        peak, total = softmax_statistics(gating_output, row, num_experts)
+        peak, total = softmax_from_memory(gating_output, row, num_experts)
 
     groups = int64(token) * num_expert_group
     group_size = num_experts // num_expert_group
@@ -201,58 +413,116 @@ def choose_experts(
         topk_weights[first_pick + pick] *= scale
 
 
-def _launch_choose(
-    gating_output: torch.Tensor,
-    correction_bias: torch.Tensor | None,
-    scoring_func: str,
+class GatingPlan(NamedTuple):
+    """The launch, whether it is of the kernel for rows of any size, and the shape of the group scores of that one."""
+
+    top_k: int
+    choose: Launch
+    in_memory: bool
+    group_scores: tuple[int, int] | None
+
+
+def _plan_gating(
+    gating_output: Layout,
+    top_k: int,
     renormalize: bool,
-    routed_scaling_factor: float,
-    groups: tuple[int, int, str],
-    group_scores: torch.Tensor | None,
-    out: TopK,
-) -> None:
-    num_tokens, num_experts = gating_output.shape
-    num_expert_group, topk_group, group_score = groups
-    launch_warps(
-        choose_experts,
-        num_tokens,
-        gating_output,
-        correction_bias,
-        *(num_tokens, num_experts, gating_output.stride(0), out.topk_ids.shape[1]),
-        *(SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor)),
-        *(num_expert_group, topk_group, GROUP_SCORES.index(group_score), group_scores),
-        *out,
-    )
-
-
-def _check_gating(gating_output: Any, top_k: Any, renormalize: Any, correction_bias: Any) -> int:
+    correction_bias: Layout | None,
+    scoring_func: str,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    group_score: str = "max",
+    routed_scaling_factor: float = 1.0,
+) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_tokens, num_experts = gating_output.shape
     checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
     top_k = checks.integer("top_k", top_k, 1, num_experts, f"num_experts = {num_experts}")
     checks.boolean("renormalize", renormalize)
-    checks.logits("gating_output", gating_output)
     checks.fits_int32("gating_output", num_tokens * top_k, "num_tokens * top_k")
     if correction_bias is not None:
         like = ("gating_output", gating_output)
         checks.array("correction_bias", correction_bias, (torch.float32,), (1,), like=like)
         checks.shape("correction_bias", correction_bias, (num_experts,), "(num_experts,)")
-    return top_k
+
+    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
+    where = (gating_output.device, *warps(num_tokens))
+    rules = (top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
+    groups = (num_expert_group, topk_group, GROUP_SCORES.index(group_score))
+    sizes = (num_tokens, num_experts, stride)
+    dtype = gating_output.dtype
+    if num_experts > MOST_IN_REGISTERS or num_expert_group > WARP:
+        scores = (num_tokens, num_expert_group) if num_expert_group > 1 else None
+        launch = Launch(choose_from_memory, *where, (*sizes, *rules, *groups), {"gating_output": dtype})
+        return GatingPlan(top_k, launch, True, scores)
+    columns = next(columns for columns in COLUMNS if WARP * columns >= num_experts)
+    aligned = columns >= 4 and not (num_experts % 4 or stride % 4 or gating_output.address % (4 * dtype.itemsize))
+    lanes_per_group = 1 << (WARP // num_expert_group).bit_length() - 1
+    launch = Launch(
+        *(choose_experts, *where, (*sizes, int(aligned), *rules, *groups, lanes_per_group)),
+        {"gating_output": dtype, "columns": columns},
+        shared_bytes=4 * num_experts * where[2] // WARP if num_expert_group > 1 else 0,
+    )
+    return GatingPlan(top_k, launch, False, None)
 
 
-def _allocate(gating_output: torch.Tensor, top_k: int) -> TopK:
-    shape = (gating_output.shape[0], top_k)
-    return TopK(arrays.empty(shape, torch.float32, gating_output), arrays.empty(shape, torch.int32, gating_output))
+@planned
+def _plan_topk(
+    gating_output: Layout, top_k: int, renormalize: bool, correction_bias: Layout | None, scoring_func: str
+) -> GatingPlan:
+    return _plan_gating(gating_output, top_k, renormalize, correction_bias, scoring_func)
+
+
+@planned
+def _plan_grouped(
+    gating_output: Layout,
+    top_k: int,
+    num_expert_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scoring_func: str,
+    correction_bias: Layout | None,
+    group_score: str | None,
+    routed_scaling_factor: float,
+) -> GatingPlan:
+    checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
+    num_experts = gating_output.shape[1]
+    limit = f"num_experts = {num_experts}"
+    num_expert_group = checks.integer("num_expert_group", num_expert_group, 1, num_experts, limit)
+    checks.divides("num_expert_group", num_expert_group, "num_experts", num_experts)
+    limit = f"num_expert_group = {num_expert_group}"
+    topk_group = checks.integer("topk_group", topk_group, 1, num_expert_group, limit)
+    eligible = topk_group * (num_experts // num_expert_group)
+    top_k = checks.integer("top_k", top_k, 1, eligible, f"the {eligible} experts of {topk_group} groups")
+    checks.choice("scoring_func", scoring_func, SCORING)
+    if group_score is None:
+        group_score = "max" if correction_bias is None else "top2_sum"
+    checks.choice("group_score", group_score, GROUP_SCORES)
+    checks.number("routed_scaling_factor", routed_scaling_factor)
+    groups = (num_expert_group, topk_group, group_score)
+    return _plan_gating(
+        *(gating_output, top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor)
+    )
+
+
+def _choose(plan: GatingPlan, gating_output: torch.Tensor, correction_bias: torch.Tensor | None) -> TopK:
+    num_tokens = gating_output.shape[0]
+    topk_weights = arrays.empty((num_tokens, plan.top_k), torch.float32, gating_output)
+    topk_ids = arrays.empty((num_tokens, plan.top_k), torch.int32, gating_output)
+    inputs: tuple[torch.Tensor | None, ...] = (gating_output, correction_bias)
+    if plan.in_memory:
+        shape = plan.group_scores
+        inputs = (*inputs, None if shape is None else arrays.empty(shape, torch.float32, gating_output))
+    plan.choose(*inputs, topk_weights, topk_ids)
+    return TopK(topk_weights, topk_ids)
 
 
 def _topk(scoring_func: str, gating_output: Any, top_k: int, renormalize: bool, correction_bias: Any) -> TopK:
-    top_k = _check_gating(gating_output, top_k, renormalize, correction_bias)
+    plan = _plan_topk(layout(gating_output), top_k, renormalize, layout(correction_bias), scoring_func)
+    checks.logits("gating_output", gating_output)
     if arrays.answered_by_reference(gating_output):
         function = getattr(reference, f"topk_{scoring_func}")
         return arrays.by_reference(function, gating_output, top_k, renormalize, correction_bias)
-    out = _allocate(gating_output, top_k)
-    _launch_choose(gating_output, correction_bias, scoring_func, renormalize, 1.0, (1, 1, "max"), None, out)
-    return out
+    return _choose(plan, gating_output, correction_bias)
 
 
 @arrays.public
@@ -396,7 +666,8 @@ def grouped_topk(
     Notes
     -----
     The lower group and the lower expert win a tie. Runs on the caller's current stream without synchronising,
-    captures into CUDA graphs, allocates the results and one float32 per token and group.
+    captures into CUDA graphs, allocates the results only (above 1024 experts
+    or 32 groups also one float32 per token and group).
 
     Examples
     --------
@@ -407,20 +678,11 @@ def grouped_topk(
     >>> grouped_topk(logits, 1, 2, 1, scoring_func="sigmoid", group_score="max").topk_ids
     array([[0]], dtype=int32)
     """
-    top_k = _check_gating(gating_output, top_k, renormalize, correction_bias)
-    num_tokens, num_experts = gating_output.shape
-    limit = f"num_experts = {num_experts}"
-    num_expert_group = checks.integer("num_expert_group", num_expert_group, 1, num_experts, limit)
-    checks.divides("num_expert_group", num_expert_group, "num_experts", num_experts)
-    limit = f"num_expert_group = {num_expert_group}"
-    topk_group = checks.integer("topk_group", topk_group, 1, num_expert_group, limit)
-    eligible = topk_group * (num_experts // num_expert_group)
-    checks.integer("top_k", top_k, 1, eligible, f"the {eligible} experts of {topk_group} groups")
-    checks.choice("scoring_func", scoring_func, SCORING)
-    if group_score is None:
-        group_score = "max" if correction_bias is None else "top2_sum"
-    checks.choice("group_score", group_score, GROUP_SCORES)
-    checks.number("routed_scaling_factor", routed_scaling_factor)
+    plan = _plan_grouped(
+        *(layout(gating_output), top_k, num_expert_group, topk_group, renormalize, scoring_func),
+        *(layout(correction_bias), group_score, routed_scaling_factor),
+    )
+    checks.logits("gating_output", gating_output)
     if arrays.answered_by_reference(gating_output):
         return arrays.by_reference(
             reference.grouped_topk,
@@ -430,10 +692,4 @@ def grouped_topk(
             group_score=group_score,
             routed_scaling_factor=routed_scaling_factor,
         )
-    out = _allocate(gating_output, top_k)
-    group_scores = arrays.empty((num_tokens, num_expert_group), torch.float32, gating_output)
-    groups = (num_expert_group, topk_group, group_score)
-    _launch_choose(
-        gating_output, correction_bias, scoring_func, renormalize, routed_scaling_factor, groups, group_scores, out
-    )
-    return out
+    return _choose(plan, gating_output, correction_bias)

@@ -4,7 +4,7 @@ The counting sort of `numba_moe.counting` finds the row of each slot; `gather_ro
 block each, as machine words whatever their dtype; `combine_rows` sums each token's rows in float32, in slot order.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,9 @@ from numba_moe.reference import permute as reference
 from numba_moe.reference.permute import PermutedTokens
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.dialect import cuda, float32, int64
-from numba_moe.runtime.launch import block_threads, launch
+from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.parameters import FloatArray, Int32, Int32Array, Int64, Words
+from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import load_float, store_float
 
 THREADS = 256
@@ -25,11 +26,11 @@ WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 def gather_rows(
     hidden_states: Words,
     permuted_idx: Int32Array,
+    permuted: Words,
     num_slots: Int32,
     top_k: Int32,
     row_words: Int64,
     row_stride: Int64,
-    permuted: Words,
 ):
     # hidden_states [num_tokens, row_words] with rows row_stride apart, permuted_idx [num_slots],
     # permuted [num_slots, row_words]; a block per row of permuted
@@ -49,11 +50,11 @@ def combine_rows(
     permuted: FloatArray,
     topk_weights: FloatArray,
     inv_permuted_idx: Int32Array,
+    combined: FloatArray,
     num_rows: Int32,
     top_k: Int32,
     hidden: Int64,
     row_stride: Int64,
-    combined: FloatArray,
 ):
     # permuted [num_rows, hidden] with rows row_stride apart, topk_weights and inv_permuted_idx [num_tokens, top_k],
     # combined [num_tokens, hidden]; a block per token
@@ -68,34 +69,53 @@ def combine_rows(
         store_float(combined, token * hidden + column, total)
 
 
-def _as_words(*rows: torch.Tensor) -> list[torch.Tensor]:
-    """View matrices of one dtype as matrices of the widest words that fit their rows, strides and addresses."""
-    size = rows[0].element_size()
-    units = [extent * size for matrix in rows for extent in (matrix.shape[1], matrix.stride(0))]
-    units += [matrix.data_ptr() for matrix in rows]
+class PermutePlan(NamedTuple):
+    """Sizes, the sort, and the copy of rows as machine words of a dtype."""
+
+    num_experts: int
+    sort: counting.SortPlan
+    word: torch.dtype
+    gather: Launch
+
+
+@planned
+def _plan_permute(hidden_states: Layout, topk_ids: Layout, num_experts: int, expert_map: Layout | None) -> PermutePlan:
+    checks.array("hidden_states", hidden_states, checks.FLOATS, (2,), rows=True)
+    num_experts = checks.routing(topk_ids, num_experts, expert_map, ndims=(2,), like=("hidden_states", hidden_states))
+    num_tokens, hidden = hidden_states.shape
+    top_k = checks.integer("top_k (columns of `topk_ids`)", topk_ids.shape[1], 1)
+    checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
+    num_slots = topk_ids.shape.numel()
+    # The widest words that fit rows, strides and addresses.
+    stride = hidden if hidden_states.strides is None else hidden_states.strides[0]
+    size = hidden_states.dtype.itemsize
+    units = (hidden * size, stride * size, hidden_states.address)
     word = next(word for word in WORDS if all(unit % word.itemsize == 0 for unit in units))
-    return [matrix.view(word) for matrix in rows]
-
-
-def _launch_permute(
-    hidden_states: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    scratch: counting.SortScratch,
-    out: PermutedTokens,
-) -> None:
-    num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
-    offset = out.expert_first_token_offset
-    counting.launch_sort(
-        *(topk_ids, offset.numel() - 1, 1, scratch, out.permuted_idx),
-        expert_map=expert_map,
-        position_of_slot=out.inv_permuted_idx,
-        offset=offset,
+    sizes = (num_slots, top_k, hidden * size // word.itemsize, stride * size // word.itemsize)
+    gather = Launch(
+        *(gather_rows, hidden_states.device, num_slots, block_threads(THREADS), sizes),
+        {"hidden_states": word, "permuted": word},
     )
-    if out.permuted_hidden_states.numel():
-        source, target = _as_words(hidden_states, out.permuted_hidden_states)
-        sizes = (num_slots, top_k, source.shape[1], source.stride(0))
-        launch(gather_rows, num_slots, block_threads(THREADS), source, out.permuted_idx, *sizes, target)
+    sort = counting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map)
+    return PermutePlan(num_experts, sort, word, gather)
+
+
+@planned
+def _plan_unpermute(permuted: Layout, topk_weights: Layout, inv_permuted_idx: Layout) -> Launch:
+    checks.array("permuted", permuted, checks.FLOATS, (2,), rows=True)
+    like = ("permuted", permuted)
+    checks.array("topk_weights", topk_weights, checks.FLOATS, (2,), like=like)
+    checks.array("inv_permuted_idx", inv_permuted_idx, (torch.int32,), (2,), like=like)
+    checks.shape("inv_permuted_idx", inv_permuted_idx, tuple(topk_weights.shape), "that of `topk_weights`")
+    num_rows, hidden = permuted.shape
+    num_tokens, top_k = inv_permuted_idx.shape
+    checks.fits_int32("permuted", num_rows, "the number of rows")
+    stride = hidden if permuted.strides is None else permuted.strides[0]
+    return Launch(
+        *(combine_rows, permuted.device, num_tokens if hidden else 0, block_threads(THREADS)),
+        (num_rows, top_k, hidden, stride),
+        {"permuted": permuted.dtype, "topk_weights": topk_weights.dtype, "combined": permuted.dtype},
+    )
 
 
 @arrays.public
@@ -144,23 +164,20 @@ def moe_permute(hidden_states: Any, topk_ids: Any, num_experts: int, expert_map:
     array([[ 2,  0],
            [-1,  1]], dtype=int32)
     """
-    checks.array("hidden_states", hidden_states, checks.FLOATS, (2,), rows=True)
-    num_experts = checks.routing(topk_ids, num_experts, expert_map, ndims=(2,), like=("hidden_states", hidden_states))
-    num_tokens, hidden = hidden_states.shape
-    top_k = checks.integer("top_k (columns of `topk_ids`)", topk_ids.shape[1], 1)
-    checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
-    dtype, num_slots = hidden_states.dtype, topk_ids.numel()
+    plan = _plan_permute(layout(hidden_states), layout(topk_ids), num_experts, layout(expert_map))
+    checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(hidden_states):
         rows, *indices = arrays.by_reference(reference.moe_permute, hidden_states, topk_ids, num_experts, expert_map)
-        return PermutedTokens(rows.to(dtype), *indices)
-    out = PermutedTokens(
-        arrays.empty((num_slots, hidden), dtype, hidden_states),
-        arrays.empty(num_experts + 1, torch.int64, hidden_states),
-        arrays.empty(num_slots, torch.int32, hidden_states),
-        arrays.empty((num_tokens, top_k), torch.int32, hidden_states),
-    )
-    _launch_permute(hidden_states, topk_ids, expert_map, counting.sort_scratch(topk_ids, num_experts), out)
-    return out
+        return PermutedTokens(rows.to(hidden_states.dtype), *indices)
+    num_slots = topk_ids.numel()
+    rows = arrays.empty((num_slots, hidden_states.shape[1]), hidden_states.dtype, hidden_states)
+    offset = arrays.empty(plan.num_experts + 1, torch.int64, hidden_states)
+    permuted_idx = arrays.empty(num_slots, torch.int32, hidden_states)
+    inv_permuted_idx = arrays.empty(tuple(topk_ids.shape), torch.int32, hidden_states)
+    counting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, None, offset)
+    if rows.numel():
+        plan.gather(hidden_states.view(plan.word), permuted_idx, rows.view(plan.word))
+    return PermutedTokens(rows, offset, permuted_idx, inv_permuted_idx)
 
 
 @arrays.public
@@ -202,19 +219,10 @@ def moe_unpermute(permuted: Any, topk_weights: Any, inv_permuted_idx: Any) -> An
     array([[20.],
            [ 5.]], dtype=float32)
     """
-    checks.array("permuted", permuted, checks.FLOATS, (2,), rows=True)
-    like = ("permuted", permuted)
-    checks.array("topk_weights", topk_weights, checks.FLOATS, (2,), like=like)
-    checks.array("inv_permuted_idx", inv_permuted_idx, (torch.int32,), (2,), like=like)
-    checks.shape("inv_permuted_idx", inv_permuted_idx, tuple(topk_weights.shape), "that of `topk_weights`")
-    num_rows, hidden = permuted.shape
-    num_tokens, top_k = inv_permuted_idx.shape
-    checks.fits_int32("permuted", num_rows, "the number of rows")
+    combine = _plan_unpermute(layout(permuted), layout(topk_weights), layout(inv_permuted_idx))
     if arrays.answered_by_reference(permuted):
         combined = arrays.by_reference(reference.moe_unpermute, permuted, topk_weights, inv_permuted_idx)
         return combined.to(permuted.dtype)
-    out = arrays.empty((num_tokens, hidden), permuted.dtype, permuted)
-    sizes = (num_rows, top_k, hidden, permuted.stride(0))
-    blocks = num_tokens if hidden else 0
-    launch(combine_rows, blocks, block_threads(THREADS), permuted, topk_weights, inv_permuted_idx, *sizes, out)
+    out = arrays.empty((inv_permuted_idx.shape[0], permuted.shape[1]), permuted.dtype, permuted)
+    combine(permuted, topk_weights, inv_permuted_idx, out)
     return out

@@ -165,8 +165,8 @@ print([cli.main(arguments.split()) for arguments in sys.argv[1:]])
 def test_warmup_and_info(folder, without_simulator):
     printed = without_simulator(COMMANDS, "warmup --arch sm_90", "warmup --arch sm_90,sm_100", "info", "warmup")
     lines = printed.splitlines()
-    assert lines[0].startswith("15 kernels ready in ")
-    assert lines[0].endswith("15 of them compiled now")
-    assert lines[1].endswith("30 of them compiled now")
-    assert any(line.startswith("place_slots") and line.split()[1:] == ["sm_100", "8"] for line in lines)
+    assert lines[0].startswith("39 kernels ready in ")
+    assert lines[0].endswith("39 of them compiled now")
+    assert lines[1].endswith("78 of them compiled now")
+    assert any(line.startswith("place_slots") and line.split()[1:] == ["sm_100", "24"] for line in lines)
     assert lines[-1] == "[0, 0, 0, 2]"

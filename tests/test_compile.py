@@ -23,6 +23,7 @@ def test_every_specialisation_compiles_to_ptx(compute_capability, without_simula
     report = json.loads(without_simulator(PROGRAM, json.dumps(compute_capability)))
     assert set(report) == {
         "choose_experts",
+        "choose_from_memory",
         "combine_rows",
         "count_slots",
         "gather_rows",
@@ -39,8 +40,8 @@ def test_a_dtype_outside_the_signature_is_refused(without_simulator):
 from numba_moe import counting
 from numba_moe.runtime import compile
 try:
-    compile.specialisation_for(counting.scan_blocks, ("float32", "int32"))
+    compile.specialisation_for(counting.scan_blocks, {"block_counts": "float32"})
 except TypeError as error:
     print(error)
 """
-    assert without_simulator(program).startswith("kernel scan_blocks takes ('int32',) here, got float32")
+    assert without_simulator(program).startswith("kernel scan_blocks takes ('int16',) for block_counts, got float32")

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from numba_moe.runtime.plans import Layout
+
 LARGEST_INT32 = 2**31 - 1
 VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
 IDS = (torch.int32, torch.int64)
@@ -36,6 +38,8 @@ def _wrong_value(argument: str, rule: str, value: Any) -> NoReturn:
 def integer(argument: str, value: Any, lowest: int, highest: int = LARGEST_INT32, because: str = "") -> int:
     """Return an integer within its bounds; `because` says where the upper bound comes from."""
     try:
+        if isinstance(value, torch.Tensor):
+            raise TypeError  # to ask it would synchronise
         number = operator.index(value)
     except TypeError:
         _wrong_type(argument, "an integer", type(value).__name__)
@@ -71,36 +75,36 @@ def array(
     like: tuple[str, Any] | None = None,
     rows: bool = False,
 ) -> None:
-    """Check the kind, dtype, rank, layout and device of an array.
+    """Check the kind, dtype, rank, strides and device of an array, given by its layout.
 
     Parameters
     ----------
     like
-        Name and value of the array whose library and device this one must share.
+        Name and layout of the array whose library and device this one must share.
     rows
         The last dimension must be contiguous, the rows may be strided; otherwise the whole array must be contiguous.
     """
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Layout):
         kinds = "a torch tensor, or a NumPy, CuPy, Numba device or DLPack array, of dtype "
         rule = f"of the same library as `{like[0]}`" if like else kinds + " or ".join(map(_name, dtypes))
         _wrong_type(argument, rule, f"{type(value).__module__}.{type(value).__name__}")
     if value.dtype not in dtypes:
         _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype))
-    if value.dim() not in ndims:
+    if len(value.shape) not in ndims:
         shape = tuple(value.shape)
         _wrong_value(argument, "of " + " or ".join(map(str, ndims)) + " dimensions", f"shape {shape}")
     if rows:
-        if value.numel() and (value.stride(-1) != 1 and value.shape[-1] > 1):
-            _wrong_value(argument, "contiguous in its last dimension", f"strides {value.stride()}")
-    elif not value.is_contiguous():
-        _wrong_value(argument, "contiguous", f"shape {tuple(value.shape)} with strides {value.stride()}")
+        if value.strides is not None and value.strides[-1] != 1 and value.shape[-1] > 1:
+            _wrong_value(argument, "contiguous in its last dimension", f"strides {value.strides}")
+    elif value.strides is not None:
+        _wrong_value(argument, "contiguous", f"shape {tuple(value.shape)} with strides {value.strides}")
     if value.device.type not in ("cpu", "cuda"):
         _wrong_value(argument, "on a CUDA device or the CPU", str(value.device))
     if like is not None and value.device != like[1].device:
         _wrong_value(argument, f"on the device of `{like[0]}`, {like[1].device}", str(value.device))
 
 
-def shape(argument: str, value: torch.Tensor, expected: tuple[int, ...], because: str) -> None:
+def shape(argument: str, value: Layout, expected: tuple[int, ...], because: str) -> None:
     if tuple(value.shape) != expected:
         _wrong_value(argument, f"of shape {because} = {expected}", f"shape {tuple(value.shape)}")
 
@@ -121,12 +125,10 @@ def routing(
     """Check the arguments by which every grouping op is told its slots; return the number of experts."""
     array("topk_ids", topk_ids, IDS, ndims, like=like)
     experts = integer("num_experts", num_experts, 1)
-    fits_int32("topk_ids", topk_ids.numel(), "the number of slots")
+    fits_int32("topk_ids", topk_ids.shape.numel(), "the number of slots")
     if expert_map is not None:
         array("expert_map", expert_map, IDS, (1,), like=("topk_ids", topk_ids))
         shape("expert_map", expert_map, (experts,), "(num_experts,)")
-    if VALIDATE:
-        _validate_ids(topk_ids, experts)
     return experts
 
 
@@ -137,8 +139,10 @@ def _first(bad: torch.Tensor) -> str | None:
     return ", ".join(f"{name} {int(i)}" for name, i in zip(names, found[0], strict=True)) if len(found) else None
 
 
-def _validate_ids(topk_ids: torch.Tensor, num_experts: int) -> None:
-    """Check that ids are -1 or experts, none of them twice for a token."""
+def ids(topk_ids: torch.Tensor, num_experts: int) -> None:
+    """Check that ids are -1 or experts, none of them twice for a token, where the data is to be validated."""
+    if not VALIDATE:
+        return
     if place := _first((topk_ids < -1) | (topk_ids >= num_experts)):
         _wrong_value("topk_ids", f"-1 or in [0, num_experts = {num_experts})", f"another id at {place}")
     if topk_ids.dim() == 2:

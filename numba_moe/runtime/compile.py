@@ -11,7 +11,7 @@ import inspect
 import itertools
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 from cuda.bindings import driver
@@ -74,14 +74,18 @@ def specialisations(kernel: Any) -> list[Specialisation]:
     return list(itertools.product(*choices))
 
 
-def specialisation_for(kernel: Any, given: Iterable[str | int | None]) -> Specialisation:
-    """Return the specialisation for these dtypes and constants; an absent array's dtype is the first it may have."""
+def specialisation_for(kernel: Any, choices: Mapping[str, str | int | None]) -> Specialisation:
+    """Return the specialisation with these dtypes and constants; an array that is absent has its first dtype."""
     found = []
-    for choice, parameter in zip(given, _varying(kernel), strict=True):
+    varying = _varying(kernel)
+    for parameter in varying:
+        choice = choices.get(parameter.name, parameter.options[0])
         if choice not in parameter.options:
             where = f"kernel {kernel.py_func.__name__} takes {parameter.options} for {parameter.name}"
             raise TypeError(f"{where}, got {choice}")
         found.append(parameter.options[0] if choice is None else choice)
+    if unknown := set(choices) - {parameter.name for parameter in varying}:
+        raise TypeError(f"kernel {kernel.py_func.__name__} has no array or constant {sorted(unknown)}")
     return tuple(found)
 
 

@@ -13,6 +13,16 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.gep(array, [index])
 
 
+def _as_float32(builder: Any, dtype: Any, value: Any) -> Any:
+    """Convert a float32, float16 or bfloat16, given as a float or as its bits."""
+    if dtype == types.float16:
+        return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+    if dtype == types.uint16:
+        word = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(word, ir.FloatType())
+    return builder.bitcast(value, ir.FloatType())
+
+
 @intrinsic
 def flat(typingctx: Any, array: Any) -> Any:
     """Take an array in shared memory as plain memory: Numba would let every index also count from the end."""
@@ -79,15 +89,38 @@ def load_float(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = builder.load(_address(context, builder, signature.args[0], *arguments))
-        dtype = signature.args[0].dtype
-        if dtype == types.float16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
-        if dtype == types.uint16:
-            word = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(word, ir.FloatType())
-        return value
+        return _as_float32(builder, signature.args[0].dtype, value)
 
     return types.float32(array, types.int64), codegen
+
+
+@intrinsic
+def load_floats(typingctx: Any, array: Any, index: Any) -> Any:
+    """Read four elements of a float array at once as float32; their address must be a multiple of their size."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        dtype = signature.args[0].dtype
+        address = _address(context, builder, signature.args[0], *arguments)
+        bits = ir.IntType(dtype.bitwidth)
+        vector = ir.VectorType(bits, 4)
+        loaded = builder.load(builder.bitcast(address, vector.as_pointer()), align=dtype.bitwidth // 2)
+        lanes = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), lane)) for lane in range(4)]
+        floats = [_as_float32(builder, dtype, lane) for lane in lanes]
+        return context.make_tuple(builder, signature.return_type, floats)
+
+    return types.UniTuple(types.float32, 4)(array, types.int64), codegen
+
+
+@intrinsic
+def warp_highest(typingctx: Any, value: Any) -> Any:
+    """Return the highest int32 of the warp in every lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        reduce = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
+        code = "redux.sync.max.s32 $0, $1, 0xffffffff;"
+        return builder.call(ir.InlineAsm(reduce, code, "=r,r", side_effect=True), arguments)
+
+    return types.int32(types.int32), codegen
 
 
 @intrinsic

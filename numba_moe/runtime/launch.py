@@ -1,12 +1,13 @@
 """Launch a kernel on torch tensors: raw pointers, the caller's current stream, a few microseconds.
 
 Numba's own launch of a kernel on torch tensors takes 73 us of host time on an H200 (numba-cuda 0.30.4), because
-it boxes every array; here cuda.core.launch takes 3.5 us of about 5 (cuda.core 1.2; a ctypes call of cuLaunchKernel
-with a prepared parameter buffer takes 4.5 in place of those 3.5).
+it boxes every array; here cuda.core.launch takes 3.7 us of about 5 (cuda.core 1.2, hardly less through the driver's
+own functions).
 """
 
 import functools
 import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,102 +16,101 @@ from cuda.core import launch as cuda_launch
 
 from numba_moe.runtime import compile, simulator
 
-_NUMBERS = (int, float)
-
-_kernels: dict[tuple[Any, ...], Any] = {}
 _compile_lock = threading.Lock()
 _thread = threading.local()
 
 
-def launch(kernel: Any, blocks: int, threads: int, *arguments: Any, shared_bytes: int = 0, **constants: int) -> None:
-    """Launch a `@cuda.jit` kernel; its first argument is a tensor, and all tensors are on that one's device.
+class Launch:
+    """A kernel with everything that a launch needs but its arrays.
 
     Parameters
     ----------
     kernel
-        A kernel whose parameters are annotated with types of `numba_moe.runtime.parameters`.
+        A kernel whose parameters are annotated with types of `numba_moe.runtime.parameters`: arrays first, then
+        numbers, then constants.
+    device
+        Where its arrays will be.
     blocks, threads
         Grid size, and threads per block. A grid of no blocks launches nothing.
-    arguments
-        Tensors, None for an absent array, Python numbers.
+    numbers
+        The kernel's number parameters.
+    choices
+        By name: the dtype of each array that may have several (None for an absent one), the value of each constant.
     shared_bytes
         Dynamic shared memory of a block, at most compile.MOST_SHARED_BYTES.
-    constants
-        The kernel's `Constant` parameters, which are its last, in order.
     """
-    if blocks == 0:
-        return
-    if simulator.is_running():
-        simulator.launch(kernel, blocks, threads, (*arguments, *constants.values()), shared_bytes)
-        return
-    device = arguments[0].get_device()
-    if torch._C._cuda_getDevice() != device:
-        with torch.cuda.device(device):
-            _launch_on_current_device(kernel, blocks, threads, arguments, constants, device, shared_bytes)
-    else:
-        _launch_on_current_device(kernel, blocks, threads, arguments, constants, device, shared_bytes)
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: torch.device,
+        blocks: int,
+        threads: int,
+        numbers: Sequence[int | float],
+        choices: Mapping[str, torch.dtype | int | None] | None = None,
+        shared_bytes: int = 0,
+    ) -> None:
+        self._kernel, self._blocks, self._threads = kernel, blocks, threads
+        self._numbers, self._shared_bytes, self._device = tuple(numbers), shared_bytes, device.index
+        names = {name: _name(choice) for name, choice in (choices or {}).items()}
+        self._specialisation = compile.specialisation_for(kernel, names)
+        self._constants = tuple(choice for choice in self._specialisation if isinstance(choice, int))
+        self._loaded: Any = None
+
+    def __call__(self, *arrays: torch.Tensor | None) -> None:
+        """Launch the kernel on tensors, None for an absent one, on the current stream of their device."""
+        if not self._blocks:
+            return
+        if simulator.ENABLED:
+            arguments = (*arrays, *self._numbers, *self._constants)
+            simulator.launch(self._kernel, self._blocks, self._threads, arguments, self._shared_bytes)
+        elif torch._C._cuda_getDevice() != self._device:
+            with torch.cuda.device(self._device):
+                self._launch(arrays)
+        else:
+            self._launch(arrays)
+
+    def _launch(self, arrays: tuple[torch.Tensor | None, ...]) -> None:
+        device = self._device
+        if self._loaded is None:
+            self._config = LaunchConfig(grid=self._blocks, block=self._threads, shmem_size=self._shared_bytes)
+            self._loaded = _load(self._kernel, self._specialisation, device)
+        if getattr(_thread, "device", None) != device:
+            _make_context_current(device)
+        pointers = [0 if array is None else array.data_ptr() for array in arrays]
+        stream = _stream(torch._C._cuda_getCurrentRawStream(device))
+        cuda_launch(stream, self._config, self._loaded, *pointers, *self._numbers)
 
 
-def launch_warps(kernel: Any, warps: int, *arguments: Any) -> None:
-    """Launch a kernel in which every warp works for itself; warps past the last do nothing."""
-    per_block = 1 if simulator.is_running() else 4
-    launch(kernel, -(-warps // per_block), 32 * per_block, *arguments)
+def warps(count: int) -> tuple[int, int]:
+    """Return blocks and threads for so many warps that each work for themselves; the last block may have more."""
+    per_block = 1 if simulator.ENABLED else 4
+    return -(-count // per_block), 32 * per_block
 
 
 def block_threads(wanted: int) -> int:
     """Return the threads for a kernel that works with any whole number of warps a block."""
-    return min(128, wanted) if simulator.is_running() else wanted
+    return min(128, wanted) if simulator.ENABLED else wanted
 
 
-def _launch_on_current_device(
-    kernel: Any,
-    blocks: int,
-    threads: int,
-    arguments: tuple[Any, ...],
-    constants: dict[str, int],
-    device: int,
-    shared_bytes: int,
-) -> None:
-    # One pass over the arguments: this loop is most of what a launch costs beside the driver's part.
-    key: list[Any] = [kernel.py_func, device]
-    values: list[Any] = []
-    for argument in arguments:
-        if argument.__class__ in _NUMBERS:
-            values.append(argument)
-        elif argument is None:
-            key.append(None)
-            values.append(0)
-        else:
-            key.append(argument.dtype)
-            values.append(argument.data_ptr())
-    key += constants.values()
-    loaded = _kernels.get(tuple(key))
-    if loaded is None:
-        loaded = _load(tuple(key), kernel)
-    if getattr(_thread, "device", None) != device:
-        _make_context_current(device)
-    stream = _stream(torch._C._cuda_getCurrentRawStream(device))
-    cuda_launch(stream, _config(blocks, threads, shared_bytes), loaded, *values)
+def _name(choice: torch.dtype | int | None) -> str | int | None:
+    return str(choice).removeprefix("torch.") if isinstance(choice, torch.dtype) else choice
 
 
-def _load(key: tuple[Any, ...], kernel: Any) -> Any:
-    _, device, *given = key
+@functools.cache
+def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int) -> Any:
+    return compile.load(kernel, specialisation, Device(device))
+
+
+def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> Any:
     with _compile_lock:
-        if key not in _kernels:
-            names = (str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype for dtype in given)
-            _kernels[key] = compile.load(kernel, compile.specialisation_for(kernel, names), Device(device))
-    return _kernels[key]
+        return _load_once(kernel, specialisation, device)
 
 
 def _make_context_current(device: int) -> None:
     """Bind the device's primary context to this thread: a thread that only allocated from torch's cache has none."""
     Device(device).set_current()
     _thread.device = device
-
-
-@functools.lru_cache(maxsize=4096)
-def _config(blocks: int, threads: int, shared_bytes: int) -> Any:
-    return LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
 
 
 @functools.lru_cache(maxsize=1024)

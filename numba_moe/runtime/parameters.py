@@ -38,5 +38,9 @@ Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
 # Slots of one thread in the counting sort.
 Items = Annotated[int, CONSTANT, 1, 4, 8]
 
+# Experts of one lane in gating: each tier serves up to 32 times as many experts.
+COLUMNS = (1, 2, 4, 8, 16, 32)
+Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]
+
 # bfloat16 travels as its 16 bits: primitives.load_float and store_float convert it.
 ELEMENT_TYPES = {"bfloat16": "uint16"}

@@ -14,6 +14,8 @@ ALL_LANES = 0xFFFFFFFF
 WARP = 32
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LARGEST_FLOAT = np.finfo(np.float32).max
+LOWEST_ORDER = np.iinfo(np.int32).min
+INFINITY_ORDER = 0x7F800000
 LOWEST_KEY = np.iinfo(np.int64).min
 HIGHEST_KEY = np.iinfo(np.int64).max
 
@@ -24,8 +26,11 @@ present: Any
 atomic_add: Any
 load_words: Any
 load_float: Any
+load_floats: Any
 store_float: Any
 float_as_int: Any
+int_as_float: Any
+warp_highest: Any
 exp: Any
 if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
@@ -48,6 +53,11 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
         value = array[index]
         return np.uint32(value << 16).view(np.float32) if array.dtype == np.uint16 else np.float32(value)
 
+    def load_floats(array: Any, index: int) -> Any:
+        if index % 4:
+            raise IndexError(f"index {index} is not a multiple of four elements")
+        return tuple(load_float(array, index + lane) for lane in range(4))
+
     def store_float(array: Any, index: int, value: Any) -> None:
         if array.dtype == np.uint16:
             bits = int(np.float32(value).view(np.uint32))
@@ -57,6 +67,15 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
     def float_as_int(value: Any) -> int:
         return int(np.float32(value).view(np.int32))
+
+    def int_as_float(value: Any) -> Any:
+        return np.int32(value).view(np.float32)
+
+    @cuda.jit(device=True)
+    def warp_highest(value):
+        for distance in (16, 8, 4, 2, 1):
+            value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, distance))
+        return value
 
     def exp(value: Any) -> Any:
         with np.errstate(all="ignore"):
@@ -69,8 +88,11 @@ else:
     atomic_add = Deferred("numba_moe.runtime.intrinsics", "atomic_add")
     load_words = Deferred("numba_moe.runtime.intrinsics", "load_words")
     load_float = Deferred("numba_moe.runtime.intrinsics", "load_float")
+    load_floats = Deferred("numba_moe.runtime.intrinsics", "load_floats")
     store_float = Deferred("numba_moe.runtime.intrinsics", "store_float")
     float_as_int = Deferred("numba.cuda.libdevice", "float_as_int")
+    int_as_float = Deferred("numba.cuda.libdevice", "int_as_float")
+    warp_highest = Deferred("numba_moe.runtime.intrinsics", "warp_highest")
     exp = Deferred("numba.cuda.libdevice", "expf")
 
 
@@ -133,6 +155,21 @@ def block_sums(value, warp_sums, dtype):
     before = cuda.shfl_sync(ALL_LANES, dtype(upto - of_warp), warp)
     cuda.syncthreads()
     return dtype(value + before), total
+
+
+@cuda.jit(device=True)
+def order(value):
+    """Return an int32 above LOWEST_ORDER that orders as the float does; NaN is -inf, and -0.0 is 0.0."""
+    if value != value:
+        value = float32(NEGATIVE_INFINITY)
+    bits = int32(float_as_int(value + float32(0.0)))
+    return int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@cuda.jit(device=True)
+def value_of(bits):
+    """Return the float whose order this is."""
+    return int_as_float(int32(bits ^ ((bits >> 31) & 0x7FFFFFFF)))
 
 
 @cuda.jit(device=True)

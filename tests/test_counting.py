@@ -1,0 +1,58 @@
+"""The counting sort by every path: few slots and many, experts in chunks, counts by block summed early or late."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import numba_moe as moe
+from numba_moe import counting, reference, testing
+from numba_moe.runtime import plans
+
+PATHS = {
+    "recounted": {},
+    "counted": {"RECOUNTED_SLOTS": 0},
+    "scanned": {"RECOUNTED_SLOTS": 0, "UNSCANNED_COUNTS": 0},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("chunk", [1024, 16])
+def test_every_path(path, chunk, device, monkeypatch):
+    if device == "cuda" and chunk != counting.CHUNK:
+        pytest.skip("the chunk is compiled into the kernels")
+    if device == "cpu":
+        monkeypatch.setattr(counting, "CHUNK", chunk)
+        monkeypatch.setattr(counting, "TWO_CHUNKS", 2 * chunk)
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(counting, name, value)
+    plans.forget()
+    counting._grid.cache_clear()
+    rng = np.random.default_rng(0)
+    for tokens, experts, top_k in [(0, 5, 1), (5, 60, 3), (70, 20, 2), (300, 60, 6)]:
+        for routing in ("uniform", "one_hot"):
+            ids = testing.random_ids(rng, tokens, experts, top_k, routing)
+            ids[::7] = -1
+            ours = torch.from_numpy(ids).to(device)
+            blocks = moe.moe_align_block_size(ours, 16, experts)
+            counts = moe.count_tokens_per_expert(ours, experts)
+            expected = (
+                *reference.moe_align_block_size(ids, 16, experts),
+                reference.count_tokens_per_expert(ids, experts),
+            )
+            for got, wanted in zip((*blocks, counts), expected, strict=True):
+                assert np.array_equal(got.cpu().numpy(), wanted), (tokens, experts, top_k, routing)
+    plans.forget()
+    counting._grid.cache_clear()
+
+
+def test_grids_keep_within_what_a_block_has():
+    for num_slots, num_experts in itertools.product(
+        [0, 1, 1024, 1025, 2**15, 2**15 + 1, 10**6, 2**31 - 1], [1, 256, 20000]
+    ):
+        grid = counting._grid(num_slots, num_experts)
+        assert grid.blocks * grid.threads * grid.items >= num_slots
+        assert grid.threads <= counting.MOST_THREADS
+        assert grid.threads * grid.items < 2**15, "counts by warp and block are int16"
+        assert grid.shared_bytes <= 64 * 1024

@@ -5,8 +5,6 @@ The counting sort of `numba_moe.counting` with rows padded to the block size.
 
 from typing import Any, NamedTuple
 
-import torch
-
 from numba_moe import counting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
@@ -15,10 +13,9 @@ from numba_moe.runtime.plans import Layout, layout, planned
 
 
 class AlignPlan(NamedTuple):
-    """The lengths of `sorted_token_ids` and of `expert_ids`, and the sort."""
+    """The sizes of the outputs, and the sort."""
 
-    num_positions: int
-    num_blocks: int
+    sizes: tuple[int, ...]
     sort: counting.SortPlan
 
 
@@ -41,7 +38,7 @@ def _plan(
     checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
     maps = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     sort = counting.plan_sort(topk_ids, num_experts, num_positions, block_size, inactive_expert_id, *maps)
-    return AlignPlan(num_positions, -(-num_positions // block_size), sort)
+    return AlignPlan(arrays.padded_sizes(num_positions, -(-num_positions // block_size), 1), sort)
 
 
 @arrays.public
@@ -113,9 +110,7 @@ def moe_align_block_size(
     if arrays.answered_by_reference(topk_ids):
         arguments = (topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts)
         return arrays.by_reference(reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id)
-    sorted_token_ids = arrays.empty(plan.num_positions, torch.int32, topk_ids)
-    expert_ids = arrays.empty(plan.num_blocks, torch.int32, topk_ids)
-    num_tokens_post_padded = arrays.empty(1, torch.int32, topk_ids)
+    sorted_token_ids, expert_ids, num_tokens_post_padded = arrays.empty_parts(topk_ids, plan.sizes)
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     outputs = (sorted_token_ids, None, None, None, expert_ids, num_tokens_post_padded)
     counting.sort(plan.sort, topk_ids, slot_map, block_names, *outputs)

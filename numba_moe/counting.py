@@ -522,10 +522,10 @@ def sort(
     """Write every slot to its position, and what else is asked for; positions without a slot hold num_slots."""
     block_counts = block_offsets = None
     if plan.num_counts:
-        block_counts = arrays.empty(plan.num_counts, torch.int16, topk_ids)
+        block_counts = arrays.empty(topk_ids, torch.int16, plan.num_counts)
         plan.count_slots(topk_ids, expert_map, block_counts, None, sorted_slots)
     if plan.num_offsets:
-        block_offsets = arrays.empty(plan.num_offsets, torch.int32, topk_ids)
+        block_offsets = arrays.empty(topk_ids, torch.int32, plan.num_offsets)
         plan.scan_blocks(block_counts, block_offsets)
     inputs = (topk_ids, expert_map, block_names, block_counts, block_offsets)
     plan.place_slots(*inputs, sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded)
@@ -593,7 +593,7 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
     checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(topk_ids):
         return arrays.by_reference(reference.count_tokens_per_expert, topk_ids, num_experts, expert_map)
-    counts = arrays.empty(num_experts, torch.int32, topk_ids)
+    counts = arrays.empty(topk_ids, torch.int32, num_experts)
     if several_blocks:
         counts.zero_()
     count(topk_ids, expert_map, None, counts, None)
@@ -636,6 +636,6 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     scan = _plan_offsets(layout(counts), alignment)
     if arrays.answered_by_reference(counts):
         return arrays.by_reference(reference.expert_offsets, counts, alignment)
-    offset = arrays.empty(counts.numel() + 1, torch.int64, counts)
+    offset = arrays.empty(counts, torch.int64, counts.numel() + 1)
     scan(counts, offset)
     return offset

@@ -1,9 +1,10 @@
 """The experts of each token, and how much each weighs: softmax, sigmoid and grouped top-k.
 
 One warp serves one token, and keeps its row in registers: lane l has experts l * columns and the next few. Ranks
-become integers of the same order. A pick is one maximum over the warp and one vote: the lowest lane that has the
-maximum has the lowest id. That lane alone then strikes the expert out. With groups, the ranks pass through shared
-memory, where a few lanes share a group; the experts of groups that are not chosen are struck out at the start.
+become integers of the same order, and a pick is a maximum over the warp. Few experts can be chosen at all: those
+that rank no lower than the top_k-th of the lanes' highest. If these candidates are no more than a warp has lanes,
+they are gathered, one to a lane; otherwise each pick strikes its expert out of the lane that has it. With groups, the
+ranks pass through shared memory, where a few lanes share a group; experts of other groups rank lowest from then on.
 
 Experts rank by their logits, or by score + bias where there is a correction bias.
 """
@@ -32,7 +33,7 @@ from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
-    INFINITY_ORDER,
+    INFINITY,
     LARGEST_FLOAT,
     LOWEST_KEY,
     LOWEST_ORDER,
@@ -40,16 +41,20 @@ from numba_moe.runtime.primitives import (
     WARP,
     choice_key,
     chosen_index,
+    divide,
     exp,
+    first_lane,
     flat,
     load_float,
     load_floats,
+    offset,
     order,
     present,
     quotient,
     store_float,
     value_of,
     warp_highest,
+    warp_inclusive_sum,
     warp_index,
     warp_max,
     warp_sum,
@@ -63,6 +68,8 @@ MAX = 0
 
 # A row of more experts than this, or of more groups than lanes, is read again for each pick.
 MOST_IN_REGISTERS = 1024
+# Ranks and experts of 32 candidates for each of a block's four warps.
+CANDIDATES = 4 * 2 * 32
 
 
 @cuda.jit(device=True)
@@ -87,15 +94,13 @@ def load_row(gating_output, row, first, num_experts, aligned, columns, logits):
 @cuda.jit(device=True)
 def softmax_of_row(logits, columns):
     """Return the largest logit of the warp's row and the sum of exponentials; 0 if the row has no softmax."""
-    peak = float32(NEGATIVE_INFINITY)
-    broken = False
+    highest = int32(LOWEST_ORDER)
     for column in range(columns):
-        broken = broken or not logits[column] <= float32(LARGEST_FLOAT)  # NaN or +inf
-        peak = max(peak, logits[column])
-    highest = warp_highest(int32(INFINITY_ORDER) if broken else order(peak))
+        highest = max(highest, order(logits[column], INFINITY))  # NaN as +inf: neither has a softmax
+    highest = warp_highest(highest)
+    peak = value_of(highest)
     total = float32(0.0)
-    if highest < INFINITY_ORDER and highest > order(float32(NEGATIVE_INFINITY)):
-        peak = value_of(highest)
+    if peak > float32(NEGATIVE_INFINITY) and peak < float32(INFINITY):
         for column in range(columns):
             total += exp(logits[column] - peak)
         total = warp_sum(total)
@@ -107,10 +112,10 @@ def score_of(logit, scoring_func, peak, total):
     if scoring_func != SOFTMAX:
         if logit != logit:
             return float32(0.0)
-        return float32(1.0) / (float32(1.0) + exp(-logit))
+        return divide(float32(1.0), float32(1.0) + exp(-logit))
     if total == float32(0.0):
         return float32(0.0)
-    return exp(logit - peak) / total
+    return divide(exp(logit - peak), total)
 
 
 @cuda.jit(device=True)
@@ -142,12 +147,12 @@ def score_groups(values, shift, num_experts, num_expert_group, lanes, group_scor
 @cuda.jit(device=True)
 def choose_groups(score, num_expert_group, topk_group, lanes):
     """Return the chosen groups as a mask of the lanes that come first in each."""
-    rank = order(score)
+    rank = order(score, NEGATIVE_INFINITY)
     if cuda.laneid >= num_expert_group * lanes:
         rank = int32(LOWEST_ORDER)
     chosen = 0
     for _ in range(topk_group):
-        winner = cuda.ffs(cuda.ballot_sync(ALL_LANES, rank == warp_highest(rank))) - 1
+        winner = first_lane(rank == warp_highest(rank))
         chosen |= 1 << winner
         if quotient(cuda.laneid, lanes) == quotient(winner, lanes):
             rank = int32(LOWEST_ORDER)
@@ -155,16 +160,89 @@ def choose_groups(score, num_expert_group, topk_group, lanes):
 
 
 @cuda.jit(device=True)
+def lowest_candidate(highest, top_k):
+    """Return a rank that top_k of the lanes' highest reach, LOWEST_ORDER if there are no so many."""
+    lowest = int32(LOWEST_ORDER)
+    pick = int32(0)
+    while pick < top_k:
+        lowest = warp_highest(highest)
+        if highest == lowest:  # lanes with the same rank go together, so the rank may be lower than it need be
+            highest = int32(LOWEST_ORDER)
+        pick = int32(pick + 1)
+    return lowest
+
+
+@cuda.jit(device=True)
+def gather_candidates(ranks, columns, first, threshold, candidates):
+    """Write ranks from a threshold on to candidates[:32], their experts, ascending, behind; return how many."""
+    mine = int32(0)
+    for column in range(columns):
+        if ranks[column] >= threshold:
+            mine = int32(mine + 1)
+    upto = warp_inclusive_sum(mine, int32)
+    count = cuda.shfl_sync(ALL_LANES, upto, WARP - 1)
+    if count <= WARP:
+        place = int32(upto - mine)
+        for column in range(columns):
+            if ranks[column] >= threshold:
+                candidates[place] = ranks[column]
+                candidates[WARP + place] = first + column
+                place = int32(place + 1)
+        cuda.syncwarp()
+    return count
+
+
+@cuda.jit(device=True)
+def choose_among(candidates, count, top_k):
+    """Return the expert that this lane's pick chooses among few candidates."""
+    lane = int32(cuda.laneid)
+    rank = int32(LOWEST_ORDER)
+    if lane < count:
+        rank = candidates[lane]
+    chosen = int32(0)
+    pick = int32(0)
+    while pick < top_k:
+        winner = first_lane(rank == warp_highest(rank))
+        if lane == winner:
+            rank = int32(LOWEST_ORDER)
+        if lane == pick:
+            chosen = winner
+        pick = int32(pick + 1)
+    return candidates[WARP + chosen]
+
+
+@cuda.jit(device=True)
 def strike_out(ranks, columns, highest):
     """Strike out this lane's first expert of the highest rank; return its column, and the highest rank of the rest."""
-    struck = int32(-1)
+    struck = int32(0)
+    for column in range(columns):
+        if ranks[columns - 1 - column] == highest:
+            struck = int32(columns - 1 - column)
     rest = int32(LOWEST_ORDER)
     for column in range(columns):
-        if struck < 0 and ranks[column] == highest:
-            struck = int32(column)
+        if column == struck:
             ranks[column] = LOWEST_ORDER
         rest = max(rest, ranks[column])
     return struck, rest
+
+
+@cuda.jit(device=True)
+def choose_one_by_one(ranks, columns, first, highest, picks):
+    """Return the expert that this lane's pick chooses, and the highest rank that stays with this lane."""
+    lane = int32(cuda.laneid)
+    chosen = int32(0)
+    pick = int32(0)
+    while pick < picks:
+        winning = warp_highest(highest)
+        winner = first_lane(highest == winning)
+        column = int32(0)
+        if lane == winner:
+            column, highest = strike_out(ranks, columns, winning)
+        expert = cuda.shfl_sync(ALL_LANES, int32(first + column), winner)
+        if lane == pick:
+            chosen = expert
+        pick = int32(pick + 1)
+    return chosen, highest
 
 
 @cuda.jit
@@ -203,16 +281,20 @@ def choose_experts(
     if scoring_func == SOFTMAX:
         peak, total = softmax_of_row(logits, columns)
 
+    if total == float32(0.0):
+        for column in range(columns):
+            ranks[column] = 0
+    else:
+        for column in range(columns):
+            ranks[column] = order(logits[column], NEGATIVE_INFINITY)
+    if present(correction_bias):
+        for column in range(columns):
+            if first + column < num_experts:
+                rank = score_of(logits[column], scoring_func, peak, total) + correction_bias[first + column]
+                ranks[column] = order(rank, NEGATIVE_INFINITY)
     highest = int32(LOWEST_ORDER)
     for column in range(columns):
-        rank = logits[column]
-        expert = int32(first + column)
-        if total == float32(0.0):
-            rank = float32(0.0)
-        if present(correction_bias) and expert < num_experts:
-            rank = score_of(logits[column], scoring_func, peak, total) + correction_bias[expert]
-        ranks[column] = order(rank)
-        if expert >= num_experts:
+        if first + column >= num_experts:
             ranks[column] = LOWEST_ORDER
         highest = max(highest, ranks[column])
 
@@ -237,37 +319,39 @@ def choose_experts(
                 ranks[column] = LOWEST_ORDER
             highest = max(highest, ranks[column])
 
+    count = int32(WARP + 1)
+    candidates = offset(flat(cuda.shared.array(CANDIDATES, int32)), (cuda.threadIdx.x >> 5) * (2 * WARP))
+    if top_k <= WARP:
+        threshold = lowest_candidate(highest, top_k)
+        if threshold > LOWEST_ORDER:
+            count = gather_candidates(ranks, columns, first, threshold, candidates)
+
+    first_pick = int64(token) * top_k
     weight_sum = float32(0.0)
     weight = float32(0.0)
     for base in range(0, top_k, WARP):
-        chosen = int32(0)
-        for pick in range(base, min(base + WARP, top_k)):
-            winning = warp_highest(highest)
-            winner = cuda.ffs(cuda.ballot_sync(ALL_LANES, highest == winning)) - 1
-            column = int32(0)
-            if lane == winner:
-                column, highest = strike_out(ranks, columns, winning)
-            expert = cuda.shfl_sync(ALL_LANES, int32(first + column), winner)
-            if lane == pick - base:
-                chosen = expert
+        if count <= WARP:
+            chosen = choose_among(candidates, count, top_k)
+        else:
+            chosen, highest = choose_one_by_one(ranks, columns, first, highest, int32(min(top_k - base, WARP)))
         weight = float32(0.0)
         if base + lane < top_k:
             weight = score_of(load_float(gating_output, row + chosen), scoring_func, peak, total)
-            topk_ids[int64(token) * top_k + base + lane] = chosen
-            store_float(topk_weights, int64(token) * top_k + base + lane, weight)
+            topk_ids[first_pick + base + lane] = chosen
+            if top_k > WARP:
+                topk_weights[first_pick + base + lane] = weight
         weight_sum += weight
 
     scale = float32(routed_scaling_factor)
     if renormalize:
         weight_sum = warp_sum(weight_sum)
         if weight_sum > float32(0.0):
-            scale = scale / weight_sum
-    if top_k <= WARP:
-        if lane < top_k:
-            store_float(topk_weights, int64(token) * top_k + lane, weight * scale)
-    else:
+            scale = divide(scale, weight_sum)
+    if top_k > WARP:
         for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
-            topk_weights[int64(token) * top_k + pick] *= scale
+            topk_weights[first_pick + pick] *= scale
+    elif lane < top_k:
+        topk_weights[first_pick + lane] = weight * scale
 
 
 @cuda.jit(device=True)
@@ -416,6 +500,7 @@ def choose_from_memory(
 class GatingPlan(NamedTuple):
     """The launch, whether it is of the kernel for rows of any size, and the shape of the group scores of that one."""
 
+    num_tokens: int
     top_k: int
     choose: Launch
     in_memory: bool
@@ -453,7 +538,7 @@ def _plan_gating(
     if num_experts > MOST_IN_REGISTERS or num_expert_group > WARP:
         scores = (num_tokens, num_expert_group) if num_expert_group > 1 else None
         launch = Launch(choose_from_memory, *where, (*sizes, *rules, *groups), {"gating_output": dtype})
-        return GatingPlan(top_k, launch, True, scores)
+        return GatingPlan(num_tokens, top_k, launch, True, scores)
     columns = next(columns for columns in COLUMNS if WARP * columns >= num_experts)
     aligned = columns >= 4 and not (num_experts % 4 or stride % 4 or gating_output.address % (4 * dtype.itemsize))
     lanes_per_group = 1 << (WARP // num_expert_group).bit_length() - 1
@@ -462,7 +547,7 @@ def _plan_gating(
         {"gating_output": dtype, "columns": columns},
         shared_bytes=4 * num_experts * where[2] // WARP if num_expert_group > 1 else 0,
     )
-    return GatingPlan(top_k, launch, False, None)
+    return GatingPlan(num_tokens, top_k, launch, False, None)
 
 
 @planned
@@ -505,14 +590,13 @@ def _plan_grouped(
 
 
 def _choose(plan: GatingPlan, gating_output: torch.Tensor, correction_bias: torch.Tensor | None) -> TopK:
-    num_tokens = gating_output.shape[0]
-    topk_weights = arrays.empty((num_tokens, plan.top_k), torch.float32, gating_output)
-    topk_ids = arrays.empty((num_tokens, plan.top_k), torch.int32, gating_output)
-    inputs: tuple[torch.Tensor | None, ...] = (gating_output, correction_bias)
-    if plan.in_memory:
-        shape = plan.group_scores
-        inputs = (*inputs, None if shape is None else arrays.empty(shape, torch.float32, gating_output))
-    plan.choose(*inputs, topk_weights, topk_ids)
+    topk_weights = arrays.empty(gating_output, torch.float32, plan.num_tokens, plan.top_k)
+    topk_ids = arrays.empty(gating_output, torch.int32, plan.num_tokens, plan.top_k)
+    if not plan.in_memory:
+        plan.choose(gating_output, correction_bias, topk_weights, topk_ids)
+    else:
+        scores = arrays.empty(gating_output, torch.float32, *plan.group_scores) if plan.group_scores else None
+        plan.choose(gating_output, correction_bias, scores, topk_weights, topk_ids)
     return TopK(topk_weights, topk_ids)
 
 

@@ -170,10 +170,10 @@ def moe_permute(hidden_states: Any, topk_ids: Any, num_experts: int, expert_map:
         rows, *indices = arrays.by_reference(reference.moe_permute, hidden_states, topk_ids, num_experts, expert_map)
         return PermutedTokens(rows.to(hidden_states.dtype), *indices)
     num_slots = topk_ids.numel()
-    rows = arrays.empty((num_slots, hidden_states.shape[1]), hidden_states.dtype, hidden_states)
-    offset = arrays.empty(plan.num_experts + 1, torch.int64, hidden_states)
-    permuted_idx = arrays.empty(num_slots, torch.int32, hidden_states)
-    inv_permuted_idx = arrays.empty(tuple(topk_ids.shape), torch.int32, hidden_states)
+    rows = arrays.empty(hidden_states, hidden_states.dtype, num_slots, hidden_states.shape[1])
+    offset = arrays.empty(hidden_states, torch.int64, plan.num_experts + 1)
+    permuted_idx = arrays.empty(hidden_states, torch.int32, num_slots)
+    inv_permuted_idx = arrays.empty(hidden_states, torch.int32, *topk_ids.shape)
     counting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, None, offset)
     if rows.numel():
         plan.gather(hidden_states.view(plan.word), permuted_idx, rows.view(plan.word))
@@ -223,6 +223,6 @@ def moe_unpermute(permuted: Any, topk_weights: Any, inv_permuted_idx: Any) -> An
     if arrays.answered_by_reference(permuted):
         combined = arrays.by_reference(reference.moe_unpermute, permuted, topk_weights, inv_permuted_idx)
         return combined.to(permuted.dtype)
-    out = arrays.empty((inv_permuted_idx.shape[0], permuted.shape[1]), permuted.dtype, permuted)
+    out = arrays.empty(permuted, permuted.dtype, inv_permuted_idx.shape[0], permuted.shape[1])
     combine(permuted, topk_weights, inv_permuted_idx, out)
     return out

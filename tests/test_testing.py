@@ -88,10 +88,10 @@ def test_random_ids_are_distinct_and_skewed_as_asked(routing):
 def test_poisoned_memory_fills_what_is_allocated():
     like = torch.zeros(1)
     with testing.poisoned_memory():
-        assert arrays.empty(3, torch.float32, like).isnan().all()
-        assert (arrays.empty((3, 2), torch.int32, like) > 1 << 20).all()
-        assert (arrays.empty(3, torch.uint8, like) > 0).all()
-    assert arrays.empty(0, torch.int32, like).numel() == 0
+        assert arrays.empty(like, torch.float32, 3).isnan().all()
+        assert (arrays.empty(like, torch.int32, 3, 2) > 1 << 20).all()
+        assert (arrays.empty(like, torch.uint8, 3) > 0).all()
+    assert arrays.empty(like, torch.int32, 0).numel() == 0
 
 
 def test_strided_rows_lie_between_poison():

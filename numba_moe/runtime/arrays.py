@@ -108,9 +108,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        array = args[0] if args else kwargs.get(first)
-        if isinstance(array, torch.Tensor):
+        if args and isinstance(args[0], torch.Tensor):
             return function(*args, **kwargs)
+        array = args[0] if args else kwargs.get(first)
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be
@@ -138,11 +138,22 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def empty(shape: int | tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+def empty(like: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     """Allocate on the device of a tensor: every output and scratch of every op, so that tests can poison it."""
-    if isinstance(shape, int):
-        return like.new_empty(shape, dtype=dtype)
-    return like.new_empty(*shape, dtype=dtype)  # a third less time than the shape as a tuple
+    return like.new_empty(*shape, dtype=dtype)
+
+
+def padded_sizes(*sizes: int) -> tuple[int, ...]:
+    """Return sizes of int32 arrays with the gaps between them that let each begin at a multiple of 16 bytes."""
+    found: list[int] = []
+    for size in sizes:
+        found += (size, -size % 4)
+    return tuple(found[:-1])
+
+
+def empty_parts(like: torch.Tensor, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Allocate several int32 arrays at once, given `padded_sizes`: a view takes a third of an allocation's time."""
+    return torch.unsafe_split_with_sizes(empty(like, torch.int32, sum(sizes)), sizes)[::2]
 
 
 def answered_by_reference(tensor: torch.Tensor) -> bool:

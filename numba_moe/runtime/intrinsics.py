@@ -34,6 +34,16 @@ def flat(typingctx: Any, array: Any) -> Any:
 
 
 @intrinsic
+def offset(typingctx: Any, array: Any, elements: Any) -> Any:
+    """Return plain memory from an element on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return array(array, types.int64), codegen
+
+
+@intrinsic
 def quotient(typingctx: Any, number: Any, divisor: Any) -> Any:
     """Divide numbers that are not negative in 32 bits, which takes a tenth of the time that 64 bits do."""
 

@@ -12,10 +12,10 @@ from numba_moe.runtime.dialect import Deferred, cuda, float32, int32, int64, uin
 
 ALL_LANES = 0xFFFFFFFF
 WARP = 32
+INFINITY = np.float32(np.inf)
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LARGEST_FLOAT = np.finfo(np.float32).max
 LOWEST_ORDER = np.iinfo(np.int32).min
-INFINITY_ORDER = 0x7F800000
 LOWEST_KEY = np.iinfo(np.int64).min
 HIGHEST_KEY = np.iinfo(np.int64).max
 
@@ -31,6 +31,8 @@ store_float: Any
 float_as_int: Any
 int_as_float: Any
 warp_highest: Any
+divide: Any
+offset: Any
 exp: Any
 if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
@@ -77,6 +79,12 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
             value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, distance))
         return value
 
+    def divide(numerator: Any, denominator: Any) -> Any:
+        return np.float32(numerator) / np.float32(denominator)
+
+    def offset(array: Any, elements: int) -> Any:
+        return array[elements:]
+
     def exp(value: Any) -> Any:
         with np.errstate(all="ignore"):
             return np.exp(np.float32(value))
@@ -93,7 +101,9 @@ else:
     float_as_int = Deferred("numba.cuda.libdevice", "float_as_int")
     int_as_float = Deferred("numba.cuda.libdevice", "int_as_float")
     warp_highest = Deferred("numba_moe.runtime.intrinsics", "warp_highest")
-    exp = Deferred("numba.cuda.libdevice", "expf")
+    exp = Deferred("numba.cuda.libdevice", "fast_expf")
+    divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
+    offset = Deferred("numba_moe.runtime.intrinsics", "offset")
 
 
 @cuda.jit(device=True)
@@ -106,6 +116,12 @@ def warp_index():
 def lanes_below():
     """Mask of the lanes before this one."""
     return (1 << cuda.laneid) - 1
+
+
+@cuda.jit(device=True)
+def first_lane(predicate):
+    """Return the lowest lane for which a predicate holds; it holds for one at least."""
+    return int32(cuda.ffs(uint32(cuda.ballot_sync(ALL_LANES, predicate))) - 1)
 
 
 @cuda.jit(device=True)
@@ -158,10 +174,10 @@ def block_sums(value, warp_sums, dtype):
 
 
 @cuda.jit(device=True)
-def order(value):
-    """Return an int32 above LOWEST_ORDER that orders as the float does; NaN is -inf, and -0.0 is 0.0."""
+def order(value, of_nan):
+    """Return an int32 above LOWEST_ORDER that orders as the float does; -0.0 is 0.0, and NaN what it is said to be."""
     if value != value:
-        value = float32(NEGATIVE_INFINITY)
+        value = float32(of_nan)
     bits = int32(float_as_int(value + float32(0.0)))
     return int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 

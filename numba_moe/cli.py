@@ -36,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"
     warmup.add_argument("--arch", metavar="LIST", type=_architectures, help=text)
     warmup.set_defaults(run=_warmup)
+    description = "write every kernel as a cubin, and manifest.json that describes them, for programs without Python"
+    export = commands.add_parser("export", help=description, description=f"{description.capitalize()}.")
+    export.add_argument("--arch", metavar="LIST", type=_architectures, help=text)
+    export.add_argument("folder", metavar="DIR", help="made if need be; files of the same names are replaced")
+    export.set_defaults(run=_export)
     text = "print versions, devices, and what the cache of compiled kernels holds"
     info = commands.add_parser("info", help=text, description=f"{text.capitalize()}.")
     info.set_defaults(run=_info)
@@ -51,7 +56,7 @@ def _architectures(text: str) -> list[tuple[int, int]]:
         if not (name.startswith("sm_") and number.isdecimal() and len(number) >= 2):
             raise argparse.ArgumentTypeError(f"must be names like sm_90, got {name!r}")
         found.append((int(number[:-1]), int(number[-1])))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _devices() -> dict[str, tuple[int, int]]:
@@ -63,18 +68,40 @@ def _devices() -> dict[str, tuple[int, int]]:
     }
 
 
+def _wanted(options: argparse.Namespace) -> list[tuple[int, int]]:
+    wanted: list[tuple[int, int]] = options.arch or sorted(set(_devices().values()))
+    if not wanted:
+        message = "no CUDA device here; name what to compile for with --arch"
+        print(f"numba-moe {options.command}: {message}", file=sys.stderr)
+    return wanted
+
+
 def _warmup(options: argparse.Namespace) -> int:
     from numba_moe.runtime import cache, compile
 
-    wanted = options.arch or sorted(set(_devices().values()))
+    wanted = _wanted(options)
     if not wanted:
-        print("numba-moe warmup: no CUDA device here; name what to compile for with --arch", file=sys.stderr)
         return 2
     if not cache.enabled():
         print("numba-moe warmup: the cache is off (NUMBA_MOE_CACHE=0)", file=sys.stderr)
         return 2
     count = compile.compile_all(wanted)
     print(f"{count} kernels ready in {cache.folder()}, {compile.statistics['compiled']} of them compiled now")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from numba_moe.runtime import export
+
+    wanted = _wanted(options)
+    if not wanted:
+        return 2
+    try:
+        count = export.export(options.folder, wanted)
+    except OSError as error:
+        print(f"numba-moe export: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} kernels and {export.MANIFEST} in {options.folder}")
     return 0
 
 

@@ -21,7 +21,7 @@ def device() -> Iterator[str]:
             yield "cpu"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def without_simulator() -> Callable[..., str]:
     """Return a function that runs a program in a process of its own, with Numba's compiler, and returns its output."""
 

@@ -44,7 +44,7 @@ def kernels() -> list[Any]:
     return list(found.values())
 
 
-class _Parameter(NamedTuple):
+class Parameter(NamedTuple):
     """What a parameter may be: dtypes of an array or number, or the values of a constant."""
 
     name: str
@@ -54,16 +54,16 @@ class _Parameter(NamedTuple):
 
 
 @functools.cache
-def _parameters(function: Any) -> tuple[_Parameter, ...]:
+def _parameters(function: Any) -> tuple[Parameter, ...]:
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind, *options = get_args(parameter.annotation)
         is_constant = options[0] == CONSTANT
-        found.append(_Parameter(name, kind not in (int, float), is_constant, tuple(options[is_constant:])))
+        found.append(Parameter(name, kind not in (int, float), is_constant, tuple(options[is_constant:])))
     return tuple(found)
 
 
-def _varying(kernel: Any) -> list[_Parameter]:
+def _varying(kernel: Any) -> list[Parameter]:
     """Return the parameters that a specialisation says something about."""
     return [parameter for parameter in _parameters(kernel.py_func) if parameter.is_array or parameter.is_constant]
 
@@ -89,14 +89,19 @@ def specialisation_for(kernel: Any, choices: Mapping[str, str | int | None]) -> 
     return tuple(found)
 
 
+def chosen(kernel: Any, specialisation: Specialisation) -> Iterator[tuple[Parameter, str | int]]:
+    """Yield every parameter with its dtype, or the value of a constant, in one specialisation."""
+    choices = iter(specialisation)
+    for parameter in _parameters(kernel.py_func):
+        yield parameter, next(choices) if parameter.is_array or parameter.is_constant else parameter.options[0]
+
+
 def signature(kernel: Any, specialisation: Specialisation) -> Any:
     """Return the Numba signature of one specialisation: pointers for arrays, numbers by value, constants not at all."""
     from numba import types
 
-    choices = iter(specialisation)
     arguments: list[Any] = []
-    for parameter in _parameters(kernel.py_func):
-        choice = next(choices) if parameter.is_array or parameter.is_constant else parameter.options[0]
+    for parameter, choice in chosen(kernel, specialisation):
         if parameter.is_constant:
             arguments.append(types.Omitted(choice))
         else:
@@ -172,8 +177,8 @@ def load(kernel: Any, specialisation: Specialisation, device: Device) -> Any:
     return loaded
 
 
-def compile_all(compute_capabilities: Iterable[tuple[int, int]]) -> int:
-    """Compile every specialisation of every kernel into the cache, with a progress bar; return how many there are."""
+def every_compiled(compute_capabilities: Iterable[tuple[int, int]]) -> Iterator[tuple[Any, cache.Entry]]:
+    """Yield every kernel with the machine code of each of its specialisations, with a progress bar."""
     from tqdm import tqdm
 
     wanted = [
@@ -183,5 +188,9 @@ def compile_all(compute_capabilities: Iterable[tuple[int, int]]) -> int:
         for specialisation in specialisations(kernel)
     ]
     for kernel, specialisation, capability in tqdm(wanted, unit="kernel", disable=not sys.stderr.isatty()):
-        compiled(kernel, specialisation, capability)
-    return len(wanted)
+        yield kernel, compiled(kernel, specialisation, capability)
+
+
+def compile_all(compute_capabilities: Iterable[tuple[int, int]]) -> int:
+    """Compile every specialisation of every kernel into the cache; return how many there are."""
+    return sum(1 for _ in every_compiled(compute_capabilities))

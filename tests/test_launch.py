@@ -125,5 +125,5 @@ def test_kernels_launch_by_hand_on_numba_arrays():
 
     counts = cuda.to_device(np.array([3, 0, 5], np.int32))
     offset = cuda.device_array(4, np.int64)
-    scan_experts[1, 32](counts, 3, 4, offset)
+    scan_experts[1, 32](counts, offset, 3, 4)
     assert offset.copy_to_host().tolist() == [0, 4, 4, 12]

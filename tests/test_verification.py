@@ -86,6 +86,8 @@ WRITES_OUTSIDE = {"off by one", "padding miscounted"}
 def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
     if ON_GPU and fault in WRITES_OUTSIDE:
         pytest.skip("would write outside its arrays; the simulator catches that")
+    if ON_GPU and fault == "other blocks forgotten":
+        pytest.skip("these cases need one block only; in the simulator they need several")
     module, kernel, old, new = FAULTS[fault]
     home, wrong = broken(module, kernel, source_of(module, kernel, old, new))
     monkeypatch.setattr(home, kernel, wrong)

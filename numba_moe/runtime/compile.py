@@ -14,9 +14,6 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
-from cuda.bindings import driver
-from cuda.core import Device, ObjectCode, Program, ProgramOptions
-
 from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
 
@@ -89,6 +86,13 @@ def specialisation_for(kernel: Any, choices: Mapping[str, str | int | None]) -> 
     return tuple(found)
 
 
+def formats(kernel: Any) -> str:
+    """Return the formats, as of `struct`, of what a launch passes, each in eight bytes; constants are not passed."""
+    passed = (parameter for parameter in _parameters(kernel.py_func) if not parameter.is_constant)
+    numbers = {"int32": "q", "int64": "q", "float64": "d"}
+    return "".join("Q" if parameter.is_array else numbers[parameter.options[0]] for parameter in passed)
+
+
 def chosen(kernel: Any, specialisation: Specialisation) -> Iterator[tuple[Parameter, str | int]]:
     """Yield every parameter with its dtype, or the value of a constant, in one specialisation."""
     choices = iter(specialisation)
@@ -157,6 +161,8 @@ def compiled(kernel: Any, specialisation: Specialisation, compute_capability: tu
     if entry is not None:
         statistics["read"] += 1
         return entry
+    from cuda.core import Program, ProgramOptions
+
     code = ptx(kernel, specialisation, compute_capability)
     cubin = Program(code, "ptx", ProgramOptions(arch=arch)).compile("cubin")
     statistics["compiled"] += 1
@@ -164,17 +170,6 @@ def compiled(kernel: Any, specialisation: Specialisation, compute_capability: tu
     if cached:
         cache.write(path, entry)
     return entry
-
-
-def load(kernel: Any, specialisation: Specialisation, device: Device) -> Any:
-    """Return a kernel as a `cuda.core.Kernel` that may use MOST_SHARED_BYTES on a device, compiled if need be."""
-    entry = compiled(kernel, specialisation, tuple(device.compute_capability))
-    loaded = ObjectCode.from_cubin(entry.cubin).get_kernel(entry.entry_name)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(attribute, MOST_SHARED_BYTES, loaded.handle, device.device_id)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cuKernelSetAttribute of kernel {entry.kernel}: {status.name}")
-    return loaded
 
 
 def every_compiled(compute_capabilities: Iterable[tuple[int, int]]) -> Iterator[tuple[Any, cache.Entry]]:

@@ -49,7 +49,7 @@ MOST_REGISTERS = 64 * 1024
 
 # Of a cubin's ELF: the registers of a function, and how much of its shared memory is the driver's own.
 REGISTER_COUNT = 0x2F
-RESERVED_SHARED = ".nv.reservedSmem.cap"
+RESERVED_SHARED = 1024
 
 
 def export(folder: str | os.PathLike[str], compute_capabilities: Iterable[tuple[int, int]]) -> int:
@@ -102,7 +102,7 @@ def describe(kernel: Any, entry: cache.Entry) -> dict[str, Any]:
         else:
             about = {"kind": "scalar", "dtype": choice, "size": np.dtype(str(choice)).itemsize}
             parameters.append({"name": parameter.name, **about})
-    static_shared_bytes, registers = _resources(entry.cubin, entry.entry_name)
+    static_shared_bytes, registers = _resources(entry.cubin, entry.entry_name, int(entry.arch.removeprefix("sm_")))
     threads_allowed = MOST_REGISTERS // (-(-registers // 8) * 8) // 128 * 128
     return {
         "kernel": entry.kernel,
@@ -174,13 +174,13 @@ def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
             position += size
 
 
-def _resources(cubin: bytes, entry_name: str) -> tuple[int, int]:
+def _resources(cubin: bytes, entry_name: str, arch: int) -> tuple[int, int]:
     """Return a kernel's static shared memory in bytes, and the registers of its threads."""
     sections = _sections(cubin)
     symbols = _symbols(cubin, sections)
     shared = sections.get(f".nv.shared.{entry_name}")
     # From sm_90 on, the section of a kernel that has one begins with the driver's part.
-    static_shared_bytes = shared.size - dict(symbols).get(RESERVED_SHARED, 0) if shared else 0
+    static_shared_bytes = shared.size - (RESERVED_SHARED if arch >= 90 else 0) if shared else 0
     info = sections[".nv.info"]
     records = _attributes(cubin[info.offset : info.offset + info.size])
     counts = (struct.unpack("<II", value) for attribute, value in records if attribute == REGISTER_COUNT)

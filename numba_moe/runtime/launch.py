@@ -1,23 +1,41 @@
 """Launch a kernel on torch tensors: raw pointers, the caller's current stream, a few microseconds.
 
 Numba's own launch of a kernel on torch tensors takes 73 us of host time on an H200 (numba-cuda 0.30.4), because
-it boxes every array; here cuda.core.launch takes 3.7 us of about 5 (cuda.core 1.2, hardly less through the driver's
-own functions).
+it boxes every array; the driver's part of the five or so here takes 3.5. It is called through cuda.bindings, which
+torch has imported already: to import cuda.core takes 55 ms, and only compiling needs it.
 """
 
+import ctypes
 import functools
+import struct
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from cuda.core import Device, LaunchConfig, Stream
-from cuda.core import launch as cuda_launch
+from cuda.bindings import driver
 
 from numba_moe.runtime import compile, simulator
 
+# Parameters of a kernel, at most; each has eight bytes of a thread's buffer.
+MOST_PARAMETERS = 32
+
+_SUCCESS = driver.CUresult.CUDA_SUCCESS
 _compile_lock = threading.Lock()
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    """Of each thread: the device whose context is bound to it, and memory from which the driver takes parameters."""
+
+    def __init__(self) -> None:
+        self.device: int | None = None
+        self.values = ctypes.create_string_buffer(8 * MOST_PARAMETERS)
+        first = ctypes.addressof(self.values)
+        self._addresses = (ctypes.c_void_p * MOST_PARAMETERS)(*range(first, first + 8 * MOST_PARAMETERS, 8))
+        self.parameters = ctypes.addressof(self._addresses)
+
+
+_thread = _Thread()
 
 
 class Launch:
@@ -55,6 +73,7 @@ class Launch:
         names = {name: _name(choice) for name, choice in (choices or {}).items()}
         self._specialisation = compile.specialisation_for(kernel, names)
         self._constants = tuple(choice for choice in self._specialisation if isinstance(choice, int))
+        self._pack = struct.Struct(f"<{compile.formats(kernel)}").pack_into
         self._loaded: Any = None
 
     def __call__(self, *arrays: torch.Tensor | None) -> None:
@@ -73,13 +92,16 @@ class Launch:
     def _launch(self, arrays: tuple[torch.Tensor | None, ...]) -> None:
         device = self._device
         if self._loaded is None:
-            self._config = LaunchConfig(grid=self._blocks, block=self._threads, shmem_size=self._shared_bytes)
             self._loaded = _load(self._kernel, self._specialisation, device)
-        if getattr(_thread, "device", None) != device:
+        if _thread.device != device:
             _make_context_current(device)
         pointers = [0 if array is None else array.data_ptr() for array in arrays]
+        self._pack(_thread.values, 0, *pointers, *self._numbers)
         stream = _stream(torch._C._cuda_getCurrentRawStream(device))
-        cuda_launch(stream, self._config, self._loaded, *pointers, *self._numbers)
+        grid = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
+        (status,) = driver.cuLaunchKernel(self._loaded, *grid, stream, _thread.parameters, 0)
+        if status != _SUCCESS:
+            _check(f"the launch of {self._kernel.py_func.__name__}", status)
 
 
 def warps(count: int) -> tuple[int, int]:
@@ -97,9 +119,21 @@ def _name(choice: torch.dtype | int | None) -> str | int | None:
     return str(choice).removeprefix("torch.") if isinstance(choice, torch.dtype) else choice
 
 
+def _check(what: str, status: Any, *results: Any) -> Any:
+    if status != _SUCCESS:
+        raise RuntimeError(f"{what} failed: {status.name}")
+    return results[0] if results else None
+
+
 @functools.cache
 def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int) -> Any:
-    return compile.load(kernel, specialisation, Device(device))
+    entry = compile.compiled(kernel, specialisation, torch.cuda.get_device_capability(device))
+    what = f"loading {entry.kernel}"
+    library = _check(what, *driver.cuLibraryLoadData(entry.cubin, [], [], 0, [], [], 0))
+    loaded = _check(what, *driver.cuLibraryGetKernel(library, entry.entry_name.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(what, *driver.cuKernelSetAttribute(attribute, compile.MOST_SHARED_BYTES, loaded, device))
+    return loaded
 
 
 def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> Any:
@@ -109,10 +143,11 @@ def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> A
 
 def _make_context_current(device: int) -> None:
     """Bind the device's primary context to this thread: a thread that only allocated from torch's cache has none."""
-    Device(device).set_current()
+    context = _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
+    _check("the primary context", *driver.cuCtxSetCurrent(context))
     _thread.device = device
 
 
 @functools.lru_cache(maxsize=1024)
 def _stream(handle: int) -> Any:
-    return Stream.from_handle(handle)
+    return driver.CUstream(handle)

@@ -106,7 +106,8 @@ def moe_align_block_size(
         *(layout(topk_ids), block_size, num_experts, layout(expert_map)),
         *(pad_sorted_ids, ignore_invalid_experts, inactive_expert_id),
     )
-    checks.ids(topk_ids, num_experts)
+    if checks.VALIDATE:
+        checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(topk_ids):
         arguments = (topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts)
         return arrays.by_reference(reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id)

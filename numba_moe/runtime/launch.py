@@ -1,13 +1,15 @@
 """Launch a kernel on torch tensors: raw pointers, the caller's current stream, a few microseconds.
 
 Numba's own launch of a kernel on torch tensors takes 73 us of host time on an H200 (numba-cuda 0.30.4), because
-it boxes every array; the driver's part of the five or so here takes 3.5. It is called through cuda.bindings, which
-torch has imported already: to import cuda.core takes 55 ms, and only compiling needs it.
+it boxes every array; the driver's part of the five or so here takes 3. The driver's function is called through
+ctypes with arguments made beforehand, which takes as long as cuda.core.launch; but to import cuda.core takes 55 ms,
+which only compiling should cost.
 """
 
 import ctypes
 import functools
 import struct
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +34,7 @@ class _Thread(threading.local):
         self.values = ctypes.create_string_buffer(8 * MOST_PARAMETERS)
         first = ctypes.addressof(self.values)
         self._addresses = (ctypes.c_void_p * MOST_PARAMETERS)(*range(first, first + 8 * MOST_PARAMETERS, 8))
-        self.parameters = ctypes.addressof(self._addresses)
+        self.parameters = ctypes.c_void_p(ctypes.addressof(self._addresses))
 
 
 _thread = _Thread()
@@ -74,34 +76,41 @@ class Launch:
         self._specialisation = compile.specialisation_for(kernel, names)
         self._constants = tuple(choice for choice in self._specialisation if isinstance(choice, int))
         self._pack = struct.Struct(f"<{compile.formats(kernel)}").pack_into
-        self._loaded: Any = None
+        self._launch_kernel: Any = None
 
     def __call__(self, *arrays: torch.Tensor | None) -> None:
         """Launch the kernel on tensors, None for an absent one, on the current stream of their device."""
+        device = self._device
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                return self(*arrays)
+        thread = _thread
+        if thread.device != device:
+            _make_context_current(device)
+        if self._launch_kernel is None:
+            self._load(device)
+        pointers = [0 if array is None else array.data_ptr() for array in arrays]
+        self._pack(thread.values, 0, *pointers, *self._numbers)
+        stream = _stream(torch._C._cuda_getCurrentRawStream(device))
+        status = self._launch_kernel(stream, thread.parameters, None)
+        if status:
+            _check(f"the launch of {self._kernel.py_func.__name__}", driver.CUresult(status))
+
+    def _load(self, device: int) -> None:
         if not self._blocks:
+            self._launch_kernel = lambda *_: 0
             return
-        if simulator.ENABLED:
+        kernel = ctypes.c_void_p(int(_load(self._kernel, self._specialisation, device)))
+        sizes = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
+        self._launch_kernel = functools.partial(_libcuda().cuLaunchKernel, kernel, *map(ctypes.c_uint, sizes))
+
+    def _simulate(self, *arrays: torch.Tensor | None) -> None:
+        if self._blocks:
             arguments = (*arrays, *self._numbers, *self._constants)
             simulator.launch(self._kernel, self._blocks, self._threads, arguments, self._shared_bytes)
-        elif torch._C._cuda_getDevice() != self._device:
-            with torch.cuda.device(self._device):
-                self._launch(arrays)
-        else:
-            self._launch(arrays)
 
-    def _launch(self, arrays: tuple[torch.Tensor | None, ...]) -> None:
-        device = self._device
-        if self._loaded is None:
-            self._loaded = _load(self._kernel, self._specialisation, device)
-        if _thread.device != device:
-            _make_context_current(device)
-        pointers = [0 if array is None else array.data_ptr() for array in arrays]
-        self._pack(_thread.values, 0, *pointers, *self._numbers)
-        stream = _stream(torch._C._cuda_getCurrentRawStream(device))
-        grid = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
-        (status,) = driver.cuLaunchKernel(self._loaded, *grid, stream, _thread.parameters, 0)
-        if status != _SUCCESS:
-            _check(f"the launch of {self._kernel.py_func.__name__}", status)
+    if simulator.ENABLED:
+        __call__ = _simulate
 
 
 def warps(count: int) -> tuple[int, int]:
@@ -150,4 +159,9 @@ def _make_context_current(device: int) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _stream(handle: int) -> Any:
-    return driver.CUstream(handle)
+    return ctypes.c_void_p(handle)
+
+
+@functools.cache
+def _libcuda() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

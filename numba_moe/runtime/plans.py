@@ -14,6 +14,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_new = tuple.__new__  # half of what Layout(...) takes
 _remembered: list[Any] = []
 
 
@@ -32,7 +33,7 @@ def layout(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     strides = None if value.is_contiguous() else value.stride()
-    return tuple.__new__(Layout, (value.shape, value.dtype, value.device, strides, value.data_ptr() % 16))
+    return _new(Layout, (value.shape, value.dtype, value.device, strides, value.data_ptr() % 16))
 
 
 def planned(function: Callable[P, R]) -> Callable[P, R]:

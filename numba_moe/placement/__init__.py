@@ -16,6 +16,7 @@ _MODULE_OF = {
     "plan_migration": "numba_moe.placement.migration",
     "rank_loads": "numba_moe.placement.rebalance",
     "rebalance_experts": "numba_moe.placement.rebalance",
+    "simulate": "numba_moe.placement.simulation",
 }
 __all__ = sorted(_MODULE_OF)
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numba_moe.placement.rebalance import balancedness as balancedness
     from numba_moe.placement.rebalance import rank_loads as rank_loads
     from numba_moe.placement.rebalance import rebalance_experts as rebalance_experts
+    from numba_moe.placement.simulation import simulate as simulate
     from numba_moe.reference.rebalance import RebalancedExperts as RebalancedExperts
 
 

@@ -417,17 +417,21 @@ def _write(file: IO[bytes], suffix: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    content = read_file(path)
+    known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
+    checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
+    return content
+
+
+def read_file(path: Path) -> Any:
     """Read what a file holds, without running code from it."""
     checks.choice("path", path.suffix, FORMATS)
     data = path.read_bytes()
     try:
-        content = _parse(data, path.suffix)
+        return _parse(data, path.suffix)
     except Exception as error:  # readers raise what they like
         found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
         raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
-    known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
-    checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
-    return content
 
 
 def _parse(data: bytes, suffix: str) -> Any:

@@ -100,6 +100,10 @@ def test_moves_by_hand():
     assert old.node_of_slot.tolist() == [0, 0, 0, 0, 1, 1]
     assert count_moves(old, new) == (3, 2, 2)
     assert count_moves(old, old) == (0, 0, 0)
+    # The only replica of expert 0 goes to three ranks.
+    old = ExpertLocation.from_mapping([[0, 1, 2, 3, 2, 3, 2, 3]], num_gpus=4)
+    new = ExpertLocation.from_mapping([[0, 1, 0, 2, 0, 3, 0, 3]], num_gpus=4)
+    assert count_moves(old, new) == (3, 0, 3)
 
 
 def test_steps_to_pay():

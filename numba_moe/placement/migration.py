@@ -147,7 +147,6 @@ class _Migration:
     def move(self, layers: list[int]) -> None:
         """Move the weights of some layers, and check that they arrived if that is asked for."""
         started: Transfer | None = None
-        layer = layers[0]
         try:
             for layer in layers:
                 source = reference.plan_migration(self.old, self.new, layer)
@@ -162,8 +161,8 @@ class _Migration:
             raise
         except RuntimeError as error:
             raise RuntimeError(
-                f"migration failed on rank {self.rank} at layer {layer}: a rank of the group is gone or late; "
-                f"of layers {layers} a slot may hold the old or the new weights, other layers are whole"
+                f"migration failed on rank {self.rank} in layers {layers}: a rank of the group is gone or late; a slot "
+                "of these layers may hold the old or the new weights, other layers are whole"
             ) from error
 
     def _row(self, rows: Rows, slot: int) -> torch.Tensor:

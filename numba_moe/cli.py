@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["verify"]:
         use_simulator_without_gpu()  # before anything imports numba
     from numba_moe import bench, verification
+    from numba_moe.placement import simulation
 
     parser = argparse.ArgumentParser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timing = commands.add_parser("bench", help=text, description=bench.__doc__)
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.run)
+    text = "replay recorded loads against ways of placing experts, to see whether moving them pays"
+    rebalance = commands.add_parser("rebalance", help=text, description=simulation.__doc__)
+    simulation.add_arguments(rebalance)
+    rebalance.set_defaults(run=simulation.run)
     text = "compile every kernel ahead of its first use, also on a machine without a GPU"
     warmup = commands.add_parser("warmup", help=text, description=f"{text.capitalize()}.")
     text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"

@@ -14,7 +14,9 @@ import numba_moe
 from numba_moe import placement, reference
 
 ROOT = Path(__file__).parents[1]
-OPS = {name: package for package in (numba_moe, placement) for name in package.__all__ if name[0].islower()}
+FUNCTIONS = {name: package for package in (numba_moe, placement) for name in package.__all__ if name[0].islower()}
+TOOLS = {"migrate", "migrate_in_chunks", "simulate"}  # they use what ops compute
+OPS = {name: package for name, package in FUNCTIONS.items() if name not in TOOLS}
 
 
 def test_import_is_light():
@@ -54,12 +56,12 @@ def test_every_op_has_its_twin_in_the_reference(name):
     assert parameters(getattr(OPS[name], name)) == parameters(getattr(reference, name))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstrings_have_their_sections(name):
-    text = inspect.getdoc(getattr(OPS[name], name))
+    text = inspect.getdoc(getattr(FUNCTIONS[name], name))
     for section in ("Parameters", "Returns", "Raises", "Notes", "Examples"):
         assert re.search(rf"^{section}\n-+$", text, re.MULTILINE), section
-    for parameter in inspect.signature(getattr(OPS[name], name)).parameters:
+    for parameter in inspect.signature(getattr(FUNCTIONS[name], name)).parameters:
         assert re.search(rf"^{parameter} : ", text, re.MULTILINE), parameter
 
 

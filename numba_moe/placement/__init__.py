@@ -7,19 +7,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _MODULE_OF = {
+    "CorruptedWeightsError": "numba_moe.placement.migration",
     "ExpertLocation": "numba_moe.placement.location",
     "RebalancedExperts": "numba_moe.reference.rebalance",
     "balancedness": "numba_moe.placement.rebalance",
+    "migrate": "numba_moe.placement.migration",
+    "migrate_in_chunks": "numba_moe.placement.migration",
+    "plan_migration": "numba_moe.placement.migration",
     "rank_loads": "numba_moe.placement.rebalance",
     "rebalance_experts": "numba_moe.placement.rebalance",
+    "simulate": "numba_moe.placement.simulation",
 }
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
     from numba_moe.placement.location import ExpertLocation as ExpertLocation
+    from numba_moe.placement.migration import CorruptedWeightsError as CorruptedWeightsError
+    from numba_moe.placement.migration import migrate as migrate
+    from numba_moe.placement.migration import migrate_in_chunks as migrate_in_chunks
+    from numba_moe.placement.migration import plan_migration as plan_migration
     from numba_moe.placement.rebalance import balancedness as balancedness
     from numba_moe.placement.rebalance import rank_loads as rank_loads
     from numba_moe.placement.rebalance import rebalance_experts as rebalance_experts
+    from numba_moe.placement.simulation import simulate as simulate
     from numba_moe.reference.rebalance import RebalancedExperts as RebalancedExperts
 
 

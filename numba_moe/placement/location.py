@@ -377,20 +377,34 @@ class ExpertLocation:
         array([[0, 1],
                [1, 0]])
         """
-        if not isinstance(other, ExpertLocation):
-            raise TypeError(f"`other` must be an ExpertLocation, got {type(other).__name__}")
-        for name in ("logical_to_all_physical_map", "rank_of_slot", "node_of_slot"):
-            mine, given = getattr(self, name), getattr(other, name)
-            same = mine.shape == given.shape and (mine.ndim > 1 or np.array_equal(mine, given))
-            checks.holds("other", "of the same sizes, ranks and nodes", same, other)
-        last = self.num_layers - 1
-        chosen = range(self.num_layers) if layers is None else layers
-        indices = [checks.integer("layers", layer, 0, last, f"num_layers - 1 = {last}") for layer in chosen]
+        check_alike("other", other, self)
+        indices = check_layers(layers, self.num_layers)
         changed = {}
         for name in [field.name for field in dataclasses.fields(self)][:3]:
             changed[name] = getattr(self, name).copy()
             changed[name][indices] = getattr(other, name)[indices]
         return dataclasses.replace(self, **changed)
+
+
+def check_location(argument: str, value: Any) -> None:
+    if not isinstance(value, ExpertLocation):
+        raise TypeError(f"`{argument}` must be an ExpertLocation, got {type(value).__name__}")
+
+
+def check_alike(argument: str, value: Any, location: ExpertLocation) -> None:
+    """Check that a location differs from another in the places of experts at most."""
+    check_location(argument, value)
+    for name in ("logical_to_all_physical_map", "rank_of_slot", "node_of_slot"):
+        mine, given = getattr(location, name), getattr(value, name)
+        same = mine.shape == given.shape and (mine.ndim > 1 or np.array_equal(mine, given))
+        checks.holds(argument, "of the same sizes, ranks and nodes", same, value)
+
+
+def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
+    """Return the layers asked for, all by default."""
+    last = num_layers - 1
+    chosen = range(num_layers) if layers is None else layers
+    return [checks.integer("layers", layer, 0, last, f"num_layers - 1 = {last}") for layer in chosen]
 
 
 def _write(file: IO[bytes], suffix: str, arrays: dict[str, np.ndarray]) -> None:
@@ -403,17 +417,21 @@ def _write(file: IO[bytes], suffix: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    content = read_file(path)
+    known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
+    checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
+    return content
+
+
+def read_file(path: Path) -> Any:
     """Read what a file holds, without running code from it."""
     checks.choice("path", path.suffix, FORMATS)
     data = path.read_bytes()
     try:
-        content = _parse(data, path.suffix)
+        return _parse(data, path.suffix)
     except Exception as error:  # readers raise what they like
         found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
         raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
-    known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
-    checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
-    return content
 
 
 def _parse(data: bytes, suffix: str) -> Any:

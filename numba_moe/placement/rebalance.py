@@ -5,7 +5,7 @@ lock. Those are imported, and Numba with them, when they are first needed.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,9 +46,9 @@ def check_map(argument: str, places: np.ndarray, num_experts: int, rank_of_slot:
     checks.every(argument, "a map with slots for every expert", count > 0, count, ("layer", "expert"))
 
 
-def check_loads(argument: str, weight: Any) -> np.ndarray:
-    loads = checks.host_array(argument, weight, "float64", (2, 3))
-    axes = ("step", "layer", "expert")[-loads.ndim :]
+def check_loads(argument: str, weight: Any, ndims: Sequence[int] = (2, 3)) -> np.ndarray:
+    loads = checks.host_array(argument, weight, "float64", ndims)
+    axes = ("step", "layer", "expert", "rank")[loads.ndim == 2 :][: loads.ndim]
     checks.every(argument, "finite", np.isfinite(loads), loads, axes)
     checks.every(argument, "at least 0", loads >= 0, loads, axes)
     return loads

@@ -1,0 +1,477 @@
+"""Expert weights move to where a new location wants them, over `torch.distributed` point-to-point.
+
+Every rank derives the same plan from the two locations, so nothing is negotiated. Weights are bytes here. For each
+layer and tensor: what a rank needs goes into staging memory, local copies first, then what others send; when all of
+that is there and everything to be sent has gone, it is written into the slots. There are two staging buffers, so one
+tensor travels while the one before it is written.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from numba_moe.placement.location import ExpertLocation, check_alike, check_layers, check_location
+from numba_moe.reference import migration as reference
+from numba_moe.runtime import checks
+
+LayerWeights = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
+WORD = 8  # bytes that a checksum takes at a time
+
+
+class CorruptedWeightsError(RuntimeError):
+    """Weights that arrived are not those that were sent; raised on every rank."""
+
+
+class Copy(NamedTuple):
+    """One expert on its way to one rank."""
+
+    sender: int
+    source: int  # slot of the sender
+    receiver: int
+    slots: list[int]  # slots of the receiver that get it
+
+
+class Rows(NamedTuple):
+    """One tensor of one layer, a row of bytes for each slot of this rank."""
+
+    layer: int
+    name: str
+    bytes: torch.Tensor  # uint8 [local slots, bytes of an expert]
+
+
+class Checksums(NamedTuple):
+    """The checksum of a slot's weights where they came from, and here."""
+
+    rows: Rows
+    copy: Copy
+    slot: int
+    expected: torch.Tensor  # int64 [1]
+    found: torch.Tensor  # int64 [1]
+
+
+class Transfer(NamedTuple):
+    """A tensor whose bytes are on their way."""
+
+    rows: Rows
+    copies: list[Copy]  # what this rank receives
+    staged: torch.Tensor  # uint8 [copies, bytes of an expert]
+    expected: torch.Tensor  # int64 [copies], checksums
+    works: list[Any]
+    held: list[torch.Tensor]  # what is being sent
+
+
+def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
+    """Choose the slot that each slot of a layer gets its weights from.
+
+    Parameters
+    ----------
+    old : ExpertLocation
+        Where experts are.
+    new : ExpertLocation
+        Where they shall be: of the same sizes, ranks and nodes.
+    layer : int
+        The layer.
+
+    Returns
+    -------
+    np.ndarray
+        int64 [P], slots of `old`: a slot's own number if its expert stays, -1 if it shall hold none.
+
+    Raises
+    ------
+    TypeError
+        No locations, no integer.
+    ValueError
+        Locations of different sizes, ranks or nodes; a layer that is not there.
+
+    Notes
+    -----
+    The first of these that there is: the slot itself; a slot of its rank, the lowest; one of its node; any other.
+    Among the slots of other ranks, that of the rank which sends least in this layer so far, slots being served in
+    order; of equals the next rank after the receiving one, cyclically, and its lowest slot. Slots of a rank that need
+    the same expert name the same source, so a rank receives it once. Every rank gets the same answer by itself.
+
+    Examples
+    --------
+    Expert 0 comes to slot 3, in place of expert 3, which moves to slot 0:
+
+    >>> old = ExpertLocation.from_mapping([[0, 1, 2, 3]], num_gpus=2)
+    >>> new = ExpertLocation.from_mapping([[3, 1, 2, 0]], num_gpus=2)
+    >>> plan_migration(old, new, layer=0)
+    array([3, 1, 2, 0])
+    """
+    check_location("old", old)
+    check_alike("new", new, old)
+    [layer] = check_layers([layer], old.num_layers)
+    return reference.plan_migration(old, new, layer)
+
+
+def copies_of(source: np.ndarray, rank_of_slot: np.ndarray) -> list[Copy]:
+    """Return what a plan has to move, in order of the first slot that gets it; a rank gets an expert once."""
+    found: dict[tuple[int, int], Copy] = {}
+    for slot in np.flatnonzero((source >= 0) & (source != np.arange(len(source)))).tolist():
+        key = int(rank_of_slot[slot]), int(source[slot])
+        copy = found.setdefault(key, Copy(int(rank_of_slot[key[1]]), key[1], key[0], []))
+        copy.slots.append(slot)
+    return list(found.values())
+
+
+def checksum(row: torch.Tensor) -> torch.Tensor:
+    """Sum 8-byte words times 1, 3, 5, ... modulo 2^64: int64 [1]. A single word that differs changes it."""
+    if row.numel() % WORD or row.storage_offset() % WORD:
+        row = torch.nn.functional.pad(row, (0, -row.numel() % WORD))
+    words = row.view(torch.int64)
+    return (words * torch.arange(1, 2 * words.numel(), 2, device=row.device)).sum().reshape(1)
+
+
+class _Migration:
+    """What one rank does; `move` takes layers of it at a time."""
+
+    def __init__(
+        self, tensors: list[list[Rows]], old: ExpertLocation, new: ExpertLocation, group: Any, rank: int, verify: bool
+    ) -> None:
+        self.tensors, self.old, self.new, self.group, self.rank, self.verify = tensors, old, new, group, rank, verify
+        self.first_slot = int(np.searchsorted(old.rank_of_slot, rank))
+        every = [rows.bytes for layer in tensors for rows in layer]
+        self.device = every[0].device if every else torch.device("cpu")
+        largest = max((tensor.numel() for tensor in every), default=0)
+        self.staging = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        self.num_started = 0
+        self.checksums: list[Checksums] = []
+
+    def move(self, layers: list[int]) -> None:
+        """Move the weights of some layers, and check that they arrived if that is asked for."""
+        started: Transfer | None = None
+        try:
+            for layer in layers:
+                source = reference.plan_migration(self.old, self.new, layer)
+                copies = [c for c in copies_of(source, self.old.rank_of_slot) if self.rank in (c.sender, c.receiver)]
+                for rows in self.tensors[layer] if copies else ():
+                    before, started = started, self._start(rows, copies)
+                    self._finish(before)
+            self._finish(started)
+            if self.verify:
+                self._compare(layers)
+        except CorruptedWeightsError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"migration failed on rank {self.rank} in layers {layers}: a rank of the group is gone or late; a slot "
+                "of these layers may hold the old or the new weights, other layers are whole"
+            ) from error
+
+    def _row(self, rows: Rows, slot: int) -> torch.Tensor:
+        return rows.bytes[slot - self.first_slot]
+
+    def _start(self, rows: Rows, copies: list[Copy]) -> Transfer:
+        received = [copy for copy in copies if copy.receiver == self.rank]
+        sent = [copy for copy in copies if copy.receiver != self.rank]
+        num_bytes = rows.bytes.shape[1]
+        staged = self.staging[self.num_started % 2][: len(received) * num_bytes].view(len(received), num_bytes)
+        self.num_started += 1
+        expected = torch.zeros(len(received), dtype=torch.int64, device=staged.device)
+        exchanged: list[tuple[Any, torch.Tensor, int]] = []
+        for index, copy in enumerate(received):
+            if copy.sender == self.rank:
+                row = self._row(rows, copy.source)
+                staged[index].copy_(row)
+                if self.verify:
+                    expected[index : index + 1] = checksum(row)
+            else:
+                exchanged.append((dist.irecv, staged[index], copy.sender))
+                if self.verify:
+                    exchanged.append((dist.irecv, expected[index : index + 1], copy.sender))
+        for copy in sent:
+            row = self._row(rows, copy.source)
+            exchanged.append((dist.isend, row, copy.receiver))
+            if self.verify:
+                exchanged.append((dist.isend, checksum(row), copy.receiver))
+        works: list[Any] = []
+        if exchanged:
+            group: Any = dist.group.WORLD if self.group is None else self.group
+            operations = [
+                dist.P2POp(operation, tensor, dist.get_global_rank(group, peer), group)
+                for operation, tensor, peer in exchanged
+            ]
+            works = dist.batch_isend_irecv(operations)
+        return Transfer(rows, received, staged, expected, works, [tensor for _, tensor, _ in exchanged])
+
+    def _finish(self, transfer: Transfer | None) -> None:
+        """Wait until everything has come and gone, then write the slots."""
+        if transfer is None:
+            return
+        for work in transfer.works:
+            work.wait()
+        for index, copy in enumerate(transfer.copies):
+            for slot in copy.slots:
+                row = self._row(transfer.rows, slot)
+                row.copy_(transfer.staged[index])
+                if self.verify:
+                    expected = transfer.expected[index : index + 1]
+                    self.checksums.append(Checksums(transfer.rows, copy, slot, expected, checksum(row)))
+
+    def _compare(self, layers: list[int]) -> None:
+        """Compare checksums, and tell all ranks; the only place that waits for a GPU."""
+        checked, self.checksums = self.checksums, []
+        wrong: list[Checksums] = []
+        if checked:
+            expected, found = (torch.cat([getattr(c, field) for c in checked]) for field in ("expected", "found"))
+            wrong = [checked[index] for index in (expected != found).nonzero().flatten().tolist()]
+        counts = [len(wrong)]
+        if self.old.num_gpus > 1:
+            counts = [count for [count] in gather(counts, self.group, self.device)]
+        if wrong:
+            rows, copy, slot = wrong[0][:3]
+            raise CorruptedWeightsError(
+                f"slot {slot} of rank {self.rank} holds other weights than slot {copy.source} of rank {copy.sender} "
+                f"sent, in {rows.name} of layer {rows.layer}; {len(wrong)} of {len(checked)} checksums differ there"
+            )
+        if any(counts):
+            ranks = [rank for rank, count in enumerate(counts) if count]
+            raise CorruptedWeightsError(f"ranks {ranks} received other weights than were sent, in layers {layers}")
+
+
+def gather(values: list[int], group: Any, device: torch.device) -> list[list[int]]:
+    """Return the integers of every rank."""
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return [found.tolist() for found in everyone]
+
+
+def digest(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def check_weights(weights: Any, location: ExpertLocation, rank: int) -> list[list[Rows]]:
+    """Return the tensors of each layer as rows of bytes."""
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"`weights` must be a sequence with the tensors of each layer, got {type(weights).__name__}")
+    layers = location.num_layers
+    checks.holds("weights", f"of {layers} layers, those of `old`", len(weights) == layers, len(weights))
+    num_slots = int(location.slots_per_rank[rank])
+    found: list[list[Rows]] = []
+    device: torch.device | None = None
+    for layer, tensors in enumerate(weights):
+        if not isinstance(tensors, Mapping | Sequence):
+            rule = "a mapping or a sequence of tensors for each layer"
+            raise TypeError(f"`weights` must be {rule}, got {type(tensors).__name__} at layer {layer}")
+        named = tensors if isinstance(tensors, Mapping) else dict(enumerate(tensors))
+        found.append([])
+        for name, tensor in named.items():
+            place = f"at layer {layer}, tensor {name}"
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"`weights` must be of torch tensors, got {type(tensor).__name__} {place}")
+            device = device or tensor.device
+            checks.holds("weights", f"all on {device}", tensor.device == device, f"{tensor.device} {place}")
+            rule = f"of {num_slots} slots, those of rank {rank}"
+            fits = tensor.dim() > 0 and len(tensor) == num_slots
+            checks.holds("weights", rule, fits, f"shape {tuple(tensor.shape)} {place}")
+            whole = tensor[0].is_contiguous()
+            checks.holds("weights", "contiguous in each slot", whole, f"strides {tensor.stride()} {place}")
+            if tensor.numel():
+                elements = math.prod(tensor.shape[1:])
+                rows = tensor.detach().as_strided((num_slots, elements), (tensor.stride(0), 1)).view(torch.uint8)
+                found[-1].append(Rows(layer, f"tensor {name}", rows))
+    return found
+
+
+def check_group(group: Any, location: ExpertLocation) -> int:
+    """Return this process's rank."""
+    ready = dist.is_available() and dist.is_initialized()
+    if location.num_gpus == 1 and not ready:
+        return 0
+    checks.holds("group", "a process group, or None after init_process_group", ready, group)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    checks.holds("group", "a group that this process is in", rank >= 0, f"rank {rank}")
+    checks.holds("group", f"of {location.num_gpus} processes, the ranks of `old`", size == location.num_gpus, size)
+    return rank
+
+
+def check_agreement(
+    tensors: list[list[Rows]],
+    locations: tuple[ExpertLocation, ExpertLocation],
+    options: Any,
+    group: Any,
+    device: torch.device,
+) -> None:
+    """Check that every rank was given the same; the only thing that ranks tell each other before weights."""
+    rows = [[(r.name, r.bytes.shape[1]) for r in layer] for layer in tensors]
+    places = [(x.physical_to_logical_map.tolist(), x.rank_of_slot.tolist(), x.node_of_slot.tolist()) for x in locations]
+    mine = [digest(rows), digest(places), digest(options)]
+    try:
+        everyone = gather(mine, group, device)
+    except RuntimeError as error:
+        raise RuntimeError("migration failed before anything moved: a rank of the group is gone or late") from error
+    rules = {
+        "weights": "of the same tensors and bytes per expert on every rank",
+        "new": "the same on every rank, as `old`",
+        "layers": "the same on every rank, as `chunk_layers` and `verify`",
+    }
+    for index, (argument, rule) in enumerate(rules.items()):
+        others = [rank for rank, found in enumerate(everyone) if found[index] != everyone[0][index]]
+        checks.holds(argument, rule, not others, f"others on ranks {others} than on rank 0")
+
+
+def migrate_in_chunks(
+    weights: Sequence[LayerWeights],
+    old: ExpertLocation,
+    new: ExpertLocation,
+    group: Any = None,
+    *,
+    layers: Iterable[int] | None = None,
+    chunk_layers: int = 1,
+    verify: bool = False,
+) -> Iterator[list[int]]:
+    """Move expert weights to a new location some layers at a time, with time for other work in between.
+
+    Parameters
+    ----------
+    weights : sequence of L mappings or sequences of tensors
+        This rank's weights of each layer: tensors of any dtypes whose first dimension is the slots of this rank,
+        contiguous in each slot, all on one device. They are written.
+    old : ExpertLocation
+        Where experts are.
+    new : ExpertLocation
+        Where they shall be: of the same sizes, ranks and nodes.
+    group : ProcessGroup, optional
+        The processes, rank i of the group being rank i of the locations; by default all of them. A single rank needs
+        none.
+    layers : iterable of int, optional
+        Distinct layers to move, in this order; all by default.
+    chunk_layers : int
+        Layers that move between two yields.
+    verify : bool
+        Whether to compare checksums of what was sent and what the slots hold then. Every rank learns of a difference
+        at the end of the chunk.
+
+    Returns
+    -------
+    iterator of list of int
+        The layers that have just moved; give them to ``location.update(new, layers)``. Nothing moves before the first
+        step, and what was not stepped through has not moved.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of argument.
+    ValueError
+        Locations of different sizes, ranks or nodes; tensors that are not of this rank's slots; a group of another
+        size; weights, locations or options that differ from rank to rank.
+    RuntimeError
+        A rank is gone or late: raised when stepping. Of the layers of this chunk a slot may hold the old or the new
+        weights; the others are whole. `CorruptedWeightsError`, which is one, if `verify` finds a difference.
+
+    Notes
+    -----
+    Every rank of the group calls this and steps through it; which weights go where is `plan_migration`'s answer. A
+    slot whose expert stays is not touched, nor is one that shall hold none. A rank without experts in `new` still
+    sends, one without in `old` is never read.
+
+    When called, ranks compare digests of their arguments (one all_gather); moving them takes sends and receives
+    alone, and with `verify` one all_gather a chunk. Memory: two buffers, each as large as this rank's largest tensor.
+    On GPUs the work is queued on the current stream, and nothing but `verify` waits for it.
+
+    How long a rank waits for another is the timeout of the group (``new_group(timeout=...)``, ``init_process_group``).
+    gloo reports a process that died as soon as its connection closes, and one that hangs when the timeout is over.
+    NCCL reports either when the timeout is over: its watchdog ends the process, or with TORCH_NCCL_BLOCKING_WAIT=1
+    the error is raised here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> old = ExpertLocation.from_mapping([[0, 1], [0, 1]])
+    >>> new = ExpertLocation.from_mapping([[1, 0], [1, 0]])
+    >>> weights = [[torch.tensor([[1.5], [2.5]])], [torch.tensor([[3.5], [4.5]])]]
+    >>> for done in migrate_in_chunks(weights, old, new):
+    ...     print(done, [float(row) for layer in weights for row in layer[0]])
+    [0] [2.5, 1.5, 3.5, 4.5]
+    [1] [2.5, 1.5, 4.5, 3.5]
+    """
+    check_location("old", old)
+    check_alike("new", new, old)
+    chosen = check_layers(layers, old.num_layers)
+    checks.holds("layers", "distinct", len(set(chosen)) == len(chosen), chosen)
+    chunk_layers = checks.integer("chunk_layers", chunk_layers, 1)
+    checks.boolean("verify", verify)
+    rank = check_group(group, old)
+    tensors = check_weights(weights, old, rank)
+    migration = _Migration(tensors, old, new, group, rank, verify)
+    if old.num_gpus > 1:
+        check_agreement(tensors, (old, new), (chosen, chunk_layers, verify), group, migration.device)
+    chunks = [chosen[first : first + chunk_layers] for first in range(0, len(chosen), chunk_layers)]
+
+    def step() -> Iterator[list[int]]:
+        for chunk in chunks:
+            migration.move(chunk)
+            yield chunk
+
+    return step()
+
+
+def migrate(
+    weights: Sequence[LayerWeights],
+    old: ExpertLocation,
+    new: ExpertLocation,
+    group: Any = None,
+    *,
+    layers: Iterable[int] | None = None,
+    verify: bool = False,
+) -> None:
+    """Move expert weights to a new location.
+
+    Parameters
+    ----------
+    weights : sequence of L mappings or sequences of tensors
+        This rank's weights of each layer: tensors of any dtypes whose first dimension is the slots of this rank,
+        contiguous in each slot, all on one device. They are written.
+    old : ExpertLocation
+        Where experts are.
+    new : ExpertLocation
+        Where they shall be: of the same sizes, ranks and nodes.
+    group : ProcessGroup, optional
+        The processes, rank i of the group being rank i of the locations; by default all of them. A single rank needs
+        none.
+    layers : iterable of int, optional
+        Distinct layers to move; all by default.
+    verify : bool
+        Whether to compare checksums of what was sent and what the slots hold then.
+
+    Returns
+    -------
+    None
+        The weights are changed in place.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of argument.
+    ValueError
+        Arguments that do not fit together, or differ from rank to rank.
+    RuntimeError
+        A rank is gone or late, or weights were damaged on the way (`CorruptedWeightsError`).
+
+    Notes
+    -----
+    Every rank of the group calls it. `migrate_in_chunks` does the same with time for other work in between, and has
+    the details: memory, streams, and when a lost process is noticed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> old = ExpertLocation.from_mapping([[0, 1, 0]])
+    >>> new = ExpertLocation.from_mapping([[0, 1, 1]])
+    >>> weights = [{"up": torch.tensor([[1.5], [2.5], [1.5]])}]
+    >>> migrate(weights, old, new)
+    >>> weights[0]["up"].ravel()
+    tensor([1.5000, 2.5000, 2.5000])
+    """
+    check_location("old", old)
+    every = old.num_layers
+    for _ in migrate_in_chunks(weights, old, new, group, layers=layers, chunk_layers=every, verify=verify):
+        pass

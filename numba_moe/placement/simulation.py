@@ -1,0 +1,666 @@
+"""What rebalancing would have brought: locations replayed against recorded loads, before a cluster is touched."""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+from tqdm import tqdm
+
+from numba_moe.placement.location import FORMATS, ExpertLocation, check_location, read_file
+from numba_moe.placement.rebalance import ALGORITHMS, check_loads, rebalance_experts
+from numba_moe.reference.migration import plan_migration
+from numba_moe.runtime import checks
+
+STAY = "stay"
+PERIODS = 8  # columns of the tables over time
+BANDWIDTH = 50.0  # GB/s into and out of a rank: a 400 Gb/s network card for each
+
+
+class Rebalance(NamedTuple):
+    """One change of location, and what it brings until the next one or the end."""
+
+    step: int  # before which it happens
+    num_moved: int  # experts of layers that a rank receives from another
+    num_across_nodes: int  # those of them that come from another node
+    busiest_rank: int  # most that one rank sends, or receives
+    move_ms: float | None
+    saved_ms: float | None
+    pays_after: int | None
+
+
+class Scenario(NamedTuple):
+    """One way to place experts, replayed."""
+
+    algorithm: str
+    num_replicas: int
+    interval: int | None
+    balancedness: np.ndarray
+    rank_load: np.ndarray
+    step_time: np.ndarray
+    time: float
+    crossing_gpus: np.ndarray
+    crossing_nodes: np.ndarray
+    rebalances: list[Rebalance]
+    bytes_moved: int | None
+    move_ms: float | None
+    saved_ms: float | None
+    pays_after: int | None
+    location: ExpertLocation
+
+    @property
+    def name(self) -> str:
+        if self.interval is None:
+            return f"{self.algorithm}, {self.num_replicas} slots"
+        when = "once" if self.interval == 0 else f"every {self.interval} steps"
+        return f"{self.algorithm}, {self.num_replicas} slots, {when}"
+
+
+class Simulation(NamedTuple):
+    """All scenarios, and the one that takes least time."""
+
+    scenarios: list[Scenario]
+    best: Scenario
+
+
+class Replay(NamedTuple):
+    """What a location makes of some steps."""
+
+    balancedness: np.ndarray  # [steps, L]
+    rank_load: np.ndarray  # [steps, R], summed over layers
+    busiest: np.ndarray  # [steps], the busiest rank's load summed over layers
+    crossing_gpus: np.ndarray  # [steps]
+    crossing_nodes: np.ndarray  # [steps]
+
+
+def replay(weight: np.ndarray, location: ExpertLocation) -> Replay:
+    # weight [steps, L, E] or [steps, L, E, R]
+    num_gpus, num_nodes = location.num_gpus, location.num_nodes
+    total = weight if weight.ndim == 3 else weight.sum(axis=3)
+    share = np.zeros((*total.shape[1:], num_gpus))  # of an expert's load, by rank
+    layers = np.arange(location.num_layers)[:, None]
+    np.add.at(share, (layers, location.physical_to_logical_map, location.rank_of_slot), 1)
+    share /= location.logical_to_all_physical_map_num_valid[:, :, None]
+    loads = np.matmul(total.transpose(1, 0, 2), share).transpose(1, 0, 2)  # [steps, L, R]
+    peaks = loads.max(axis=2)
+
+    node_of_rank = location.node_of_slot[np.searchsorted(location.rank_of_slot, np.arange(num_gpus))]
+    first_rank = np.searchsorted(node_of_rank, np.arange(num_nodes))
+    crossing = []
+    for first in (np.arange(num_gpus), first_rank):
+        shares = np.add.reduceat(share, first, axis=2)
+        if weight.ndim == 3:
+            live = np.add.reduceat(np.full(num_gpus, 1 / num_gpus), first)
+            crossing.append((total * (1 - np.minimum(live, shares).sum(axis=2))).sum(axis=(1, 2)))
+        else:
+            kept = [
+                np.minimum(np.add.reduceat(step, first, axis=2), all_of[:, :, None] * shares).sum()
+                for step, all_of in zip(weight, total, strict=True)
+            ]
+            crossing.append(total.sum(axis=(1, 2)) - kept)
+    return Replay((loads.mean(axis=2) + 1e-5) / (peaks + 1e-5), loads.sum(axis=1), peaks.sum(axis=1), *crossing)
+
+
+def count_moves(old: ExpertLocation, new: ExpertLocation) -> tuple[int, int, int]:
+    """Return how many experts ranks receive, how many of them from other nodes, and the most of one rank."""
+    ranks, nodes = old.rank_of_slot, old.node_of_slot
+    sent, received = np.zeros(old.num_gpus, int), np.zeros(old.num_gpus, int)
+    across = 0
+    for layer in range(old.num_layers):
+        source = plan_migration(old, new, layer)
+        slots = np.flatnonzero(source >= 0)
+        pairs = np.unique(np.stack([ranks[slots], source[slots]]), axis=1)
+        receivers, senders = pairs[0], ranks[pairs[1]]
+        remote = receivers != senders
+        np.add.at(received, receivers[remote], 1)
+        np.add.at(sent, senders[remote], 1)
+        first_slots = np.searchsorted(ranks, receivers)
+        across += int((nodes[first_slots] != nodes[pairs[1]]).sum())
+    return int(received.sum()), across, int(max(sent.max(), received.max()))
+
+
+def steps_to_pay(cost: float, saved: float, num_steps: int) -> int | None:
+    """Return the steps after which a saving, as large at each, outweighs a cost; None if it never does."""
+    if cost == 0:
+        return 0
+    return None if saved <= 0 else math.ceil(cost * num_steps / saved - 1e-9)
+
+
+def simulate(
+    weight: Any,
+    num_replicas: int | Sequence[int],
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    algorithms: Sequence[str] = ALGORITHMS,
+    intervals: Sequence[int] = (0,),
+    current: ExpertLocation | None = None,
+    max_moves: int | None = None,
+    bytes_per_expert: int | None = None,
+    step_ms: float | None = None,
+    bandwidth: float = BANDWIDTH,
+    progress: bool = False,
+) -> Simulation:
+    """Replay recorded loads against ways of placing experts.
+
+    Parameters
+    ----------
+    weight : array of numbers, shape [L, E], [steps, L, E] or [steps, L, E, R]
+        Tokens that chose each expert of each layer at each step; a token that chooses k experts counts k times. With
+        ranks, those of the tokens that live on each; otherwise tokens live on all ranks evenly.
+    num_replicas : int or sequence of int
+        Slots of a layer; each number makes its own scenarios.
+    num_groups : int
+        Groups of consecutive experts that stay on a node, as for `rebalance_experts`.
+    num_nodes : int
+        Nodes; consecutive ranks form a node.
+    num_gpus : int
+        Ranks of all nodes together (R).
+    algorithms : sequence of str
+        Those of `rebalance_experts` to try.
+    intervals : sequence of int
+        Steps between rebalances, each by the loads of the interval just over. 0 stands for one rebalance before the
+        first step by the loads of all steps: what it would bring if the loads came again.
+    current : ExpertLocation, optional
+        Where experts are at the beginning, on every rank; `ExpertLocation.trivial` by default.
+    max_moves : int, optional
+        For "refined": most slots of a layer that may change at a time.
+    bytes_per_expert : int, optional
+        Bytes of the weights of one expert of one layer.
+    step_ms : float, optional
+        Milliseconds that the experts of all layers take at a step of average load if it is perfectly balanced.
+    bandwidth : float
+        GB/s that a rank can send, and receive at the same time.
+    progress : bool
+        Whether to show a bar on the standard error.
+
+    Returns
+    -------
+    Simulation
+        scenarios : list of Scenario. For each number of slots first "stay", which never moves anything, then every
+        algorithm with every interval.
+        best : the Scenario that takes least time, moves included where their time is known; the first of equals.
+
+        A Scenario has ``algorithm``, ``num_replicas`` and ``interval`` (None for "stay"), and
+
+        balancedness : float64 [steps, L], the mean load of ranks over that of the busiest.
+        rank_load : float64 [steps, R], load of a rank over the mean, all layers together.
+        step_time : float64 [steps], the busiest ranks' loads over the mean loads, each summed over layers: the time of
+        a step if ranks wait for each other in every layer, 1 if perfectly balanced. ``time`` is the same over all
+        steps together.
+        crossing_gpus, crossing_nodes : float64 [steps], choices whose token and expert are on two ranks, two nodes.
+        rebalances : list of Rebalance, with ``step``, ``num_moved``, ``num_across_nodes``, ``busiest_rank``,
+        ``move_ms``, ``saved_ms`` and ``pays_after``; the last three against staying with the location before it, until
+        the next rebalance.
+        bytes_moved, move_ms : all rebalances together. saved_ms : against "stay", moves not counted.
+        pays_after : steps after which ``saved_ms``, as large at each step since the first rebalance, outweighs
+        ``move_ms``; 0 if nothing moved, None if never or if there was no rebalance. More than there were steps means:
+        not within these.
+        location : where experts should be for what comes next, by the loads of the last interval.
+
+        What needs `bytes_per_expert` or `step_ms` is None without.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of argument.
+    ValueError
+        What `rebalance_experts` refuses; loads that are all 0; a `current` of other sizes; an interval that is not
+        shorter than the trace.
+
+    Notes
+    -----
+    Replicas of an expert have equal shares of its load, as for `balancedness`. Each takes tokens of its own rank
+    first, then of its node, then the others: of an expert's load, what stays on ranks is the sum over ranks of the
+    smaller of the tokens there and the share there, and the same with nodes. It is the least that equal shares allow.
+
+    A move takes ``busiest_rank * bytes_per_expert / bandwidth``: the rank that sends or receives most, at full
+    bandwidth, nothing else going on meanwhile. A rank receives an expert once (`plan_migration`).
+
+    "refined" is given the location before as `current`. Both algorithms see the sum of an interval.
+
+    Examples
+    --------
+    Experts 0 and 1 have all the load and share a rank until the second step:
+
+    >>> import numpy as np
+    >>> loads = np.tile([6.0, 6.0, 0.0, 0.0], (3, 1, 1))
+    >>> found = simulate(loads, 4, 1, 1, 2, algorithms=["refined"], intervals=[1], bytes_per_expert=10**9, step_ms=15)
+    >>> [(scenario.name, scenario.step_time.tolist()) for scenario in found.scenarios]
+    [('stay, 4 slots', [2.0, 2.0, 2.0]), ('refined, 4 slots, every 1 steps', [2.0, 1.0, 1.0])]
+    >>> found.best.rebalances[0]
+    Rebalance(step=1, num_moved=2, num_across_nodes=0, busiest_rank=1, move_ms=20.0, saved_ms=15.0, pays_after=2)
+    >>> found.best.bytes_moved, found.best.move_ms, found.best.pays_after
+    (2000000000, 20.0, 2)
+    """
+    loads = check_loads("weight", weight, (2, 3, 4))
+    loads = loads[None] if loads.ndim == 2 else loads
+    num_steps = len(loads)
+    checks.holds("weight", "above 0 somewhere", bool(loads.any()), "0 everywhere")
+    sizes = [num_replicas] if not isinstance(num_replicas, Sequence) else num_replicas
+    num_gpus = checks.integer("num_gpus", num_gpus, 1)
+    num_nodes = checks.integer("num_nodes", num_nodes, 1, num_gpus, f"num_gpus = {num_gpus}")
+    if loads.ndim == 4:
+        checks.holds("weight", f"of {num_gpus} ranks", loads.shape[3] == num_gpus, f"shape {loads.shape}")
+    for algorithm in algorithms:
+        checks.choice("algorithms", algorithm, ALGORITHMS)
+    because = f"the number of steps - 1 = {num_steps - 1}"
+    intervals = [checks.integer("intervals", interval, 0, num_steps - 1, because) for interval in intervals]
+    if bytes_per_expert is not None:
+        bytes_per_expert = checks.integer("bytes_per_expert", bytes_per_expert, 1, sys.maxsize)
+    for name, value in {"step_ms": step_ms, "bandwidth": bandwidth}.items():
+        if value is not None:
+            checks.number(name, value)
+            checks.holds(name, "above 0", 0 < value < math.inf, value)
+    if current is not None:
+        check_location("current", current)
+        everywhere = bool((current.physical_to_logical_map >= 0).all())
+        checks.holds("current", "a location with experts on every rank", everywhere, current)
+
+    trace = _Trace(loads, num_groups, max_moves, step_ms, bytes_per_expert, bandwidth)
+    scenarios: list[Scenario] = []
+    tried = list(itertools.product(algorithms, intervals))
+    bar = tqdm(total=len(sizes) * len(tried), unit="scenario", disable=not progress, leave=False)
+    num_layers, num_experts = loads.shape[1:3]
+    for size in sizes:
+        start = current
+        if start is None:
+            start = ExpertLocation.trivial(num_layers, num_experts, size, num_gpus=num_gpus, num_nodes=num_nodes)
+        found = start.num_layers, start.num_logical_experts, start.num_physical_experts, start.num_gpus, start.num_nodes
+        wanted = num_layers, num_experts, size, num_gpus, num_nodes
+        checks.holds("current", f"of (layers, experts, slots, ranks, nodes) = {wanted}", found == wanted, found)
+        stay = trace.run(start)
+        scenarios.append(stay)
+        for algorithm, interval in tried:
+            scenarios.append(trace.run(start, stay, algorithm, interval))
+            bar.update()
+    bar.close()
+    return Simulation(scenarios, min(scenarios, key=trace.cost))
+
+
+class _Trace(NamedTuple):
+    """Recorded loads, and what does not change from scenario to scenario."""
+
+    loads: np.ndarray  # [steps, L, E] or [steps, L, E, R]
+    num_groups: int
+    max_moves: int | None
+    step_ms: float | None
+    bytes_per_expert: int | None
+    bandwidth: float
+
+    def cost(self, scenario: Scenario) -> float:
+        """Return the time of a scenario with its moves, in steps of perfect balance."""
+        known = self.step_ms is not None and scenario.move_ms is not None
+        return scenario.time * len(self.loads) + (scenario.move_ms / self.step_ms if known else 0)  # type: ignore[operator]
+
+    def place(self, window: slice, algorithm: str, now: ExpertLocation) -> ExpertLocation:
+        """Choose a location by the loads of some steps."""
+        weight = self.loads[window].sum(axis=0)
+        options: dict[str, Any] = {}
+        if algorithm == "refined":
+            options = {"current": now, "max_moves": self.max_moves, "slots_per_rank": now.slots_per_rank}
+        sizes = now.num_physical_experts, self.num_groups, now.num_nodes, now.num_gpus
+        weight = weight if weight.ndim == 2 else weight.sum(axis=2)
+        placed = rebalance_experts(weight, *sizes, algorithm=algorithm, **options)
+        slots, count = placed.logical_to_all_physical_map, placed.logical_to_all_physical_map_num_valid
+        return ExpertLocation(placed.physical_to_logical_map, slots, count, now.rank_of_slot, now.node_of_slot)
+
+    def account(self, step: int, old: ExpertLocation, new: ExpertLocation, saved: float, num_steps: int) -> Rebalance:
+        """Say what a move costs, and what it saves, given as load of the busiest ranks."""
+        moved, across, busiest = count_moves(old, new)
+        move_ms = saved_ms = pays_after = None
+        if self.bytes_per_expert is not None:
+            move_ms = busiest * self.bytes_per_expert / self.bandwidth / 1e6
+        if self.step_ms is not None:
+            saved_ms = saved * self.step_ms * len(self.loads) * old.num_gpus / float(self.loads.sum())
+        if move_ms is not None and saved_ms is not None:
+            pays_after = steps_to_pay(move_ms, saved_ms, num_steps)
+        return Rebalance(step, moved, across, busiest, move_ms, saved_ms, pays_after)
+
+    def run(
+        self, start: ExpertLocation, stay: Scenario | None = None, algorithm: str = STAY, interval: int | None = None
+    ) -> Scenario:
+        """Replay the loads; `stay` is the scenario to compare with, None for that one itself."""
+        num_steps = len(self.loads)
+        begins = [] if interval is None else list(range(interval, num_steps, interval)) if interval else [0]
+        bounds = [0, *begins, num_steps]
+        replays = [replay(self.loads[: bounds[1]], start)]
+        rebalances: list[Rebalance] = []
+        location = start
+        for first, after in itertools.pairwise(bounds[1:]):
+            before = location
+            location = self.place(slice(first - interval, first) if interval else slice(None), algorithm, before)
+            replays.append(replay(self.loads[first:after], location))
+            saved = replay(self.loads[first:after], before).busiest.sum() - replays[-1].busiest.sum()
+            rebalances.append(self.account(first, before, location, float(saved), after - first))
+        if interval:
+            location = self.place(slice(num_steps - interval, num_steps), algorithm, location)
+
+        whole = Replay(*map(np.concatenate, zip(*replays, strict=True)))
+        mean = self.loads.reshape(num_steps, -1).sum(axis=1) / start.num_gpus
+        time = float(whole.busiest.sum() / mean.sum())
+        bytes_moved = move_ms = saved_ms = pays_after = None
+        if self.bytes_per_expert is not None:
+            bytes_moved = self.bytes_per_expert * sum(r.num_moved for r in rebalances)
+            move_ms = float(sum(r.move_ms or 0 for r in rebalances))
+        if self.step_ms is not None:
+            saved_ms = 0.0 if stay is None else (stay.time - time) * self.step_ms * num_steps
+        if rebalances and move_ms is not None and saved_ms is not None:
+            pays_after = steps_to_pay(move_ms, saved_ms, num_steps - bounds[1])
+        return Scenario(
+            algorithm,
+            start.num_physical_experts,
+            interval,
+            whole.balancedness,
+            over(whole.rank_load, mean[:, None]),
+            over(whole.busiest, mean),
+            time,
+            whole.crossing_gpus,
+            whole.crossing_nodes,
+            rebalances,
+            bytes_moved,
+            move_ms,
+            saved_ms,
+            pays_after,
+            location,
+        )
+
+
+def over(loads: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Divide loads by their mean; a step without load is in balance."""
+    return np.divide(loads, mean, out=np.ones_like(loads), where=mean > 0)
+
+
+def count_choices(topk_ids: np.ndarray, num_experts: int, rank_of_token: np.ndarray | None = None) -> np.ndarray:
+    """Count choices [steps, L, E], or by the rank of their tokens [steps, L, E, R]; other ids are skipped.
+
+    topk_ids [steps, L, T, K], rank_of_token [steps, T]
+
+    >>> count_choices(np.array([[[[0, 1], [1, -1]]]]), 2).tolist()
+    [[[1, 2]]]
+    >>> count_choices(np.array([[[[0, 1], [1, -1]]]]), 2, np.array([[0, 1]])).tolist()
+    [[[[1, 0], [1, 1]]]]
+    """
+    num_steps, num_layers = topk_ids.shape[:2]
+    shape = (num_steps, num_layers, num_experts)
+    steps, layers, tokens, _ = np.nonzero((topk_ids >= 0) & (topk_ids < num_experts))
+    index = [steps, layers, topk_ids[(topk_ids >= 0) & (topk_ids < num_experts)]]
+    if rank_of_token is not None:
+        shape = (*shape, int(rank_of_token.max()) + 1)  # type: ignore[assignment]
+        index.append(rank_of_token[steps, tokens])
+    return np.bincount(np.ravel_multi_index(index, shape), minlength=math.prod(shape)).reshape(shape)
+
+
+def load_trace(
+    path: Path, *, num_experts: int | None = None, tokens_per_step: int | None = None, num_gpus: int | None = None
+) -> np.ndarray:
+    """Read recorded loads: [steps, L, E], or [steps, L, E, R] where the file says on which ranks tokens live.
+
+    A file holds ``logical_count`` [steps, L, E] or [L, E]; or ``topk_ids`` [steps, L, T, K] or [L, T, K], and perhaps
+    ``rank_of_token`` [steps, T] or [T]; or an array [T, K] of integers for each layer, in the order of the file.
+    `tokens_per_step` divides the tokens of a step into several steps, the last of which may be shorter.
+    """
+    content = read_file(path) if path.suffix in FORMATS else None
+    content = content if isinstance(content, dict) else {}
+    ids, homes = content.get("topk_ids"), content.get("rank_of_token")
+    if "logical_count" in content:
+        for name, value in {"num_experts": num_experts, "tokens_per_step": tokens_per_step}.items():
+            checks.holds(name, f"left out for {path.name}, which has counts", value is None, value)
+        counts = checks.host_array("logical_count", content["logical_count"], "int64", (2, 3))
+        return counts if counts.ndim == 3 else counts[None]
+    if ids is None:
+        ids = _layers_of(path)
+    found = checks.host_array("topk_ids", ids, "int64", (3, 4))
+    found = found if found.ndim == 4 else found[None]
+    num_steps, num_layers, num_tokens, top_k = found.shape
+    ranks = None
+    if homes is not None:
+        ranks = checks.host_array("rank_of_token", homes, "int64", (1, 2))
+        ranks = np.broadcast_to(ranks, (num_steps, num_tokens)) if ranks.ndim == 1 else ranks
+        checks.host_shape("rank_of_token", ranks, (num_steps, num_tokens), "(steps, tokens)")
+        most = ranks.max() + 1 if num_gpus is None else num_gpus
+        checks.every("rank_of_token", f"in [0, {most})", (ranks >= 0) & (ranks < most), ranks, ("step", "token"))
+    if tokens_per_step is not None:
+        parts = -(-num_tokens // tokens_per_step)
+        padding = parts * tokens_per_step - num_tokens
+        padded = np.pad(found, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=-1)
+        cut = padded.reshape(num_steps, num_layers, parts, tokens_per_step, top_k)
+        found = cut.transpose(0, 2, 1, 3, 4).reshape(-1, num_layers, tokens_per_step, top_k)
+        if ranks is not None:
+            ranks = np.pad(ranks, ((0, 0), (0, padding))).reshape(-1, tokens_per_step)
+    experts = int(found.max(initial=0)) + 1 if num_experts is None else num_experts
+    counts = count_choices(found, experts, ranks)
+    if ranks is not None and num_gpus is not None:
+        counts = np.pad(counts, ((0, 0), (0, 0), (0, 0), (0, num_gpus - counts.shape[3])))
+    return counts
+
+
+def _layers_of(path: Path) -> np.ndarray:
+    from numba_moe.cases import load_routing
+
+    if path.suffix == ".json":
+        raise ValueError(f"`path` must be a file with logical_count or topk_ids, got {path.name}")
+    layers = {name: ids for name, ids in load_routing(path).items() if ids.dtype.kind in "iu" and ids.ndim == 2}
+    shapes = {ids.shape for ids in layers.values()}
+    rule = "a file with logical_count, topk_ids, or an array [tokens, top_k] of integers for each layer, all of a shape"
+    checks.holds("path", rule, len(shapes) == 1, f"{path.name} with shapes {sorted(shapes)}")
+    return np.stack(list(layers.values()))
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return a parser of comma-separated values."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [convert(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be comma-separated, got {text!r} ({error})") from error
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the simulation."""
+
+    def interval(text: str) -> int:
+        return 0 if text == "once" else int(text)
+
+    def size(text: str) -> int:
+        return int(float(text))
+
+    add = parser.add_argument
+    add("dump", type=Path, metavar="DUMP", help="logical_count or topk_ids, in .npz, .json, .pt, .npy or .safetensors")
+    add("--gpus", type=int, required=True, metavar="N", help="ranks of all nodes together")
+    add("--nodes", type=int, default=1, metavar="N", help="(default 1)")
+    add("--groups", type=int, default=1, metavar="N", help="groups of experts that stay on a node (default 1)")
+    text = "slots of a layer, comma-separated (default: one for each expert, rounded up to a multiple of the GPUs)"
+    add("--replicas", type=listed(int), metavar="LIST", help=text)
+    text = f"comma-separated (default {','.join(ALGORITHMS)})"
+    add("--algorithm", type=listed(str), default=list(ALGORITHMS), metavar="LIST", help=text)
+    text = "steps between rebalances, comma-separated; once: one rebalance by the whole dump, in hindsight (default)"
+    add("--interval", type=listed(interval), metavar="LIST", help=text)
+    add("--search", action="store_true", help="try several numbers of slots and intervals where none are given")
+    add("--max-moves", type=int, metavar="N", help="most slots of a layer that refined may change at a time")
+    add("--location", type=Path, metavar="FILE", help="where experts are now (default: expert i %% E in slot i)")
+    add("--bytes-per-expert", type=size, metavar="BYTES", help="weights of one expert of one layer")
+    add("--step-ms", type=float, metavar="MS", help="time of all experts at an average step in perfect balance")
+    text = f"GB/s into and out of a rank (default {BANDWIDTH:g})"
+    add("--bandwidth", type=float, default=BANDWIDTH, metavar="GB/s", help=text)
+    add("--num-experts", type=int, metavar="N", help="of topk_ids (default: largest id + 1)")
+    add("--tokens-per-step", type=int, metavar="N", help="divide topk_ids into steps of so many tokens")
+    add("--detail", action="store_true", help="print every layer and rank over time")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    add("--out", type=Path, metavar="LOCATION", help="write the best location there: .json, .npz or .pt")
+    add("--plot", type=Path, metavar="FILE.png", help="draw balancedness, time and ranks over the steps")
+
+
+def search_sizes(num_experts: int, num_gpus: int) -> list[int]:
+    """Return numbers of slots to try: as few as can be, then 1, 2 and 4 more on each rank.
+
+    >>> search_sizes(num_experts=30, num_gpus=8)
+    [32, 40, 48, 64]
+    """
+    least = -(-num_experts // num_gpus)
+    return [num_gpus * (least + more) for more in (0, 1, 2, 4) if least + more <= max(num_experts, least)]
+
+
+def search_intervals(num_steps: int) -> list[int]:
+    """Return intervals to try: a half, a quarter, ... of the steps; once if there is one step alone.
+
+    >>> search_intervals(100)
+    [50, 25, 12, 6]
+    """
+    return list(dict.fromkeys(num_steps // parts for parts in (2, 4, 8, 16) if num_steps >= parts)) or [0]
+
+
+def table(found: Simulation, num_choices: float) -> str:
+    """Format the scenarios for a terminal."""
+    rows = []
+    for s in found.scenarios:
+        when = None if s.interval is None else "once" if s.interval == 0 else str(s.interval)
+        pays = None if s.pays_after is None else str(s.pays_after)
+        if s.rebalances and None not in (s.move_ms, s.saved_ms) and s.pays_after is None:
+            pays = "never"
+        gigabytes = None if s.bytes_moved is None else s.bytes_moved / 1e9
+        crossing = [100 * float(c.sum()) / num_choices for c in (s.crossing_gpus, s.crossing_nodes)]
+        balance = [float(s.balancedness.mean()), float(s.balancedness.mean(axis=0).min())]
+        moved = [len(s.rebalances), sum(r.num_moved for r in s.rebalances), gigabytes, s.move_ms, s.saved_ms]
+        rows.append([s.algorithm, s.num_replicas, when, *balance, s.time, *crossing, *moved, pays])
+    headers = ["algorithm", "slots", "interval", "balance", "worst layer", "time", "% off GPU", "% off node"]
+    headers += ["rebalances", "experts moved", "GB", "move ms", "saved ms", "pays after"]
+    formats = ["", "", "", ".3f", ".3f", ".3f", ".1f", ".1f", "", "", ".2f", ".1f", ".1f", ""]
+    return tabulate(rows, headers, floatfmt=formats, missingval="-", disable_numparse=[2, 13])
+
+
+def over_time(rows: dict[str, np.ndarray], title: str) -> str:
+    """Format series [steps] as means over a few periods."""
+    num_steps = len(next(iter(rows.values())))
+    parts = np.array_split(np.arange(num_steps), min(PERIODS, num_steps))
+    headers = [title, *(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)]
+    lines = [[name, *(float(values[part].mean()) for part in parts)] for name, values in rows.items()]
+    return tabulate(lines, headers, floatfmt=".3f")
+
+
+def verdict(found: Simulation, num_steps: int) -> str:
+    """Say what is best, and whether it pays."""
+    best = found.best
+    if best.interval is None:
+        paying = {scenario.pays_after: scenario.name for scenario in found.scenarios[::-1] if scenario.pays_after}
+        if not paying:
+            return f"Best: {best.name}. No rebalance takes less time."
+        steps = min(paying)
+        return f"Best over {num_steps} steps: {best.name}. With more like these, {paying[steps]} pays after {steps}."
+    text = f"Best: {best.name}, {best.time:.3f} times the time of perfect balance."
+    if best.pays_after is None:
+        return f"{text} Whether that pays: give --bytes-per-expert and --step-ms."
+    return f"{text} It pays after {best.pays_after} steps."
+
+
+def best_and_before(found: Simulation) -> list[Scenario]:
+    """Return "stay" with the slots of the best scenario, and that if it is another."""
+    stay = next(scenario for scenario in found.scenarios if scenario.num_replicas == found.best.num_replicas)
+    return [stay] if stay is found.best else [stay, found.best]
+
+
+def report(found: Simulation) -> dict[str, Any]:
+    """Return all numbers as what JSON can hold; locations are written elsewhere."""
+    scenarios = []
+    for scenario in found.scenarios:
+        fields = {**scenario._asdict(), "rebalances": [r._asdict() for r in scenario.rebalances]}
+        del fields["location"]
+        scenarios.append({name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in fields.items()})
+    return {"best": next(i for i, s in enumerate(found.scenarios) if s is found.best), "scenarios": scenarios}
+
+
+def plot(path: Path, found: Simulation) -> None:
+    """Draw balancedness and time of all scenarios over steps, and ranks' loads before and with the best."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    shown = best_and_before(found)
+    (balance, time), heats = figure.subplots(2, 2)
+    for scenario in found.scenarios:
+        balance.plot(scenario.balancedness.mean(axis=1), marker=".", label=scenario.name)
+        time.plot(scenario.step_time, marker=".", label=scenario.name)
+    balance.set(xlabel="step", ylabel="balancedness, mean over layers")
+    time.set(xlabel="step", ylabel="time over that of perfect balance")
+    balance.legend(fontsize="small")
+    top = max(float(scenario.rank_load.max()) for scenario in shown)
+    for panel, scenario in zip(heats, shown, strict=False):
+        image = panel.imshow(scenario.rank_load.T, aspect="auto", vmin=0, vmax=top, interpolation="nearest")
+        panel.set(title=scenario.name, xlabel="step", ylabel="rank")
+    figure.colorbar(image, ax=list(heats), label="load over the mean")
+    figure.savefig(path)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Simulate, print the tables, write what is asked for, and return the exit status."""
+    try:
+        for path in (options.json, options.out, options.plot):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"no folder for {path}")
+        if options.out is not None:
+            checks.choice("--out", options.out.suffix, FORMATS)
+        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+        trace = {"num_experts": options.num_experts, "tokens_per_step": options.tokens_per_step}
+        for name, value in trace.items():
+            if value is not None:
+                checks.integer(name, value, 1)
+        num_gpus = checks.integer("--gpus", options.gpus, 1)
+        loads = load_trace(options.dump, **trace, num_gpus=num_gpus)
+        current = None if options.location is None else ExpertLocation.load(options.location)
+        sizes = search_sizes(loads.shape[2], num_gpus)
+        sizes = sizes if options.search else sizes[:1]
+        if current is not None:
+            sizes = [current.num_physical_experts]
+        intervals = search_intervals(len(loads)) if options.search else [0]
+        found = simulate(
+            loads,
+            options.replicas or sizes,
+            options.groups,
+            options.nodes,
+            num_gpus,
+            algorithms=options.algorithm,
+            intervals=options.interval or intervals,
+            current=current,
+            max_moves=options.max_moves,
+            bytes_per_expert=options.bytes_per_expert,
+            step_ms=options.step_ms,
+            bandwidth=options.bandwidth,
+            progress=sys.stderr.isatty(),
+        )
+    except (OSError, ValueError) as error:
+        print(f"numba-moe rebalance: {error}", file=sys.stderr)
+        return 2
+    kind = "" if loads.ndim == 3 else ", tokens on the ranks that it says"
+    print(f"{options.dump.name}: {len(loads)} steps, {loads.shape[1]} layers, {loads.shape[2]} experts{kind}\n")
+    print(table(found, float(loads.sum())), end="\n\n")
+    print(over_time({s.name: s.balancedness.mean(axis=1) for s in found.scenarios}, "balance at steps"), end="\n\n")
+    if options.detail:
+        for scenario in best_and_before(found):
+            print_detail(scenario)
+    print(verdict(found, len(loads)))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report(found)))
+    if options.out is not None:
+        found.best.location.save(options.out)
+    if options.plot is not None:
+        plot(options.plot, found)
+    return 0
+
+
+def print_detail(scenario: Scenario) -> None:
+    layers = {f"layer {index}": values for index, values in enumerate(scenario.balancedness.T)}
+    ranks = {f"rank {index}": values for index, values in enumerate(scenario.rank_load.T)}
+    print(f"{scenario.name}\n")
+    print(over_time(layers, "balance at steps"), end="\n\n")
+    print(over_time(ranks, "load / mean at steps"), end="\n\n")

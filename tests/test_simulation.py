@@ -1,0 +1,432 @@
+"""The simulation: numbers by hand and by loops, scenarios replayed with public functions, files and the command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from numba_moe.cli import main
+from numba_moe.placement import ExpertLocation, balancedness, plan_migration, rank_loads, simulate
+from numba_moe.placement.simulation import count_moves, load_trace, over_time, replay, steps_to_pay, verdict
+
+# Experts 0 and 1 have all the load, and share a rank where expert i is in slot i.
+PAIR = np.tile([6.0, 6.0, 0.0, 0.0], (3, 1, 1))
+
+
+def test_replay_by_hand():
+    weight = np.array([[[8.0, 4.0, 2.0, 2.0]]])
+    found = replay(weight, ExpertLocation.trivial(1, 4, num_gpus=4, num_nodes=2))
+    assert found.balancedness.tolist() == [[(4 + 1e-5) / (8 + 1e-5)]]
+    assert found.rank_load.tolist() == [[8, 4, 2, 2]]
+    assert found.busiest.tolist() == [8]
+    assert found.crossing_gpus.tolist() == [12], "three of four tokens live elsewhere"
+    assert found.crossing_nodes.tolist() == [8]
+
+    # Expert 0 is on every rank; 1 on the first and the last, one on each node; 2 and 3 on one.
+    spread = ExpertLocation.from_mapping([[0, 1, 0, 2, 0, 3, 0, 1]], num_gpus=4, num_nodes=2)
+    found = replay(np.concatenate([weight, 2 * weight]), spread)
+    assert found.balancedness.tolist() == [[1], [1]]
+    assert found.rank_load.tolist() == [[4] * 4, [8] * 4]
+    assert found.crossing_gpus.tolist() == [0 + 2 + 1.5 + 1.5, 10]
+    assert found.crossing_nodes.tolist() == [0 + 0 + 1 + 1, 4]
+
+
+def test_tokens_that_live_on_known_ranks_by_hand():
+    weight = np.array([[[[3.0, 1.0], [0.0, 4.0]]]])  # expert 0: three tokens of rank 0, one of rank 1
+    assert replay(weight, ExpertLocation.trivial(1, 2, num_gpus=2)).crossing_gpus.tolist() == [1]
+    both = replay(weight, ExpertLocation.trivial(1, 2, 4, num_gpus=2, num_nodes=2))
+    assert both.crossing_gpus.tolist() == [1 + 2], "a replica takes half, of its rank first"
+    assert both.crossing_nodes.tolist() == [3]
+    assert both.busiest.tolist() == [4]
+
+
+def random_location(rng, num_layers, num_experts, num_gpus):
+    num_slots = max(num_experts, num_gpus) + int(rng.integers(0, 8))
+    places = np.r_[np.arange(num_experts), rng.integers(0, num_experts, num_slots - num_experts)]
+    places = [rng.permutation(places) for _ in range(num_layers)]
+    sizes = 1 + rng.multinomial(num_slots - num_gpus, np.full(num_gpus, 1 / num_gpus))
+    num_nodes = int(rng.integers(1, num_gpus + 1))
+    return ExpertLocation.from_mapping(places, num_experts, num_gpus, num_nodes, slots_per_rank=sizes)
+
+
+def crossing_by_loops(tokens, place, location):
+    """Hand out the tokens of one expert [R] to its slots: own rank first, then own node; count what is left."""
+    slots = np.flatnonzero(place)
+    room = dict.fromkeys(slots.tolist(), tokens.sum() / len(slots))
+    node_of = {int(rank): int(node) for rank, node in zip(location.rank_of_slot, location.node_of_slot, strict=True)}
+    left, crossing = tokens.astype(float), []
+    for near in (
+        lambda slot, rank: location.rank_of_slot[slot] == rank,
+        lambda slot, rank: node_of[rank] == location.node_of_slot[slot],
+    ):
+        for rank in range(len(left)):
+            for slot in room:
+                if near(slot, rank):
+                    served = min(left[rank], room[slot])
+                    left[rank] -= served
+                    room[slot] -= served
+        crossing.append(left.sum())
+    return crossing
+
+
+@pytest.mark.parametrize("known_ranks", [False, True])
+def test_replay_by_loops(known_ranks):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        num_layers, num_experts, num_gpus = 2, int(rng.integers(1, 9)), int(rng.integers(1, 6))
+        location = random_location(rng, num_layers, num_experts, num_gpus)
+        tokens = rng.integers(0, 30, (3, num_layers, num_experts, num_gpus)).astype(float)
+        if not known_ranks:
+            tokens[:] = tokens[..., :1]
+        total = tokens.sum(axis=3)
+        found = replay(tokens if known_ranks else total, location)
+        places, sizes = location.physical_to_logical_map, location.slots_per_rank
+        loads = rank_loads(total, places, num_gpus, slots_per_rank=sizes)
+        np.testing.assert_allclose(found.balancedness, balancedness(total, places, num_gpus, slots_per_rank=sizes))
+        np.testing.assert_allclose(found.rank_load, loads.sum(axis=1))
+        np.testing.assert_allclose(found.busiest, loads.max(axis=2).sum(axis=1))
+        expected = np.zeros((3, 2))
+        for step, layer, expert in np.ndindex(total.shape):
+            expected[step] += crossing_by_loops(tokens[step, layer, expert], places[layer] == expert, location)
+        np.testing.assert_allclose(found.crossing_gpus, expected[:, 0], atol=1e-9)
+        np.testing.assert_allclose(found.crossing_nodes, expected[:, 1], atol=1e-9)
+
+
+def test_moves_by_hand():
+    # Rank 0 needs expert 2 in two slots, from rank 1 of its node; rank 2 needs 0 and 1, from the other node.
+    old = ExpertLocation.from_mapping([[0, 1, 2, 3, 3, 2], [0, 1, 2, 3, 3, 2]], num_gpus=3, num_nodes=2)
+    new = ExpertLocation.from_mapping([[2, 2, 2, 3, 0, 1], [1, 0, 2, 3, 3, 2]], num_gpus=3, num_nodes=2)
+    assert old.node_of_slot.tolist() == [0, 0, 0, 0, 1, 1]
+    assert count_moves(old, new) == (3, 2, 2)
+    assert count_moves(old, old) == (0, 0, 0)
+    # The only replica of expert 0 goes to three ranks.
+    old = ExpertLocation.from_mapping([[0, 1, 2, 3, 2, 3, 2, 3]], num_gpus=4)
+    new = ExpertLocation.from_mapping([[0, 1, 0, 2, 0, 3, 0, 3]], num_gpus=4)
+    assert count_moves(old, new) == (3, 0, 3)
+
+
+def test_steps_to_pay():
+    assert steps_to_pay(20, 30, 2) == 2
+    assert steps_to_pay(30, 30, 2) == 2
+    assert steps_to_pay(31, 30, 2) == 3
+    assert steps_to_pay(0, -5, 2) == 0
+    assert steps_to_pay(1, 0, 2) is None
+
+
+def test_scenarios_by_hand():
+    options = {"bytes_per_expert": 10**9, "step_ms": 15.0, "bandwidth": 25}
+    found = simulate(PAIR, 4, 1, 2, 2, algorithms=["refined"], intervals=[0, 1, 2], **options)
+    stay, once, every, late = found.scenarios
+    assert stay.step_time.tolist() == [2, 2, 2]
+    assert (stay.bytes_moved, stay.move_ms, stay.saved_ms, stay.pays_after) == (0, 0, 0, None)
+    assert stay.rank_load.tolist() == [[2, 0]] * 3
+    assert [s.step_time.tolist() for s in (once, every, late)] == [[1, 1, 1], [2, 1, 1], [2, 2, 1]]
+    assert [[r.step for r in s.rebalances] for s in (once, every, late)] == [[0], [1, 2], [2]]
+    # Two experts change places: each rank sends one and receives one, 1 GB at 25 GB/s.
+    assert once.rebalances[0][:5] == (0, 2, 2, 1, 40.0)
+    assert once.saved_ms == pytest.approx(45)
+    assert once.pays_after == 3
+    assert every.rebalances[1] == (2, 0, 0, 0, 0.0, 0.0, 0)
+    assert (every.bytes_moved, every.move_ms, every.pays_after) == (2 * 10**9, 40, 3)
+    assert every.saved_ms == pytest.approx(30)
+    assert late.rebalances[0].saved_ms == pytest.approx(15)
+    assert late.pays_after == 3
+    assert found.best is once
+    assert [s.time for s in found.scenarios] == pytest.approx([2, 1, 4 / 3, 5 / 3])
+    assert stay.location == ExpertLocation.trivial(1, 4, num_gpus=2, num_nodes=2)
+    for scenario in (once, every, late):
+        assert replay(PAIR, scenario.location).busiest.tolist() == [6, 6, 6]
+    assert (
+        verdict(found, 3)
+        == "Best: refined, 4 slots, once, 1.000 times the time of perfect balance. It pays after 3 steps."
+    )
+
+
+def test_a_move_that_costs_more_than_it_saves():
+    options = {"algorithms": ["refined"], "bytes_per_expert": 10**9, "step_ms": 15}
+    found = simulate(PAIR[:1], 4, 1, 1, 2, **options)  # 20 ms to move, 15 ms saved
+    assert found.best is found.scenarios[0]
+    assert found.scenarios[1].pays_after == 2
+    expected = "Best over 1 steps: stay, 4 slots. With more like these, refined, 4 slots, once pays after 2."
+    assert verdict(found, 1) == expected
+    balanced = simulate(np.ones((2, 1, 4)), 4, 1, 1, 2, **{**options, "algorithms": ["deepseek"]})
+    assert balanced.scenarios[1].rebalances[0].num_moved > 0
+    assert balanced.scenarios[1].pays_after is None
+    assert verdict(balanced, 2) == "Best: stay, 4 slots. No rebalance takes less time."
+
+
+def test_without_costs_the_time_alone_counts():
+    found = simulate(PAIR, 4, 1, 1, 2, algorithms=["refined"])
+    assert found.best is found.scenarios[1]
+    assert found.best[10:14] == (None, None, None, None)
+    assert found.best.rebalances[0][4:] == (None, None, None)
+    assert "give --bytes-per-expert and --step-ms" in verdict(found, 3)
+
+
+@pytest.mark.parametrize("algorithm", ["deepseek", "refined"])
+def test_scenarios_are_what_public_functions_say(algorithm):
+    rng = np.random.default_rng(1)
+    loads = rng.integers(0, 100, (5, 3, 8)).astype(float)
+    costs = {"bytes_per_expert": 3 * 10**6, "step_ms": 2.0, "bandwidth": 10.0}
+    current = ExpertLocation.from_mapping([rng.permutation(np.r_[:8, :4]) for _ in range(3)], 8, 4, 2)
+    found = simulate(loads, 12, 2, 2, 4, algorithms=[algorithm], intervals=[2], current=current, **costs)
+    location, expected = current, [current] * 2
+    for first in (0, 2, 3):
+        options = {"current": location} if algorithm == "refined" else {}
+        weight = loads[first : first + 2].sum(axis=0)
+        location = ExpertLocation.from_counts(weight, 12, 2, 2, 4, algorithm=algorithm, **options)
+        expected += [location] * (2 if first == 0 else 1)
+    scenario = found.scenarios[1]
+    assert scenario.location == expected.pop()
+    peaks = np.zeros((2, 5))
+    for step, (weight, now) in enumerate(zip(loads, expected, strict=True)):
+        for index, places in enumerate((current.physical_to_logical_map, now.physical_to_logical_map)):
+            peaks[index, step] = rank_loads(weight, places, 4).max(axis=1).sum()
+        np.testing.assert_allclose(scenario.balancedness[step], balancedness(weight, now.physical_to_logical_map, 4))
+        summed = rank_loads(weight, now.physical_to_logical_map, 4).sum(axis=0)
+        np.testing.assert_allclose(scenario.rank_load[step], summed / summed.mean())
+    np.testing.assert_allclose(scenario.step_time, peaks[1] / (loads.sum(axis=(1, 2)) / 4))
+    assert scenario.time == pytest.approx(peaks[1].sum() / (loads.sum() / 4))
+    ms = 2.0 / (loads.sum() / 4 / 5)
+    assert scenario.saved_ms == pytest.approx((peaks[0] - peaks[1]).sum() * ms)
+
+    assert [r.step for r in scenario.rebalances] == [2, 4]
+    for rebalance, old, new in zip(
+        scenario.rebalances, (expected[0], expected[2]), (expected[2], expected[4]), strict=True
+    ):
+        sent, received, across = np.zeros(4, int), np.zeros(4, int), 0
+        for layer in range(3):
+            plan = plan_migration(old, new, layer)
+            for rank, source in {(slot // 3, int(source)) for slot, source in enumerate(plan)}:
+                sent[source // 3] += rank != source // 3
+                received[rank] += rank != source // 3
+                across += rank // 2 != source // 6
+        assert rebalance[1:4] == (received.sum(), across, max(sent.max(), received.max()))
+        assert rebalance.move_ms == pytest.approx(rebalance.busiest_rank * 3e6 / 10e9 * 1e3)
+        steps = slice(rebalance.step, rebalance.step + 2)
+        before = sum(rank_loads(w, old.physical_to_logical_map, 4).max(axis=1).sum() for w in loads[steps])
+        assert rebalance.saved_ms == pytest.approx((before - peaks[1, steps].sum()) * ms)
+    assert scenario.bytes_moved == 3 * 10**6 * sum(r.num_moved for r in scenario.rebalances)
+
+
+def test_every_number_of_slots_is_compared_with_staying():
+    found = simulate(PAIR, [4, 6], 1, 1, 2, intervals=[1, 2])
+    names = [(s.algorithm, s.num_replicas, s.interval) for s in found.scenarios]
+    tried = [("deepseek", 1), ("deepseek", 2), ("refined", 1), ("refined", 2)]
+    assert names == [(a, size, i) for size in (4, 6) for a, i in [("stay", None), *tried]]
+    assert found.scenarios[5].location.num_physical_experts == 6
+
+
+def test_max_moves():
+    rng = np.random.default_rng(2)
+    loads = rng.pareto(1, (1, 2, 16))
+    current = ExpertLocation.trivial(2, 16, 20, num_gpus=4)
+    found = simulate(loads, 20, 1, 1, 4, algorithms=["refined"], current=current, max_moves=2)
+    changed = found.scenarios[1].location.physical_to_logical_map != current.physical_to_logical_map
+    assert (changed.sum(axis=1) <= 2).all()
+    assert changed.any()
+
+
+def test_steps_without_load_are_balanced():
+    loads = np.concatenate([PAIR[:1], 0 * PAIR[:1]])
+    stay = simulate(loads, 4, 1, 1, 2).scenarios[0]
+    assert stay.step_time.tolist() == [2, 1]
+    assert stay.rank_load.tolist() == [[2, 0], [1, 1]]
+    assert stay.time == 2
+
+
+SHORT = ExpertLocation.trivial(1, 4, num_gpus=2)
+IDLE = ExpertLocation.from_mapping([[0, 1, 2, 3, -1]], 4, 2, slots_per_rank=[4, 1])
+BAD = {
+    "no load": ({"weight": np.zeros((1, 4))}, ValueError, "`weight` must be above 0 somewhere, got 0 everywhere"),
+    "negative": ({"weight": -PAIR}, ValueError, "`weight` must be at least 0, got -6.0 at step 0, layer 0, expert 0"),
+    "negative of a rank": ({"weight": -PAIR[..., None]}, ValueError, "got -6.0 at step 0, layer 0, expert 0, rank 0"),
+    "other ranks": ({"weight": np.ones((1, 1, 4, 3))}, ValueError, r"`weight` must be of 2 ranks, got shape \(1, 1, 4, 3\)"),
+    "algorithm": ({"algorithms": ["best"]}, ValueError, "`algorithms` must be one of 'deepseek', 'refined', got 'best'"),
+    "a long interval": ({"intervals": [3]}, ValueError, "`intervals` must be at most the number of steps - 1 = 2, got 3"),
+    "few slots": ({"num_replicas": [4, 3]}, ValueError, "`num_replicas` must be at least num_experts = 4, got 3"),
+    "sizes that do not divide": ({"num_replicas": 5}, ValueError, "`num_gpus` must be a divisor of num_replicas = 5, got 2"),
+    "bytes": ({"bytes_per_expert": 0}, ValueError, "`bytes_per_expert` must be at least 1, got 0"),
+    "time": ({"step_ms": -1}, ValueError, "`step_ms` must be above 0, got -1"),
+    "bandwidth": ({"bandwidth": "fast"}, TypeError, "`bandwidth` must be a number, got str"),
+    "current": ({"current": SHORT, "num_replicas": 6}, ValueError, r"`current` must be of \(layers, experts, slots, ranks, nodes\) = \(1, 4, 6, 2, 1\), got \(1, 4, 4, 2, 1\)"),
+    "idle ranks": ({"current": IDLE, "num_replicas": 5}, ValueError, "`current` must be a location with experts on every rank, got"),
+    "no location": ({"current": [[0]]}, TypeError, "`current` must be an ExpertLocation, got list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    changes, error, message = BAD[name]
+    sizes = {"num_replicas": 4, "num_groups": 1, "num_nodes": 1, "num_gpus": 2}
+    with pytest.raises(error, match=message):
+        simulate(**{"weight": PAIR, **sizes, **changes})
+
+
+IDS = np.array([[[0, 1], [1, 2], [2, -1]], [[3, 0], [3, 1], [3, 7]]])  # [L, T, K]
+COUNTS = [[1, 2, 2, 0], [1, 1, 0, 3]]
+
+
+def test_traces_by_hand(tmp_path):
+    np.savez(tmp_path / "counts.npz", logical_count=np.array([COUNTS]))
+    torch.save({"logical_count": torch.tensor(COUNTS)}, tmp_path / "counts.pt")
+    (tmp_path / "ids.json").write_text(json.dumps({"topk_ids": IDS.tolist()}))
+    np.savez(tmp_path / "layers.npz", first=IDS[0], second=IDS[1].astype(np.int16), logits=np.ones((3, 4)))
+    assert load_trace(tmp_path / "counts.npz").tolist() == [COUNTS]
+    assert load_trace(tmp_path / "counts.pt").tolist() == [COUNTS]
+    assert load_trace(tmp_path / "ids.json", num_experts=4).tolist() == [COUNTS]
+    assert load_trace(tmp_path / "layers.npz", num_experts=4).tolist() == [COUNTS]
+    assert load_trace(tmp_path / "ids.json").shape == (1, 2, 8)
+    halves = load_trace(tmp_path / "ids.json", num_experts=4, tokens_per_step=2)
+    assert halves.tolist() == [[[1, 2, 1, 0], [1, 1, 0, 2]], [[0, 0, 1, 0], [0, 0, 0, 1]]]
+
+    np.savez(tmp_path / "homes.npz", topk_ids=np.stack([IDS, IDS]), rank_of_token=[0, 1, 1])
+    found = load_trace(tmp_path / "homes.npz", num_experts=4, num_gpus=3)
+    assert found.shape == (2, 2, 4, 3)
+    assert found[1, 0].tolist() == [[1, 0, 0], [1, 1, 0], [0, 2, 0], [0, 0, 0]]
+    cut = load_trace(tmp_path / "homes.npz", num_experts=4, num_gpus=2, tokens_per_step=2)
+    assert cut[:, 0].sum(axis=2).tolist() == [[1, 2, 1, 0], [0, 0, 1, 0]] * 2
+    assert cut[1, 0, 2].tolist() == [0, 1]
+
+
+def test_traces_that_are_none(tmp_path):
+    np.savez(tmp_path / "counts.npz", logical_count=np.array(COUNTS))
+    with pytest.raises(ValueError, match=r"`num_experts` must be left out for counts\.npz, which has counts, got 4"):
+        load_trace(tmp_path / "counts.npz", num_experts=4)
+    np.savez(tmp_path / "homes.npz", topk_ids=IDS, rank_of_token=[0, 2, 1])
+    with pytest.raises(ValueError, match=r"`rank_of_token` must be in \[0, 2\), got 2 at step 0, token 1"):
+        load_trace(tmp_path / "homes.npz", num_gpus=2)
+    np.savez(tmp_path / "homes.npz", topk_ids=IDS, rank_of_token=[[0, 1]])
+    with pytest.raises(
+        ValueError, match=r"`rank_of_token` must be of shape \(steps, tokens\) = \(1, 3\), got shape \(1, 2\)"
+    ):
+        load_trace(tmp_path / "homes.npz")
+    np.savez(tmp_path / "layers.npz", first=IDS[0], second=IDS[1, :2])
+    with pytest.raises(ValueError, match=r"all of a shape, got layers\.npz with shapes \[\(2, 2\), \(3, 2\)\]"):
+        load_trace(tmp_path / "layers.npz")
+    (tmp_path / "map.json").write_text('{"physical_to_logical_map": [[0]]}')
+    with pytest.raises(ValueError, match=r"`path` must be a file with logical_count or topk_ids, got map\.json"):
+        load_trace(tmp_path / "map.json")
+
+
+def test_periods():
+    lines = over_time({"a": np.arange(17.0)}, "balance").splitlines()
+    assert lines[0].split() == ["balance", "0-2", "3-4", "5-6", "7-8", "9-10", "11-12", "13-14", "15-16"]
+    assert lines[2].split() == ["a", "1.000", "3.500", "5.500", "7.500", "9.500", "11.500", "13.500", "15.500"]
+
+
+@pytest.fixture
+def dump(tmp_path):
+    np.savez(tmp_path / "dump.npz", logical_count=PAIR.astype(int))
+    return tmp_path / "dump.npz"
+
+
+def test_command(dump, tmp_path, capsys):
+    out, numbers = tmp_path / "best.json", tmp_path / "numbers.json"
+    options = "--gpus 2 --nodes 2 --algorithm refined --interval once,1 --bytes-per-expert 1e9 --step-ms 15 --detail"
+    assert main(["rebalance", str(dump), *options.split(), "--json", str(numbers), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    assert printed.startswith("dump.npz: 3 steps, 1 layers, 4 experts\n")
+    assert ["stay", "4", "-", "0.500", "0.500", "2.000", "50.0", "50.0", "0", "0", "0.00", "0.0", "0.0", "-"] in rows
+    assert [
+        "refined",
+        "4",
+        "once",
+        "1.000",
+        "1.000",
+        "1.000",
+        "50.0",
+        "50.0",
+        "1",
+        "2",
+        "2.00",
+        "20.0",
+        "45.0",
+        "2",
+    ] in rows
+    assert [
+        "refined",
+        "4",
+        "1",
+        "0.833",
+        "0.833",
+        "1.333",
+        "50.0",
+        "50.0",
+        "2",
+        "2",
+        "2.00",
+        "20.0",
+        "30.0",
+        "2",
+    ] in rows
+    assert ["refined,", "4", "slots,", "every", "1", "steps", "0.500", "1.000", "1.000"] in rows
+    assert ["rank", "0", "2.000", "2.000", "2.000"] in rows
+    assert ["rank", "0", "1.000", "1.000", "1.000"] in rows
+    assert printed.endswith("once, 1.000 times the time of perfect balance. It pays after 2 steps.\n")
+    location = ExpertLocation.load(out)
+    assert (location.num_gpus, location.num_nodes) == (2, 2)
+    assert rank_loads(PAIR[0], location.physical_to_logical_map, 2).tolist() == [[6, 6]]
+    report = json.loads(numbers.read_text())
+    assert report["scenarios"][report["best"]]["step_time"] == [1, 1, 1]
+    assert report["scenarios"][2]["rebalances"][0]["move_ms"] == 20
+
+
+def test_command_goes_on_from_a_location(dump, tmp_path, capsys):
+    spread = ExpertLocation.from_mapping([[0, 2, 3, 1, 2, 3]], num_gpus=2)
+    spread.save(tmp_path / "now.npz")
+    options = ["--gpus", "2", "--location", str(tmp_path / "now.npz"), "--out", str(tmp_path / "best.pt")]
+    assert main(["rebalance", str(dump), *options]) == 0
+    assert "Best: stay, 6 slots. No rebalance takes less time." in capsys.readouterr().out
+    assert ExpertLocation.load(tmp_path / "best.pt") == spread
+
+
+def test_command_searches(dump, capsys):
+    assert main(["rebalance", str(dump), "--gpus", "2", "--search", "--algorithm", "deepseek"]) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    for row in (["stay", "4", "-"], ["deepseek", "6", "1"], ["deepseek", "8", "1"]):
+        assert row in rows
+    assert not any(row[2:] == ["once"] for row in rows)
+
+
+def test_command_draws(dump, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    assert main(["rebalance", str(dump), "--gpus", "2", "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_matplotlib_is_imported_for_plots_alone(dump, without_simulator):
+    program = "import sys; from numba_moe.cli import main; main(sys.argv[1:]); print('matplotlib' in sys.modules)"
+    assert without_simulator(program, "rebalance", str(dump), "--gpus", "2").endswith("\nFalse\n")
+
+
+WRONG = {
+    "no file": (["nothing.npz", "--gpus", "2"], "No such file"),
+    "another kind": (["dump.csv", "--gpus", "2"], "must be a .npy, .npz"),
+    "no folder": (["dump.npz", "--gpus", "2", "--json", "gone/x.json"], "no folder for gone/x.json"),
+    "out": (["dump.npz", "--gpus", "2", "--out", "x.csv"], "`--out` must be one of '.json', '.npz', '.pt', got '.csv'"),
+    "GPUs": (["dump.npz", "--gpus", "0"], "`--gpus` must be at least 1, got 0"),
+    "interval": (["dump.npz", "--gpus", "2", "--interval", "5"], "`intervals` must be at most the number of steps - 1 = 2"),
+    "algorithm": (["dump.npz", "--gpus", "2", "--algorithm", "best"], "`algorithms` must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_command_refuses(name, dump, monkeypatch, capsys):
+    monkeypatch.chdir(dump.parent)
+    (dump.parent / "dump.csv").write_text("1")
+    arguments, message = WRONG[name]
+    assert main(["rebalance", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("numba-moe rebalance: ")
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_command_refuses_lists_that_are_none(dump, capsys):
+    with pytest.raises(SystemExit):
+        main(["rebalance", str(dump), "--gpus", "2", "--interval", "often"])
+    assert "must be comma-separated, got 'often'" in capsys.readouterr().err

@@ -83,7 +83,8 @@ class Launch:
         device = self._device
         if torch._C._cuda_getDevice() != device:
             with torch.cuda.device(device):
-                return self(*arrays)
+                self(*arrays)
+            return
         thread = _thread
         if thread.device != device:
             _make_context_current(device)

@@ -763,10 +763,8 @@ def grouped_topk(
     >>> grouped_topk(logits, 1, 2, 1, scoring_func="sigmoid", group_score="max").topk_ids
     array([[0]], dtype=int32)
     """
-    plan = _plan_grouped(
-        *(layout(gating_output), top_k, num_expert_group, topk_group, renormalize, scoring_func),
-        *(layout(correction_bias), group_score, routed_scaling_factor),
-    )
+    rules = (renormalize, scoring_func, layout(correction_bias), group_score, routed_scaling_factor)
+    plan = _plan_grouped(layout(gating_output), top_k, num_expert_group, topk_group, *rules)
     if checks.VALIDATE:
         checks.logits("gating_output", gating_output)
     if arrays.answered_by_reference(gating_output):

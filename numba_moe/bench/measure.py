@@ -1,6 +1,7 @@
 """How it is timed: device and host time of a call, share of the copy bandwidth, and where that was."""
 
 import functools
+import inspect
 import shlex
 import shutil
 import subprocess
@@ -112,7 +113,9 @@ def measure(case: Case, peers: Sequence[str], copy_bytes_per_us: float) -> Itera
     if case.dtype is not None:
         arguments[payload] = arguments[payload].to(getattr(torch, case.dtype))
     row = Row(case.op, case.name, len(arguments[payload]), str(arguments[payload].dtype).removeprefix("torch."), OURS)
-    ours = Contender(OURS, functools.partial(getattr(numba_moe, case.op), **arguments))
+    op = getattr(numba_moe, case.op)
+    bound = inspect.signature(op).bind(**arguments)  # positional where that is how one calls
+    ours = Contender(OURS, functools.partial(op, *bound.args, **bound.kwargs))
     others = (c for c in OPS[case.op].peers(**arguments) if c.name in peers and is_registered(c.needs))
     moved: int | None = None
     for name, call, _ in (ours, *others):

@@ -108,9 +108,9 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if args and isinstance(args[0], torch.Tensor):
-            return function(*args, **kwargs)
         array = args[0] if args else kwargs.get(first)
+        if isinstance(array, torch.Tensor):
+            return function(*args, **kwargs)
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be

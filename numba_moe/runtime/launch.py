@@ -26,6 +26,18 @@ _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _compile_lock = threading.Lock()
 
 
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of the driver."""
+
+    _fields_ = (
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
 class _Thread(threading.local):
     """Of each thread: the device whose context is bound to it, and memory from which the driver takes parameters."""
 
@@ -76,10 +88,13 @@ class Launch:
         self._specialisation = compile.specialisation_for(kernel, names)
         self._constants = tuple(choice for choice in self._specialisation if isinstance(choice, int))
         self._pack = struct.Struct(f"<{compile.formats(kernel)}").pack_into
-        self._launch_kernel: Any = None
+        self._loaded: Any = None
+        self._configs: dict[int, Any] = {}  # by stream
 
     def __call__(self, *arrays: torch.Tensor | None) -> None:
         """Launch the kernel on tensors, None for an absent one, on the current stream of their device."""
+        if not self._blocks:
+            return
         device = self._device
         if torch._C._cuda_getDevice() != device:
             with torch.cuda.device(device):
@@ -88,22 +103,21 @@ class Launch:
         thread = _thread
         if thread.device != device:
             _make_context_current(device)
-        if self._launch_kernel is None:
-            self._load(device)
         pointers = [0 if array is None else array.data_ptr() for array in arrays]
         self._pack(thread.values, 0, *pointers, *self._numbers)
-        stream = _stream(torch._C._cuda_getCurrentRawStream(device))
-        status = self._launch_kernel(stream, thread.parameters, None)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        config = self._configs.get(stream) or self._config(stream)
+        status = _libcuda().cuLaunchKernelEx(config, self._loaded, thread.parameters, None)
         if status:
             _check(f"the launch of {self._kernel.py_func.__name__}", driver.CUresult(status))
 
-    def _load(self, device: int) -> None:
-        if not self._blocks:
-            self._launch_kernel = lambda *_: 0
-            return
-        kernel = ctypes.c_void_p(int(_load(self._kernel, self._specialisation, device)))
-        sizes = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
-        self._launch_kernel = functools.partial(_libcuda().cuLaunchKernel, kernel, *map(ctypes.c_uint, sizes))
+    def _config(self, stream: int) -> Any:
+        """Return the driver's configuration of this launch on a stream, which many threads may share."""
+        if self._loaded is None:
+            self._loaded = ctypes.c_void_p(int(_load(self._kernel, self._specialisation, self._device)))
+        config = _Config(self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes, stream, None, 0)
+        self._configs[stream] = ctypes.byref(config)
+        return self._configs[stream]
 
     def _simulate(self, *arrays: torch.Tensor | None) -> None:
         if self._blocks:
@@ -156,11 +170,6 @@ def _make_context_current(device: int) -> None:
     context = _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
     _check("the primary context", *driver.cuCtxSetCurrent(context))
     _thread.device = device
-
-
-@functools.lru_cache(maxsize=1024)
-def _stream(handle: int) -> Any:
-    return ctypes.c_void_p(handle)
 
 
 @functools.cache

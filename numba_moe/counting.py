@@ -452,7 +452,7 @@ def _grid(num_slots: int, num_experts: int) -> Grid:
         return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts, False)
     # Measured on an H200: blocks that each count all slots, then one wave of small blocks, then more slots to a block.
     counted = num_slots > RECOUNTED_SLOTS
-    threads, items = (most, 1) if not counted else (256, 4) if num_slots <= 160 * 1024 else (512, 8)
+    threads, items = (512, 1) if not counted else (256, 4) if num_slots <= 160 * 1024 else (512, 8)
     threads = block_threads(threads)
     return _deal(-(-num_slots // (threads * items)), threads, items, num_experts, counted)
 
@@ -522,10 +522,10 @@ def sort(
     """Write every slot to its position, and what else is asked for; positions without a slot hold num_slots."""
     block_counts = block_offsets = None
     if plan.num_counts:
-        block_counts = arrays.empty(topk_ids, torch.int16, plan.num_counts)
+        block_counts = arrays.empty(topk_ids, plan.num_counts, dtype=torch.int16)
         plan.count_slots(topk_ids, expert_map, block_counts, None, sorted_slots)
     if plan.num_offsets:
-        block_offsets = arrays.empty(topk_ids, torch.int32, plan.num_offsets)
+        block_offsets = arrays.empty(topk_ids, plan.num_offsets, dtype=torch.int32)
         plan.scan_blocks(block_counts, block_offsets)
     inputs = (topk_ids, expert_map, block_names, block_counts, block_offsets)
     plan.place_slots(*inputs, sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded)
@@ -594,7 +594,7 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
         checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(topk_ids):
         return arrays.by_reference(reference.count_tokens_per_expert, topk_ids, num_experts, expert_map)
-    counts = arrays.empty(topk_ids, torch.int32, num_experts)
+    counts = arrays.empty(topk_ids, num_experts, dtype=torch.int32)
     if several_blocks:
         counts.zero_()
     count(topk_ids, expert_map, None, counts, None)
@@ -637,6 +637,6 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     scan = _plan_offsets(layout(counts), alignment)
     if arrays.answered_by_reference(counts):
         return arrays.by_reference(reference.expert_offsets, counts, alignment)
-    offset = arrays.empty(counts, torch.int64, counts.numel() + 1)
+    offset = arrays.empty(counts, counts.numel() + 1, dtype=torch.int64)
     scan(counts, offset)
     return offset

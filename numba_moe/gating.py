@@ -29,7 +29,7 @@ from numba_moe.runtime.parameters import (
     Int64,
     OptionalFloat32Array,
 )
-from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
@@ -590,14 +590,14 @@ def _plan_grouped(
 
 
 def _choose(plan: GatingPlan, gating_output: torch.Tensor, correction_bias: torch.Tensor | None) -> TopK:
-    topk_weights = arrays.empty(gating_output, torch.float32, plan.num_tokens, plan.top_k)
-    topk_ids = arrays.empty(gating_output, torch.int32, plan.num_tokens, plan.top_k)
+    topk_weights = arrays.empty(gating_output, plan.num_tokens, plan.top_k, dtype=torch.float32)
+    topk_ids = arrays.empty(gating_output, plan.num_tokens, plan.top_k, dtype=torch.int32)
     if not plan.in_memory:
         plan.choose(gating_output, correction_bias, topk_weights, topk_ids)
     else:
-        scores = arrays.empty(gating_output, torch.float32, *plan.group_scores) if plan.group_scores else None
+        scores = arrays.empty(gating_output, *plan.group_scores, dtype=torch.float32) if plan.group_scores else None
         plan.choose(gating_output, correction_bias, scores, topk_weights, topk_ids)
-    return TopK(topk_weights, topk_ids)
+    return new_tuple(TopK, (topk_weights, topk_ids))
 
 
 def _topk(scoring_func: str, gating_output: Any, top_k: int, renormalize: bool, correction_bias: Any) -> TopK:

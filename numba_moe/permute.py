@@ -171,10 +171,10 @@ def moe_permute(hidden_states: Any, topk_ids: Any, num_experts: int, expert_map:
         rows, *indices = arrays.by_reference(reference.moe_permute, hidden_states, topk_ids, num_experts, expert_map)
         return PermutedTokens(rows.to(hidden_states.dtype), *indices)
     num_slots = topk_ids.numel()
-    rows = arrays.empty(hidden_states, hidden_states.dtype, num_slots, hidden_states.shape[1])
-    offset = arrays.empty(hidden_states, torch.int64, plan.num_experts + 1)
-    permuted_idx = arrays.empty(hidden_states, torch.int32, num_slots)
-    inv_permuted_idx = arrays.empty(hidden_states, torch.int32, *topk_ids.shape)
+    rows = arrays.empty(hidden_states, num_slots, hidden_states.shape[1], dtype=hidden_states.dtype)
+    offset = arrays.empty(hidden_states, plan.num_experts + 1, dtype=torch.int64)
+    permuted_idx = arrays.empty(hidden_states, num_slots, dtype=torch.int32)
+    inv_permuted_idx = arrays.empty(hidden_states, *topk_ids.shape, dtype=torch.int32)
     counting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, None, offset)
     if rows.numel():
         plan.gather(hidden_states.view(plan.word), permuted_idx, rows.view(plan.word))
@@ -224,6 +224,6 @@ def moe_unpermute(permuted: Any, topk_weights: Any, inv_permuted_idx: Any) -> An
     if arrays.answered_by_reference(permuted):
         combined = arrays.by_reference(reference.moe_unpermute, permuted, topk_weights, inv_permuted_idx)
         return combined.to(permuted.dtype)
-    out = arrays.empty(permuted, permuted.dtype, inv_permuted_idx.shape[0], permuted.shape[1])
+    out = arrays.empty(permuted, inv_permuted_idx.shape[0], permuted.shape[1], dtype=permuted.dtype)
     combine(permuted, topk_weights, inv_permuted_idx, out)
     return out

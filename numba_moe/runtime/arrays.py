@@ -138,9 +138,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def empty(like: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Allocate on the device of a tensor: every output and scratch of every op, so that tests can poison it."""
-    return like.new_empty(*shape, dtype=dtype)
+# Allocates on the device of a tensor: every output and scratch of every op, so that tests can poison it.
+empty = torch.Tensor.new_empty
 
 
 def padded_sizes(*sizes: int) -> tuple[int, ...]:
@@ -153,7 +152,7 @@ def padded_sizes(*sizes: int) -> tuple[int, ...]:
 
 def empty_parts(like: torch.Tensor, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """Allocate several int32 arrays at once, given `padded_sizes`: a view takes a third of an allocation's time."""
-    return torch.unsafe_split_with_sizes(empty(like, torch.int32, sum(sizes)), sizes)[::2]
+    return torch.unsafe_split_with_sizes(empty(like, sum(sizes), dtype=torch.int32), sizes)[::2]
 
 
 def answered_by_reference(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_new = tuple.__new__  # half of what Layout(...) takes
+new_tuple = tuple.__new__  # of a NamedTuple and its fields: two thirds of the time that calling it takes
 _remembered: list[Any] = []
 
 
@@ -33,7 +33,7 @@ def layout(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     strides = None if value.is_contiguous() else value.stride()
-    return _new(Layout, (value.shape, value.dtype, value.device, strides, value.data_ptr() % 16))
+    return new_tuple(Layout, (value.shape, value.dtype, value.device, strides, value.data_ptr() % 16))
 
 
 def planned(function: Callable[P, R]) -> Callable[P, R]:

@@ -134,3 +134,17 @@ def test_two_streams_at_once_from_one_thread():
                 wrong[number] |= work.wrong(work.call(work.inputs[step % 3]), step % 3)
     torch.cuda.synchronize()
     assert not any(flag.item() for flag in wrong)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_tensors_of_another_device_than_the_current_one():
+    works = [Work(shape, seed=5) for shape in SHAPES]
+    for step in range(50):
+        work = works[step % len(works)]
+        logits = work.inputs[step % 3].to("cuda:1")
+        torch.cuda.synchronize(1)
+        results = work.call(logits)
+        assert {part.get_device() for part in results} == {1}
+        assert torch.cuda.current_device() == 0
+        torch.cuda.synchronize(1)
+        assert not work.wrong([part.to("cuda:0") for part in results], step % 3).item()

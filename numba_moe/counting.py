@@ -6,7 +6,8 @@ Consecutive slots belong to one warp, consecutive warps to one block. The positi
                                                 +  slots of its expert in earlier warps of its block
                                                 +  slots of its expert before it in its warp
 
-1. `count_slots` counts each expert's slots by block. Where one block holds all slots, step 2 alone does everything.
+1. `count_slots` counts each expert's slots by block. With few slots there is no such launch: one block holds them all,
+   or every block counts them all.
 2. `place_slots` sums these counts, counts the slots of its own block by warp, and writes every slot to its place.
 
 Nine slots of experts 1 1 2 | 2 1 0 | 1 2 2, three to a block and rows padded to 4: expert 2 begins at position 8,
@@ -73,9 +74,9 @@ def load_experts(topk_ids, expert_map, num_slots, num_experts, first, step, item
         experts[item] = num_experts
     if num_slots == 0:
         return
-    last = int32(num_slots - 1)
+    last = num_slots - 1
     for item in range(items):  # without branches, so that all loads are on their way before the first is used
-        slot = int32(first + item * step)
+        slot = first + item * step
         expert = int64(topk_ids[min(slot, last)])
         if expert < 0 or expert > num_experts or slot > last:
             expert = int64(num_experts)
@@ -92,10 +93,10 @@ def load_experts(topk_ids, expert_map, num_slots, num_experts, first, step, item
 @cuda.jit(device=True)
 def fill(array, size, value, first, step):
     """Write array[first:size:step]."""
-    index = first
-    while index < size:
+    index = uint32(first)  # which passes the size by up to a step, and that may be the largest int32
+    while index < uint32(size):
         array[index] = value
-        index = int32(index + step)
+        index = uint32(index + step)
 
 
 @cuda.jit(launch_bounds=MOST_THREADS)
@@ -119,7 +120,7 @@ def count_slots(
     threads = int32(cuda.blockDim.x)
     block = int32(cuda.blockIdx.x)
     blocks = int32(cuda.gridDim.x)
-    first_slot = int32(block * threads * items + thread)
+    first_slot = int64(block) * threads * items + thread
     load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, threads, items, experts)
     if present(sorted_slots):
         fill(sorted_slots, num_positions, num_slots, int32(block * threads + thread), int32(blocks * threads))
@@ -311,7 +312,7 @@ def place_slots(
     block = int32(cuda.blockIdx.x)
     blocks = int32(cuda.gridDim.x)
     warp = int32(thread >> 5)
-    first_slot = int32((block * threads + (warp << 5)) * items + cuda.laneid)
+    first_slot = (int64(block) * threads + (warp << 5)) * items + cuda.laneid
     load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, WARP, items, experts)
     everywhere = int32(blocks * threads)
     here = int32(block * threads + thread)
@@ -371,7 +372,7 @@ def place_slots(
         cuda.syncthreads()
 
         for item in range(items):
-            slot = int32(first_slot + item * WARP)
+            slot = first_slot + item * WARP
             if slot < num_slots:
                 expert = int32(experts[item] - first)
                 position = int32(-1)

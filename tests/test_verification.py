@@ -56,7 +56,7 @@ FAULTS = {
     "no-op": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = num_slots"),
     "off by one": ("counting", "place_slots", "position = int32(places", "position = int32(1 + places"),
     "swapped pair": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = slot ^ 1"),
-    "unstable order": ("counting", "place_slots", "items + cuda.laneid)", "items + 31 - cuda.laneid)"),
+    "unstable order": ("counting", "place_slots", "items + cuda.laneid\n", "items + 31 - cuda.laneid\n"),
     "unwritten tail": (
         "counting",
         "place_slots",

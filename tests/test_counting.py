@@ -28,7 +28,6 @@ def test_every_path(path, chunk, device, monkeypatch):
     for name, value in PATHS[path].items():
         monkeypatch.setattr(counting, name, value)
     plans.forget()
-    counting._grid.cache_clear()
     rng = np.random.default_rng(0)
     for tokens, experts, top_k in [(0, 5, 1), (5, 60, 3), (70, 20, 2), (300, 60, 6)]:
         for routing in ("uniform", "one_hot"):
@@ -44,7 +43,6 @@ def test_every_path(path, chunk, device, monkeypatch):
             for got, wanted in zip((*blocks, counts), expected, strict=True):
                 assert np.array_equal(got.cpu().numpy(), wanted), (tokens, experts, top_k, routing)
     plans.forget()
-    counting._grid.cache_clear()
 
 
 def test_grids_keep_within_what_a_block_has():

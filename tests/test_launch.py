@@ -1,7 +1,5 @@
 """Launches on a GPU: streams, graphs, threads, reproducible bits, large addresses."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -70,26 +68,6 @@ def test_the_current_stream_is_used():
         blocks = moe.moe_align_block_size(late, 16, 60)
     stream.synchronize()
     assert_equal(blocks, expected)
-
-
-def test_four_threads_on_four_streams():
-    failures = []
-
-    def work(number):
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for step in range(25):
-                    ids, expected = routing(100 * number + step, tokens=50 + 37 * step)
-                    assert_equal(moe.moe_align_block_size(ids, 16, 60), expected)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
 
 
 def test_bits_repeat():

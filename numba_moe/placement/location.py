@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ from numba_moe.placement.rebalance import (
     rebalance_experts,
     slots_of_experts,
 )
-from numba_moe.runtime import checks
+from numba_moe.runtime import checks, files
 
 FORMATS = (".json", ".npz", ".pt")
 
@@ -273,14 +272,8 @@ class ExpertLocation:
             "rank_of_slot": self.rank_of_slot,
             "node_of_slot": self.node_of_slot,
         }
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                _write(file, path.suffix, arrays)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with files.replacing(path) as file:
+            _write(file, path.suffix, arrays)
 
     def __eq__(self, other: object) -> bool:
         """Compare all arrays."""

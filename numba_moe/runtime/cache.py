@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from numba_moe.runtime import files
 
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink")
 SUFFIX = ".kernel"
@@ -103,17 +104,12 @@ def write(path: Path, entry: Entry) -> None:
     """Write an entry at once, so that other processes see all of it or none; without space or rights, do not."""
     header = json.dumps([entry.kernel, entry.specialisation, entry.arch, entry.entry_name]).encode()
     body = header + b"\n" + entry.cubin
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = file.name
+        with files.replacing(path) as file:
             file.write(hashlib.sha256(body).digest() + body)
-        os.replace(temporary, path)
     except OSError as error:
         _log.info("%s is not written: %s", path, error)
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def entries() -> Iterator[tuple[Path, Entry]]:

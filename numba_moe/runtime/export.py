@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numba_moe.runtime import cache, compile
+from numba_moe.runtime import cache, compile, files
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -127,13 +127,8 @@ def _first_comment(function: Any) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file at once, with the rights that files get here; a file that cannot be written leaves nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as file:
+        file.write(content)
 
 
 class _Section(NamedTuple):

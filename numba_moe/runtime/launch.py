@@ -2,8 +2,8 @@
 
 Numba's own launch of a kernel on torch tensors takes 73 us of host time on an H200 (numba-cuda 0.30.4), because
 it boxes every array; the driver's part of the five or so here takes 3. The driver's function is called through
-ctypes with arguments made beforehand, which takes as long as cuda.core.launch; but to import cuda.core takes 55 ms,
-which only compiling should cost.
+ctypes with a configuration made beforehand: 3.0 us where cuda.core.launch takes 3.4 (cuda.core 1.2), and a process that
+compiles nothing need not import cuda.core, which takes 55 ms.
 """
 
 import ctypes
@@ -39,10 +39,10 @@ class _Config(ctypes.Structure):
 
 
 class _Thread(threading.local):
-    """Of each thread: the device whose context is bound to it, and memory from which the driver takes parameters."""
+    """Of each thread: the devices that it knows, and memory from which the driver takes parameters."""
 
     def __init__(self) -> None:
-        self.device: int | None = None
+        self.devices: set[int] = set()
         self.values = ctypes.create_string_buffer(8 * MOST_PARAMETERS)
         first = ctypes.addressof(self.values)
         self._addresses = (ctypes.c_void_p * MOST_PARAMETERS)(*range(first, first + 8 * MOST_PARAMETERS, 8))
@@ -101,7 +101,7 @@ class Launch:
                 self(*arrays)
             return
         thread = _thread
-        if thread.device != device:
+        if device not in thread.devices:
             _make_context_current(device)
         pointers = [0 if array is None else array.data_ptr() for array in arrays]
         self._pack(thread.values, 0, *pointers, *self._numbers)
@@ -166,10 +166,13 @@ def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> A
 
 
 def _make_context_current(device: int) -> None:
-    """Bind the device's primary context to this thread: a thread that only allocated from torch's cache has none."""
+    """Bind the device's primary context to this thread: a thread that only allocated from torch's cache has none.
+
+    From then on torch's own changes of device change the context too.
+    """
     context = _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
     _check("the primary context", *driver.cuCtxSetCurrent(context))
-    _thread.device = device
+    _thread.devices.add(device)
 
 
 @functools.cache

@@ -5,17 +5,21 @@ The counting sort of `numba_moe.counting` with rows padded to the block size.
 
 from typing import Any, NamedTuple
 
+import torch
+
 from numba_moe import counting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 
 
 class AlignPlan(NamedTuple):
-    """The sizes of the outputs, and the sort."""
+    """The outputs, and the sort."""
 
-    sizes: tuple[int, ...]
+    sorted_token_ids: arrays.Contiguous
+    expert_ids: arrays.Contiguous
+    num_tokens_post_padded: arrays.Contiguous
     sort: counting.SortPlan
 
 
@@ -38,7 +42,12 @@ def _plan(
     checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
     maps = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     sort = counting.plan_sort(topk_ids, num_experts, num_positions, block_size, inactive_expert_id, *maps)
-    return AlignPlan(arrays.padded_sizes(num_positions, -(-num_positions // block_size), 1), sort)
+    return AlignPlan(
+        arrays.contiguous(torch.int32, num_positions),
+        arrays.contiguous(torch.int32, -(-num_positions // block_size)),
+        arrays.contiguous(torch.int32, 1),
+        sort,
+    )
 
 
 @arrays.public
@@ -111,8 +120,10 @@ def moe_align_block_size(
     if arrays.answered_by_reference(topk_ids):
         arguments = (topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts)
         return arrays.by_reference(reference.moe_align_block_size, *arguments, inactive_expert_id=inactive_expert_id)
-    sorted_token_ids, expert_ids, num_tokens_post_padded = arrays.empty_parts(topk_ids, plan.sizes)
+    sorted_token_ids = arrays.empty(*plan.sorted_token_ids)
+    expert_ids = arrays.empty(*plan.expert_ids)
+    num_tokens_post_padded = arrays.empty(*plan.num_tokens_post_padded)
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     outputs = (sorted_token_ids, None, None, None, expert_ids, num_tokens_post_padded)
     counting.sort(plan.sort, topk_ids, slot_map, block_names, *outputs)
-    return AlignedBlocks(sorted_token_ids, expert_ids, num_tokens_post_padded)
+    return new_tuple(AlignedBlocks, (sorted_token_ids, expert_ids, num_tokens_post_padded))

@@ -468,10 +468,10 @@ def _choices(topk_ids: Layout, expert_map: Layout | None, grid: Grid) -> dict[st
 
 
 class SortPlan(NamedTuple):
-    """The launches of a sort, and the sizes of the scratch between them: counts by block, and their sums."""
+    """The launches of a sort, and the scratch between them: counts by block, and their sums."""
 
-    num_counts: int
-    num_offsets: int
+    block_counts: arrays.Contiguous | None
+    block_offsets: arrays.Contiguous | None
     count_slots: Launch
     scan_blocks: Launch
     place_slots: Launch
@@ -495,8 +495,8 @@ def plan_sort(
     scan = (grid.blocks, num_experts, grid.stride)
     names = {"block_names": block_names and block_names.dtype}
     return SortPlan(
-        grid.blocks * grid.stride if grid.counted else 0,
-        (grid.blocks + 1) * num_experts if grid.scanned else 0,
+        arrays.contiguous(torch.int16, grid.blocks * grid.stride) if grid.counted else None,
+        arrays.contiguous(torch.int32, (grid.blocks + 1) * num_experts) if grid.scanned else None,
         Launch(count_slots, *where, sizes, ids),
         Launch(scan_blocks, topk_ids.device, *warps(num_experts), scan),
         Launch(place_slots, *where, (*sizes, block_size, inactive_expert_id), ids | names, grid.shared_bytes),
@@ -517,33 +517,42 @@ def sort(
 ) -> None:
     """Write every slot to its position, and what else is asked for; positions without a slot hold num_slots."""
     block_counts = block_offsets = None
-    if plan.num_counts:
-        block_counts = arrays.empty(topk_ids, plan.num_counts, dtype=torch.int16)
+    if plan.block_counts:
+        block_counts = arrays.empty(*plan.block_counts)
         plan.count_slots(topk_ids, expert_map, block_counts, None, sorted_slots)
-    if plan.num_offsets:
-        block_offsets = arrays.empty(topk_ids, plan.num_offsets, dtype=torch.int32)
+    if plan.block_offsets:
+        block_offsets = arrays.empty(*plan.block_offsets)
         plan.scan_blocks(block_counts, block_offsets)
     inputs = (topk_ids, expert_map, block_names, block_counts, block_offsets)
     plan.place_slots(*inputs, sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded)
 
 
+class CountPlan(NamedTuple):
+    """The result, whether it must start at zero, and the launch."""
+
+    counts: arrays.Contiguous
+    several_blocks: bool
+    launch: Launch
+
+
 @planned
-def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -> tuple[int, bool, Launch]:
+def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -> CountPlan:
     num_experts = checks.routing(topk_ids, num_experts, expert_map)
     num_slots = topk_ids.shape.numel()
     grid = _grid(num_slots, num_experts)
     where = (topk_ids.device, grid.blocks, grid.threads)
     ids = _choices(topk_ids, expert_map, grid)
     launch = Launch(count_slots, *where, (num_slots, num_experts, grid.stride, 0), ids)
-    return num_experts, grid.blocks > 1, launch
+    return CountPlan(arrays.contiguous(torch.int32, num_experts), grid.blocks > 1, launch)
 
 
 @planned
-def _plan_offsets(counts: Layout, alignment: int) -> Launch:
+def _plan_offsets(counts: Layout, alignment: int) -> tuple[arrays.Contiguous, Launch]:
     checks.array("counts", counts, checks.IDS, (1,))
     alignment = checks.integer("alignment", alignment, 1)
-    numbers = (counts.shape[0], alignment)
-    return Launch(scan_experts, counts.device, 1, block_threads(MOST_THREADS), numbers, {"counts": counts.dtype})
+    where = (counts.device, 1, block_threads(MOST_THREADS))
+    launch = Launch(scan_experts, *where, (counts.shape[0], alignment), {"counts": counts.dtype})
+    return arrays.contiguous(torch.int64, counts.shape[0] + 1), launch
 
 
 @arrays.public
@@ -581,15 +590,15 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
     >>> count_tokens_per_expert(np.array([[0, 2], [2, -1]]), 4)
     array([1, 0, 2, 0], dtype=int32)
     """
-    num_experts, several_blocks, count = _plan_count(layout(topk_ids), num_experts, layout(expert_map))
+    plan = _plan_count(layout(topk_ids), num_experts, layout(expert_map))
     if checks.VALIDATE:
         checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(topk_ids):
         return arrays.by_reference(reference.count_tokens_per_expert, topk_ids, num_experts, expert_map)
-    counts = arrays.empty(topk_ids, num_experts, dtype=torch.int32)
-    if several_blocks:
+    counts = arrays.empty(*plan.counts)
+    if plan.several_blocks:
         counts.zero_()
-    count(topk_ids, expert_map, None, counts, None)
+    plan.launch(topk_ids, expert_map, None, counts, None)
     return counts
 
 
@@ -626,9 +635,9 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     >>> expert_offsets(np.array([3, 0, 5]), alignment=4)
     array([ 0,  4,  4, 12])
     """
-    scan = _plan_offsets(layout(counts), alignment)
+    result, scan = _plan_offsets(layout(counts), alignment)
     if arrays.answered_by_reference(counts):
         return arrays.by_reference(reference.expert_offsets, counts, alignment)
-    offset = arrays.empty(counts, counts.numel() + 1, dtype=torch.int64)
+    offset = arrays.empty(*result)
     scan(counts, offset)
     return offset

@@ -498,13 +498,13 @@ def choose_from_memory(
 
 
 class GatingPlan(NamedTuple):
-    """The launch, whether it is of the kernel for rows of any size, and the shape of the group scores of that one."""
+    """The results, the launch, whether it is of the kernel for rows of any size, and the group scores of that one."""
 
-    num_tokens: int
-    top_k: int
+    topk_weights: arrays.Contiguous
+    topk_ids: arrays.Contiguous
     choose: Launch
     in_memory: bool
-    group_scores: tuple[int, int] | None
+    group_scores: arrays.Contiguous | None
 
 
 def _plan_gating(
@@ -535,10 +535,12 @@ def _plan_gating(
     groups = (num_expert_group, topk_group, GROUP_SCORES.index(group_score))
     sizes = (num_tokens, num_experts, stride)
     dtype = gating_output.dtype
+    topk_weights = arrays.contiguous(torch.float32, num_tokens, top_k)
+    topk_ids = arrays.contiguous(torch.int32, num_tokens, top_k)
     if num_experts > MOST_IN_REGISTERS or num_expert_group > WARP:
-        scores = (num_tokens, num_expert_group) if num_expert_group > 1 else None
+        scores = arrays.contiguous(torch.float32, num_tokens, num_expert_group) if num_expert_group > 1 else None
         launch = Launch(choose_from_memory, *where, (*sizes, *rules, *groups), {"gating_output": dtype})
-        return GatingPlan(num_tokens, top_k, launch, True, scores)
+        return GatingPlan(topk_weights, topk_ids, launch, True, scores)
     columns = next(columns for columns in COLUMNS if WARP * columns >= num_experts)
     aligned = columns >= 4 and not (num_experts % 4 or stride % 4 or gating_output.address % (4 * dtype.itemsize))
     lanes_per_group = 1 << (WARP // num_expert_group).bit_length() - 1
@@ -547,7 +549,7 @@ def _plan_gating(
         {"gating_output": dtype, "columns": columns},
         shared_bytes=4 * num_experts * where[2] // WARP if num_expert_group > 1 else 0,
     )
-    return GatingPlan(num_tokens, top_k, launch, False, None)
+    return GatingPlan(topk_weights, topk_ids, launch, False, None)
 
 
 @planned
@@ -590,12 +592,12 @@ def _plan_grouped(
 
 
 def _choose(plan: GatingPlan, gating_output: torch.Tensor, correction_bias: torch.Tensor | None) -> TopK:
-    topk_weights = arrays.empty(gating_output, plan.num_tokens, plan.top_k, dtype=torch.float32)
-    topk_ids = arrays.empty(gating_output, plan.num_tokens, plan.top_k, dtype=torch.int32)
+    topk_weights = arrays.empty(*plan.topk_weights)
+    topk_ids = arrays.empty(*plan.topk_ids)
     if not plan.in_memory:
         plan.choose(gating_output, correction_bias, topk_weights, topk_ids)
     else:
-        scores = arrays.empty(gating_output, *plan.group_scores, dtype=torch.float32) if plan.group_scores else None
+        scores = arrays.empty(*plan.group_scores) if plan.group_scores else None
         plan.choose(gating_output, correction_bias, scores, topk_weights, topk_ids)
     return new_tuple(TopK, (topk_weights, topk_ids))
 

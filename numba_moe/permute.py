@@ -70,9 +70,9 @@ def combine_rows(
 
 
 class PermutePlan(NamedTuple):
-    """Sizes, the sort, and the copy of rows as machine words of a dtype."""
+    """The results, the sort, and the copy of rows as machine words of a dtype."""
 
-    num_experts: int
+    outputs: tuple[arrays.Contiguous, ...]
     sort: counting.SortPlan
     word: torch.dtype
     gather: Launch
@@ -97,11 +97,19 @@ def _plan_permute(hidden_states: Layout, topk_ids: Layout, num_experts: int, exp
         {"hidden_states": word, "permuted": word},
     )
     sort = counting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map)
-    return PermutePlan(num_experts, sort, word, gather)
+    outputs = (
+        arrays.contiguous(hidden_states.dtype, num_slots, hidden),
+        arrays.contiguous(torch.int64, num_experts + 1),
+        arrays.contiguous(torch.int32, num_slots),
+        arrays.contiguous(torch.int32, num_tokens, top_k),
+    )
+    return PermutePlan(outputs, sort, word, gather)
 
 
 @planned
-def _plan_unpermute(permuted: Layout, topk_weights: Layout, inv_permuted_idx: Layout) -> Launch:
+def _plan_unpermute(
+    permuted: Layout, topk_weights: Layout, inv_permuted_idx: Layout
+) -> tuple[arrays.Contiguous, Launch]:
     checks.array("permuted", permuted, checks.FLOATS, (2,), rows=True)
     like = ("permuted", permuted)
     checks.array("topk_weights", topk_weights, checks.FLOATS, (2,), like=like)
@@ -111,11 +119,12 @@ def _plan_unpermute(permuted: Layout, topk_weights: Layout, inv_permuted_idx: La
     num_tokens, top_k = inv_permuted_idx.shape
     checks.fits_int32("permuted", num_rows, "the number of rows")
     stride = hidden if permuted.strides is None else permuted.strides[0]
-    return Launch(
+    launch = Launch(
         *(combine_rows, permuted.device, num_tokens if hidden else 0, block_threads(THREADS)),
         (num_rows, top_k, hidden, stride),
         {"permuted": permuted.dtype, "topk_weights": topk_weights.dtype, "combined": permuted.dtype},
     )
+    return arrays.contiguous(permuted.dtype, num_tokens, hidden), launch
 
 
 @arrays.public
@@ -170,11 +179,7 @@ def moe_permute(hidden_states: Any, topk_ids: Any, num_experts: int, expert_map:
     if arrays.answered_by_reference(hidden_states):
         rows, *indices = arrays.by_reference(reference.moe_permute, hidden_states, topk_ids, num_experts, expert_map)
         return PermutedTokens(rows.to(hidden_states.dtype), *indices)
-    num_slots = topk_ids.numel()
-    rows = arrays.empty(hidden_states, num_slots, hidden_states.shape[1], dtype=hidden_states.dtype)
-    offset = arrays.empty(hidden_states, plan.num_experts + 1, dtype=torch.int64)
-    permuted_idx = arrays.empty(hidden_states, num_slots, dtype=torch.int32)
-    inv_permuted_idx = arrays.empty(hidden_states, *topk_ids.shape, dtype=torch.int32)
+    rows, offset, permuted_idx, inv_permuted_idx = (arrays.empty(*output) for output in plan.outputs)
     counting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, None, offset)
     if rows.numel():
         plan.gather(hidden_states.view(plan.word), permuted_idx, rows.view(plan.word))
@@ -220,10 +225,10 @@ def moe_unpermute(permuted: Any, topk_weights: Any, inv_permuted_idx: Any) -> An
     array([[20.],
            [ 5.]], dtype=float32)
     """
-    combine = _plan_unpermute(layout(permuted), layout(topk_weights), layout(inv_permuted_idx))
+    result, combine = _plan_unpermute(layout(permuted), layout(topk_weights), layout(inv_permuted_idx))
     if arrays.answered_by_reference(permuted):
         combined = arrays.by_reference(reference.moe_unpermute, permuted, topk_weights, inv_permuted_idx)
         return combined.to(permuted.dtype)
-    out = arrays.empty(permuted, inv_permuted_idx.shape[0], permuted.shape[1], dtype=permuted.dtype)
+    out = arrays.empty(*result)
     combine(permuted, topk_weights, inv_permuted_idx, out)
     return out

@@ -86,8 +86,8 @@ def poisoned_memory() -> Iterator[None]:
     """Fill what ops allocate: NaN in floats, a large odd number in integers."""
     empty = arrays.empty
 
-    def poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
-        tensor = empty(*arguments, **options)
+    def poisoned(*description: Any) -> torch.Tensor:
+        tensor = empty(*description)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x5EADBEEF & torch.iinfo(tensor.dtype).max)
 
     with mock.patch.object(arrays, "empty", poisoned):

@@ -86,12 +86,13 @@ def test_random_ids_are_distinct_and_skewed_as_asked(routing):
 
 
 def test_poisoned_memory_fills_what_is_allocated():
-    like = torch.zeros(1)
     with testing.poisoned_memory():
-        assert arrays.empty(like, 3, dtype=torch.float32).isnan().all()
-        assert (arrays.empty(like, 3, 2, dtype=torch.int32) > 1 << 20).all()
-        assert (arrays.empty(like, 3, dtype=torch.uint8) > 0).all()
-    assert arrays.empty(like, 0, dtype=torch.int32).numel() == 0
+        assert arrays.empty(*arrays.contiguous(torch.float32, 3)).isnan().all()
+        assert (arrays.empty(*arrays.contiguous(torch.int32, 3, 2)) > 1 << 20).all()
+        assert (arrays.empty(*arrays.contiguous(torch.uint8, 3)) > 0).all()
+    empty = arrays.empty(*arrays.contiguous(torch.int32, 2, 0, 3))
+    assert empty.shape == (2, 0, 3)
+    assert empty.is_contiguous()
 
 
 def test_strided_rows_lie_between_poison():

@@ -10,8 +10,9 @@ import contextlib
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -103,14 +104,21 @@ def _kind(array: Any) -> _Kind | None:
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function of torch tensors take and return arrays of any library; its first argument decides which."""
+    """Let a function of torch tensors take and return arrays of any library; its first argument decides which.
+
+    The function runs with the device of its first argument as the current one.
+    """
     first = next(iter(inspect.signature(function).parameters))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         array = args[0] if args else kwargs.get(first)
         if isinstance(array, torch.Tensor):
-            return function(*args, **kwargs)
+            device = array.get_device()
+            if device < 0 or device == torch._C._cuda_getDevice():
+                return function(*args, **kwargs)
+            with torch.cuda.device(device):
+                return function(*args, **kwargs)
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be
@@ -138,21 +146,23 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-# Allocates on the device of a tensor: every output and scratch of every op, so that tests can poison it.
-empty = torch.Tensor.new_empty
+class Contiguous(NamedTuple):
+    """What `empty` takes for a contiguous array."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def padded_sizes(*sizes: int) -> tuple[int, ...]:
-    """Return sizes of int32 arrays with the gaps between them that let each begin at a multiple of 16 bytes."""
-    found: list[int] = []
-    for size in sizes:
-        found += (size, -size % 4)
-    return tuple(found[:-1])
+def contiguous(dtype: torch.dtype, *shape: int) -> Contiguous:
+    """Describe a contiguous array, once for all the times that `empty(*description)` will allocate it."""
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return Contiguous(shape, strides, dtype)
 
 
-def empty_parts(like: torch.Tensor, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    """Allocate several int32 arrays at once, given `padded_sizes`: a view takes a third of an allocation's time."""
-    return torch.unsafe_split_with_sizes(empty(like, sum(sizes), dtype=torch.int32), sizes)[::2]
+# Allocates every output and scratch of every op, on the current device, given shape, strides and dtype: what torch's
+# compiler calls in the code that it writes. 0.75 us where Tensor.new_empty takes 1.45 (H200, torch 2.11).
+empty: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cpu" if simulator.ENABLED else "_empty_strided_cuda")
 
 
 def answered_by_reference(tensor: torch.Tensor) -> bool:

@@ -21,6 +21,19 @@ KERNEL_MODULES = ("counting", "gating", "permute")
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
 
+# A kernel of more blocks does not let the next one start before its own last blocks end: blocks of the next
+# would crowd where there is room first. An H200 then sorts 32,768 slots in 15 us instead of 10.
+MOST_BLOCKS_OVERTAKEN = 32
+WAIT = f"""{{
+    .reg .pred %few;
+    .reg .u32 %blocks;
+    mov.u32 %blocks, %nctaid.x;
+    setp.le.u32 %few, %blocks, {MOST_BLOCKS_OVERTAKEN};
+    @%few griddepcontrol.launch_dependents;
+    griddepcontrol.wait;
+}}
+"""
+
 Specialisation = tuple[str | int, ...]
 
 # How many kernels this process compiled, and how many it read from the disk cache instead.
@@ -86,11 +99,13 @@ def specialisation_for(kernel: Any, choices: Mapping[str, str | int | None]) -> 
     return tuple(found)
 
 
-def formats(kernel: Any) -> str:
-    """Return the formats, as of `struct`, of what a launch passes, each in eight bytes; constants are not passed."""
-    passed = (parameter for parameter in _parameters(kernel.py_func) if not parameter.is_constant)
-    numbers = {"int32": "q", "int64": "q", "float64": "d"}
-    return "".join("Q" if parameter.is_array else numbers[parameter.options[0]] for parameter in passed)
+def formats(kernel: Any) -> tuple[int, str]:
+    """Return how many arrays a launch passes, and the formats, as of `struct`, of its numbers in eight bytes each."""
+    kinds = {"int32": "q", "int64": "q", "float64": "d"}
+    parameters = _parameters(kernel.py_func)
+    numbers = (parameter for parameter in parameters if not parameter.is_array and not parameter.is_constant)
+    formats = "".join(kinds[parameter.options[0]] for parameter in numbers)
+    return sum(parameter.is_array for parameter in parameters), formats
 
 
 def chosen(kernel: Any, specialisation: Specialisation) -> Iterator[tuple[Parameter, str | int]]:
@@ -142,7 +157,20 @@ def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[i
             cc=compute_capability,
             launch_bounds=kernel.targetoptions.get("launch_bounds"),
         )
-    return code if isinstance(code, str) else code.decode()
+    code = code if isinstance(code, str) else code.decode()
+    return wait_for_earlier(code) if waits(compute_capability) else code
+
+
+def waits(compute_capability: tuple[int, int]) -> bool:
+    """Whether kernels wait for the one ahead of them on the stream, and so may start before it has ended."""
+    return compute_capability >= (9, 0)
+
+
+def wait_for_earlier(code: str) -> str:
+    """Let a kernel's PTX begin by waiting for the end of the kernel ahead, and a small one let the next start."""
+    head, entry = code.split(".visible .entry ", 1)
+    declaration, body = entry.split("\n{\n", 1)
+    return f"{head}.visible .entry {declaration}\n{{\n{WAIT}{body}"
 
 
 def entry_name(code: str) -> str:

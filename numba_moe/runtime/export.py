@@ -23,6 +23,9 @@ A kernel's object has
 - `registers`: those of a thread;
 - `doc`: what its source says of shapes. Grids are chosen by the function that launches it there.
 
+From sm_90 on a kernel begins by waiting for the one ahead of it on the stream, so it may be launched with
+CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, as this library does; it need not.
+
 Kernels read some arrays 16 bytes at a time from their beginning, where memory from cuMemAlloc is aligned well enough.
 """
 

@@ -33,7 +33,9 @@ def exported(tmp_path_factory, without_simulator):
     folder = tmp_path_factory.mktemp("exported")
     (folder / "notes.txt").write_text("stay")
     (folder / "manifest.json").write_text("of an earlier export")
-    printed = without_simulator(EXPORT, "counting,gating", "export", "--arch", "sm_80,sm_90,sm_80", str(folder))
+    printed = without_simulator(
+        EXPORT, "counting,gating.registers,gating.memory", "export", "--arch", "sm_80,sm_90,sm_80", str(folder)
+    )
     said, names = printed.splitlines()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert said == f"{len(manifest['kernels'])} kernels and manifest.json in {folder}"
@@ -90,7 +92,7 @@ def test_constants_kinds_and_optional_arrays(exported):
     for kernel in of_kernel(manifest, "choose_experts"):
         parameters = {parameter["name"]: parameter for parameter in kernel["parameters"]}
         of_logits[parameters["gating_output"]["dtype"]] += 1
-        assert parameters["routed_scaling_factor"]["size"] == 8
+        assert parameters["routed_scaling_factor"]["size"] == 4
         assert kernel["constants"] == {"columns": 8}
     assert of_logits == {"float16": 2, "bfloat16": 2}
 
@@ -210,7 +212,7 @@ given = {
     "stride": -(-num_experts // 8) * 8,
     "num_positions": 0,
 }
-scalars = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float64": ctypes.c_double}
+scalars = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 values = []
 for parameter in kernel["parameters"]:
     if parameter["kind"] == "pointer":

@@ -65,8 +65,18 @@ FAULTS = {
     ),
     "wrong block name": ("counting", "place_slots", "inactive_expert_id, unused", "0, unused"),
     "other blocks forgotten": ("counting", "place_slots", "before = around[expert]", "before = 0"),
-    "another expert": ("gating", "choose_experts", "+ lane] = chosen", "+ lane] = num_experts - 1 - chosen"),
-    "not renormalised": ("gating", "choose_experts", "scale = divide(scale, weight_sum)", "scale = scale"),
+    "another expert": (
+        "gating.registers",
+        "choose_experts",
+        "(base + lane)] = chosen",
+        "(base + lane)] = num_experts - 1 - chosen",
+    ),
+    "not renormalised": (
+        "gating.registers",
+        "choose_experts",
+        "scale = divide(scale, weight_sum)",
+        "scale = scale",
+    ),
     "row off by one": ("permute", "gather_rows", "slot // top_k", "(slot + 1) % num_slots // top_k"),
     "last slot left out": ("permute", "combine_rows", "range(first, first + top_k)", "range(first, first + top_k - 1)"),
     "padding miscounted": ("counting", "place_slots", "total + block_size - 1", "total + block_size"),
@@ -74,7 +84,7 @@ FAULTS = {
 OPS_OF = {
     "align": ["moe_align_block_size"],
     "counting": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
-    "gating": ["topk_softmax"],
+    "gating.registers": ["topk_softmax"],
     "permute": ["moe_permute", "moe_unpermute"],
 }
 

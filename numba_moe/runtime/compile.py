@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
 
-KERNEL_MODULES = ("counting", "gating", "permute")
+KERNEL_MODULES = ("counting", "gating.memory", "gating.octets", "gating.registers", "permute")
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
 
@@ -101,7 +101,7 @@ def specialisation_for(kernel: Any, choices: Mapping[str, str | int | None]) -> 
 
 def formats(kernel: Any) -> tuple[int, str]:
     """Return how many arrays a launch passes, and the formats, as of `struct`, of its numbers in eight bytes each."""
-    kinds = {"int32": "q", "int64": "q", "float64": "d"}
+    kinds = {"int32": "q", "int64": "q", "float32": "f4x"}
     parameters = _parameters(kernel.py_func)
     numbers = (parameter for parameter in parameters if not parameter.is_array and not parameter.is_constant)
     formats = "".join(kinds[parameter.options[0]] for parameter in numbers)

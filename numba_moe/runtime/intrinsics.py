@@ -133,6 +133,24 @@ def warp_highest(typingctx: Any, value: Any) -> Any:
     return types.int32(types.int32), codegen
 
 
+def _of_float32(code: str) -> Any:
+    """Return an intrinsic of one PTX instruction that takes and returns a float32."""
+
+    @intrinsic
+    def function(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
+            return builder.call(ir.InlineAsm(kind, f"{code} $0, $1;", "=f,f"), arguments)
+
+        return types.float32(types.float32), codegen
+
+    return function
+
+
+exp2 = _of_float32("ex2.approx.ftz.f32")
+reciprocal = _of_float32("rcp.approx.ftz.f32")
+
+
 @intrinsic
 def store_float(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """Write a float32 to an element of a float32, float16 or bfloat16 array, rounded to nearest even."""

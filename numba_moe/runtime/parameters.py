@@ -20,7 +20,7 @@ CONSTANT = "constant"
 
 Int32 = Annotated[int, "int32"]
 Int64 = Annotated[int, "int64"]
-Float64 = Annotated[float, "float64"]
+Float32 = Annotated[float, "float32"]
 
 Ids = Annotated[Any, "int32", "int64"]
 OptionalIds = Annotated[Any, "int32", "int64", None]

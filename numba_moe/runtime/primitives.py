@@ -15,6 +15,7 @@ WARP = 32
 INFINITY = np.float32(np.inf)
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LARGEST_FLOAT = np.finfo(np.float32).max
+LOG2_E = np.float32(np.log2(np.e))
 LOWEST_ORDER = np.iinfo(np.int32).min
 LOWEST_KEY = np.iinfo(np.int64).min
 HIGHEST_KEY = np.iinfo(np.int64).max
@@ -32,8 +33,10 @@ float_as_int: Any
 int_as_float: Any
 warp_highest: Any
 divide: Any
+larger: Any
 offset: Any
-exp: Any
+exp2: Any
+reciprocal: Any
 if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
     def flat(array: Any) -> Any:
@@ -79,15 +82,21 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
             value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, distance))
         return value
 
+    def larger(a: Any, b: Any) -> Any:
+        return np.fmax(np.float32(a), np.float32(b))
+
     def divide(numerator: Any, denominator: Any) -> Any:
         return np.float32(numerator) / np.float32(denominator)
 
     def offset(array: Any, elements: int) -> Any:
         return array[elements:]
 
-    def exp(value: Any) -> Any:
+    def exp2(value: Any) -> Any:
         with np.errstate(all="ignore"):
-            return np.exp(np.float32(value))
+            return np.exp2(np.float32(value))
+
+    def reciprocal(value: Any) -> Any:
+        return np.float32(1.0) / np.float32(value)
 
 else:
     flat = Deferred("numba_moe.runtime.intrinsics", "flat")
@@ -101,15 +110,23 @@ else:
     float_as_int = Deferred("numba.cuda.libdevice", "float_as_int")
     int_as_float = Deferred("numba.cuda.libdevice", "int_as_float")
     warp_highest = Deferred("numba_moe.runtime.intrinsics", "warp_highest")
-    exp = Deferred("numba.cuda.libdevice", "fast_expf")
+    exp2 = Deferred("numba_moe.runtime.intrinsics", "exp2")
+    reciprocal = Deferred("numba_moe.runtime.intrinsics", "reciprocal")
+    larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
     offset = Deferred("numba_moe.runtime.intrinsics", "offset")
 
 
 @cuda.jit(device=True)
+def exp(value):
+    """Return e to a power, with six digits or so; less than 1e-38 becomes 0."""
+    return exp2(value * float32(LOG2_E))
+
+
+@cuda.jit(device=True)
 def warp_index():
     """Index of this warp in the grid."""
-    return int32((cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) >> 5)
+    return int32(cuda.blockIdx.x * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5))
 
 
 @cuda.jit(device=True)
@@ -174,11 +191,9 @@ def block_sums(value, warp_sums, dtype):
 
 
 @cuda.jit(device=True)
-def order(value, of_nan):
-    """Return an int32 above LOWEST_ORDER that orders as the float does; -0.0 is 0.0, and NaN what it is said to be."""
-    if value != value:
-        value = float32(of_nan)
-    bits = int32(float_as_int(value + float32(0.0)))
+def order(value):
+    """Return an int32 above LOWEST_ORDER that orders as the float does; -0.0 is 0.0, and NaN is -inf."""
+    bits = int32(float_as_int(larger(value, float32(NEGATIVE_INFINITY)) + float32(0.0)))
     return int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 

@@ -1,0 +1,351 @@
+"""Top-k of many tokens: eight lanes serve a token, so that a warp's instructions serve four.
+
+Each lane takes eight experts at a time, sorts their keys (see `registers`) in a network of comparisons, and keeps the
+best eight; then neighbours exchange their lists and keep the best eight of both. With groups, a group's experts lie
+with lanes of its own.
+
+Picks whose keys have the same upper bits are then ordered by rank. If some expert that was left out has the upper bits
+of the last pick, the warp looks through the row for all that have them.
+"""
+
+from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
+from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_all, score_of
+from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
+from numba_moe.runtime.parameters import (
+    Float32,
+    Float32Array,
+    FloatArray,
+    Int32,
+    Int32Array,
+    Int64,
+    OptionalFloat32Array,
+)
+from numba_moe.runtime.primitives import (
+    ALL_LANES,
+    HIGHEST_KEY,
+    INFINITY,
+    LOWEST_KEY,
+    LOWEST_ORDER,
+    NEGATIVE_INFINITY,
+    count_lanes,
+    divide,
+    exp,
+    larger,
+    load_float,
+    load_floats,
+    order,
+    present,
+    quotient,
+    value_of,
+    warp_index,
+    warp_max,
+)
+
+LANES = 8
+MOST_PICKS = 8
+
+
+@cuda.jit(device=True)
+def load_eight(array, start, count, aligned, values):
+    """Read the first `count` of eight floats; -inf for the others."""
+    for i in range(8):
+        values[i] = float32(NEGATIVE_INFINITY)
+    if aligned:  # and count is a multiple of four
+        for half in range(2):
+            if 4 * half < count:
+                four = load_floats(array, start + 4 * half)
+                for i in range(4):
+                    values[4 * half + i] = four[i]
+    else:
+        for i in range(8):
+            if i < count:
+                values[i] = load_float(array, start + i)
+
+
+@cuda.jit(device=True)
+def in_octet(predicate):
+    """Whether a predicate holds for a lane of this octet."""
+    votes = cuda.ballot_sync(ALL_LANES, predicate)
+    return (votes >> (cuda.laneid & 24)) & 0xFF != 0
+
+
+@cuda.jit(device=True)
+def softmax_of_octet(gating_output, start, first, end, step, aligned):
+    """Return the largest logit of the octet's row and the sum of exponentials; 0 if the row has no softmax."""
+    logits = cuda.local.array(8, float32)
+    peak = float32(NEGATIVE_INFINITY)
+    broken = False
+    at = first
+    while at < end:
+        load_eight(gating_output, start + at, end - at, aligned, logits)
+        for i in range(8):
+            broken = broken or not logits[i] < float32(INFINITY)
+            peak = larger(peak, logits[i])
+        at = int32(at + step)
+    for distance in (1, 2, 4):
+        peak = larger(peak, cuda.shfl_xor_sync(ALL_LANES, peak, distance))
+    broken = in_octet(broken) or peak == float32(NEGATIVE_INFINITY)
+    total = float32(0.0)
+    at = first
+    if broken:
+        at = end
+    while at < end:
+        load_eight(gating_output, start + at, end - at, aligned, logits)
+        for i in range(8):
+            total += exp(logits[i] - peak)
+        at = int32(at + step)
+    for distance in (1, 2, 4):
+        total += cuda.shfl_xor_sync(ALL_LANES, total, distance)
+    return peak, total
+
+
+@cuda.jit(device=True)
+def in_best_groups(best, second, with_second, lanes, topk_group):
+    """Whether the group of this lane is among the best, by its best rank, or by its best two's sum."""
+    distance = int32(1)
+    while distance < lanes:
+        other = cuda.shfl_xor_sync(ALL_LANES, best, distance)
+        other_second = cuda.shfl_xor_sync(ALL_LANES, second, distance)
+        second = max(min(best, other), max(second, other_second))
+        best = max(best, other)
+        distance = int32(distance << 1)
+    if with_second and second > LOWEST_ORDER:
+        best = order(value_of(best) + value_of(second))
+    better = int32(0)
+    distance = int32(lanes)
+    while distance < LANES:
+        other = cuda.shfl_xor_sync(ALL_LANES, best, distance)
+        if other > best or (other == best and (cuda.laneid ^ distance) < cuda.laneid):
+            better = int32(better + 1)
+        distance = int32(distance + lanes)
+    return better < topk_group
+
+
+@cuda.jit(device=True)
+def lane_of_pick(rank):
+    """Return the lane of this octet whose expert this lane's pick should be, by ranks and then by lanes."""
+    lane = int32(cuda.laneid)
+    place = int32(0)
+    for distance in range(1, LANES):
+        other = cuda.shfl_xor_sync(ALL_LANES, rank, distance)
+        if other > rank or (other == rank and lane ^ distance < lane):
+            place = int32(place + 1)
+    found = lane
+    for distance in range(LANES):
+        if cuda.shfl_xor_sync(ALL_LANES, place, distance) == lane & 7:
+            found = int32(lane ^ distance)
+    return found
+
+
+@cuda.jit(device=True)
+def choose_at_edge(
+    gating_output,
+    correction_bias,
+    row,
+    edge,
+    mask,
+    wanted,
+    groups,
+    num_experts,
+    group_size,
+    lanes,
+    scoring_func,
+    peak,
+    total,
+):
+    """Return in lane i, for i < wanted, the i-th best of a row's experts whose keys have the upper bits of `edge`.
+
+    Here the whole warp serves one token; `groups` has the bits of the lanes that have experts to offer.
+    """
+    found = int32(0)
+    last = int64(HIGHEST_KEY)
+    logits = cuda.local.array(8, float32)
+    for pick in range(wanted):
+        best = int64(LOWEST_KEY)
+        for base in range(0, num_experts, 8 * 32):
+            for i in range(8):
+                expert = int32(base + 32 * i + cuda.laneid)
+                logits[i] = load_float(gating_output, row + min(expert, int32(num_experts - 1)))
+            for i in range(8):
+                expert = int32(base + 32 * i + cuda.laneid)
+                if expert < num_experts and (groups >> (quotient(expert, group_size) * lanes)) & 1:
+                    rank = order(rank_of(logits[i], expert, correction_bias, scoring_func, peak, total))
+                    key = (int64(rank) << 32) | (0x7FFFFFFF - expert)
+                    if (rank | mask) == (edge | mask) and key < last:
+                        best = max(best, key)
+        last = warp_max(best)
+        if cuda.laneid == pick:
+            found = int32(0x7FFFFFFF - (last & 0x7FFFFFFF))
+    return found
+
+
+@cuda.jit
+def choose_for_many(
+    gating_output: FloatArray,
+    correction_bias: OptionalFloat32Array,
+    topk_weights: Float32Array,
+    topk_ids: Int32Array,
+    num_tokens: Int32,
+    num_experts: Int32,
+    row_stride: Int64,
+    aligned: Int32,
+    top_k: Int32,
+    scoring_func: Int32,
+    whole_softmax: Int32,
+    renormalize: Int32,
+    routed_scaling_factor: Float32,
+    num_expert_group: Int32,
+    topk_group: Int32,
+    group_score: Int32,
+    group_size: Int32,
+    lane_bits: Int32,
+    mask: Int32,
+    exact: Int32,
+):
+    # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
+    # and topk_ids [num_tokens, top_k]; eight lanes a token, 1 << lane_bits of them a group; mask covers
+    # the ids, and takes nothing from the ranks if they are exact so
+    lane = int32(cuda.laneid)
+    member = int32(lane & 7)
+    token = int32(warp_index() * 4)
+    if token >= num_tokens:
+        return
+    token = int32(token + (lane >> 3))
+    exists = token < num_tokens
+    token = min(token, int32(num_tokens - 1))  # all lanes reach the warp operations
+    lanes = int32(1 << lane_bits)
+    origin = int32((member >> lane_bits) * group_size)
+    first = int32(origin + (member & (lanes - 1)) * 8)
+    end = int32(origin + group_size)
+    step = int32(lanes * 8)
+    row = int64(token) * row_stride
+
+    peak = float32(0.0)
+    total = float32(1.0)
+    if whole_softmax:
+        peak, total = softmax_of_octet(gating_output, row, first, end, step, aligned)
+    logits = cuda.local.array(8, float32)
+    biases = cuda.local.array(8, float32)
+    keys = cuda.local.array(8, int32)
+    values = cuda.local.array(8, int32)
+    best = cuda.local.array(8, int32)
+    left_out = int32(LOWEST_ORDER)
+    highest = int32(LOWEST_ORDER)
+    second = int32(LOWEST_ORDER)
+    broken = False
+    at = first
+    while at < end:
+        count = int32(end - at)
+        load_eight(gating_output, row + at, count, aligned, logits)
+        for i in range(8):
+            broken = broken or not logits[i] < float32(INFINITY)
+            keys[i] = order(logits[i])
+        if total == float32(0.0):
+            for i in range(8):
+                keys[i] = 0
+        if present(correction_bias):
+            score_all(logits, 8, scoring_func, peak, total, logits)
+            load_eight(correction_bias, at, count, aligned, biases)
+            for i in range(8):
+                keys[i] = order(logits[i] + biases[i])
+        if num_expert_group > 1:
+            if group_score != MAX and not present(correction_bias):
+                score_all(logits, 8, scoring_func, peak, total, logits)
+                for i in range(8):
+                    values[i] = order(logits[i])
+            else:
+                for i in range(8):
+                    values[i] = keys[i]
+            for i in range(8):
+                if i < count:
+                    second = max(second, min(highest, values[i]))
+                    highest = max(highest, values[i])
+        for i in range(8):
+            keys[i] = int32((keys[i] | mask) - (at + i))
+        if count < 8:
+            for i in range(8):
+                if i >= count:
+                    keys[i] = LOWEST_ORDER
+        sort_eight(keys)
+        if at == first:
+            for i in range(8):
+                best[i] = keys[i]
+        else:
+            if not exact:
+                left_out = max(left_out, highest_left_out(best, keys))
+            keep_best_eight(best, keys)
+        at = int32(at + step)
+    offers = first < end
+    if num_expert_group > 1:
+        chosen_group = in_best_groups(highest, second, group_score != MAX, lanes, topk_group)
+        offers = offers and chosen_group
+    if not offers:
+        left_out = int32(LOWEST_ORDER)
+        for i in range(8):
+            best[i] = LOWEST_ORDER
+    for distance in (1, 2, 4):
+        for i in range(8):
+            keys[i] = cuda.shfl_xor_sync(ALL_LANES, best[i], distance)
+        if not exact:
+            left_out = max(left_out, cuda.shfl_xor_sync(ALL_LANES, left_out, distance))
+            left_out = max(left_out, highest_left_out(best, keys))
+        keep_best_eight(best, keys)
+
+    key = best[0]
+    for i in range(1, 8):
+        if member == i:
+            key = best[i]
+    chosen = int32(mask & ~key)
+    logit = float32(NEGATIVE_INFINITY)
+    if key > int32(LOWEST_ORDER | mask):
+        logit = load_float(gating_output, row + chosen)
+    if not exact:
+        rank = int32(LOWEST_ORDER)
+        if key > int32(LOWEST_ORDER | mask):
+            rank = order(rank_of(logit, chosen, correction_bias, scoring_func, peak, total))
+        next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
+        if cuda.ballot_sync(ALL_LANES, member < 7 and rank < next_rank) != 0:
+            source = lane_of_pick(rank)
+            chosen = cuda.shfl_sync(ALL_LANES, chosen, source)
+            logit = cuda.shfl_sync(ALL_LANES, logit, source)
+        last = cuda.shfl_sync(ALL_LANES, key, (lane & 24) + top_k - 1)
+        groups = uint32(cuda.ballot_sync(ALL_LANES, offers))
+        votes = uint32(cuda.ballot_sync(ALL_LANES, member == 0 and (last | mask) == (left_out | mask)))
+        while votes != 0:
+            source = int32(cuda.ffs(votes) - 1)
+            edge = cuda.shfl_sync(ALL_LANES, last, source)
+            above = uint32(cuda.ballot_sync(ALL_LANES, (key | mask) > (edge | mask)))
+            sure = count_lanes((above >> source) & 0xFF)  # picks before the edge
+            found = choose_at_edge(
+                *(gating_output, correction_bias, cuda.shfl_sync(ALL_LANES, row, source)),
+                *(edge, mask, int32(top_k - sure), groups >> source, num_experts, group_size, lanes),
+                *(scoring_func, cuda.shfl_sync(ALL_LANES, peak, source), cuda.shfl_sync(ALL_LANES, total, source)),
+            )
+            found = cuda.shfl_sync(ALL_LANES, found, (member - sure) & 7)
+            if lane & 24 == source and member >= sure:
+                chosen = found
+                logit = load_float(gating_output, row + chosen)
+            votes = uint32(votes & (votes - 1))
+
+    is_pick = member < top_k
+    if scoring_func == SOFTMAX and not whole_softmax:
+        if in_octet(broken):
+            chosen = member
+            total = float32(0.0)
+        peak = cuda.shfl_sync(ALL_LANES, logit, lane & 24)
+        if peak == float32(NEGATIVE_INFINITY):
+            total = float32(0.0)
+    weight = float32(0.0)
+    if is_pick:
+        weight = score_of(logit, scoring_func, peak, total)
+    scale = float32(routed_scaling_factor)
+    if renormalize:
+        weight_sum = weight
+        for distance in (1, 2, 4):
+            weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
+        if weight_sum > float32(0.0):
+            scale = divide(scale, weight_sum)
+    if is_pick and exists:
+        slot = int64(token) * top_k + member
+        topk_ids[slot] = chosen
+        topk_weights[slot] = weight * scale

@@ -1,0 +1,365 @@
+"""Top-k of rows that fit the registers of a warp: the fast path of gating.
+
+One warp serves one token. Its lanes hold neighbouring experts, those of one group in lanes of their own, and ranks
+become integers of the same order, so that the best of a row is one `redux.sync` away.
+
+1. A key is a rank with its lowest bits replaced by the expert's id, upside down: no two keys are equal, and the lower
+   id wins. Each lane sorts its four best keys; a pick is the highest of the lanes' first, and its lane moves up.
+2. Experts whose keys have the same upper bits may be in the wrong order (few rows in a thousand of random float32
+   logits have such), so there are picks until the upper bits change, and then all of them are ordered by rank.
+
+More than 31 picks, or more experts than that with the same upper bits, go by ranks from the start.
+
+Experts rank by their logits, or by score + bias where there is a correction bias.
+"""
+
+from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
+from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_all, score_of
+from numba_moe.runtime.dialect import cuda, float32, int32, int64
+from numba_moe.runtime.parameters import (
+    Columns,
+    Float32,
+    Float32Array,
+    FloatArray,
+    Int32,
+    Int32Array,
+    Int64,
+    OptionalFloat32Array,
+)
+from numba_moe.runtime.primitives import (
+    ALL_LANES,
+    INFINITY,
+    LOWEST_ORDER,
+    NEGATIVE_INFINITY,
+    WARP,
+    divide,
+    exp,
+    first_lane,
+    larger,
+    load_float,
+    load_floats,
+    order,
+    present,
+    value_of,
+    warp_highest,
+    warp_index,
+    warp_sum,
+)
+
+
+@cuda.jit(device=True)
+def load_row(gating_output, start, count, aligned, columns, logits):
+    """Read this lane's `count` logits; -inf past them."""
+    if aligned:
+        for group in range(columns // 4):
+            for i in range(4):
+                logits[4 * group + i] = float32(NEGATIVE_INFINITY)
+            if 4 * group < count:
+                four = load_floats(gating_output, start + 4 * group)
+                for i in range(4):
+                    logits[4 * group + i] = four[i]
+    else:
+        for column in range(columns):
+            logits[column] = float32(NEGATIVE_INFINITY)
+            if column < count:
+                logits[column] = load_float(gating_output, start + column)
+
+
+@cuda.jit(device=True)
+def has_softmax(logits, columns):
+    """Whether no logit of the warp's row is NaN or +inf."""
+    broken = False
+    for column in range(columns):
+        broken = broken or not logits[column] < float32(INFINITY)
+    return cuda.ballot_sync(ALL_LANES, broken) == 0
+
+
+@cuda.jit(device=True)
+def sum_exponentials(logits, columns):
+    """Return the largest logit of the warp's row, and the sum of exponentials, 0 if all logits are -inf."""
+    peak = logits[0]
+    for column in range(1, columns):
+        peak = larger(peak, logits[column])
+    peak = value_of(warp_highest(order(peak)))
+    total = float32(0.0)
+    if peak > float32(NEGATIVE_INFINITY):
+        for column in range(columns):
+            total += exp(logits[column] - peak)
+        total = warp_sum(total)
+    return peak, total
+
+
+@cuda.jit(device=True)
+def score_group(ranks, count, columns, lanes, with_second):
+    """Return the rank of the group that this lane and its neighbours share: of its best, or of its best two's sum."""
+    best = int32(LOWEST_ORDER)
+    second = int32(LOWEST_ORDER)
+    for column in range(columns):
+        if column < count:
+            second = max(second, min(best, ranks[column]))
+            best = max(best, ranks[column])
+    distance = int32(1)
+    while distance < lanes:
+        other = cuda.shfl_xor_sync(ALL_LANES, best, distance)
+        other_second = cuda.shfl_xor_sync(ALL_LANES, second, distance)
+        second = max(min(best, other), max(second, other_second))
+        best = max(best, other)
+        distance = int32(distance << 1)
+    if with_second and second > LOWEST_ORDER:
+        best = order(value_of(best) + value_of(second))
+    return best
+
+
+@cuda.jit(device=True)
+def in_chosen_group(rank, group, num_expert_group, topk_group):
+    """Whether the group of this lane is among the best; lanes of one group are neighbours with the same rank."""
+    if group >= num_expert_group:
+        rank = int32(LOWEST_ORDER)
+    chosen = False
+    for _ in range(topk_group):
+        winner = cuda.shfl_sync(ALL_LANES, group, first_lane(rank == warp_highest(rank)))
+        if group == winner:
+            chosen = True
+            rank = int32(LOWEST_ORDER)
+    return chosen
+
+
+@cuda.jit(device=True)
+def best_four(ranks, columns, first, best):
+    """Write the keys of this lane's four best experts, highest first, to `best`."""
+    mask = WARP * columns - 1
+    four = cuda.local.array(4, int32)
+    for column in range(0, columns, 4):
+        for i in range(4):
+            four[i] = LOWEST_ORDER
+            if column + i < columns:
+                four[i] = int32((ranks[column + i] | mask) - (first + column + i))
+        if columns > 2:
+            sort_four(four, 0)
+        else:
+            put_in_order(four, 0, 1)
+        if column > 0:
+            keep_best_four(best, four)
+        else:
+            for i in range(4):
+                best[i] = four[i]
+
+
+@cuda.jit(device=True)
+def highest_below(ranks, columns, first, key):
+    """Return the key of this lane's best expert after the one with a key, LOWEST_ORDER if there is none."""
+    mask = WARP * columns - 1
+    highest = int32(LOWEST_ORDER)
+    for column in range(columns):
+        other = int32((ranks[column] | mask) - (first + column))
+        if other < key:
+            highest = max(highest, other)
+    return highest
+
+
+@cuda.jit(device=True)
+def pick_keys(ranks, columns, first, best, top_k):
+    """Return the key that this lane's pick chooses, the number of picks, and the next key.
+
+    There are more picks than top_k while the upper bits stay the same: any of those experts may belong further up.
+    """
+    mask = WARP * columns - 1
+    lane = int32(cuda.laneid)
+    depth = min(columns, 4)
+    mine = int32(LOWEST_ORDER)
+    last = int32(LOWEST_ORDER)
+    pick = int32(0)
+    winning = warp_highest(best[0])
+    while pick < top_k or (pick < WARP and (winning | mask) == (last | mask)):
+        last = winning
+        if lane == pick:
+            mine = winning
+        if best[0] == winning:
+            for i in range(depth - 1):
+                best[i] = best[i + 1]
+            best[depth - 1] = LOWEST_ORDER
+            if columns > depth and best[0] == LOWEST_ORDER:
+                best[0] = highest_below(ranks, columns, first, winning)
+        pick = int32(pick + 1)
+        winning = warp_highest(best[0])
+    return mine, pick, (winning | mask) != (last | mask)
+
+
+@cuda.jit(device=True)
+def lane_of_pick(rank, picks):
+    """Return the lane whose expert this lane's pick should be, by ranks and then by lanes."""
+    lane = int32(cuda.laneid)
+    place = int32(0)
+    for other in range(picks):
+        other_rank = cuda.shfl_sync(ALL_LANES, rank, other)
+        if other_rank > rank or (other_rank == rank and other < lane):
+            place = int32(place + 1)
+    found = lane
+    for pick in range(picks):
+        source = first_lane(place == pick)
+        if lane == pick:
+            found = source
+    return found
+
+
+@cuda.jit(device=True)
+def strike_out(ranks, columns, highest):
+    """Strike out this lane's first expert of the highest rank; return its column, and the highest rank of the rest."""
+    struck = int32(0)
+    for column in range(columns):
+        if ranks[columns - 1 - column] == highest:
+            struck = int32(columns - 1 - column)
+    rest = int32(LOWEST_ORDER)
+    for column in range(columns):
+        if column == struck:
+            ranks[column] = LOWEST_ORDER
+        rest = max(rest, ranks[column])
+    return struck, rest
+
+
+@cuda.jit(device=True)
+def choose_one_by_one(ranks, columns, first, picks):
+    """Return the expert that this lane's pick chooses, by whole ranks."""
+    lane = int32(cuda.laneid)
+    chosen = int32(0)
+    highest = int32(LOWEST_ORDER)
+    for column in range(columns):
+        highest = max(highest, ranks[column])
+    pick = int32(0)
+    while pick < picks:
+        winning = warp_highest(highest)
+        winner = first_lane(highest == winning)
+        column = int32(0)
+        if lane == winner:
+            column, highest = strike_out(ranks, columns, winning)
+        expert = cuda.shfl_sync(ALL_LANES, int32(first + column), winner)
+        if lane == pick:
+            chosen = expert
+        pick = int32(pick + 1)
+    return chosen
+
+
+@cuda.jit
+def choose_experts(
+    gating_output: FloatArray,
+    correction_bias: OptionalFloat32Array,
+    topk_weights: Float32Array,
+    topk_ids: Int32Array,
+    num_tokens: Int32,
+    num_experts: Int32,
+    row_stride: Int64,
+    aligned: Int32,
+    ragged: Int32,
+    top_k: Int32,
+    scoring_func: Int32,
+    whole_softmax: Int32,
+    renormalize: Int32,
+    routed_scaling_factor: Float32,
+    num_expert_group: Int32,
+    topk_group: Int32,
+    group_score: Int32,
+    group_size: Int32,
+    lane_bits: Int32,
+    columns: Columns,
+):
+    # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
+    # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group
+    token = warp_index()
+    if token >= num_tokens:
+        return
+    lane = int32(cuda.laneid)
+    group = int32(lane >> lane_bits)
+    lanes = int32(1 << lane_bits)
+    in_group = int32((lane & (lanes - 1)) * columns)
+    first = int32(group * group_size + in_group)
+    count = int32(columns)
+    if ragged:
+        count = int32(min(group_size - in_group, columns))
+        if group >= num_expert_group:
+            count = int32(0)
+    row = int64(token) * row_stride
+    logits = cuda.local.array(columns, float32)
+    ranks = cuda.local.array(columns, int32)
+    load_row(gating_output, row + first, count, aligned, columns, logits)
+    peak = float32(0.0)
+    total = float32(1.0)
+    if scoring_func == SOFTMAX:
+        if not has_softmax(logits, columns):
+            total = float32(0.0)
+        elif whole_softmax:
+            peak, total = sum_exponentials(logits, columns)
+    kept = int32(0 if total == float32(0.0) else -1)  # all experts of a row without a softmax have rank 0
+    for column in range(columns):
+        ranks[column] = order(logits[column]) & kept
+    if present(correction_bias):
+        score_all(logits, columns, scoring_func, peak, total, logits)
+        for column in range(columns):
+            if column < count:
+                ranks[column] = order(logits[column] + correction_bias[first + column])
+    if num_expert_group > 1:
+        if group_score == MAX or present(correction_bias):
+            rank = score_group(ranks, count, columns, lanes, group_score != MAX)
+        else:
+            scores = cuda.local.array(columns, int32)
+            score_all(logits, columns, scoring_func, peak, total, logits)
+            for column in range(columns):
+                scores[column] = order(logits[column])
+            rank = score_group(scores, count, columns, lanes, True)
+        if not in_chosen_group(rank, group, num_expert_group, topk_group):
+            count = int32(0)
+    if ragged or num_expert_group > 1:
+        for column in range(columns):
+            if column >= count:
+                ranks[column] = LOWEST_ORDER
+
+    chosen = int32(0)
+    logit = float32(NEGATIVE_INFINITY)
+    decided = False
+    if top_k < WARP:
+        best = cuda.local.array(4, int32)
+        best_four(ranks, columns, first, best)
+        key, picks, decided = pick_keys(ranks, columns, first, best, top_k)
+        chosen = int32((WARP * columns - 1) & ~key)
+        rank = int32(LOWEST_ORDER)
+        if lane < picks:
+            logit = load_float(gating_output, row + chosen)
+            rank = order(rank_of(logit, chosen, correction_bias, scoring_func, peak, total))
+        next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
+        if cuda.ballot_sync(ALL_LANES, lane + 1 < picks and rank < next_rank) != 0:
+            source = lane_of_pick(rank, picks)
+            chosen = cuda.shfl_sync(ALL_LANES, chosen, source)
+            logit = cuda.shfl_sync(ALL_LANES, logit, source)
+
+    first_pick = int64(token) * top_k
+    weight_sum = float32(0.0)
+    weight = float32(0.0)
+    base = int32(0)
+    while base < top_k:
+        is_mine = base + lane < top_k
+        if not decided:
+            chosen = choose_one_by_one(ranks, columns, first, int32(min(top_k - base, WARP)))
+            if is_mine:
+                logit = load_float(gating_output, row + chosen)
+        if scoring_func == SOFTMAX and not whole_softmax and base == 0:
+            peak = cuda.shfl_sync(ALL_LANES, logit, 0)
+            if peak == float32(NEGATIVE_INFINITY):
+                total = float32(0.0)
+        weight = float32(0.0)
+        if is_mine:
+            weight = score_of(logit, scoring_func, peak, total)
+            topk_ids[first_pick + (base + lane)] = chosen
+            if top_k > WARP:
+                topk_weights[first_pick + (base + lane)] = weight
+        weight_sum += weight
+        base = int32(base + WARP)
+
+    scale = float32(routed_scaling_factor)
+    if renormalize:
+        weight_sum = warp_sum(weight_sum)
+        if weight_sum > float32(0.0):
+            scale = divide(scale, weight_sum)
+    if top_k > WARP:
+        for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
+            topk_weights[first_pick + pick] *= scale
+    elif lane < top_k:
+        topk_weights[first_pick + lane] = weight * scale

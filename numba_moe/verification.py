@@ -11,6 +11,7 @@ import pickle
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Outcome(NamedTuple):
         return self.mismatches == 0 and self.repeats_equal and self.arguments_as_expected and not self.message
 
 
-def run_case(case: Case, seed: int, device: str) -> Outcome:
+def run_case(case: Case, seed: int | Sequence[int], device: str, timed: bool = True) -> Outcome:
     """Compare one call with the reference, on poisoned memory, twice over, with arguments of its own each time."""
     arguments = case.arguments(np.random.default_rng(seed))
 
@@ -85,7 +86,7 @@ def run_case(case: Case, seed: int, device: str) -> Outcome:
         reference_us,
         "; ".join(comparison.message for comparison in comparisons if comparison.message),
     )
-    if device == "cuda" and outcome.passed:
+    if timed and device == "cuda" and outcome.passed:
         return outcome._replace(gpu_us=testing.time_on_device(lambda: op(**given)))
     return outcome
 

@@ -69,12 +69,19 @@ FAULTS = {
     "not renormalised": ("gating", "choose_experts", "scale = divide(scale, weight_sum)", "scale = scale"),
     "row off by one": ("permute", "gather_rows", "slot // top_k", "(slot + 1) % num_slots // top_k"),
     "last slot left out": ("permute", "combine_rows", "range(first, first + top_k)", "range(first, first + top_k - 1)"),
+    "one row too many": ("batched", "fill_batches", "position < filled[index]", "position <= filled[index]"),
+    "another adapter": ("lora", "pair_slots", "adapter * num_experts +", "(max_loras - 1 - adapter) * num_experts +"),
+    "rows not padded": ("lora", "spread_adapters", "if used else num_slots", "if used else 0"),
+    "blocks counted on": ("ragged", "schedule_blocks", "(block << shift)", "(position << shift)"),
     "padding miscounted": ("counting", "place_slots", "total + block_size - 1", "total + block_size"),
 }
 OPS_OF = {
     "align": ["moe_align_block_size"],
+    "batched": ["batched_moe_align_block_size"],
     "counting": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
     "gating": ["topk_softmax"],
+    "lora": ["moe_lora_align_block_size"],
+    "ragged": ["make_ragged_metadata"],
     "permute": ["moe_permute", "moe_unpermute"],
 }
 

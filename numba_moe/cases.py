@@ -80,8 +80,8 @@ def permutation(*shape: int) -> Draw:
     return lambda rng: rng.permutation(int(np.prod(shape))).astype(np.int32).reshape(shape)
 
 
-def counts(tokens: int, experts: int, top_k: int) -> Draw:
-    return lambda rng: reference.count_tokens_per_expert(ids(tokens, experts, top_k, "zipf")(rng), experts)
+def counts(tokens: int, experts: int, top_k: int, routing: str = "zipf") -> Draw:
+    return lambda rng: reference.count_tokens_per_expert(ids(tokens, experts, top_k, routing)(rng), experts)
 
 
 def empty(*shape: int) -> Draw:

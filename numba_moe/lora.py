@@ -103,10 +103,10 @@ def spread_adapters(
 
 
 class LoraPlan(NamedTuple):
-    """Virtual experts, positions when sorted by them, the shape of `expert_ids` and rows' length, and the launches."""
+    """Virtual experts, the sizes of the scratch for their sort, the shapes of the outputs, and the launches."""
 
     num_virtual: int
-    num_sorted: int
+    scratch: tuple[int, ...]
     rows: tuple[int, int]
     blocks: tuple[int, int]
     pair: Launch
@@ -162,7 +162,8 @@ def _plan(
     elements = max(max_loras * length, max_loras)
     sizes = (num_slots, num_experts, max_loras, length, num_blocks, block_size, inactive_expert_id)
     spread = Launch(spread_adapters, device, -(-elements // threads), threads, sizes)
-    return LoraPlan(num_virtual, num_sorted, (max_loras, length), (max_loras, num_blocks), pair, sort, spread)
+    scratch = arrays.padded_sizes(num_slots, num_sorted, -(-num_sorted // block_size))
+    return LoraPlan(num_virtual, scratch, (max_loras, length), (max_loras, num_blocks), pair, sort, spread)
 
 
 @arrays.public
@@ -249,9 +250,7 @@ def moe_lora_align_block_size(
         arguments = (topk_ids, token_lora_mapping, block_size, num_experts, max_loras, *optional, pad_sorted_ids)
         function = reference.moe_lora_align_block_size
         return arrays.by_reference(function, *arguments, inactive_expert_id=inactive_expert_id)
-    num_sorted = (plan.num_sorted, -(-plan.num_sorted // block_size))
-    sizes = arrays.padded_sizes(topk_ids.numel(), *num_sorted)
-    virtual_ids, sorted_slots, block_experts = arrays.empty_parts(topk_ids, sizes)
+    virtual_ids, sorted_slots, block_experts = arrays.empty_parts(topk_ids, plan.scratch)
     offset = arrays.empty(topk_ids, plan.num_virtual + 1, dtype=torch.int64)
     sorted_token_ids = arrays.empty(topk_ids, *plan.rows, dtype=torch.int32)
     expert_ids = arrays.empty(topk_ids, *plan.blocks, dtype=torch.int32)

@@ -12,11 +12,16 @@ _MODULE_OF = {
     "AlignedBlocks": "align",
     "BumpAllocator": "runtime.workspace",
     "PermutedTokens": "permute",
+    "RaggedMetadata": "ragged",
     "TopK": "gating",
+    "align_sizes": "align",
+    "batched_moe_align_block_size": "batched",
     "count_tokens_per_expert": "counting",
     "expert_offsets": "counting",
     "grouped_topk": "gating",
+    "make_ragged_metadata": "ragged",
     "moe_align_block_size": "align",
+    "moe_lora_align_block_size": "lora",
     "moe_permute": "permute",
     "moe_unpermute": "permute",
     "topk_sigmoid": "gating",
@@ -25,17 +30,22 @@ _MODULE_OF = {
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
+    from numba_moe.align import align_sizes as align_sizes
     from numba_moe.align import moe_align_block_size as moe_align_block_size
+    from numba_moe.batched import batched_moe_align_block_size as batched_moe_align_block_size
     from numba_moe.counting import count_tokens_per_expert as count_tokens_per_expert
     from numba_moe.counting import expert_offsets as expert_offsets
     from numba_moe.gating import grouped_topk as grouped_topk
     from numba_moe.gating import topk_sigmoid as topk_sigmoid
     from numba_moe.gating import topk_softmax as topk_softmax
+    from numba_moe.lora import moe_lora_align_block_size as moe_lora_align_block_size
     from numba_moe.permute import moe_permute as moe_permute
     from numba_moe.permute import moe_unpermute as moe_unpermute
+    from numba_moe.ragged import make_ragged_metadata as make_ragged_metadata
     from numba_moe.reference.align import AlignedBlocks as AlignedBlocks
     from numba_moe.reference.gating import TopK as TopK
     from numba_moe.reference.permute import PermutedTokens as PermutedTokens
+    from numba_moe.reference.ragged import RaggedMetadata as RaggedMetadata
     from numba_moe.runtime.workspace import BumpAllocator as BumpAllocator
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from numba_moe import reference, testing
+from numba_moe import align_sizes, reference, testing
+from numba_moe.reference.align import max_sorted_slots
 
 Draw = Callable[[np.random.Generator], Any]
 
@@ -51,6 +52,7 @@ TOKENS = {
     "full": (1, 7, 64, 512, 4096, 16384, 65536),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+LONGEST_BATCH = 2048  # rows of an expert in batched alignment
 LARGEST_ROWS = 1 << 28  # elements of the permuted rows of one case: the reference holds them in float64
 
 
@@ -78,8 +80,32 @@ def permutation(*shape: int) -> Draw:
     return lambda rng: rng.permutation(int(np.prod(shape))).astype(np.int32).reshape(shape)
 
 
-def counts(tokens: int, experts: int, top_k: int) -> Draw:
-    return lambda rng: reference.count_tokens_per_expert(ids(tokens, experts, top_k, "zipf")(rng), experts)
+def counts(tokens: int, experts: int, top_k: int, routing: str = "zipf") -> Draw:
+    return lambda rng: reference.count_tokens_per_expert(ids(tokens, experts, top_k, routing)(rng), experts)
+
+
+def empty(*shape: int) -> Draw:
+    """Return memory to be written, with something in it."""
+    return lambda rng: np.full(shape, 0x5EADBEEF, np.int32)
+
+
+def align_out(num_slots: int, block_size: int, experts: int, spare: int = 0) -> Draw:
+    """Return memory for the result of an alignment, `spare` positions longer than needed."""
+    length = max_sorted_slots(num_slots, block_size, experts) + spare
+    return lambda rng: tuple(empty(size)(rng) for size in (length, -(-length // block_size), 1))
+
+
+def lora_case(name: str, tokens: int, experts: int, top_k: int, block_size: int, max_loras: int) -> Case:
+    """Return the alignment of tokens of as many adapters, one of them disabled, and of none."""
+    arguments = given(
+        topk_ids=ids(tokens, experts, top_k, "zipf"),
+        token_lora_mapping=lambda rng: rng.integers(-1, max_loras, tokens),
+        block_size=block_size,
+        num_experts=experts,
+        max_loras=max_loras,
+        adapter_enabled=np.arange(max_loras + 1, dtype=np.int32),
+    )
+    return Case("moe_lora_align_block_size", name, arguments)
 
 
 def permute_case(name: str, tokens: int, experts: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
@@ -111,6 +137,14 @@ def model_cases(level: str) -> Iterator[Case]:
             yield Case("count_tokens_per_expert", f"{label} zipf", count)
             offsets = given(counts=counts(tokens, experts, top_k), alignment=block_size)
             yield Case("expert_offsets", f"{label} zipf", offsets)
+            ragged = given(slice_sizes=counts(tokens, experts, top_k), num_rows=tokens * top_k)
+            yield Case("make_ragged_metadata", f"{label} zipf", ragged)
+            most = min(tokens, LONGEST_BATCH)
+            batched = given(
+                max_tokens_per_batch=most, block_size=block_size, expert_num_tokens=counts(tokens, experts, top_k)
+            )
+            yield Case("batched_moe_align_block_size", f"{label} zipf", batched)
+            yield lora_case(f"{label} 4 adapters zipf", tokens, experts, top_k, block_size, 4)
             yield gating_case(f"{label} {dtype}", tokens, experts, top_k, groups, dtype)
             hidden = 64 if level == "simulator" else model_hidden
             if tokens * top_k * hidden <= LARGEST_ROWS:
@@ -135,6 +169,8 @@ def gating_case(name: str, tokens: int, experts: int, top_k: int, groups: tuple[
 def edge_cases() -> Iterator[Case]:
     """Yield the cases that break kernels."""
     yield from _grouping_edges()
+    yield from _written_edges()
+    yield from _variant_edges()
     yield from _gating_edges()
     for dtype in DTYPES:
         yield permute_case(f"strided rows {dtype}", 9, 4, 2, 33, dtype, strided=True)
@@ -198,6 +234,103 @@ def _grouping_edges() -> Iterator[Case]:
     yield Case("expert_offsets", "no experts", given(counts=np.zeros(0, np.int32)))
     yield Case("expert_offsets", "int64 counts past int32", given(counts=np.full(5, 2**31, np.int64)))
     yield Case("expert_offsets", "2048 experts", given(counts=np.arange(2048) % 99, alignment=7))
+
+
+def _written_edges() -> Iterator[Case]:
+    """Yield alignments into memory that is given."""
+    chosen = np.random.default_rng(0).integers(-1, 9, (25, 2)).astype(np.int32)
+    some = np.array([-1, 0, 1, -1, 2, -1, 3, -1])
+    sizes = align_sizes(chosen.size, 4, 8)
+    both = {"inv_sorted_idx": empty(25, 2), "counts": empty(8)}
+    options: dict[str, dict[str, Any]] = {
+        "out": {"out": align_out(50, 4, 8)},
+        "out longer than needed": {"out": align_out(50, 4, 8, spare=33), "inactive_expert_id": -7},
+        "inv_sorted_idx": {"inv_sorted_idx": empty(25, 2)},
+        "counts": {"counts": empty(8)},
+        "everything given": {"out": align_out(50, 4, 8), "workspace": empty(sizes.workspace + 8), **both},
+        "counts and inverse by this rank's ids": {"expert_map": some, "ignore_invalid_experts": True, **both},
+        "counts and inverse by every rank's ids": {"expert_map": some, **both},
+    }
+    for name, option in options.items():
+        arguments = {"topk_ids": chosen, "block_size": 4, "num_experts": 8, **option}
+        yield Case("moe_align_block_size", name, given(**arguments))
+    many = {"topk_ids": ids(150, 20, 2, "zipf"), "block_size": 16, "num_experts": 20}
+    written = {"out": align_out(300, 16, 20, spare=50), "inv_sorted_idx": empty(150, 2), "counts": empty(20)}
+    yield Case("moe_align_block_size", "several tiles given", given(**many, **written))
+    none = {"topk_ids": np.zeros((0, 2), np.int32), "block_size": 4, "num_experts": 3}
+    written = {"out": align_out(0, 4, 3, spare=9), "inv_sorted_idx": empty(0, 2), "counts": empty(3)}
+    yield Case("moe_align_block_size", "zero tokens given", given(**none, **written))
+
+
+def _variant_edges() -> Iterator[Case]:
+    batches: dict[str, tuple[Any, int, int]] = {
+        "no batches": ([], 5, 4),
+        "no rows": ([0, 0], 0, 4),
+        "one row": ([1], 1, 16),
+        "empty batches": ([0, 3, 0, 0, 5, 0], 5, 4),
+        "full batches": ([16] * 6, 16, 16),
+        "counts out of range": ([-3, 9, 2**31 - 1, -(2**31), 4], 7, 4),
+        "block_size 1": ([2, 0, 3], 3, 1),
+        "block_size 3": ([7, 1, 0, 6], 7, 3),
+        "300 batches": (np.arange(300) % 7, 6, 4),
+    }
+    for name, (sizes, most, block_size) in batches.items():
+        batched = given(max_tokens_per_batch=most, block_size=block_size, expert_num_tokens=np.array(sizes, np.int32))
+        yield Case("batched_moe_align_block_size", name, batched)
+    past = given(max_tokens_per_batch=6, block_size=4, expert_num_tokens=np.array([2**32 + 1, 2, -(2**40)]))
+    yield Case("batched_moe_align_block_size", "int64 counts past int32", past)
+
+    slices: dict[str, tuple[Any, int]] = {
+        "no slices": ([], 0),
+        "no rows": ([0, 0, 0], 0),
+        "published example": ([15, 17, 0, 127], 159),
+        "rows to spare": ([15, 17, 0, 127], 5000),
+        "a slice a row": ([1] * 40, 40),
+        "fewer rows than slices": ([1, 0, 0, 1], 2),
+        "whole blocks": ([128, 16, 64, 32], 240),
+        "negative sizes": ([-5, 20, -(2**31), 3], 30),
+        "more rows than said": ([100, 300], 90),
+        "300 slices": (np.arange(300) % 50, 7350),
+        "int64 schedule by rows": ([3, 70], 2**19 + 1),
+        "int64 schedule by slices": (np.ones(2**16 + 1, np.int32) * ([1, 0] * 2**15 + [1]), 40),
+    }
+    for name, (rows, num_rows) in slices.items():
+        ragged = given(slice_sizes=np.array(rows, np.int32), num_rows=num_rows)
+        yield Case("make_ragged_metadata", name, ragged)
+    yield Case("make_ragged_metadata", "int64 sizes", given(slice_sizes=np.array([40, -1, 3]), num_rows=50))
+
+    rng = np.random.default_rng(0)
+    tokens: dict[str, Any] = {
+        "topk_ids": rng.integers(-1, 9, (40, 2)),
+        "token_lora_mapping": rng.integers(-1, 4, 40).astype(np.int32),
+        "block_size": 4,
+        "num_experts": 8,
+        "max_loras": 3,
+    }
+    some = np.array([-1, 0, 1, -1, 2, -1, 3, -1], np.int32)
+    variants: dict[str, dict[str, Any]] = {
+        "all adapters": {},
+        "one adapter": {"max_loras": 1},
+        "adapters without tokens": {"max_loras": 6},
+        "disabled adapters": {"adapter_enabled": np.array([1, 0, 7], np.int32)},
+        "all adapters disabled": {"adapter_enabled": np.zeros(4, np.int32)},
+        "lora_ids": {"lora_ids": np.array([-1, 2, 0, 99], np.int32)},
+        "no lora_ids": {"lora_ids": np.zeros(0, np.int32)},
+        "disabled and not in lora_ids": {
+            "adapter_enabled": np.array([1, 0, 1], np.int32),
+            "lora_ids": np.array([0, 1], np.int32),
+        },
+        "no token with an adapter": {"token_lora_mapping": np.full(40, -1, np.int32)},
+        "adapters out of range": {"token_lora_mapping": np.tile([2**40, -(2**40), 3, 1], 10)},
+        "expert_map": {"expert_map": some},
+        "pad_sorted_ids": {"pad_sorted_ids": True, "inactive_expert_id": 5},
+        "zero tokens": {"topk_ids": np.zeros((0, 2), np.int32), "token_lora_mapping": np.zeros(0, np.int32)},
+        "fewer slots than experts": {"topk_ids": np.array([[3]]), "token_lora_mapping": np.array([2])},
+        "block_size 3": {"block_size": 3},
+    }
+    for name, option in variants.items():
+        yield Case("moe_lora_align_block_size", name, given(**{**tokens, **option}))
+    yield lora_case("many virtual experts", 50, 257, 2, 16, 9)
 
 
 def _gating_edges() -> Iterator[Case]:

@@ -59,6 +59,8 @@ TWO_CHUNKS = 2 * CHUNK
 # Up to this many slots every block counts them all: a launch less for the host. The device of an H200 is faster that
 # way too up to 8,192 slots; 32,768 take it 9.5 us, in two launches 7.6.
 RECOUNTED_SLOTS = 2**15
+# Up to this many slots, and from there on more of them to a block.
+SMALL_BLOCKS_SLOTS = 160 * 1024
 # With more counts by block than this, `scan_blocks` sums them once instead of every block for itself.
 UNSCANNED_COUNTS = 64 * 1024
 # Loads that a thread has on their way at once: of slots, of 16 bytes of counts.
@@ -452,7 +454,7 @@ def _grid(num_slots: int, num_experts: int) -> Grid:
         return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts, False)
     # Measured on an H200: blocks that each count all slots, then one wave of small blocks, then more slots to a block.
     counted = num_slots > RECOUNTED_SLOTS
-    threads, items = (512, 1) if not counted else (256, 4) if num_slots <= 160 * 1024 else (512, 8)
+    threads, items = (512, 1) if not counted else (256, 4) if num_slots <= SMALL_BLOCKS_SLOTS else (512, 8)
     threads = block_threads(threads)
     return _deal(-(-num_slots // (threads * items)), threads, items, num_experts, counted)
 
@@ -461,6 +463,23 @@ def _deal(blocks: int, threads: int, items: int, num_experts: int, counted: bool
     stride = -(-num_experts // 8) * 8
     shared_bytes = 2 * -(-threads // 128) * 4 * min(stride, CHUNK)
     return Grid(blocks, threads, items, stride, shared_bytes, counted, counted and blocks * stride > UNSCANNED_COUNTS)
+
+
+def _scratch(grid: Grid, num_experts: int) -> tuple[arrays.Contiguous | None, arrays.Contiguous | None]:
+    """Describe the scratch between the launches of a sort: counts by block, and their sums."""
+    return (
+        arrays.contiguous(torch.int16, grid.blocks * grid.stride) if grid.counted else None,
+        arrays.contiguous(torch.int32, (grid.blocks + 1) * num_experts) if grid.scanned else None,
+    )
+
+
+def workspace_size(num_slots: int, num_experts: int) -> int:
+    """Return the int32 elements that hold the scratch of any sort of up to that many slots."""
+    found = 0
+    for slots in (num_slots, min(num_slots, SMALL_BLOCKS_SLOTS)):
+        scratch = [array for array in _scratch(_grid(slots, num_experts), num_experts) if array]
+        found = max(found, sum(array.shape[0] * array.dtype.itemsize // 4 for array in scratch))
+    return found
 
 
 def _choices(topk_ids: Layout, expert_map: Layout | None, grid: Grid) -> dict[str, Any]:
@@ -495,8 +514,7 @@ def plan_sort(
     scan = (grid.blocks, num_experts, grid.stride)
     names = {"block_names": block_names and block_names.dtype}
     return SortPlan(
-        arrays.contiguous(torch.int16, grid.blocks * grid.stride) if grid.counted else None,
-        arrays.contiguous(torch.int32, (grid.blocks + 1) * num_experts) if grid.scanned else None,
+        *_scratch(grid, num_experts),
         Launch(count_slots, *where, sizes, ids),
         Launch(scan_blocks, topk_ids.device, *warps(num_experts), scan),
         Launch(place_slots, *where, (*sizes, block_size, inactive_expert_id), ids | names, grid.shared_bytes),
@@ -514,15 +532,20 @@ def sort(
     offset: torch.Tensor | None = None,
     expert_ids: torch.Tensor | None = None,
     num_padded: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
-    """Write every slot to its position, and what else is asked for; positions without a slot hold num_slots."""
+    """Write every slot to its position, and what else is asked for; positions without a slot hold num_slots.
+
+    Scratch is allocated, or lies in a workspace of `workspace_size` int32 elements, at a multiple of 16 bytes.
+    """
     block_counts = block_offsets = None
     if plan.block_counts:
-        block_counts = arrays.empty(*plan.block_counts)
+        words = plan.block_counts.shape[0] // 2
+        block_counts = arrays.empty(*plan.block_counts) if workspace is None else workspace[:words].view(torch.int16)
         plan.count_slots(topk_ids, expert_map, block_counts, None, sorted_slots)
-    if plan.block_offsets:
-        block_offsets = arrays.empty(*plan.block_offsets)
-        plan.scan_blocks(block_counts, block_offsets)
+        if plan.block_offsets:
+            block_offsets = arrays.empty(*plan.block_offsets) if workspace is None else workspace[words:]
+            plan.scan_blocks(block_counts, block_offsets)
     inputs = (topk_ids, expert_map, block_names, block_counts, block_offsets)
     plan.place_slots(*inputs, sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded)
 

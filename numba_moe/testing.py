@@ -63,6 +63,8 @@ def to_device(value: Any, device: str, dtype: str | None = None, strided: bool =
 
     Floats become the dtype; as strided, rows of a matrix lie inside wider rows of NaN.
     """
+    if isinstance(value, tuple):
+        return tuple(to_device(part, device, dtype, strided) for part in value)
     if not isinstance(value, np.ndarray):
         return value
     tensor = torch.from_numpy(value.copy()).to(device)

@@ -1,26 +1,34 @@
 """Mixture-of-Experts routing in NumPy: what every op of numba_moe computes, written to be read.
 
-Start with `counting`, then `align`, `gating` and `permute`; where experts live is in `deepseek`, `refine`,
+Start with `counting`, then `align`, `gating` and `permute`; `batched`, `lora` and `ragged` are kinds of alignment;
+where experts live is in `deepseek`, `refine`,
 `rebalance` and `migration`. README.md beside this file has the contract.
 """
 
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
+from numba_moe.reference.batched import batched_moe_align_block_size
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
 from numba_moe.reference.gating import TopK, grouped_topk, topk_sigmoid, topk_softmax
+from numba_moe.reference.lora import moe_lora_align_block_size
 from numba_moe.reference.migration import plan_migration
 from numba_moe.reference.permute import PermutedTokens, moe_permute, moe_unpermute
+from numba_moe.reference.ragged import RaggedMetadata, make_ragged_metadata
 from numba_moe.reference.rebalance import RebalancedExperts, balancedness, rank_loads, rebalance_experts
 
 __all__ = [
     "AlignedBlocks",
     "PermutedTokens",
+    "RaggedMetadata",
     "RebalancedExperts",
     "TopK",
     "balancedness",
+    "batched_moe_align_block_size",
     "count_tokens_per_expert",
     "expert_offsets",
     "grouped_topk",
+    "make_ragged_metadata",
     "moe_align_block_size",
+    "moe_lora_align_block_size",
     "moe_permute",
     "moe_unpermute",
     "plan_migration",

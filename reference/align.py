@@ -37,6 +37,10 @@ def moe_align_block_size(
     ignore_invalid_experts: bool = False,
     *,
     inactive_expert_id: int = -1,
+    out: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    inv_sorted_idx: np.ndarray | None = None,
+    counts: np.ndarray | None = None,
+    workspace: np.ndarray | None = None,
 ) -> AlignedBlocks:
     """Group the slots by expert and pad each group to a multiple of the block size.
 
@@ -57,6 +61,15 @@ def moe_align_block_size(
         are grouped by their own id, and `expert_ids` names the blocks by the map (-1 for other ranks' blocks).
     inactive_expert_id
         What `expert_ids` holds past the last block in use.
+    out
+        Arrays to write the result to: `sorted_token_ids` may be longer than below, `expert_ids` has one entry for
+        each block of it.
+    inv_sorted_idx
+        int32, of the shape of `topk_ids`, to be written: the position of each slot, -1 for a skipped one.
+    counts
+        int32 [num_experts], to be written: the slots of each group.
+    workspace
+        Scratch memory of kernels, which have use for it; see `numba_moe.align_sizes`.
 
     Returns
     -------
@@ -84,15 +97,25 @@ def moe_align_block_size(
     """
     num_slots = topk_ids.size
     experts = expert_of_slots(topk_ids, num_experts, expert_map if ignore_invalid_experts else None)
-    counts = np.bincount(experts[experts >= 0], minlength=num_experts)
-    offsets = expert_offsets(counts, block_size)
+    sizes = np.bincount(experts[experts >= 0], minlength=num_experts)
+    offsets = expert_offsets(sizes, block_size)
+    if out is None:
+        length = max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
+        out = np.empty(length, np.int32), np.empty(-(-length // block_size), np.int32), np.empty(1, np.int32)
 
-    length = max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
-    sorted_token_ids = np.full(length, num_slots, np.int32)
-    expert_ids = np.full(-(-length // block_size), inactive_expert_id, np.int32)
+    sorted_token_ids, expert_ids, num_tokens_post_padded = out
+    sorted_token_ids[:] = num_slots
+    expert_ids[:] = inactive_expert_id
+    num_tokens_post_padded[:] = offsets[-1]
     by_expert = np.argsort(experts, kind="stable")[np.count_nonzero(experts < 0) :]
-    for expert, (group, first) in enumerate(zip(np.split(by_expert, np.cumsum(counts)[:-1]), offsets, strict=False)):
+    for expert, (group, first) in enumerate(zip(np.split(by_expert, np.cumsum(sizes)[:-1]), offsets, strict=False)):
         sorted_token_ids[first : first + len(group)] = group
         name = expert if expert_map is None or ignore_invalid_experts else expert_map[expert]
         expert_ids[first // block_size : offsets[expert + 1] // block_size] = name
-    return AlignedBlocks(sorted_token_ids, expert_ids, offsets[-1:].astype(np.int32))
+    if inv_sorted_idx is not None:
+        positions = np.flatnonzero(sorted_token_ids < num_slots)
+        inv_sorted_idx[...] = -1
+        inv_sorted_idx.flat[sorted_token_ids[positions]] = positions
+    if counts is not None:
+        counts[:] = sizes
+    return AlignedBlocks(*out)

@@ -179,7 +179,7 @@ def test_torch_is_a_right_peer():
 
 def test_cases():
     every = bench.select_cases(parse())
-    assert len(every) == 12 + 9 * 2 * 2 + 7 * 2
+    assert len(every) == 12 + 3 * 4 + 4 + 6 + 5 + 5 + 9 * 2 * 2 + 7 * 2
     assert len({(case.op, case.name, case.dtype) for case in every}) == len(every)
     chosen = bench.select_cases(parse("--op", "moe_align*", "--shape", "16384x512", "--routing", "uniform,zipf"))
     assert [case.name for case in chosen] == [
@@ -255,7 +255,7 @@ def test_plot(tmp_path):
 def on_cpu(monkeypatch):
     """Measure on the CPU, where the reference answers, with a clock that tells 2 and 3 us."""
     to_device = testing.to_device
-    monkeypatch.setattr(testing, "to_device", lambda value, device: to_device(value, "cpu"))
+    monkeypatch.setattr(testing, "to_device", lambda value, device, *more: to_device(value, "cpu", *more))
     monkeypatch.setattr(measure, "device_time", lambda call: 2.0)
     monkeypatch.setattr(measure, "host_time", lambda call: 3.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -291,6 +291,73 @@ def test_only_right_results_are_timed(on_cpu, monkeypatch):
     assert "weight (0, 0)" in sglang.message
     assert right == ours._replace(implementation="torch")
     assert [row.implementation for row in measure.measure(case, (), 100.0)] == [OURS]
+
+
+@pytest.mark.parametrize("op", [name for name in contenders.OPS if "align" in name or "ragged" in name])
+def test_alignment_and_its_variants_are_timed(on_cpu, op):
+    small = [
+        case for case in contenders.OPS[op].cases(["zipf"]) if not case.name.startswith(("16384", "65536", "131072"))
+    ]
+    rows = [row for case in small for row in measure.measure(case, (), 100.0)]
+    assert [row.implementation for row in rows] == [OURS] * len(small)
+    assert not any(row.wrong for row in rows), rows
+
+
+@pytest.fixture
+def vllm_by_the_reference(monkeypatch):
+    """Answer vLLM's ops by the reference, in the peer's shapes, so that what the bench does with them is tested."""
+
+    def write(out, result):
+        for part, found in zip(out, result, strict=True):
+            part[: found.size] = torch.from_numpy(found.reshape(-1))
+
+    def align(ids, experts, block_size, slots, blocks, used, expert_map):
+        maps = {} if expert_map is None else {"expert_map": expert_map.numpy(), "ignore_invalid_experts": True}
+        write((slots, blocks, used), reference.moe_align_block_size(ids.numpy(), block_size, experts, **maps))
+
+    def batched(most, block_size, sizes, *out):
+        write(out, reference.batched_moe_align_block_size(most, block_size, sizes.numpy()))
+
+    def lora(ids, mapping, experts, block_size, max_loras, length, num_blocks, *rest):
+        *out, enabled, lora_ids, _ = rest
+        assert [len(part) for part in out] == [max_loras * length, max_loras * num_blocks, max_loras]
+        which = (enabled.numpy(), lora_ids.numpy(), None, True)
+        arguments = (ids.numpy(), mapping.numpy(), block_size, experts, max_loras, *which)
+        write(out, reference.moe_lora_align_block_size(*arguments))
+
+    ops = {
+        "moe_align_block_size": align,
+        "batched_moe_align_block_size": batched,
+        "moe_lora_align_block_size": lora,
+    }
+    monkeypatch.setattr(torch.ops, "_moe_C", argparse.Namespace(**ops), raising=False)
+
+
+@pytest.mark.parametrize("op", [name for name in contenders.OPS if "align" in name])
+def test_peers_of_alignment_get_their_own_arguments(on_cpu, vllm_by_the_reference, op):
+    small = [
+        case for case in contenders.OPS[op].cases(["zipf"]) if not case.name.startswith(("16384", "65536", "131072"))
+    ]
+    rows = [row for case in small for row in measure.measure(case, ("vllm",), 100.0)]
+    without_peer = [case for case in small if "inverse" in case.name]
+    assert len([row for row in rows if row.implementation == "vllm"]) == len(small) - len(without_peer)
+    assert [row for row in rows if row.wrong or row.message] == []
+
+
+def test_adapters_of_a_peer():
+    ids = np.array([[0, 1], [0, 1], [1, 0]])
+    arguments = {"topk_ids": torch.from_numpy(ids), "block_size": 2, "max_loras": 2}
+    expected = reference.moe_lora_align_block_size(ids, np.array([1, -1, 1]), 2, 2, 2)
+    slots, experts, used = (part.ravel().tolist() for part in expected)
+
+    def fault(*parts):
+        result = tuple(torch.tensor(part, dtype=torch.int32) for part in parts)
+        return contenders.lora_fault(result, expected, arguments)
+
+    assert fault(slots, experts, used) == ""
+    assert fault([9] * 8 + [5, 0, 4, 1, 9, 9, 9, 9], [9] * 4 + [0, 1, 9, 9], used) == ""  # any order, any tail
+    assert "adapter 1: the slots" in fault([9] * 8 + [5, 1, 4, 0, 9, 9, 9, 9], experts, used)
+    assert "adapter 0: num_tokens_post_padded" in fault(slots, experts, [2, 4])
 
 
 def test_exit_status_is_about_our_results(on_cpu, monkeypatch, capsys):

@@ -11,6 +11,9 @@ IDS = torch.zeros(4, 2, dtype=torch.int32)
 LOGITS = torch.zeros(4, 8)
 ROWS = torch.zeros(4, 16)
 WEIGHTS = torch.zeros(4, 2)
+INTS = torch.zeros(64, dtype=torch.int32)
+MANY = torch.zeros(2**15 + 1, dtype=torch.int32)
+FROZEN = np.frombuffer(bytes(32), np.int32)
 META = torch.zeros(8, dtype=torch.int32, device="meta")
 
 BAD = {
@@ -33,6 +36,32 @@ BAD = {
     "map on another device": (lambda: moe.count_tokens_per_expert(IDS, 8, META), ValueError, "`expert_map` must be on a CUDA device or the CPU, got meta"),
     "counts of rank 2": (lambda: moe.expert_offsets(IDS), ValueError, "`counts` must be of 1 dimensions"),
     "alignment 0": (lambda: moe.expert_offsets(IDS[0], 0), ValueError, "`alignment` must be at least 1, got 0"),
+    "out as a list": (lambda: moe.moe_align_block_size(IDS, 4, 8, out=[IDS]), TypeError, "`out` must be a tuple of 3 arrays, got list"),
+    "out of two": (lambda: moe.moe_align_block_size(IDS, 4, 8, out=(IDS, IDS)), ValueError, "`out` must be a tuple of 3 arrays, got 2"),
+    "out of int64": (lambda: moe.moe_align_block_size(IDS, 4, 8, out=(IDS[0].long(),) * 3), TypeError, "`out.sorted_token_ids` must be of dtype int32, got int64"),
+    "short out": (lambda: moe.moe_align_block_size(IDS, 4, 8, out=(META[:5], META[:2], META[:1])), ValueError, "`out.sorted_token_ids` must be on a CUDA device or the CPU"),
+    "out too short": (lambda: moe.moe_align_block_size(IDS, 4, 8, out=(INTS[:31], INTS[:8], INTS[:1])), ValueError, r"`len\(out.sorted_token_ids\)` must be at least what any routing needs = 32, got 31"),
+    "out of other blocks": (lambda: moe.moe_align_block_size(IDS, 4, 8, out=(INTS[:33], INTS[:8], INTS[:1])), ValueError, r"`out.expert_ids` must be of shape \(blocks of `out.sorted_token_ids`,\) = \(9,\), got shape \(8,\)"),
+    "out of two sizes": (lambda: moe.moe_align_block_size(IDS, 4, 8, out=(INTS[:32], INTS[:8], INTS[:2])), ValueError, r"`out.num_tokens_post_padded` must be of shape \(1,\) = \(1,\), got shape \(2,\)"),
+    "inverse of another shape": (lambda: moe.moe_align_block_size(IDS, 4, 8, inv_sorted_idx=INTS[:8]), ValueError, r"`inv_sorted_idx` must be of shape that of `topk_ids` = \(4, 2\), got shape \(8,\)"),
+    "counts of another length": (lambda: moe.moe_align_block_size(IDS, 4, 8, counts=INTS[:7]), ValueError, r"`counts` must be of shape \(num_experts,\) = \(8,\), got shape \(7,\)"),
+    "workspace too small": (lambda: moe.moe_align_block_size(MANY, 4, 8, workspace=INTS), ValueError, r"`len\(workspace\)` must be at least what `align_sizes` says = \d+, got 64"),
+    "workspace that is not aligned": (lambda: moe.moe_align_block_size(IDS, 4, 8, workspace=INTS[1:]), ValueError, "`workspace` must be at an address that is a multiple of 16 bytes, got 4 more"),
+    "read-only counts": (lambda: moe.moe_align_block_size(IDS.numpy(), 4, 8, counts=FROZEN), ValueError, "`counts` must be writable and contiguous, got an array that is read-only or strided"),
+    "strided out": (lambda: moe.moe_align_block_size(IDS.numpy(), 4, 8, out=(np.zeros(64, np.int32)[::-2], FROZEN, FROZEN)), ValueError, "`out` must be writable and contiguous"),
+    "sizes of no experts": (lambda: moe.align_sizes(8, 4, 0), ValueError, "`num_experts` must be at least 1, got 0"),
+    "sizes of negative slots": (lambda: moe.align_sizes(-1, 4, 8), ValueError, "`num_slots` must be at least 0, got -1"),
+    "batches as floats": (lambda: moe.batched_moe_align_block_size(4, 4, LOGITS[0]), TypeError, "`expert_num_tokens` must be of dtype int32 or int64, got float32"),
+    "batches of negative length": (lambda: moe.batched_moe_align_block_size(-1, 4, IDS[0]), ValueError, "`max_tokens_per_batch` must be at least 0, got -1"),
+    "batches past int32": (lambda: moe.batched_moe_align_block_size(2**30, 4, IDS[:, 0].contiguous()), ValueError, "`expert_num_tokens` must be small enough for the number of padded positions to fit int32"),
+    "adapters of other tokens": (lambda: moe.moe_lora_align_block_size(IDS, IDS[0], 4, 8, 2), ValueError, r"`token_lora_mapping` must be of shape \(num_tokens,\) = \(4,\), got shape \(2,\)"),
+    "no adapters": (lambda: moe.moe_lora_align_block_size(IDS, INTS[:4], 4, 8, 0), ValueError, "`max_loras` must be at least 1, got 0"),
+    "too few flags": (lambda: moe.moe_lora_align_block_size(IDS, INTS[:4], 4, 8, 3, INTS[:2]), ValueError, r"`len\(adapter_enabled\)` must be at least max_loras = 3, got 2"),
+    "adapters of int64": (lambda: moe.moe_lora_align_block_size(IDS, INTS[:4], 4, 8, 3, None, INTS.long()), TypeError, "`lora_ids` must be of dtype int32, got int64"),
+    "too many virtual experts": (lambda: moe.moe_lora_align_block_size(IDS, INTS[:4], 4, 2**20, 2**20), ValueError, "`max_loras` must be small enough for max_loras \\* num_experts to fit int32"),
+    "adapters past int32": (lambda: moe.moe_lora_align_block_size(IDS, INTS[:4], 2**20, 8, 2**10), ValueError, "`topk_ids` must be small enough for the number of padded positions to fit int32"),
+    "slices of rank 2": (lambda: moe.make_ragged_metadata(IDS, 8), ValueError, "`slice_sizes` must be of 1 dimensions"),
+    "negative rows": (lambda: moe.make_ragged_metadata(IDS[0], -8), ValueError, "`num_rows` must be at least 0, got -8"),
     "logits of doubles": (lambda: moe.topk_softmax(LOGITS.double(), 2), TypeError, "`gating_output` must be of dtype float32 or float16 or bfloat16, got float64"),
     "logits of rank 1": (lambda: moe.topk_softmax(LOGITS[0], 2), ValueError, r"`gating_output` must be of 2 dimensions, got shape \(8,\)"),
     "transposed logits": (lambda: moe.topk_softmax(LOGITS.T, 2), ValueError, r"`gating_output` must be contiguous in its last dimension, got strides \(1, 8\)"),

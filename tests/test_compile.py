@@ -26,10 +26,14 @@ def test_every_specialisation_compiles_to_ptx(compute_capability, without_simula
         "choose_from_memory",
         "combine_rows",
         "count_slots",
+        "fill_batches",
         "gather_rows",
+        "pair_slots",
         "place_slots",
         "scan_blocks",
         "scan_experts",
+        "schedule_blocks",
+        "spread_adapters",
     }
     for kernel, calls in report.items():
         assert not any(calls), f"{kernel} calls a function that was not inlined: {calls}"

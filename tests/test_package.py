@@ -15,7 +15,7 @@ from numba_moe import placement, reference
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = {name: package for package in (numba_moe, placement) for name in package.__all__ if name[0].islower()}
-TOOLS = {"migrate", "migrate_in_chunks", "simulate"}  # they use what ops compute
+TOOLS = {"align_sizes", "migrate", "migrate_in_chunks", "simulate"}  # they serve ops, or use what ops compute
 OPS = {name: package for name, package in FUNCTIONS.items() if name not in TOOLS}
 
 

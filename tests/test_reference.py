@@ -44,6 +44,114 @@ def test_alignment_by_loops(ids, block_size, pad, ignore, data):
     assert got.sorted_token_ids.dtype == got.expert_ids.dtype == got.num_tokens_post_padded.dtype == np.int32
 
 
+def test_alignment_into_given_memory():
+    ids = np.array([[2, 0], [0, -1], [2, 1]], np.int32)
+    out = np.full(13, 77, np.int32), np.full(4, 77, np.int32), np.full(1, 77, np.int32)
+    inverse, counts = np.full((3, 2), 77, np.int32), np.full(3, 77, np.int32)
+    blocks = reference.moe_align_block_size(ids, 4, 3, out=out, inv_sorted_idx=inverse, counts=counts)
+    assert [part.tolist() for part in out] == [[1, 2, 6, 6, 5, 6, 6, 6, 0, 4, 6, 6, 6], [0, 1, 2, -1], [12]]
+    assert all(part is given for part, given in zip(blocks, out, strict=True))
+    assert inverse.tolist() == [[8, 0], [1, -1], [9, 4]]
+    assert counts.tolist() == [2, 1, 2]
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(-2, 9), max_size=9), most=st.integers(0, 7), block_size=st.integers(1, 5))
+def test_batched_alignment_by_loops(sizes, most, block_size):
+    expected, blocks = [], []
+    for expert, size in enumerate(sizes):
+        rows = [expert * most + row for row in range(min(max(size, 0), most))]
+        while len(rows) % block_size:
+            rows.append(len(sizes) * most)
+        expected += rows
+        blocks += [expert] * (len(rows) // block_size)
+    got = reference.batched_moe_align_block_size(most, block_size, np.array(sizes, np.int32))
+    used = len(expected)
+    assert got.num_tokens_post_padded.tolist() == [used]
+    assert got.sorted_token_ids[:used].tolist() == expected
+    assert (got.sorted_token_ids[used:] == len(sizes) * most).all()
+    assert got.expert_ids.tolist() == blocks + [-1] * (len(got.expert_ids) - len(blocks))
+    assert (
+        len(got.sorted_token_ids)
+        == len(got.expert_ids) * block_size
+        == len(sizes) * -(-most // block_size) * block_size
+    )
+    assert {part.dtype.name for part in got} == {"int32"}
+
+
+@settings(deadline=None)
+@given(
+    ids=ROUTINGS,
+    block_size=st.integers(1, 5),
+    pad=st.booleans(),
+    enabled=st.none() | st.lists(st.integers(0, 1), min_size=3, max_size=4),
+    lora_ids=st.none() | st.lists(st.integers(-1, 4), max_size=4),
+    data=st.data(),
+)
+def test_alignment_of_adapters_by_loops(ids, block_size, pad, enabled, lora_ids, data):
+    adapters = data.draw(hnp.arrays(np.int32, len(ids), elements=st.integers(-1, 4)))
+    expert_map = data.draw(st.none() | hnp.arrays(np.int32, 6, elements=st.integers(-1, 5)))
+    got = reference.moe_lora_align_block_size(
+        ids, adapters, block_size, 6, 3, None if enabled is None else np.array(enabled, np.int32),
+        None if lora_ids is None else np.array(lora_ids, np.int32), expert_map, pad, inactive_expert_id=-5,
+    )  # fmt: skip
+    for adapter in range(3):
+        expected, blocks = [], []
+        in_use = (enabled is None or enabled[adapter]) and (lora_ids is None or adapter in lora_ids)
+        for expert in range(6):
+            slots = []
+            for slot, given_id in enumerate(ids.ravel().tolist()):
+                if in_use and adapters[slot // ids.shape[1]] == adapter and 0 <= given_id < 6:
+                    mapped = given_id if expert_map is None else int(expert_map[given_id])
+                    slots += [slot] if mapped == expert else []
+            while len(slots) % block_size:
+                slots.append(ids.size)
+            expected += slots
+            blocks += [expert] * (len(slots) // block_size)
+        slots, experts = got.sorted_token_ids[adapter], got.expert_ids[adapter]
+        assert got.num_tokens_post_padded[adapter] == len(expected)
+        assert slots.tolist() == expected + [ids.size] * (len(slots) - len(expected))
+        assert experts.tolist() == blocks + [-5] * (len(experts) - len(blocks))
+    assert {part.dtype.name for part in got} == {"int32"}
+
+
+def test_published_ragged_metadata():
+    ragged = reference.make_ragged_metadata(np.array([15, 17, 0, 127], np.int32), 159)
+    assert ragged.slice_sizes.tolist() == [15, 17, 0, 127]
+    assert ragged.slice_offsets.tolist() == [0, 15, 32, 32, 159]
+    assert ragged.block_offsets.tolist() == [[0, 1, 3, 3, 11], [0, 1, 2, 2, 6], [0, 1, 2, 2, 4], [0, 1, 2, 2, 3]]
+    assert ragged.block_schedule.shape == (4, 13)
+    of_last = [block << 16 | 3 for block in range(8)]
+    assert ragged.block_schedule[0].tolist() == [0, 1, 1 << 16 | 1, *of_last, -1, -1]
+    assert ragged.block_schedule[3].tolist() == [0, 1, 3] + [-1] * 10
+    assert {part.dtype.name for part in ragged} == {"int32"}
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(-3, 70), max_size=9), spare=st.integers(0, 60))
+def test_a_block_schedule_has_every_block_once(sizes, spare):
+    rows = sum(max(size, 0) for size in sizes)
+    ragged = reference.make_ragged_metadata(np.array(sizes, np.int32), rows + spare)
+    for block_size, offsets, schedule in zip((16, 32, 64, 128), *ragged[2:], strict=True):
+        blocks = [
+            block << 16 | index
+            for index, size in enumerate(sizes)
+            for block in range(max(size, 0))
+            if block * block_size < size
+        ]
+        assert schedule.tolist() == blocks + [-1] * (len(schedule) - len(blocks))
+        assert offsets[-1] == len(blocks)
+
+
+def test_a_wide_block_schedule():
+    wide = reference.make_ragged_metadata(np.array([17, 20]), 2**19 + 1)
+    assert wide.block_schedule.dtype == np.int64
+    assert wide.block_schedule[0, :5].tolist() == [0, 1 << 32, 1, 1 << 32 | 1, -1]
+    hot = reference.make_ragged_metadata(np.array([0, 2**19]), 2**19)
+    assert hot.block_schedule.dtype == np.int32
+    assert hot.block_schedule[0, 2**15 - 1] == (2**15 - 1) << 16 | 1
+
+
 def test_length_of_sorted_token_ids():
     from numba_moe.reference.align import max_sorted_slots
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from numba_moe import reference, testing
-from numba_moe.cases import Case, floats, given, ids
-from numba_moe.reference.align import max_sorted_slots
+from numba_moe import align_sizes, reference, testing
+from numba_moe.cases import Case, align_out, counts, empty, floats, given, ids
+from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 
 OURS = "numba_moe"
 # peer -> the torch.ops namespace of its ops, and the module whose import registers them
@@ -39,6 +39,17 @@ ALIGN_SHAPES = (  # tokens, experts, top_k, block_size
     (65536, 256, 8, 128),
     (131072, 128, 8, 128),
 )
+VARIANT_SHAPES = ((64, 256, 8, 16), (4096, 256, 8, 64), (65536, 256, 8, 128))
+COUNT_SHAPES = ((1, 256, 8), (512, 256, 8), (16384, 256, 8), (131072, 128, 8))  # tokens, experts, top_k
+BATCHED_SHAPES = ((1, 8, 16), (32, 64, 16), (128, 256, 64), (256, 128, 64), (2048, 32, 128), (4096, 256, 128))
+LORA_SHAPES = (  # tokens, experts, top_k, block_size, max_loras
+    (1, 64, 8, 16, 1),
+    (32, 128, 8, 16, 4),
+    (512, 128, 8, 64, 4),
+    (4096, 128, 8, 64, 8),
+    (16384, 256, 8, 64, 8),
+)
+RAGGED_SHAPES = ((1, 256, 8), (64, 256, 8), (4096, 128, 4), (16384, 256, 8), (65536, 256, 8))  # tokens, experts, top_k
 GATING_SHAPES = (  # tokens, experts, top_k
     (1, 64, 2),
     (1, 256, 8),
@@ -74,9 +85,31 @@ def align_cases(routings: Sequence[str]) -> Iterator[Case]:
     for (tokens, experts, top_k, block_size), routing in itertools.product(ALIGN_SHAPES, routings):
         arguments = given(topk_ids=ids(tokens, experts, top_k, routing), block_size=block_size, num_experts=experts)
         yield Case("moe_align_block_size", f"{tokens}x{experts} top {top_k} block {block_size} {routing}", arguments)
+    for (tokens, experts, top_k, block_size), routing in itertools.product(VARIANT_SHAPES, routings):
+        half = np.where(np.arange(experts) % 2, np.arange(experts) // 2, -1).astype(np.int32)
+        num_slots, chosen = tokens * top_k, ids(tokens, experts, top_k, routing)
+        space = align_sizes(num_slots, block_size, experts).workspace
+        variants: dict[str, dict[str, Any]] = {
+            "expert_map": {"expert_map": half},
+            "ignore_invalid_experts": {"expert_map": half, "ignore_invalid_experts": True},
+            "out": {"out": align_out(num_slots, block_size, experts), "workspace": empty(space)},
+            "inverse and counts": {"inv_sorted_idx": empty(tokens, top_k), "counts": empty(experts)},
+        }
+        for name, options in variants.items():
+            arguments = given(topk_ids=chosen, block_size=block_size, num_experts=experts, **options)
+            label = f"{tokens}x{experts} top {top_k} block {block_size} {routing} {name}"
+            yield Case("moe_align_block_size", label, arguments)
 
 
-def align_peers(topk_ids: torch.Tensor, block_size: int, num_experts: int) -> Iterator[Contender]:
+def align_peers(
+    topk_ids: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+    ignore_invalid_experts: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    **ours_alone: torch.Tensor,
+) -> Iterator[Contender]:
     num_slots = topk_ids.numel()
 
     def blocks(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -87,20 +120,27 @@ def align_peers(topk_ids: torch.Tensor, block_size: int, num_experts: int) -> It
         )
 
     def vllm() -> Any:
-        out = blocks(max_sorted_slots(num_slots, block_size, num_experts))
-        torch.ops._moe_C.moe_align_block_size(topk_ids, num_experts, block_size, *out, None)
-        return out
+        found = out or blocks(max_sorted_slots(num_slots, block_size, num_experts))
+        slot_map = expert_map if ignore_invalid_experts else None
+        torch.ops._moe_C.moe_align_block_size(topk_ids, num_experts, block_size, *found, slot_map)
+        if expert_map is not None and not ignore_invalid_experts:
+            return found[0], expert_map[found[1]], found[2]
+        return found
 
     def sglang() -> Any:
         buckets = num_experts + 1  # the first is for id -1
         longest = num_slots * block_size if num_slots < buckets else num_slots + buckets * (block_size - 1)
-        out = blocks(longest)
+        found = blocks(longest)
         cumsum_buffer = torch.empty(buckets + 1, dtype=torch.int32, device=topk_ids.device)
         align = torch.ops.sgl_kernel.moe_align_block_size.default
-        align(topk_ids, buckets, block_size, *out, cumsum_buffer, True)
-        return out
+        align(topk_ids, buckets, block_size, *found, cumsum_buffer, True)
+        return found
 
+    if ours_alone.keys() & {"inv_sorted_idx", "counts"}:
+        return  # which peers' ops do not give
     yield Contender("vllm", vllm, "_moe_C.moe_align_block_size")
+    if expert_map is not None or out is not None:
+        return
     yield Contender("sglang", sglang, "sgl_kernel.moe_align_block_size")
 
 
@@ -114,11 +154,109 @@ def align_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str
     wanted = expected.expert_ids[: length // block_size]
     if not np.array_equal(experts[: len(wanted)], wanted):
         return "the experts of the blocks differ"
-    # the padding is the largest value, so that sorting within an expert gives the reference's order
     if len(slots) < length:
         return f"sorted_token_ids has {len(slots)} positions, {length} are in use"
-    in_order = slots[:length][np.lexsort((slots[:length], np.repeat(wanted, block_size)))]
-    return "" if np.array_equal(in_order, expected.sorted_token_ids[:length]) else "the slots of an expert differ"
+    # all blocks of other ranks' experts are named -1, so that their slots are compared together
+    names = np.repeat(wanted, block_size)
+    got, want = (part[:length][np.lexsort((part[:length], names))] for part in (slots, expected.sorted_token_ids))
+    return "" if np.array_equal(got, want) else "the slots of an expert differ"
+
+
+def count_cases(routings: Sequence[str]) -> Iterator[Case]:
+    for (tokens, experts, top_k), routing in itertools.product(COUNT_SHAPES, routings):
+        arguments = given(topk_ids=ids(tokens, experts, top_k, routing), num_experts=experts)
+        yield Case("count_tokens_per_expert", f"{tokens}x{experts} top {top_k} {routing}", arguments)
+
+
+def count_peers(topk_ids: torch.Tensor, num_experts: int) -> Iterator[Contender]:
+    yield Contender("torch", lambda: torch.histc(topk_ids, num_experts, 0, num_experts - 1))
+
+
+def count_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    return "" if testing.to_numpy(result).tolist() == expected.tolist() else "the counts differ"
+
+
+def batched_cases(routings: Sequence[str]) -> Iterator[Case]:
+    for (most, experts, block_size), routing in itertools.product(BATCHED_SHAPES, routings):
+        arguments = given(
+            expert_num_tokens=counts(most, experts, min(4, experts), routing),
+            max_tokens_per_batch=most,
+            block_size=block_size,
+        )
+        yield Case("batched_moe_align_block_size", f"{experts} of {most} rows block {block_size} {routing}", arguments)
+
+
+def batched_peers(expert_num_tokens: torch.Tensor, max_tokens_per_batch: int, block_size: int) -> Iterator[Contender]:
+    num_blocks = len(expert_num_tokens) * -(-max_tokens_per_batch // block_size)
+
+    def vllm() -> Any:
+        sizes = (num_blocks * block_size, num_blocks, 1)
+        found = tuple(torch.empty(size, dtype=torch.int32, device=expert_num_tokens.device) for size in sizes)
+        batched = torch.ops._moe_C.batched_moe_align_block_size
+        batched(max_tokens_per_batch, block_size, expert_num_tokens, *found)
+        return found
+
+    yield Contender("vllm", vllm, "_moe_C.batched_moe_align_block_size")
+
+
+def lora_cases(routings: Sequence[str]) -> Iterator[Case]:
+    for (tokens, experts, top_k, block_size, max_loras), routing in itertools.product(LORA_SHAPES, routings):
+        arguments = given(
+            topk_ids=ids(tokens, experts, top_k, routing),
+            token_lora_mapping=lambda rng, tokens=tokens, most=max_loras: rng.integers(-1, most, tokens, np.int32),
+            block_size=block_size,
+            num_experts=experts,
+            max_loras=max_loras,
+            adapter_enabled=np.ones(max_loras + 1, np.int32),
+            lora_ids=np.arange(-1, max_loras, dtype=np.int32),
+        )
+        label = f"{tokens}x{experts} top {top_k} block {block_size} {max_loras} adapters {routing}"
+        yield Case("moe_lora_align_block_size", label, arguments)
+
+
+def lora_peers(
+    topk_ids: torch.Tensor,
+    token_lora_mapping: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    max_loras: int,
+    adapter_enabled: torch.Tensor,
+    lora_ids: torch.Tensor,
+) -> Iterator[Contender]:
+    length = max_sorted_slots(topk_ids.numel(), block_size, num_experts, pad_sorted_ids=True)
+    num_blocks = length // block_size
+
+    def vllm() -> Any:
+        sizes = (max_loras * length, max_loras * num_blocks, max_loras)
+        found = tuple(torch.empty(size, dtype=torch.int32, device=topk_ids.device) for size in sizes)
+        numbers = (num_experts, block_size, max_loras, length, num_blocks)
+        align = torch.ops._moe_C.moe_lora_align_block_size
+        align(topk_ids, token_lora_mapping, *numbers, *found, adapter_enabled, lora_ids, None)
+        return found
+
+    yield Contender("vllm", vllm, "_moe_C.moe_lora_align_block_size")
+
+
+def lora_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    """Compare the rows of each adapter as alignments of their own."""
+    adapters = arguments["max_loras"]
+    for adapter in range(adapters):
+        rows, wanted = ([part.reshape(adapters, -1)[adapter] for part in parts] for parts in (result, expected))
+        if fault := align_fault(rows, AlignedBlocks(*wanted), arguments):
+            return f"adapter {adapter}: {fault}"
+    return ""
+
+
+def ragged_cases(routings: Sequence[str]) -> Iterator[Case]:
+    for (tokens, experts, top_k), routing in itertools.product(RAGGED_SHAPES, routings):
+        sizes = counts(tokens, experts, top_k, routing)
+        arguments = given(slice_sizes=sizes, num_rows=tokens * top_k)
+        yield Case("make_ragged_metadata", f"{tokens}x{experts} top {top_k} {routing}", arguments)
+
+
+def no_peers(**arguments: Any) -> Iterator[Contender]:
+    """Yield nothing: triton's function of this kind comes with a package of its own."""
+    yield from ()
 
 
 def gating_cases(op: str) -> Iterator[Case]:
@@ -254,6 +392,10 @@ def gating_fault(scoring_func: str, result: Any, expected: Any, arguments: Mappi
 
 OPS = {
     "moe_align_block_size": Op(align_cases, align_peers, align_fault),
+    "count_tokens_per_expert": Op(count_cases, count_peers, count_fault),
+    "batched_moe_align_block_size": Op(batched_cases, batched_peers, align_fault),
+    "moe_lora_align_block_size": Op(lora_cases, lora_peers, lora_fault),
+    "make_ragged_metadata": Op(ragged_cases, no_peers, align_fault),
     "topk_softmax": Op(
         lambda routings: gating_cases("topk_softmax"),
         functools.partial(gating_peers, "softmax"),

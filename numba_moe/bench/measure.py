@@ -107,9 +107,9 @@ def fault_of(case: Case, name: str, result: Any, expected: Any, arguments: Mappi
 def measure(case: Case, peers: Sequence[str], copy_bytes_per_us: float) -> Iterator[Row]:
     """Check and time every implementation of a case."""
     on_host = case.arguments(np.random.default_rng(0))
-    expected = getattr(reference, case.op)(**on_host)
     arguments = {name: testing.to_device(value, "cuda") for name, value in on_host.items()}
-    payload = next(iter(arguments))  # has a row a token
+    expected = getattr(reference, case.op)(**on_host)
+    payload = next(iter(arguments))  # has a row a token, or for each expert
     if case.dtype is not None:
         arguments[payload] = arguments[payload].to(getattr(torch, case.dtype))
     row = Row(case.op, case.name, len(arguments[payload]), str(arguments[payload].dtype).removeprefix("torch."), OURS)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from numba_moe.runtime import simulator
+from numba_moe.runtime import checks, simulator
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,16 +103,20 @@ def _kind(array: Any) -> _Kind | None:
     return None
 
 
-def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function of torch tensors take and return arrays of any library; its first argument decides which.
+def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[P, R]:
+    """Let a function of torch tensors take and return arrays of any library.
 
-    The function runs with the device of its first argument as the current one.
+    Its first array, which is its first parameter annotated `Any`, decides which, and the function runs with its device
+    as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written.
     """
-    first = next(iter(inspect.signature(function).parameters))
+    parameters = inspect.signature(function).parameters
+    annotated = (name for name, parameter in parameters.items() if parameter.annotation is Any)
+    first = next(annotated, next(iter(parameters)))
+    place = list(parameters).index(first)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        array = args[0] if args else kwargs.get(first)
+        array = args[place] if len(args) > place else kwargs.get(first)
         if isinstance(array, torch.Tensor):
             device = array.get_device()
             if device < 0 or device == torch._C._cuda_getDevice():
@@ -124,6 +128,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)  # whose checks say what the argument must be
 
         def wrap(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(wrap, value))
             same_library = type(value).__module__.split(".")[0] == type(array).__module__.split(".")[0]
             if not same_library or _kind(value) is None:
                 return value
@@ -132,9 +138,11 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             except TypeError:
                 return value  # a dtype that torch lacks: the checks name the argument
 
+        for name in written:
+            checks.writable(name, kwargs.get(name))
         positional: Any = [wrap(value) for value in args]
         named: Any = {name: wrap(value) for name, value in kwargs.items()}
-        tensor = positional[0] if positional else named[first]
+        tensor = positional[place] if len(positional) > place else named[first]
         if not isinstance(tensor, torch.Tensor):
             return function(*positional, **named)
         with kind.calling(array, tensor):
@@ -144,6 +152,11 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             return cast(R, kind.unwrap(result))
 
     return call
+
+
+def public_writing(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return `public` for a function that writes the arrays given by these keywords."""
+    return functools.partial(public, written=names)
 
 
 class Contiguous(NamedTuple):
@@ -174,6 +187,8 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     """Call a function of the reference on CPU tensors and return CPU tensors."""
 
     def to_numpy(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(to_numpy, value))
         if not isinstance(value, torch.Tensor):
             return value
         value = value.detach()

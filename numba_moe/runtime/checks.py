@@ -157,6 +157,26 @@ def logits(argument: str, value: torch.Tensor) -> None:
         _wrong_value(argument, "finite", f"another value at {place.replace(', k ', ', expert ')}")
 
 
+def tuple_of(argument: str, value: Any, length: int) -> None:
+    if not isinstance(value, tuple):
+        _wrong_type(argument, f"a tuple of {length} arrays", type(value).__name__)
+    if len(value) != length:
+        _wrong_value(argument, f"a tuple of {length} arrays", f"{len(value)}")
+
+
+def aligned(argument: str, value: Layout) -> None:
+    """Check that an array may be read 16 bytes at a time."""
+    if value.address:
+        _wrong_value(argument, "at an address that is a multiple of 16 bytes", f"{value.address} more")
+
+
+def writable(argument: str, value: Any) -> None:
+    """Check that NumPy arrays, in a tuple or alone, can be written in place: tensors cannot stand for the others."""
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, np.ndarray) and not (part.flags.writeable and part.flags.c_contiguous):
+            _wrong_value(argument, "writable and contiguous", "an array that is read-only or strided")
+
+
 def divides(argument: str, divisor: int, whole: str, number: int) -> None:
     if number % divisor:
         _wrong_value(argument, f"a divisor of {whole} = {number}", divisor)

@@ -17,7 +17,10 @@ from typing import Any, NamedTuple, get_args
 from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
 
-KERNEL_MODULES = ("counting", "gating.memory", "gating.octets", "gating.registers", "permute")
+KERNEL_MODULES = (
+    *("batched", "counting", "gating.memory", "gating.octets", "gating.registers"),
+    *("lora", "permute", "ragged"),
+)
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
 

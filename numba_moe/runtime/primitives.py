@@ -191,6 +191,20 @@ def block_sums(value, warp_sums, dtype):
 
 
 @cuda.jit(device=True)
+def first_above(sums, size, value):
+    """Return the index of the first of ascending sums[:size] that is above a value; the last one is."""
+    low = int32(0)
+    high = int32(size - 1)
+    while low < high:
+        middle = int32((low + high) >> 1)
+        if sums[middle] > value:
+            high = middle
+        else:
+            low = int32(middle + 1)
+    return low
+
+
+@cuda.jit(device=True)
 def order(value):
     """Return an int32 above LOWEST_ORDER that orders as the float does; -0.0 is 0.0, and NaN is -inf."""
     bits = int32(float_as_int(larger(value, float32(NEGATIVE_INFINITY)) + float32(0.0)))

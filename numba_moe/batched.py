@@ -1,0 +1,156 @@
+"""Tokens that lie in batches, one for each expert, padded to whole GEMM blocks.
+
+They are sorted already, so a position follows from the batches' padded sizes alone: every block of threads sums these
+for itself, takes its share of the positions, and finds the batch of each by bisection.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from numba_moe.reference import batched as reference
+from numba_moe.reference.align import AlignedBlocks
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.dialect import cuda, int32, int64
+from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.parameters import Ids, Int32, Int32Array
+from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.primitives import WARP, block_sums, first_above, flat, quotient
+
+THREADS = 512
+# Positions that a thread writes, and blocks in the grid from which on each writes more instead.
+POSITIONS = 4
+MOST_BLOCKS = 1024
+
+
+@cuda.jit(launch_bounds=THREADS)
+def fill_batches(
+    expert_num_tokens: Ids,
+    sorted_slots: Int32Array,
+    expert_ids: Int32Array,
+    num_padded: Int32Array,
+    num_batches: Int32,
+    max_tokens: Int32,
+    block_size: Int32,
+    num_positions: Int32,
+    share: Int32,
+):
+    # expert_num_tokens [num_batches], sorted_slots [num_positions], expert_ids [num_positions / block_size],
+    # num_padded [1]; a block per `share` positions
+    starts = flat(cuda.shared.array(THREADS, int32))
+    filled = flat(cuda.shared.array(THREADS, int32))
+    ends = flat(cuda.shared.array(THREADS, int32))
+    warp_sums = flat(cuda.shared.array(WARP, int32))
+    thread = int32(cuda.threadIdx.x)
+    threads = int32(cuda.blockDim.x)
+    position = int64(cuda.blockIdx.x) * share + thread
+    share_end = min(int64(cuda.blockIdx.x + 1) * share, int64(num_positions))
+    base = int32(0)
+    first = int32(0)
+    while first < num_batches:
+        batch = int32(first + thread)
+        tokens = int32(0)
+        if batch < num_batches:
+            tokens = int32(min(max(int64(expert_num_tokens[batch]), int64(0)), int64(max_tokens)))
+        padded = int32(quotient(int32(tokens + block_size - 1), block_size) * block_size)
+        upto, of_chunk = block_sums(padded, warp_sums, int32)  # which all threads reach when they are done with `ends`
+        starts[thread] = base + upto - padded
+        filled[thread] = base + upto - padded + tokens
+        ends[thread] = base + upto
+        cuda.syncthreads()
+        base = int32(base + of_chunk)
+        end = min(share_end, int64(base))
+        while position < end:
+            index = first_above(ends, min(threads, int32(num_batches - first)), position)
+            slot = int32(num_batches * max_tokens)
+            if position < filled[index]:
+                slot = int32((first + index) * max_tokens + position - starts[index])
+            sorted_slots[position] = slot
+            block = quotient(position, block_size)
+            if int32(block * block_size) == position:
+                expert_ids[block] = first + index
+            position += threads
+        first = int32(first + threads)
+    while position < share_end:
+        sorted_slots[position] = int32(num_batches * max_tokens)
+        block = quotient(position, block_size)
+        if int32(block * block_size) == position:
+            expert_ids[block] = -1
+        position += threads
+    if cuda.blockIdx.x == 0 and thread == 0:
+        num_padded[0] = base
+
+
+class BatchedPlan(NamedTuple):
+    """The outputs, and the launch."""
+
+    outputs: tuple[arrays.Contiguous, ...]
+    fill: Launch
+
+
+@planned
+def _plan_batched(max_tokens_per_batch: int, block_size: int, expert_num_tokens: Layout) -> BatchedPlan:
+    checks.array("expert_num_tokens", expert_num_tokens, checks.IDS, (1,))
+    max_tokens = checks.integer("max_tokens_per_batch", max_tokens_per_batch, 0)
+    block_size = checks.integer("block_size", block_size, 1)
+    num_batches = expert_num_tokens.shape[0]
+    num_blocks = num_batches * -(-max_tokens // block_size)
+    num_positions = num_blocks * block_size
+    checks.fits_int32("expert_num_tokens", num_positions, "the number of padded positions")
+    threads = block_threads(THREADS)
+    share = max(POSITIONS * threads, -(-num_positions // MOST_BLOCKS))
+    numbers = (num_batches, max_tokens, block_size, num_positions, share)
+    where = (expert_num_tokens.device, max(1, -(-num_positions // share)), threads)
+    fill = Launch(fill_batches, *where, numbers, {"expert_num_tokens": expert_num_tokens.dtype})
+    return BatchedPlan(tuple(arrays.contiguous(torch.int32, size) for size in (num_positions, num_blocks, 1)), fill)
+
+
+@arrays.public
+def batched_moe_align_block_size(max_tokens_per_batch: int, block_size: int, expert_num_tokens: Any) -> AlignedBlocks:
+    """Align tokens that lie in one batch for each expert, as expert-parallel communication delivers them.
+
+    Parameters
+    ----------
+    max_tokens_per_batch : int
+        Rows of a batch, whether in use or not.
+    block_size : int
+        Rows of one GEMM block.
+    expert_num_tokens : array of int32 or int64, shape [num_experts]
+        Rows in use of each batch; less than 0 counts as 0, more than there are as `max_tokens_per_batch`.
+
+    Returns
+    -------
+    AlignedBlocks
+        sorted_token_ids : int32 [num_experts * R], R being `max_tokens_per_batch` rounded up to a block; row i of
+        expert e is ``e * max_tokens_per_batch + i``, and ``num_experts * max_tokens_per_batch`` is padding.
+        expert_ids : int32 [num_experts * R / block_size], the expert of each block, -1 past the last in use.
+        num_tokens_post_padded : int32 [1], the positions in use.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, block_size below 1, positions past int32.
+
+    Notes
+    -----
+    One launch on the caller's current stream, which captures into CUDA graphs; allocates the results only. The
+    signature is that of vLLM's function of this name (release 0.21).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> blocks = batched_moe_align_block_size(3, 2, np.array([2, 0, 3]))
+    >>> blocks.sorted_token_ids
+    array([0, 1, 6, 7, 8, 9, 9, 9, 9, 9, 9, 9], dtype=int32)
+    >>> blocks.expert_ids
+    array([ 0,  2,  2, -1, -1, -1], dtype=int32)
+    """
+    plan = _plan_batched(max_tokens_per_batch, block_size, layout(expert_num_tokens))
+    if arrays.answered_by_reference(expert_num_tokens):
+        arguments = (max_tokens_per_batch, block_size, expert_num_tokens)
+        return arrays.by_reference(reference.batched_moe_align_block_size, *arguments)
+    outputs = [arrays.empty(*output) for output in plan.outputs]
+    plan.fill(expert_num_tokens, *outputs)
+    return AlignedBlocks(*outputs)

@@ -1,0 +1,261 @@
+"""Slots grouped by LoRA adapter and expert, each adapter's padded to whole GEMM blocks by themselves.
+
+1. `pair_slots` makes one number of the adapter and the expert of each slot: a virtual expert.
+2. The counting sort of `numba_moe.counting` groups the slots by virtual expert, so those of an adapter lie together.
+3. `spread_adapters` copies those of each adapter to a row of their own, and pads the row.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from numba_moe import counting
+from numba_moe.reference import lora as reference
+from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.dialect import cuda, int64
+from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.parameters import Ids, Int32, Int32Array, Int64Array, OptionalIds, OptionalInt32Array
+from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.primitives import present, quotient
+
+THREADS = 256
+
+
+@cuda.jit(device=True)
+def holds(array, size, value):
+    """Whether a value is in array[:size]."""
+    found = False
+    for index in range(size):
+        if array[index] == value:
+            found = True
+    return found
+
+
+@cuda.jit
+def pair_slots(
+    topk_ids: Ids,
+    token_lora_mapping: Ids,
+    adapter_enabled: OptionalInt32Array,
+    lora_ids: OptionalInt32Array,
+    expert_map: OptionalIds,
+    virtual_ids: Int32Array,
+    num_slots: Int32,
+    top_k: Int32,
+    num_experts: Int32,
+    max_loras: Int32,
+    num_lora_ids: Int32,
+):
+    # topk_ids and virtual_ids [num_slots], token_lora_mapping [num_slots / top_k], adapter_enabled [max_loras],
+    # lora_ids [num_lora_ids], expert_map [num_experts]; a thread per slot
+    slot = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    if slot >= num_slots:
+        return
+    expert = int64(topk_ids[slot])
+    known = expert >= 0 and expert < num_experts
+    if known and present(expert_map):
+        expert = int64(expert_map[expert])
+        known = expert >= 0 and expert < num_experts
+    adapter = int64(token_lora_mapping[quotient(slot, top_k)])
+    active = adapter >= 0 and adapter < max_loras
+    if active and present(adapter_enabled):
+        active = adapter_enabled[adapter] != 0
+    if active and present(lora_ids):
+        active = holds(lora_ids, num_lora_ids, adapter)
+    virtual_ids[slot] = adapter * num_experts + expert if known and active else -1
+
+
+@cuda.jit
+def spread_adapters(
+    sorted_slots: Int32Array,
+    block_experts: Int32Array,
+    offset: Int64Array,
+    sorted_token_ids: Int32Array,
+    expert_ids: Int32Array,
+    num_padded: Int32Array,
+    num_slots: Int32,
+    num_experts: Int32,
+    max_loras: Int32,
+    length: Int32,
+    num_blocks: Int32,
+    block_size: Int32,
+    inactive_expert_id: Int32,
+):
+    # From a sort by virtual expert: sorted_slots, the virtual expert of each of its blocks, offset
+    # [max_loras * num_experts + 1]. sorted_token_ids [max_loras, length], expert_ids [max_loras, num_blocks],
+    # num_padded [max_loras]; a thread per element of sorted_token_ids
+    index = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    if index < max_loras:
+        num_padded[index] = offset[(index + 1) * num_experts] - offset[index * num_experts]
+    if index >= int64(max_loras) * length:
+        return
+    adapter = int64(quotient(index, length))
+    position = index - adapter * length
+    first = offset[adapter * num_experts]
+    used = position < offset[(adapter + 1) * num_experts] - first
+    sorted_token_ids[index] = sorted_slots[first + position] if used else num_slots
+    block = int64(quotient(position, block_size))
+    if block * block_size == position:
+        expert = int64(inactive_expert_id)
+        if used:
+            expert = block_experts[quotient(first + position, block_size)] - adapter * num_experts
+        expert_ids[adapter * num_blocks + block] = expert
+
+
+class LoraPlan(NamedTuple):
+    """The scratch for the sort of virtual experts, the outputs, and the launches."""
+
+    scratch: tuple[arrays.Contiguous, ...]
+    outputs: tuple[arrays.Contiguous, ...]
+    pair: Launch
+    sort: counting.SortPlan
+    spread: Launch
+
+
+@planned
+def _plan(
+    topk_ids: Layout,
+    token_lora_mapping: Layout,
+    block_size: int,
+    num_experts: int,
+    max_loras: int,
+    adapter_enabled: Layout | None,
+    lora_ids: Layout | None,
+    expert_map: Layout | None,
+    pad_sorted_ids: bool,
+    inactive_expert_id: int,
+) -> LoraPlan:
+    num_experts = checks.routing(topk_ids, num_experts, expert_map, ndims=(2,))
+    num_tokens, top_k = topk_ids.shape
+    num_slots = num_tokens * top_k
+    like = ("topk_ids", topk_ids)
+    checks.array("token_lora_mapping", token_lora_mapping, checks.IDS, (1,), like=like)
+    checks.shape("token_lora_mapping", token_lora_mapping, (num_tokens,), "(num_tokens,)")
+    block_size = checks.integer("block_size", block_size, 1)
+    max_loras = checks.integer("max_loras", max_loras, 1)
+    if adapter_enabled is not None:
+        checks.array("adapter_enabled", adapter_enabled, (torch.int32,), (1,), like=like)
+        checks.at_least("len(adapter_enabled)", adapter_enabled.shape[0], max_loras, "max_loras")
+    if lora_ids is not None:
+        checks.array("lora_ids", lora_ids, (torch.int32,), (1,), like=like)
+    checks.boolean("pad_sorted_ids", pad_sorted_ids)
+    inactive_expert_id = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
+    num_virtual = max_loras * num_experts
+    num_sorted = max_sorted_slots(num_slots, block_size, num_virtual)
+    length = max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
+    num_blocks = -(-length // block_size)
+    checks.fits_int32("max_loras", num_virtual, "max_loras * num_experts")
+    checks.fits_int32("topk_ids", max(num_sorted, max_loras * length), "the number of padded positions")
+
+    threads = block_threads(THREADS)
+    device, dtype = topk_ids.device, topk_ids.dtype
+    num_lora_ids = 0 if lora_ids is None else lora_ids.shape[0]
+    choices = {"topk_ids": dtype, "token_lora_mapping": token_lora_mapping.dtype}
+    if expert_map is not None:
+        choices["expert_map"] = expert_map.dtype
+    numbers = (num_slots, top_k, num_experts, max_loras, num_lora_ids)
+    pair = Launch(pair_slots, device, -(-num_slots // threads), threads, numbers, choices)
+    virtual_ids = Layout(torch.Size([num_slots]), torch.int32, device, None, 0)
+    sort = counting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size)
+    elements = max(max_loras * length, max_loras)
+    sizes = (num_slots, num_experts, max_loras, length, num_blocks, block_size, inactive_expert_id)
+    spread = Launch(spread_adapters, device, -(-elements // threads), threads, sizes)
+    scratch = (
+        *(arrays.contiguous(torch.int32, size) for size in (num_slots, num_sorted, -(-num_sorted // block_size))),
+        arrays.contiguous(torch.int64, num_virtual + 1),
+    )
+    shapes = ((max_loras, length), (max_loras, num_blocks), (max_loras,))
+    outputs = tuple(arrays.contiguous(torch.int32, *shape) for shape in shapes)
+    return LoraPlan(scratch, outputs, pair, sort, spread)
+
+
+@arrays.public
+def moe_lora_align_block_size(
+    topk_ids: Any,
+    token_lora_mapping: Any,
+    block_size: int,
+    num_experts: int,
+    max_loras: int,
+    adapter_enabled: Any = None,
+    lora_ids: Any = None,
+    expert_map: Any = None,
+    pad_sorted_ids: bool = False,
+    *,
+    inactive_expert_id: int = -1,
+) -> AlignedBlocks:
+    """Align the slots of each adapter's tokens by themselves.
+
+    Parameters
+    ----------
+    topk_ids : array of int32 or int64, shape [num_tokens, top_k]
+        Contiguous. Ids outside ``[0, num_experts)`` are skipped.
+    token_lora_mapping : array of int32 or int64, shape [num_tokens]
+        The adapter of each token. A token of none, -1 or any other number outside ``[0, max_loras)``, is skipped.
+    block_size : int
+        Rows of one GEMM block.
+    num_experts : int
+        Number of experts that ids range over.
+    max_loras : int
+        Number of adapters.
+    adapter_enabled : array of int32, shape [max_loras] or longer, optional
+        0 for an adapter whose tokens are skipped.
+    lora_ids : array of int32, one dimension, optional
+        The adapters in use, in any order, -1 for none. Tokens of the others are skipped.
+    expert_map : array of int32 or int64, shape [num_experts], optional
+        This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped. Groups are by this
+        rank's ids.
+    pad_sorted_ids : bool
+        Round the length of the rows of `sorted_token_ids` up to a multiple of the block size.
+    inactive_expert_id : int
+        What `expert_ids` holds past the last block in use.
+
+    Returns
+    -------
+    AlignedBlocks
+        What `moe_align_block_size` returns for the slots of each adapter, one below the other. sorted_token_ids :
+        int32 [max_loras, max_sorted_slots]. expert_ids : int32 [max_loras, ceil(max_sorted_slots / block_size)].
+        num_tokens_post_padded : int32 [max_loras]. An adapter without slots has padding alone.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, block_size or max_loras below 1, positions past int32.
+
+    Notes
+    -----
+    The order is stable and the same at every run. Runs on the caller's current stream without synchronising and
+    captures into CUDA graphs: two launches beside those of `moe_align_block_size`, for any number of adapters.
+    Allocates the results, and as scratch one alignment of ``max_loras * num_experts`` experts.
+    vLLM's op of this name (release 0.21) writes flat arrays, of which these are the rows, takes at least one adapter
+    more in `adapter_enabled` and `lora_ids`, and leaves the rows of adapters that are not in use as they were.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ids = np.array([[0, 1], [0, 1], [1, 0]])
+    >>> blocks = moe_lora_align_block_size(ids, np.array([1, -1, 1]), 2, 2, max_loras=2)
+    >>> blocks.sorted_token_ids
+    array([[6, 6, 6, 6, 6, 6, 6, 6],
+           [0, 5, 1, 4, 6, 6, 6, 6]], dtype=int32)
+    >>> blocks.num_tokens_post_padded
+    array([0, 4], dtype=int32)
+    """
+    optional = (adapter_enabled, lora_ids, expert_map)
+    plan = _plan(
+        *(layout(topk_ids), layout(token_lora_mapping), block_size, num_experts, max_loras),
+        *(*map(layout, optional), pad_sorted_ids, inactive_expert_id),
+    )
+    if checks.VALIDATE:
+        checks.ids(topk_ids, num_experts)
+    if arrays.answered_by_reference(topk_ids):
+        arguments = (topk_ids, token_lora_mapping, block_size, num_experts, max_loras, *optional, pad_sorted_ids)
+        function = reference.moe_lora_align_block_size
+        return arrays.by_reference(function, *arguments, inactive_expert_id=inactive_expert_id)
+    virtual_ids, sorted_slots, block_experts, offset = (arrays.empty(*array) for array in plan.scratch)
+    outputs = [arrays.empty(*output) for output in plan.outputs]
+    plan.pair(topk_ids, token_lora_mapping, *optional, virtual_ids)
+    counting.sort(plan.sort, virtual_ids, None, None, sorted_slots, None, None, offset, block_experts)
+    plan.spread(sorted_slots, block_experts, offset, *outputs)
+    return AlignedBlocks(*outputs)

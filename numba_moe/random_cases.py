@@ -1,0 +1,228 @@
+"""Random cases: calls of the public ops with everything about them drawn, and their comparison with the reference.
+
+A case follows from its seed and index alone, so that any that fails can be run again by itself. To add an op, write a
+function that draws its arguments, and name it in `DRAWS`.
+"""
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from numba_moe import align_sizes, verification
+from numba_moe.cases import Case
+from numba_moe.verification import Outcome
+
+BLOCK_SIZES = (1, 3, 4, 16, 32, 64, 100, 128, 256)
+NO_EXPERT = np.array([-1, -1, -2, -(2**31), 2**31 - 1])
+FAILURES_SHOWN = 10
+
+
+class Limits(NamedTuple):
+    """The largest cases, how many of the largest are drawn, and the cases of a run unless told otherwise."""
+
+    slots: int
+    experts: int
+    share_of_largest: float
+    cases: int
+
+
+ON_GPU = Limits(2**17, 2048, 0.02, 20_000)
+IN_SIMULATOR = Limits(400, 40, 0.0, 100)
+
+
+def number(rng: np.random.Generator, lowest: int, highest: int) -> int:
+    """Draw an integer of its bounds, small ones as likely as large ones by order of magnitude."""
+    return round((lowest + 1) * ((highest + 1) / (lowest + 1)) ** rng.random()) - 1
+
+
+def slots(rng: np.random.Generator, limits: Limits) -> int:
+    """Draw a number of slots, now and then a large one."""
+    highest = limits.slots
+    return 8 * highest if rng.random() < limits.share_of_largest else number(rng, 0, highest)
+
+
+def dtype(rng: np.random.Generator) -> str:
+    return str(rng.choice(["int32", "int64"]))
+
+
+def shares(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """Draw numbers below `count`: of one popularity, skewed, or nearly all the same."""
+    skew = rng.choice([1, 1, 3, 50])
+    return rng.permutation(count)[(count * rng.random(size) ** skew).astype(np.int64)]
+
+
+def routing(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """Draw which experts tokens choose: skewed or not, with ids that are no expert's or without."""
+    num_experts = number(rng, 1, limits.experts)
+    top_k = number(rng, 1, 16)
+    tokens = slots(rng, limits) // top_k
+    ids = shares(rng, tokens * top_k, num_experts)
+    invalid = rng.random(ids.size) < rng.choice([0, 0, 0.02, 0.5, 1], p=[0.3, 0.3, 0.2, 0.18, 0.02])
+    ids[invalid] = rng.choice([*NO_EXPERT, num_experts], ids.size)[invalid]
+    return {"topk_ids": ids.reshape(tokens, top_k).astype(dtype(rng)), "num_experts": num_experts}
+
+
+def expert_map(rng: np.random.Generator, num_experts: int) -> np.ndarray | None:
+    """Draw no map, or one that gives this rank some of the experts, and now and then ids that are no expert's."""
+    if rng.random() < 0.5:
+        return None
+    local = np.where(rng.random(num_experts) < rng.random(), rng.permutation(num_experts), -1)
+    invalid = rng.random(num_experts) < rng.choice([0, 0.1])
+    local[invalid] = rng.choice([*NO_EXPERT, num_experts], num_experts)[invalid]
+    return local.astype(dtype(rng))
+
+
+def flag(rng: np.random.Generator) -> bool:
+    return bool(rng.random() < 0.5)
+
+
+def memory(*shape: int) -> np.ndarray:
+    """Return memory to be written, with something in it."""
+    return np.full(shape, 0x5EADBEEF, np.int32)
+
+
+def align(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits)
+    ids, num_experts = drawn["topk_ids"], drawn["num_experts"]
+    sizes = (ids.size, int(rng.choice(BLOCK_SIZES)), num_experts, flag(rng))
+    drawn |= {"block_size": sizes[1], "pad_sorted_ids": sizes[3], "expert_map": expert_map(rng, num_experts)}
+    drawn |= {"ignore_invalid_experts": flag(rng), "inactive_expert_id": int(rng.integers(-1, 2))}
+    if flag(rng):
+        drawn["topk_ids"] = ids = ids.ravel()
+    if flag(rng):
+        drawn |= {"inv_sorted_idx": memory(*ids.shape), "counts": memory(num_experts)}
+    if flag(rng):
+        enough = align_sizes(*sizes)
+        length = enough.sorted_token_ids + int(rng.choice([0, number(rng, 0, 1000)]))
+        drawn["out"] = memory(length), memory(-(-length // sizes[1])), memory(1)
+        drawn["workspace"] = memory(enough.workspace) if flag(rng) else None
+    return drawn
+
+
+def count(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits)
+    return drawn | {"expert_map": expert_map(rng, drawn["num_experts"])}
+
+
+def rows(rng: np.random.Generator, limits: Limits, lowest: int = 0) -> np.ndarray:
+    """Draw how many rows each expert has, `lowest` or more."""
+    num_experts = number(rng, 0, limits.experts)
+    sizes = np.bincount(shares(rng, slots(rng, limits), max(1, num_experts)), minlength=num_experts)[:num_experts]
+    sizes[rng.random(num_experts) < rng.choice([0, 0.2])] = lowest
+    return sizes.astype(dtype(rng))
+
+
+def offsets(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    return {"counts": rows(rng, limits), "alignment": int(rng.choice(BLOCK_SIZES))}
+
+
+def batched(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    sizes = rows(rng, limits, lowest=-3)
+    return {
+        "max_tokens_per_batch": number(rng, 0, 8 * limits.slots // (len(sizes) + 1)),
+        "block_size": int(rng.choice(BLOCK_SIZES)),
+        "expert_num_tokens": sizes,
+    }
+
+
+def lora(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits._replace(slots=limits.slots // 4, experts=min(256, limits.experts)))
+    max_loras = number(rng, 1, 16)
+    adapters = rng.integers(-1, max_loras + 1, len(drawn["topk_ids"]))
+    return drawn | {
+        "token_lora_mapping": adapters.astype(dtype(rng)),
+        "block_size": int(rng.choice(BLOCK_SIZES)),
+        "max_loras": max_loras,
+        "adapter_enabled": rng.integers(0, 2, max_loras + 1).astype(np.int32) if flag(rng) else None,
+        "lora_ids": rng.permutation(np.arange(-1, max_loras, dtype=np.int32))[flag(rng) :] if flag(rng) else None,
+        "expert_map": expert_map(rng, drawn["num_experts"]),
+        "pad_sorted_ids": flag(rng),
+        "inactive_expert_id": int(rng.integers(-1, 2)),
+    }
+
+
+def ragged(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    sizes = rows(rng, limits, lowest=-3)
+    spare = int(rng.choice([0, number(rng, 0, limits.slots)]))
+    return {"slice_sizes": sizes, "num_rows": int(np.maximum(sizes, 0).sum()) + spare}
+
+
+DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
+    "moe_align_block_size": align,
+    "count_tokens_per_expert": count,
+    "expert_offsets": offsets,
+    "batched_moe_align_block_size": batched,
+    "moe_lora_align_block_size": lora,
+    "make_ragged_metadata": ragged,
+}
+
+
+def random_case(index: int, limits: Limits) -> Case:
+    """Return one of the cases: they take turns in their ops; the rest comes from the generator."""
+    op = tuple(DRAWS)[index % len(DRAWS)]
+    return Case(op, f"index {index}", lambda rng: DRAWS[op](rng, limits))
+
+
+def describe(arguments: Mapping[str, Any]) -> str:
+    """Return the arguments of a call, arrays as their dtype and shape."""
+
+    def short(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"({', '.join(map(short, value))})"
+        return f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value)
+
+    return ", ".join(f"{name}={short(value)}" for name, value in arguments.items())
+
+
+def table(outcomes: Mapping[str, list[Outcome]]) -> str:
+    """Count, for each op, the cases, those that failed, and the elements that differ."""
+    lines = [
+        (op, len(found), sum(not outcome.passed for outcome in found), sum(outcome.mismatches for outcome in found))
+        for op, found in outcomes.items()
+    ]
+    return tabulate(lines, ("op", "cases", "failed", "mismatches"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a run."""
+    defaults = f"{ON_GPU.cases}, or {IN_SIMULATOR.cases} smaller ones in the simulator"
+    parser.add_argument("--cases", type=int, metavar="N", help=f"how many (default {defaults})")
+    parser.add_argument("--seed", type=int, default=0, help="of all cases (default 0)")
+    parser.add_argument("--index", type=int, metavar="I", help="run this case alone, and show its arguments")
+    parser.add_argument("--op", default="*", metavar="PATTERN", help="only these ops; * and ? match")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the cases, print a table, and return the exit status: 1 if a case failed or nothing ran."""
+    on_gpu = torch.cuda.is_available()
+    limits = ON_GPU if on_gpu else IN_SIMULATOR
+    if options.index is None:
+        indices = list(range(limits.cases if options.cases is None else options.cases))
+    else:
+        indices = [options.index]
+    where = verification.environment(on_gpu)
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    chosen = [(index, random_case(index, limits)) for index in indices]
+    chosen = [(index, case) for index, case in chosen if fnmatch.fnmatch(case.op, options.op)]
+    outcomes: dict[str, list[Outcome]] = {}
+    failures = 0
+    for index, case in tqdm(chosen, unit="case", disable=not sys.stderr.isatty(), leave=False):
+        seed = (options.seed, index)
+        outcome = verification.run_case(case, seed, "cuda" if on_gpu else "cpu", timed=False)
+        outcomes.setdefault(case.op, []).append(outcome)
+        failures += not outcome.passed
+        if options.index is not None or (not outcome.passed and failures <= FAILURES_SHOWN):
+            print(f"{case.op}({describe(case.arguments(np.random.default_rng(seed)))})")
+        if not outcome.passed and failures <= FAILURES_SHOWN:
+            print(f"  FAILED {outcome.message or 'repeats differ, or arguments are not left as they should be'}")
+            print(f"  again: python scripts/random_cases.py --seed {options.seed} --index {index}")
+    print(table(outcomes))
+    print(f"{len(chosen) - failures} passed, {failures} failed")
+    return 1 if failures or not chosen else 0

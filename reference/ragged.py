@@ -1,0 +1,89 @@
+"""Rows in slices of any lengths: where slices begin, and which block of which slice a GEMM block computes."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+class RaggedMetadata(NamedTuple):
+    """What a grouped GEMM over slices of rows reads, whatever its block size; see `make_ragged_metadata`."""
+
+    slice_sizes: Any
+    slice_offsets: Any
+    block_offsets: Any
+    block_schedule: Any
+
+
+def max_blocks(num_slices: int, num_rows: int) -> int:
+    """Return the length of a block schedule: enough blocks of 16 for any slices of that many rows in all.
+
+    Most blocks are there if every slice but one has a single row.
+
+    >>> max_blocks(4, 159), max_blocks(4, 3), max_blocks(4, 4), max_blocks(0, 0)
+    (13, 3, 4, 0)
+    """
+    if num_rows <= num_slices:
+        return num_rows
+    return 0 if num_slices == 0 else num_slices - 1 + -(-(num_rows - num_slices + 1) // BLOCK_SIZES[0])
+
+
+def schedule_shift(num_slices: int, num_rows: int) -> int:
+    """Return how far a schedule shifts the number of a block: 16 bits where both numbers fit them, or 32.
+
+    >>> schedule_shift(256, 524_288), schedule_shift(256, 524_289), schedule_shift(65_537, 1)
+    (16, 32, 32)
+    """
+    return 16 if num_slices <= 2**16 and num_rows <= 2**15 * BLOCK_SIZES[0] else 32
+
+
+def make_ragged_metadata(slice_sizes: np.ndarray, num_rows: int) -> RaggedMetadata:
+    """Say where slices of rows begin, and which blocks they consist of, for blocks of 16, 32, 64 and 128 rows.
+
+    Parameters
+    ----------
+    slice_sizes
+        int32 or int64 [num_slices], the rows of each slice, the tokens of each expert for instance; less than 0
+        counts as 0.
+    num_rows
+        Rows in all, or more. If there are more than this, the schedule ends early.
+
+    Returns
+    -------
+    RaggedMetadata
+        slice_sizes: int32 [num_slices]. slice_offsets: int32 [num_slices + 1], exclusive sums of them.
+        block_offsets: int32 [4, num_slices + 1], for each block size exclusive sums of ``ceil(size / block_size)``.
+        block_schedule: [4, max_blocks], for each block size the blocks of slice 0, of slice 1, ...: int32
+        ``block << 16 | slice``, block counting from 0 in every slice, and -1 past the last. With more than 65,536
+        slices or 524,288 rows it is int64 ``block << 32 | slice``.
+
+    Examples
+    --------
+    Three slices of 20, 0 and 3 rows: two blocks of 16 for the first, one for the last:
+
+    >>> ragged = make_ragged_metadata(np.array([20, 0, 3]), num_rows=30)
+    >>> ragged.slice_offsets
+    array([ 0, 20, 20, 23], dtype=int32)
+    >>> ragged.block_offsets
+    array([[0, 2, 2, 3],
+           [0, 1, 1, 2],
+           [0, 1, 1, 2],
+           [0, 1, 1, 2]], dtype=int32)
+    >>> ragged.block_schedule[0] & 0xFFFF, ragged.block_schedule[0] >> 16  # slices and blocks; 65535 and -1 are unused
+    (array([    0,     0,     2, 65535], dtype=int32), array([ 0,  1,  0, -1], dtype=int32))
+    """
+    sizes = np.maximum(slice_sizes, 0).astype(np.int64)
+    num_slices = len(sizes)
+    shift = schedule_shift(num_slices, num_rows)
+    length = max_blocks(num_slices, num_rows)
+    block_offsets = np.zeros((len(BLOCK_SIZES), num_slices + 1), np.int64)
+    block_schedule = np.full((len(BLOCK_SIZES), length), -1, np.int32 if shift == 16 else np.int64)
+    for block_size, offsets, schedule in zip(BLOCK_SIZES, block_offsets, block_schedule, strict=True):
+        num_blocks = -(-sizes // block_size)
+        offsets[1:] = np.cumsum(num_blocks)
+        slices = np.repeat(np.arange(num_slices), num_blocks)
+        blocks = np.arange(len(slices)) - offsets[slices]
+        schedule[: len(slices)] = (blocks << shift | slices)[:length]
+    slice_offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return RaggedMetadata(*(part.astype(np.int32) for part in (sizes, slice_offsets, block_offsets)), block_schedule)

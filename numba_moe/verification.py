@@ -20,13 +20,14 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import numba_moe
-from numba_moe import reference, testing
+from numba_moe import placement, reference, testing
 from numba_moe.cases import Case, edge_cases, input_cases, model_cases
 from numba_moe.runtime import cache, simulator
 
 PAYLOADS = ("gating_output", "hidden_states", "permuted")  # whose dtype and layout a case chooses
 PACKAGES = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
-OPS = tuple(name for name in numba_moe.__all__ if name[0].islower())
+# The ops of the device, and the package that has each.
+OPS: dict[str, Any] = {name: numba_moe for name in numba_moe.__all__ if name[0].islower()} | {"dispatch_ids": placement}
 
 
 class Outcome(NamedTuple):
@@ -50,9 +51,6 @@ class Outcome(NamedTuple):
 def run_case(case: Case, seed: int, device: str) -> Outcome:
     """Compare one call with the reference, on poisoned memory, twice over."""
     arguments = case.arguments(np.random.default_rng(seed))
-    begin = time.perf_counter()
-    expected = getattr(reference, case.op)(**arguments)
-    reference_us = (time.perf_counter() - begin) * 1e6
 
     def on_device() -> dict[str, Any]:
         return {
@@ -63,25 +61,30 @@ def run_case(case: Case, seed: int, device: str) -> Outcome:
         }
 
     given, untouched = on_device(), on_device()
+    given_again = on_device() if case.written else given
+    begin = time.perf_counter()
+    expected = getattr(reference, case.op)(**arguments)
+    reference_us = (time.perf_counter() - begin) * 1e6
 
-    def call() -> Any:
-        return getattr(numba_moe, case.op)(**given)
+    def call(given: dict[str, Any] = given) -> Any:
+        return getattr(OPS[case.op], case.op)(**given)
 
     running = contextlib.nullcontext() if device == "cuda" else simulator.running()
     try:
         with running, testing.poisoned_memory():
-            result, again = call(), call()
+            result, again = call(), call(given_again)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         return Outcome(case.op, case.name, 0, float("inf"), False, False, None, reference_us, message)
     comparisons = testing.compare_results(case.op, result, expected, arguments)
+    comparisons += [testing.compare(given[name], arguments[name]) for name in case.written]
     outcome = Outcome(
         case.op,
         case.name,
         sum(comparison.mismatches for comparison in comparisons),
         max(comparison.error for comparison in comparisons),
-        _same_bits(result, again),
-        all(_same_bits(value, untouched[name]) for name, value in given.items()),
+        _same_bits(result, again) and all(_same_bits(given[name], given_again[name]) for name in case.written),
+        all(_same_bits(value, untouched[name]) for name, value in given.items() if name not in case.written),
         None,
         reference_us,
         "; ".join(comparison.message for comparison in comparisons if comparison.message),

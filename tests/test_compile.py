@@ -27,6 +27,7 @@ def test_every_specialisation_compiles_to_ptx(compute_capability, without_simula
         "combine_rows",
         "count_slots",
         "gather_rows",
+        "map_ids",
         "place_slots",
         "scan_blocks",
         "scan_experts",

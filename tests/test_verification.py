@@ -12,6 +12,7 @@ from numba import cuda
 
 import numba_moe
 from numba_moe import cases, cli, placement, reference, testing, verification
+from numba_moe.placement import dispatch
 from numba_moe.runtime import plans
 
 ON_GPU = torch.cuda.is_available()
@@ -69,6 +70,9 @@ FAULTS = {
     "not renormalised": ("gating", "choose_experts", "scale = divide(scale, weight_sum)", "scale = scale"),
     "row off by one": ("permute", "gather_rows", "slot // top_k", "(slot + 1) % num_slots // top_k"),
     "last slot left out": ("permute", "combine_rows", "range(first, first + top_k)", "range(first, first + top_k - 1)"),
+    "another place": ("placement.dispatch", "map_ids", "out[slot] = physical", "out[slot] = physical ^ 1"),
+    "counted twice": ("placement.dispatch", "map_ids", "add(counts, physical, 1)", "add(counts, physical, 2)"),
+    "no counts of a block": ("placement.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
     "padding miscounted": ("counting", "place_slots", "total + block_size - 1", "total + block_size"),
 }
 OPS_OF = {
@@ -76,6 +80,7 @@ OPS_OF = {
     "counting": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
     "gating": ["topk_softmax"],
     "permute": ["moe_permute", "moe_unpermute"],
+    "placement.dispatch": ["dispatch_ids"],
 }
 
 
@@ -86,7 +91,7 @@ WRITES_OUTSIDE = {"off by one", "padding miscounted"}
 def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
     if ON_GPU and fault in WRITES_OUTSIDE:
         pytest.skip("would write outside its arrays; the simulator catches that")
-    if ON_GPU and fault == "other blocks forgotten":
+    if ON_GPU and fault in ("other blocks forgotten", "no counts of a block"):
         pytest.skip("these cases need one block only; in the simulator they need several")
     module, kernel, old, new = FAULTS[fault]
     home, wrong = broken(module, kernel, source_of(module, kernel, old, new))
@@ -210,3 +215,4 @@ def test_a_file_without_routing_is_refused(tmp_path):
 
 def test_reference_and_public_names_agree():
     assert set(reference.__all__) - set(placement.__all__) | {"BumpAllocator"} == set(numba_moe.__all__)
+    assert set(cases.DISPATCH) == set(dispatch.ALGORITHMS)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
 
-KERNEL_MODULES = ("counting", "gating", "permute")
+KERNEL_MODULES = ("counting", "gating", "permute", "placement.dispatch")
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
 

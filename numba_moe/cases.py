@@ -51,6 +51,7 @@ TOKENS = {
     "default": (1, 100, 4096),
     "full": (1, 7, 64, 512, 4096, 16384, 65536),
 }
+DISPATCH = ("static", "dynamic", "hash", "fake")
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_BATCH = 2048  # rows of an expert in batched alignment
 LARGEST_ROWS = 1 << 28  # elements of the permuted rows of one case: the reference holds them in float64
@@ -108,6 +109,27 @@ def lora_case(name: str, tokens: int, experts: int, top_k: int, block_size: int,
     return Case("moe_lora_align_block_size", name, arguments)
 
 
+def integers(lowest: int, after: int, *shape: int) -> Draw:
+    return lambda rng: rng.integers(lowest, after, shape).astype(np.int32)
+
+
+def zeros(*shape: int, dtype: str = "int32") -> Draw:
+    """Return what makes an array that a call may write."""
+    return lambda rng: np.zeros(shape, dtype)
+
+
+def dispatch_case(name: str, topk_ids: Any, num_experts: int, algorithm: str, **options: Any) -> Case:
+    """Return a dispatch with counts, by random tables: an eighth more slots than experts, up to four for an expert."""
+    slots = num_experts + -(-num_experts // 8)
+    tables: dict[str, Any] = {"physical_map": integers(0, slots, slots if algorithm == "fake" else num_experts)}
+    if algorithm in ("dynamic", "hash"):
+        tables = {"physical_map": integers(0, slots, num_experts, 4), "num_valid": integers(1, 5, num_experts)}
+    if algorithm == "dynamic":
+        tables |= {"seed": 2**62 + 5, "step": np.array([3 << 32 | 7])}
+    arguments = {"topk_ids": topk_ids, **tables, "algorithm": algorithm, "counts": zeros(slots), **options}
+    return Case("dispatch_ids", name, given(**arguments))
+
+
 def permute_case(name: str, tokens: int, experts: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
     rows, chosen = floats(tokens, hidden, dtype=dtype), ids(tokens, experts, top_k, "zipf")
     return Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=experts), dtype, **layout)
@@ -145,6 +167,8 @@ def model_cases(level: str) -> Iterator[Case]:
             )
             yield Case("batched_moe_align_block_size", f"{label} zipf", batched)
             yield lora_case(f"{label} 4 adapters zipf", tokens, experts, top_k, block_size, 4)
+            algorithm = DISPATCH[(number + step) % len(DISPATCH)]
+            yield dispatch_case(f"{label} {algorithm}", ids(tokens, experts, top_k, "zipf"), experts, algorithm)
             yield gating_case(f"{label} {dtype}", tokens, experts, top_k, groups, dtype)
             hidden = 64 if level == "simulator" else model_hidden
             if tokens * top_k * hidden <= LARGEST_ROWS:
@@ -231,6 +255,7 @@ def _grouping_edges() -> Iterator[Case]:
     ):
         drawn = ids(tokens, experts, top_k, "half_empty")
         yield Case("moe_align_block_size", name, given(topk_ids=drawn, block_size=16, num_experts=experts))
+    yield from _dispatch_edges(kinds)
     yield Case("expert_offsets", "no experts", given(counts=np.zeros(0, np.int32)))
     yield Case("expert_offsets", "int64 counts past int32", given(counts=np.full(5, 2**31, np.int64)))
     yield Case("expert_offsets", "2048 experts", given(counts=np.arange(2048) % 99, alignment=7))
@@ -331,6 +356,24 @@ def _variant_edges() -> Iterator[Case]:
     for name, option in variants.items():
         yield Case("moe_lora_align_block_size", name, given(**{**tokens, **option}))
     yield lora_case("many virtual experts", 50, 257, 2, 16, 9)
+
+
+def _dispatch_edges(kinds: dict[str, np.ndarray]) -> Iterator[Case]:
+    for algorithm in DISPATCH:
+        for name in ("zero tokens", "-1 rows", "ids out of range", "int64 ids past int32", "several tiles"):
+            yield dispatch_case(f"{name} {algorithm}", kinds[name], 8, algorithm)
+        chosen = kinds["-1 rows"]
+        yield dispatch_case(f"one dimension {algorithm}", chosen.ravel(), 8, algorithm, counts=None)
+        yield dispatch_case(f"out {algorithm}", chosen, 8, algorithm, out=zeros(*chosen.shape))
+    chosen = kinds["several tiles"]
+    few = zeros(3, dtype="int64")
+    many = zeros(20000, dtype="int64")
+    places = np.array([[-1, 2], [3, -1], [0, 1]], np.int32)
+    for algorithm, options in (("hash", {}), ("dynamic", {"step": np.array([-1]), "seed": 0})):
+        gaps = {**options, "physical_map": places, "num_valid": np.array([2, 0, 9], np.int32)}
+        yield dispatch_case(f"tables with gaps {algorithm}", chosen, 3, algorithm, **gaps)
+        yield dispatch_case(f"fewer counters than ids {algorithm}", chosen, 8, algorithm, counts=few)
+        yield dispatch_case(f"more counters than shared memory has {algorithm}", chosen, 8, algorithm, counts=many)
 
 
 def _gating_edges() -> Iterator[Case]:

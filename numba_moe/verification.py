@@ -21,14 +21,17 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import numba_moe
-from numba_moe import reference, testing
+from numba_moe import placement, reference, testing
 from numba_moe.cases import Case, edge_cases, input_cases, model_cases
 from numba_moe.runtime import cache, simulator
 
 PAYLOADS = ("gating_output", "hidden_states", "permuted")  # whose dtype and layout a case chooses
 PACKAGES = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
 SCRATCH = "workspace"  # what a kernel leaves there is its own affair
-OPS = tuple(name for name in numba_moe.__all__ if name[0].islower() and hasattr(reference, name))
+# The ops of the device, and the package that has each.
+OPS: dict[str, Any] = {
+    name: numba_moe for name in numba_moe.__all__ if name[0].islower() and hasattr(reference, name)
+} | {"dispatch_ids": placement}
 
 
 class Outcome(NamedTuple):
@@ -66,7 +69,7 @@ def run_case(case: Case, seed: int | Sequence[int], device: str, timed: bool = T
     expected = getattr(reference, case.op)(**arguments)
     reference_us = (time.perf_counter() - begin) * 1e6
     left = on_device()  # the reference writes what it is given to be written, and nothing else
-    op = getattr(numba_moe, case.op)
+    op = getattr(OPS[case.op], case.op)
     running = contextlib.nullcontext() if device == "cuda" else simulator.running()
     try:
         with running, testing.poisoned_memory():

@@ -1,13 +1,14 @@
 """Mixture-of-Experts routing in NumPy: what every op of numba_moe computes, written to be read.
 
 Start with `counting`, then `align`, `gating` and `permute`; `batched`, `lora` and `ragged` are kinds of alignment;
-where experts live is in `deepseek`, `refine`,
-`rebalance` and `migration`. README.md beside this file has the contract.
+where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and `dispatch` sends tokens there. README.md
+beside this file has the contract.
 """
 
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.batched import batched_moe_align_block_size
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
+from numba_moe.reference.dispatch import dispatch_ids
 from numba_moe.reference.gating import TopK, grouped_topk, topk_sigmoid, topk_softmax
 from numba_moe.reference.lora import moe_lora_align_block_size
 from numba_moe.reference.migration import plan_migration
@@ -24,6 +25,7 @@ __all__ = [
     "balancedness",
     "batched_moe_align_block_size",
     "count_tokens_per_expert",
+    "dispatch_ids",
     "expert_offsets",
     "grouped_topk",
     "make_ragged_metadata",

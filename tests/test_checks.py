@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import numba_moe as moe
+from numba_moe.placement import dispatch_ids
 from numba_moe.runtime import arrays, checks
 
 IDS = torch.zeros(4, 2, dtype=torch.int32)
@@ -14,6 +15,7 @@ WEIGHTS = torch.zeros(4, 2)
 INTS = torch.zeros(64, dtype=torch.int32)
 MANY = torch.zeros(2**15 + 1, dtype=torch.int32)
 FROZEN = np.frombuffer(bytes(32), np.int32)
+TABLE = torch.zeros(8, dtype=torch.int32)
 META = torch.zeros(8, dtype=torch.int32, device="meta")
 
 BAD = {
@@ -81,6 +83,21 @@ BAD = {
     "ids of other tokens": (lambda: moe.moe_permute(ROWS[:3], IDS, 8), ValueError, r"`topk_ids` must be of shape \(num_tokens, top_k\) = \(3, 2\), got shape \(4, 2\)"),
     "top_k of no columns": (lambda: moe.moe_permute(ROWS, IDS[:, :0].contiguous(), 8), ValueError, "`top_k .*` must be at least 1, got 0"),
     "weights of another shape": (lambda: moe.moe_unpermute(ROWS, WEIGHTS[:3], IDS), ValueError, r"`inv_permuted_idx` must be of shape that of `topk_weights` = \(3, 2\), got shape \(4, 2\)"),
+    "dispatch by an unknown algorithm": (lambda: dispatch_ids(IDS, TABLE, algorithm="lp"), ValueError, "`algorithm` must be one of 'static', 'dynamic', 'hash', 'fake', got 'lp'"),
+    "a table of int64": (lambda: dispatch_ids(IDS, TABLE.long()), TypeError, "`physical_map` must be of dtype int32, got int64"),
+    "a table of replicas without a choice": (lambda: dispatch_ids(IDS, TABLE[None]), ValueError, r"`physical_map` must be of 1 dimensions, got shape \(1, 8\)"),
+    "a table without replicas": (lambda: dispatch_ids(IDS, TABLE, algorithm="hash"), ValueError, r"`physical_map` must be of 2 dimensions, got shape \(8,\)"),
+    "an empty table": (lambda: dispatch_ids(IDS, TABLE[:0]), ValueError, r"`physical_map` must be not empty, got shape \(0,\)"),
+    "no numbers of replicas": (lambda: dispatch_ids(IDS, TABLE[None], algorithm="hash"), TypeError, "`num_valid` must be of the same library as `topk_ids`, got builtins.NoneType"),
+    "numbers of other experts": (lambda: dispatch_ids(IDS, TABLE[None], TABLE, algorithm="hash"), ValueError, r"`num_valid` must be of shape \(num_experts,\) = \(1,\), got shape \(8,\)"),
+    "numbers for static": (lambda: dispatch_ids(IDS, TABLE, TABLE), ValueError, "`num_valid` must be None with the algorithm 'static', got an array"),
+    "no step": (lambda: dispatch_ids(IDS, TABLE[None], TABLE[:1], algorithm="dynamic"), TypeError, "`step` must be of the same library as `topk_ids`, got builtins.NoneType"),
+    "a step as a number": (lambda: dispatch_ids(IDS, TABLE[None], TABLE[:1], algorithm="dynamic", step=3), TypeError, "`step` must be of the same library as `topk_ids`, got builtins.int"),
+    "a step for fake": (lambda: dispatch_ids(IDS, TABLE, algorithm="fake", step=TABLE), ValueError, "`step` must be None with the algorithm 'fake', got an array"),
+    "a seed below 0": (lambda: dispatch_ids(IDS, TABLE, seed=-1), ValueError, "`seed` must be at least 0, got -1"),
+    "counters of floats": (lambda: dispatch_ids(IDS, TABLE, counts=LOGITS[0]), TypeError, "`counts` must be of dtype int32 or int64, got float32"),
+    "out of another dtype": (lambda: dispatch_ids(IDS, TABLE, out=IDS.long()), TypeError, "`out` must be of dtype int32, got int64"),
+    "out of another shape": (lambda: dispatch_ids(IDS, TABLE, out=IDS[:2]), ValueError, r"`out` must be of shape that of `topk_ids` = \(4, 2\), got shape \(2, 2\)"),
     "index of int64": (lambda: moe.moe_unpermute(ROWS, WEIGHTS, IDS.long()), TypeError, "`inv_permuted_idx` must be of dtype int32, got int64"),
 }  # fmt: skip
 

@@ -23,11 +23,13 @@ def test_every_specialisation_compiles_to_ptx(compute_capability, without_simula
     report = json.loads(without_simulator(PROGRAM, json.dumps(compute_capability)))
     assert set(report) == {
         "choose_experts",
+        "choose_for_many",
         "choose_from_memory",
         "combine_rows",
         "count_slots",
         "fill_batches",
         "gather_rows",
+        "map_ids",
         "pair_slots",
         "place_slots",
         "scan_blocks",

@@ -7,8 +7,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from numba_moe.placement import ExpertLocation, rebalance_experts
+from numba_moe.placement.simulation import load_trace
 
 MAP = np.array([[0, 1, 2, 0, 3, 1], [3, 2, 1, 0, 0, 3]])
 LOCATION = ExpertLocation.from_mapping(MAP, num_gpus=3, num_nodes=2, slots_per_rank=[1, 3, 2])
@@ -165,6 +167,80 @@ def test_maps_and_dumps_of_others(suffix, tmp_path):
         ValueError, match=f"`num_replicas` must be given for dump{suffix}, which does not say, got None"
     ):
         ExpertLocation.load(path, num_gpus=4)
+
+
+PASSES = [{"forward_pass_id": 5 + step, "rank": 0, "logical_count": count} for step, count in enumerate(COUNTS)]
+SIZES = {"num_replicas": 11, "num_gpus": 4, "algorithm": "refined"}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+@pytest.mark.parametrize("counts", [COUNTS, COUNTS[0]], ids=["steps", "no steps"])
+def test_dumps_of_counts(suffix, counts, tmp_path):
+    path = tmp_path / f"dump{suffix}"
+    counts = counts.astype(np.int32)
+    if suffix == ".npz":
+        np.savez(path, logical_count=counts)
+    elif suffix == ".safetensors":
+        save_file({"logical_count": counts}, path)
+    else:  # as SGLang's "stat" dump
+        dump = {"rank": 0, "logical_count": torch.from_numpy(counts), "average_utilization_rate_over_window": None}
+        torch.save(dump, path)
+    expected = ExpertLocation.from_counts(counts, 11, 1, 1, 4, algorithm="refined")
+    assert ExpertLocation.load(path, **SIZES) == expected
+
+
+def test_dumps_of_records(tmp_path):
+    expected = ExpertLocation.from_counts(COUNTS, 11, 1, 1, 4, algorithm="refined")
+    torch.save(
+        [{**record, "logical_count": torch.tensor(record["logical_count"])} for record in PASSES], tmp_path / "a.pt"
+    )
+    lists = [{**record, "logical_count": record["logical_count"].tolist()} for record in PASSES]
+    (tmp_path / "b.json").write_text(json.dumps(lists))
+    (tmp_path / "c.json").write_text(json.dumps({"records": lists}))
+    for path in tmp_path.iterdir():
+        assert ExpertLocation.load(path, **SIZES) == expected
+    assert load_trace(tmp_path / "a.pt").tolist() == COUNTS.tolist()
+
+
+def test_detail_dump_of_sglang(tmp_path):
+    """Counts by slot, some of one pass in two records; the second slot of an expert counts for it."""
+    mapping = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1], [7, 6, 5, 4, 3, 2, 1, 0, 7, -1]])
+    physical = torch.from_numpy(np.random.default_rng(1).integers(1, 90, (3, 2, 10)).astype(np.int32))
+    parts = [(5, "primary", physical[0]), (5, "child", physical[1]), (6, "primary", physical[2])]
+    records = [
+        {"forward_pass_id": number, "rank": 0, "gatherer_key": key, "global_physical_count": count}
+        for number, key, count in parts
+    ]
+    torch.save({"records": records, "last_physical_to_logical_map": mapping}, tmp_path / "detail.pt")
+    expected = np.zeros((2, 2, 8), int)
+    for step, (_, _, count) in zip((0, 0, 1), parts, strict=True):
+        for layer, slot in np.ndindex(2, 10):
+            if mapping[layer, slot] >= 0:
+                expected[step, layer, mapping[layer, slot]] += int(count[layer, slot])
+    assert load_trace(tmp_path / "detail.pt").tolist() == expected.tolist()
+    location = ExpertLocation.load(tmp_path / "detail.pt", **SIZES)
+    assert location == ExpertLocation.from_counts(expected, 11, 1, 1, 4, algorithm="refined")
+
+
+def test_records_that_make_no_counts(tmp_path):
+    one_without = [{"logical_count": [[1, 2]]}, {"rank": 0}]
+    without_map = {"records": [{"global_physical_count": [[1, 2]]}]}
+    for content in ([], [1, 2], one_without, without_map):
+        (tmp_path / "dump.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"`path` must be a file with .* got dump\.json"):
+            ExpertLocation.load(tmp_path / "dump.json", **SIZES)
+    (tmp_path / "dump.json").write_text(json.dumps([{"logical_count": [[1, 2]]}, {"logical_count": [[1, 2, 3]]}]))
+    with pytest.raises(ValueError, match=r"of shape that of the first record = \(1, 2\), got shape \(1, 3\)"):
+        ExpertLocation.load(tmp_path / "dump.json", **SIZES)
+    content = {"records": [{"global_physical_count": [[1, 2]]}], "last_physical_to_logical_map": [[0, 1, 1]]}
+    (tmp_path / "dump.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"`global_physical_count` must be of shape that of `last_\w+` = \(1, 3\)"):
+        ExpertLocation.load(tmp_path / "dump.json", **SIZES)
+    (tmp_path / "dump.safetensors").write_bytes(b"noise")
+    with pytest.raises(
+        ValueError, match=r"`path` must be a whole \.safetensors file, got dump\.safetensors of 5 bytes"
+    ):
+        ExpertLocation.load(tmp_path / "dump.safetensors", **SIZES)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

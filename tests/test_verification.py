@@ -12,6 +12,7 @@ from numba import cuda
 
 import numba_moe
 from numba_moe import cases, cli, placement, reference, testing, verification
+from numba_moe.placement import dispatch
 from numba_moe.runtime import plans
 
 ON_GPU = torch.cuda.is_available()
@@ -83,6 +84,9 @@ FAULTS = {
     "another adapter": ("lora", "pair_slots", "adapter * num_experts +", "(max_loras - 1 - adapter) * num_experts +"),
     "rows not padded": ("lora", "spread_adapters", "if used else num_slots", "if used else 0"),
     "blocks counted on": ("ragged", "schedule_blocks", "(block << shift)", "(position << shift)"),
+    "another place": ("placement.dispatch", "map_ids", "out[slot] = physical", "out[slot] = physical ^ 1"),
+    "counted twice": ("placement.dispatch", "map_ids", "add(counts, physical, 1)", "add(counts, physical, 2)"),
+    "no counts of a block": ("placement.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
     "padding miscounted": ("counting", "place_slots", "total + block_size - 1", "total + block_size"),
 }
 OPS_OF = {
@@ -93,6 +97,7 @@ OPS_OF = {
     "lora": ["moe_lora_align_block_size"],
     "ragged": ["make_ragged_metadata"],
     "permute": ["moe_permute", "moe_unpermute"],
+    "placement.dispatch": ["dispatch_ids"],
 }
 
 
@@ -103,7 +108,7 @@ WRITES_OUTSIDE = {"off by one", "padding miscounted"}
 def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
     if ON_GPU and fault in WRITES_OUTSIDE:
         pytest.skip("would write outside its arrays; the simulator catches that")
-    if ON_GPU and fault == "other blocks forgotten":
+    if ON_GPU and fault in ("other blocks forgotten", "no counts of a block"):
         pytest.skip("these cases need one block only; in the simulator they need several")
     module, kernel, old, new = FAULTS[fault]
     home, wrong = broken(module, kernel, source_of(module, kernel, old, new))
@@ -227,3 +232,4 @@ def test_a_file_without_routing_is_refused(tmp_path):
 
 def test_reference_and_public_names_agree():
     assert set(reference.__all__) - set(placement.__all__) | {"BumpAllocator", "align_sizes"} == set(numba_moe.__all__)
+    assert set(cases.DISPATCH) == set(dispatch.ALGORITHMS)

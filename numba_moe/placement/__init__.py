@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 _MODULE_OF = {
     "CorruptedWeightsError": "numba_moe.placement.migration",
+    "ExpertDispatch": "numba_moe.placement.dispatch",
     "ExpertLocation": "numba_moe.placement.location",
     "RebalancedExperts": "numba_moe.reference.rebalance",
     "balancedness": "numba_moe.placement.rebalance",
+    "dispatch_ids": "numba_moe.placement.dispatch",
     "migrate": "numba_moe.placement.migration",
     "migrate_in_chunks": "numba_moe.placement.migration",
     "plan_migration": "numba_moe.placement.migration",
@@ -21,6 +23,8 @@ _MODULE_OF = {
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from numba_moe.placement.dispatch import ExpertDispatch as ExpertDispatch
+    from numba_moe.placement.dispatch import dispatch_ids as dispatch_ids
     from numba_moe.placement.location import ExpertLocation as ExpertLocation
     from numba_moe.placement.migration import CorruptedWeightsError as CorruptedWeightsError
     from numba_moe.placement.migration import migrate as migrate

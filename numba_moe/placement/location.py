@@ -1,7 +1,6 @@
 """`ExpertLocation`: which slot of which rank holds which expert, and the files it is kept in."""
 
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from numba_moe.placement.dumps import read_file
 from numba_moe.placement.rebalance import (
     check_map,
     check_slots_per_rank,
@@ -190,8 +190,10 @@ class ExpertLocation:
         Parameters
         ----------
         path : path
-            A ``.json``, ``.npz`` or ``.pt`` file (read without running code from it). It holds what `save` writes; or
-            ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or [steps, L, E], as a dump of the recorder.
+            A ``.json``, ``.npz``, ``.pt`` or ``.safetensors`` file (read without running code from it). It holds what
+            `save` writes; or ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or [steps, L, E], as
+            recorders dump it. A list of records will do as well: each with ``logical_count`` [L, E], or SGLang's
+            ``records`` of a rank with their ``global_physical_count`` [L, P].
         num_nodes, num_gpus, slots_per_rank : optional
             Where slots are, for a file that does not say. It needs `num_gpus`; the others are those of `from_mapping`.
         num_replicas, num_groups, **options : optional
@@ -414,23 +416,3 @@ def _read(path: Path) -> dict[str, Any]:
     known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
     checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
     return content
-
-
-def read_file(path: Path) -> Any:
-    """Read what a file holds, without running code from it."""
-    checks.choice("path", path.suffix, FORMATS)
-    data = path.read_bytes()
-    try:
-        return _parse(data, path.suffix)
-    except Exception as error:  # readers raise what they like
-        found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
-        raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
-
-
-def _parse(data: bytes, suffix: str) -> Any:
-    if suffix == ".json":
-        return json.loads(data)
-    if suffix == ".npz":
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return dict(file)
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -481,9 +481,10 @@ def separate(state, machine, domain_of_rank, domain_of_expert, current, max_move
     """Give every slot whose expert is in an earlier slot of its rank to an expert that the rank lacks."""
     slots, experts = np.arange(len(state.place)), np.arange(len(state.count))
     for slot in slots:
-        place = state.place
-        first = machine.first_slot[machine.rank_of_slot[slot]]
-        if place[slot] < 0 or not (place[first:slot] == place[slot]).any():
+        place, rank = state.place, machine.rank_of_slot[slot]
+        if place[slot] < 0 or state.holds[rank, place[slot]] < 2:
+            continue
+        if not (place[machine.first_slot[rank] : slot] == place[slot]).any():
             continue
         if moves(place, current) + (place[slot] == current[slot]) <= max_moves:
             fill(state, machine, slots[slot : slot + 1], experts, domain_of_rank, domain_of_expert)
@@ -545,15 +546,16 @@ def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current
     limits = cutoffs(peak, load[second], best)
     first, after = machine.first_slot[hot], machine.first_slot[hot + 1]
 
+    share_at, load_at = share[place], load[machine.rank_of_slot]  # of each slot
     for slot in range(first, after):
         give = place[slot]
         for other in range(len(place)):
+            # A swap with the second busiest rank is no exception: one of the two gets more than that has now.
+            extra = share_at[other] - share_at[slot]
+            if single and (load[hot] + extra > limits[0] or load_at[other] - extra > limits[0]):
+                continue
             rank, take = machine.rank_of_slot[other], place[other]
             if rank == hot or domain_of_rank[rank] != domain_of_rank[hot]:
-                continue
-            extra = share[take] - share[give]
-            # A swap with the second busiest rank is no exception: one of the two gets more than that has now.
-            if single and max(load[hot] + extra, load[rank] - extra) > limits[0]:
                 continue
             if holds[hot, take] or holds[rank, give]:
                 continue
@@ -569,16 +571,26 @@ def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current
 
     on_hot = np.unique(place[first:after])
     everything = np.arange(len(count))
+    grown = weight / (count + 1)
     for slot in range(len(place)):
         rank, old = machine.rank_of_slot[slot], place[slot]
         if domain_of_rank[rank] != domain_of_rank[hot] or count[old] < 2:
             continue
         rise = weight[old] / (count[old] - 1) - share[old]
+        # A rank that cannot take the rise, unless it has the expert whose share falls.
+        full = np.int64(-1)
+        for member in range(state.first_member[old], state.first_member[old + 1]):
+            other = machine.rank_of_slot[state.members[member]]
+            if single and other != rank and exceeds(load[other], rise, limits[1]):
+                full = other
+                break
         for expert in everything if rank == hot else on_hot:
+            if full >= 0 and not holds[full, expert]:
+                continue
             if holds[rank, expert] or domain_of_expert[expert] != domain_of_rank[hot]:
                 continue
             if single:
-                new = weight[expert] / (count[expert] + 1)
+                new = grown[expert]
                 fall = share[expert] - new
                 touched = rank == second or holds[second, old] > 0 or holds[second, expert] > 0
                 limit = limits[1] if touched else limits[0]

@@ -14,7 +14,8 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from numba_moe.placement.location import FORMATS, ExpertLocation, check_location, read_file
+from numba_moe.placement import dumps
+from numba_moe.placement.location import FORMATS, ExpertLocation, check_location
 from numba_moe.placement.rebalance import ALGORITHMS, check_loads, rebalance_experts
 from numba_moe.reference.migration import plan_migration
 from numba_moe.runtime import checks
@@ -404,11 +405,12 @@ def load_trace(
 ) -> np.ndarray:
     """Read recorded loads: [steps, L, E], or [steps, L, E, R] where the file says on which ranks tokens live.
 
-    A file holds ``logical_count`` [steps, L, E] or [L, E]; or ``topk_ids`` [steps, L, T, K] or [L, T, K], and perhaps
-    ``rank_of_token`` [steps, T] or [T]; or an array [T, K] of integers for each layer, in the order of the file.
-    `tokens_per_step` divides the tokens of a step into several steps, the last of which may be shorter.
+    A file holds ``logical_count`` [steps, L, E] or [L, E], or records of counts as `ExpertLocation.load` takes them; or
+    ``topk_ids`` [steps, L, T, K] or [L, T, K], and perhaps ``rank_of_token`` [steps, T] or [T]; or an array [T, K] of
+    integers for each layer, in the order of the file. `tokens_per_step` divides the tokens of a step into several
+    steps, the last of which may be shorter.
     """
-    content = read_file(path) if path.suffix in FORMATS else None
+    content = dumps.read_file(path) if path.suffix in dumps.FORMATS else None
     content = content if isinstance(content, dict) else {}
     ids, homes = content.get("topk_ids"), content.get("rank_of_token")
     if "logical_count" in content:

@@ -65,13 +65,14 @@ int16: Any
 int32: Any
 int64: Any
 uint32: Any
-_SCALARS = ("float32", "int16", "int32", "int64", "uint32")
+uint64: Any
+_SCALARS = ("float32", "int16", "int32", "int64", "uint32", "uint64")
 if simulator.ENABLED:
     import numba
     import numba.cuda
 
     cuda = numba.cuda
-    float32, int16, int32, int64, uint32 = (getattr(numba, name) for name in _SCALARS)
+    float32, int16, int32, int64, uint32, uint64 = (getattr(numba, name) for name in _SCALARS)
 else:
     cuda = _DeferredCuda("numba.cuda")
-    float32, int16, int32, int64, uint32 = (Deferred("numba", name) for name in _SCALARS)
+    float32, int16, int32, int64, uint32, uint64 = (Deferred("numba", name) for name in _SCALARS)

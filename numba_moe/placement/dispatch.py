@@ -1,0 +1,393 @@
+"""From the experts that a router chose to the slots that hold them, on the device.
+
+One thread takes a slot of routing, looks its expert up, and where the expert has several places picks one: by the
+generator Philox4x32-10, by a hash of the token, or in turn. Many slots are counted by block first, in shared memory, so
+that a busy expert's counter is no queue.
+
+`ExpertDispatch` keeps the tables of a rank on its device, where captured graphs find them again after experts moved.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from numba_moe.counting import fill
+from numba_moe.placement.location import ExpertLocation, check_location
+from numba_moe.reference import dispatch as reference
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.compile import MOST_SHARED_BYTES
+from numba_moe.runtime.dialect import cuda, int32, int64, uint32, uint64
+from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.parameters import (
+    Ids,
+    Int32,
+    Int32Array,
+    Int64,
+    OptionalIds,
+    OptionalInt32Array,
+    OptionalInt64Array,
+)
+from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.primitives import atomic_add, flat, quotient
+
+ALGORITHMS = ("static", "dynamic", "hash", "fake")
+STATIC, DYNAMIC, HASH, FAKE = range(len(ALGORITHMS))
+
+# Of Philox4x32-10, and of Knuth's hash.
+LEFT_MULTIPLIER, RIGHT_MULTIPLIER = 0xD2511F53, 0xCD9E8D57
+LEFT_STEP, RIGHT_STEP = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+HASH_MULTIPLIER = 2654435769
+WORD = 0xFFFFFFFF
+
+MOST_THREADS = 1024
+# Two to each multiprocessor of an H200.
+MOST_BLOCKS = 264
+
+
+@cuda.jit(device=True)
+def random_word(slot, step, seed):
+    """Return the first word of Philox4x32-10 for counter (slot, 0, step) and key seed."""
+    a = uint32(slot)
+    b = uint32(0)
+    c = uint32(step & WORD)
+    d = uint32((step >> 32) & WORD)
+    left_key = uint32(seed & WORD)
+    right_key = uint32((seed >> 32) & WORD)
+    for _ in range(ROUNDS):
+        left = uint64(a) * uint64(LEFT_MULTIPLIER)
+        right = uint64(c) * uint64(RIGHT_MULTIPLIER)
+        a = uint32(uint32(right >> 32) ^ b ^ left_key)
+        b = uint32(right)
+        c = uint32(uint32(left >> 32) ^ d ^ right_key)
+        d = uint32(left)
+        left_key = uint32(int64(left_key) + LEFT_STEP)
+        right_key = uint32(int64(right_key) + RIGHT_STEP)
+    return a
+
+
+@cuda.jit(device=True)
+def physical_of(expert, slot, token, physical_map, num_valid, step, num_rows, width, algorithm, seed):
+    """Return the physical id that a slot of a token goes to for its expert, -1 for none.
+
+    physical_map [num_rows, width], num_valid [num_rows], step [1]; the width is 1 where there is no choice.
+    """
+    if expert < 0 or (expert >= num_rows and algorithm != FAKE):
+        return int32(-1)
+    index = int64(expert) * width
+    if algorithm == FAKE:
+        index = int64(slot - quotient(slot, num_rows) * num_rows)
+    elif algorithm != STATIC:
+        valid = min(num_valid[expert], width)
+        if valid < 1:
+            return int32(-1)
+        if algorithm == DYNAMIC:
+            word = uint64(random_word(slot, step[0], seed))
+            index += int64((word * uint64(valid)) >> 32)
+        else:
+            word = uint64(uint32(int64(token) * HASH_MULTIPLIER))
+            index += int64(word % uint64(valid))
+    return int32(max(physical_map[index], -1))
+
+
+@cuda.jit(launch_bounds=MOST_THREADS)
+def map_ids(
+    topk_ids: Ids,
+    physical_map: Int32Array,
+    num_valid: OptionalInt32Array,
+    step: OptionalInt64Array,
+    counts: OptionalIds,
+    out: Ids,
+    num_slots: Int32,
+    top_k: Int32,
+    num_rows: Int32,
+    width: Int32,
+    num_physical: Int32,
+    num_in_shared: Int32,
+    algorithm: Int32,
+    seed: Int64,
+):
+    # topk_ids and out [num_slots]; physical_map [num_rows, width]; num_valid [num_rows]; step [1]; counts
+    # [num_physical]
+    in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared], which is num_physical or 0
+    thread = int32(cuda.threadIdx.x)
+    threads = int32(cuda.blockDim.x)
+    fill(in_block, num_in_shared, 0, thread, threads)
+    cuda.syncthreads()
+    slot = int64(cuda.blockIdx.x) * threads + thread
+    while slot < num_slots:
+        token = quotient(int32(slot), top_k)
+        rules = num_rows, width, algorithm, seed
+        physical = physical_of(topk_ids[slot], int32(slot), token, physical_map, num_valid, step, *rules)
+        out[slot] = physical
+        if physical >= 0 and physical < num_physical:
+            if num_in_shared > 0:
+                atomic_add(in_block, physical, 1)
+            else:
+                atomic_add(counts, physical, 1)
+        slot += int64(cuda.gridDim.x) * threads
+    cuda.syncthreads()
+    physical = thread
+    while physical < num_in_shared:
+        count = in_block[physical]
+        if count > 0:
+            atomic_add(counts, physical, count)
+        physical = int32(physical + threads)
+
+
+def _check_need(
+    name: str,
+    value: Any,
+    needed: bool,
+    algorithm: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    because: str,
+    like: tuple[str, Layout],
+) -> None:
+    """Check an array that some algorithms need and the others have no use for."""
+    if needed:
+        checks.array(name, value, (dtype,), (1,), like=like)
+        checks.shape(name, value, shape, because)
+    else:
+        given = "an array" if isinstance(value, Layout) else type(value).__name__
+        checks.holds(name, f"None with the algorithm {algorithm!r}", value is None, given)
+
+
+@planned
+def _plan(
+    topk_ids: Layout,
+    physical_map: Layout,
+    num_valid: Layout | None,
+    algorithm: str,
+    seed: int,
+    step: Layout | None,
+    counts: Layout | None,
+    out: Layout | None,
+) -> tuple[arrays.Contiguous, Launch]:
+    checks.array("topk_ids", topk_ids, checks.IDS, (1, 2))
+    num_slots = topk_ids.shape.numel()
+    checks.fits_int32("topk_ids", num_slots, "the number of slots")
+    checks.choice("algorithm", algorithm, ALGORITHMS)
+    here = ("topk_ids", topk_ids)
+    replicated = algorithm in ("dynamic", "hash")
+    checks.array("physical_map", physical_map, (torch.int32,), (2,) if replicated else (1,), like=here)
+    num_entries = physical_map.shape.numel()
+    checks.holds("physical_map", "not empty", num_entries > 0, f"shape {tuple(physical_map.shape)}")
+    checks.fits_int32("physical_map", num_entries, "the number of entries")
+    num_rows = physical_map.shape[0]
+    _check_need("num_valid", num_valid, replicated, algorithm, torch.int32, (num_rows,), "(num_experts,)", here)
+    _check_need("step", step, algorithm == "dynamic", algorithm, torch.int64, (1,), "(1,)", here)
+    seed = checks.integer("seed", seed, 0, 2**63 - 1)
+    num_physical = 0
+    if counts is not None:
+        checks.array("counts", counts, checks.IDS, (1,), like=here)
+        num_physical = counts.shape[0]
+        checks.fits_int32("counts", num_physical, "the number of counters")
+    if out is not None:
+        checks.array("out", out, (topk_ids.dtype,), (1, 2), like=here)
+        checks.shape("out", out, tuple(topk_ids.shape), "that of `topk_ids`")
+
+    threads = block_threads(min(MOST_THREADS, -(-num_slots // 32) * 32))
+    blocks = min(-(-num_slots // threads) if num_slots else 0, MOST_BLOCKS)
+    in_shared = blocks > 1 and 4 * num_physical <= MOST_SHARED_BYTES
+    num_in_shared = num_physical if in_shared else 0
+    top_k = max(topk_ids.shape[1], 1) if len(topk_ids.shape) == 2 else 1
+    sizes = (num_slots, top_k, num_rows, num_entries // num_rows, num_physical, num_in_shared)
+    numbers = (*sizes, ALGORITHMS.index(algorithm), seed)
+    choices = {"topk_ids": topk_ids.dtype, "counts": counts and counts.dtype, "out": topk_ids.dtype}
+    launch = Launch(map_ids, topk_ids.device, blocks, threads, numbers, choices, 4 * num_in_shared)
+    return arrays.contiguous(topk_ids.dtype, *topk_ids.shape), launch
+
+
+@arrays.public_writing("counts", "out")
+def dispatch_ids(
+    topk_ids: Any,
+    physical_map: Any,
+    num_valid: Any = None,
+    *,
+    algorithm: str = "static",
+    seed: int = 0,
+    step: Any = None,
+    counts: Any = None,
+    out: Any = None,
+) -> Any:
+    """Replace the experts of slots by physical ids: by one of the places that have the expert.
+
+    Parameters
+    ----------
+    topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
+        Contiguous. Ids outside ``[0, num_experts)`` become -1.
+    physical_map : array of int32
+        For "static" of shape [num_experts], the place of each expert; for "dynamic" and "hash" [num_experts,
+        max_replicas], the places of each; for "fake" [length], places to deal out in turn. Negative numbers are none.
+    num_valid : array of int32, shape [num_experts], optional
+        With "dynamic" and "hash": how many entries of each row of the map are in use.
+    algorithm : {"static", "dynamic", "hash", "fake"}
+        "static": the one place that the map names. "dynamic": any of the expert's places, at random. "hash": the one
+        that a hash of the token's index picks, as vLLM does. "fake": the next in turn whatever the expert, to measure
+        perfect balance; ids below 0 become -1.
+    seed : int
+        With "dynamic": the generator's key.
+    step : array of int64, shape [1], optional
+        With "dynamic": a counter on the device. The same seed, step and slot draw the same number; add 1 to it
+        wherever new ones are wanted, inside a captured graph too.
+    counts : array of int32 or int64, shape [num_physical], optional
+        Written: 1 is added for each slot at its physical id. Ids past its end are not counted.
+    out : array of the shape and dtype of `topk_ids`, optional
+        Written: takes the result. May be `topk_ids` itself.
+
+    Returns
+    -------
+    array of the shape and dtype of `topk_ids`
+        Physical ids, -1 for none; `out` if that is given.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, an unknown algorithm, an array that the algorithm lacks or has no use for.
+
+    Notes
+    -----
+    One launch on the caller's current stream, without synchronising; captures into CUDA graphs; the same at every run.
+    Allocates the result only. The formulas are in the reference (`numba_moe.reference.dispatch_ids`). The generator is
+    Philox4x32-10. `ExpertDispatch` makes and keeps the tables.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ids = np.array([[0, 2], [1, -1], [0, 1]], np.int32)
+    >>> dispatch_ids(ids, np.array([3, 1, 2], np.int32))
+    array([[ 3,  2],
+           [ 1, -1],
+           [ 3,  1]], dtype=int32)
+    >>> replicas, num_valid = np.array([[0, 3], [1, -1], [2, -1]], np.int32), np.array([2, 1, 1], np.int32)
+    >>> counts = np.zeros(4, np.int32)
+    >>> dispatch_ids(ids, replicas, num_valid, algorithm="dynamic", step=np.array([0]), counts=counts)
+    array([[ 0,  2],
+           [ 1, -1],
+           [ 3,  1]], dtype=int32)
+    >>> counts
+    array([1, 2, 1, 1], dtype=int32)
+    """
+    tables = layout(topk_ids), layout(physical_map), layout(num_valid)
+    result, launch = _plan(*tables, algorithm, seed, layout(step), layout(counts), layout(out))
+    if checks.VALIDATE and algorithm != "fake":
+        checks.ids(topk_ids, physical_map.shape[0])
+    if arrays.answered_by_reference(topk_ids):
+        options = {"algorithm": algorithm, "seed": seed, "step": step, "counts": counts, "out": out}
+        found = arrays.by_reference(reference.dispatch_ids, topk_ids, physical_map, num_valid, **options)
+        return found if out is None else out
+    if out is None:
+        out = arrays.empty(*result)
+    launch(topk_ids, physical_map, num_valid, step, counts, out)
+    return out
+
+
+class ExpertDispatch:
+    """The way from experts to slots on one rank, for all layers: tables on its device, made once and changed in place.
+
+    Parameters
+    ----------
+    location : ExpertLocation
+        Where experts are.
+    rank : int
+        The rank whose tokens are dispatched. Ranks that hold the same tokens have to agree: give them the same number.
+    device : torch.device or str
+        Where to keep the tables.
+    algorithm : {"static", "dynamic", "hash", "fake"}
+        "static": a slot of the rank itself if it has the expert, else one of its node, else any, so dealt that as many
+        ranks send to each as can be. "dynamic", "hash" and "fake" are those of `dispatch_ids`; the first two begin at
+        another of an expert's slots on each rank, and "fake" goes from rank to rank.
+    seed : int
+        32 bits, the same on all ranks: "static" deals by it, "dynamic" draws by it and the rank.
+
+    Attributes
+    ----------
+    physical_map : int32 tensor [L, E], [L, E, P - E + 1] or [L, P]
+        The `physical_map` of `dispatch_ids` for each layer.
+    num_valid : int32 tensor [L, E] or None
+        Its `num_valid`.
+    step : int64 tensor [L] or None
+        Its `step`: the layer in the upper 32 bits, so that layers draw for themselves, and what `advance` counts.
+
+    Raises
+    ------
+    TypeError
+        No ExpertLocation, no integer.
+    ValueError
+        A rank that is not there, an unknown algorithm.
+
+    Examples
+    --------
+    Two ranks with two slots each; expert 0 is on both:
+
+    >>> location = ExpertLocation.from_mapping([[0, 1, 2, 0]], num_gpus=2)
+    >>> ids = torch.tensor([[0, 1], [2, 0]])
+    >>> ExpertDispatch(location, rank=0, device="cpu")(ids, layer=0)
+    tensor([[0, 1],
+            [2, 0]])
+    >>> dispatch = ExpertDispatch(location, rank=1, device="cpu")
+    >>> counts = torch.zeros(4, dtype=torch.int64)
+    >>> dispatch(ids, layer=0, counts=counts), counts
+    (tensor([[3, 1],
+            [2, 3]]), tensor([0, 1, 1, 2]))
+
+    After a rebalance the same tensors say the new slots:
+
+    >>> dispatch.update(ExpertLocation.from_mapping([[1, 1, 2, 0]], num_gpus=2))
+    >>> dispatch.physical_map.tolist()[0][0]
+    3
+    """
+
+    def __init__(
+        self,
+        location: ExpertLocation,
+        rank: int,
+        device: torch.device | str,
+        *,
+        algorithm: str = "static",
+        seed: int = 0,
+    ) -> None:
+        check_location("location", location)
+        last = location.num_gpus - 1
+        self.rank = checks.integer("rank", rank, 0, last, f"num_gpus - 1 = {last}")
+        checks.choice("algorithm", algorithm, ALGORITHMS)
+        self.location, self.algorithm = location, algorithm
+        self.seed = checks.integer("seed", seed, 0, 2**32 - 1)
+        tables = [table.to(device) for table in self._tables()]
+        steps = torch.arange(location.num_layers, device=device) << 32
+        self.physical_map = tables[0]
+        self.num_valid: Any = tables[1] if len(tables) > 1 else None
+        self.step = steps if algorithm == "dynamic" else None
+        self._key = self.rank << 32 | self.seed if algorithm == "dynamic" else 0
+        parts = [self.physical_map, self.num_valid, None if self.step is None else self.step[:, None]]
+        absent = [None] * location.num_layers
+        self._layers = list(zip(*(absent if part is None else part for part in parts), strict=True))
+
+    def __call__(self, topk_ids: Any, layer: int, counts: Any = None, out: Any = None) -> Any:
+        """Dispatch the slots of a layer; arguments, result and errors are those of `dispatch_ids`."""
+        physical_map, num_valid, step = self._layers[layer]
+        rules = {"algorithm": self.algorithm, "seed": self._key, "step": step}
+        return dispatch_ids(topk_ids, physical_map, num_valid, counts=counts, out=out, **rules)
+
+    def advance(self) -> None:
+        """Let "dynamic" draw anew from here on: call it once for each forward pass, inside a captured graph too."""
+        if self.step is not None:
+            self.step += 1
+
+    def update(self, location: ExpertLocation, layers: Iterable[int] | None = None) -> None:
+        """Take some layers, all by default, from another location; the parameters are those of `ExpertLocation.update`.
+
+        The tensors stay and are written on the current stream, so graphs that were captured go by the new location.
+        """
+        self.location = self.location.update(location, layers)
+        for held, new in zip((self.physical_map, self.num_valid), self._tables(), strict=False):
+            held.copy_(new)
+
+    def _tables(self) -> list[torch.Tensor]:
+        found = reference.dispatch_map(self.location, self.rank, self.algorithm, self.seed)
+        return [torch.from_numpy(table) for table in found if table is not None]

@@ -1,0 +1,190 @@
+"""Which of the places that have its expert a slot goes to.
+
+Anything with the maps of an `ExpertLocation` is a location here.
+"""
+
+from typing import Any
+
+import numpy as np
+
+# Of Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011) and of Knuth's hash.
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+HASH_MULTIPLIER = 2654435769
+WORD = 0xFFFFFFFF
+
+
+def philox(counter: Any, key: Any) -> tuple[np.ndarray, ...]:
+    """Return the four words that Philox4x32-10 makes of four counter words and two key words, elementwise.
+
+    >>> [f"{int(word):08x}" for word in philox((0, 0, 0, 0), (0, 0))]
+    ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    a, b, c, d = (np.asarray(word).astype(np.uint64) & WORD for word in counter)
+    for step in range(ROUNDS):
+        first, second = (np.uint64((word + step * gain) & WORD) for word, gain in zip(key, KEY_STEPS, strict=True))
+        left, right = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a, b, c, d = (right >> 32) ^ b ^ first, right & WORD, (left >> 32) ^ d ^ second, left & WORD
+    return a, b, c, d
+
+
+def static_map(location: Any, seed: int = 0) -> np.ndarray:
+    """Choose for each rank the slot that it sends tokens of an expert to: int64 [L, E, R].
+
+    A slot of the rank itself comes first, then one of its
+    node, then any. Among these the one that fewest ranks send to so far: first the ranks that hold the expert have
+    chosen, then those with it on their node, then the others, each in order. Of equals the one whose Philox word for
+    counter (slot, layer, 0, 0) and the seed as key is lowest, so every rank works out the same.
+
+    Two ranks; expert 0 is on both, expert 1 on the first:
+
+    >>> class Location:
+    ...     physical_to_logical_map = np.array([[0, 1, 2, 0]])
+    ...     logical_to_all_physical_map = np.array([[[0, 3], [1, -1], [2, -1]]])
+    ...     logical_to_all_physical_map_num_valid = np.array([[2, 1, 1]])
+    ...     rank_of_slot, node_of_slot = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 0])
+    >>> static_map(Location)
+    array([[[0, 3],
+            [1, 1],
+            [2, 2]]])
+    """
+    slots, count = location.logical_to_all_physical_map, location.logical_to_all_physical_map_num_valid
+    rank_of_slot, node_of_slot = location.rank_of_slot, location.node_of_slot
+    ranks = np.arange(rank_of_slot[-1] + 1)
+    chosen = np.repeat(slots[:, :, :1], len(ranks), axis=2)
+
+    layers, experts = np.nonzero(count > 1)
+    slots = slots[layers, experts, : count.max()]  # [experts with several, replicas]
+    pairs = np.arange(len(slots))
+    node_of_rank = node_of_slot[np.searchsorted(rank_of_slot, ranks)]
+    words = philox((np.arange(len(rank_of_slot)), np.arange(len(chosen))[:, None], 0, 0), (seed & WORD, seed >> 32))[0]
+    tie = words[layers[:, None], slots].astype(np.int64)
+    senders = np.zeros(slots.shape, np.int64)
+    for distance in range(3):
+        for rank in ranks:
+            away = (rank_of_slot[slots] != rank).astype(int) + (node_of_slot[slots] != node_of_rank[rank])
+            away[slots < 0] = 3
+            order = np.where(away == distance, (senders << 32) + tie, np.iinfo(np.int64).max)
+            best = order.argmin(axis=1)
+            here = away.min(axis=1, initial=3) == distance
+            chosen[layers[here], experts[here], rank] = slots[pairs, best][here]
+            senders[pairs[here], best[here]] += 1
+    return chosen
+
+
+def dispatch_map(location: Any, rank: int, algorithm: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return what `dispatch_ids` needs on a rank, with a row for each layer: `physical_map` and `num_valid`, int32.
+
+    The map is for "static" [L, E], the rank's column of `static_map`; for "dynamic" and "hash" [L, E, X], the slots of
+    each expert, turned so that ranks begin at different ones; for "fake" [L, P], the slots that hold experts, repeated
+    if they are fewer: the first of every rank, then the second of every rank, and so on, beginning elsewhere on each.
+    """
+    if algorithm == "static":
+        return static_map(location, seed)[:, :, rank].astype(np.int32), None
+    rank_of_slot = location.rank_of_slot
+    if algorithm == "fake":
+        num_ranks = rank_of_slot[-1] + 1
+        position = np.arange(len(rank_of_slot)) - np.searchsorted(rank_of_slot, rank_of_slot)
+        order = np.lexsort((rank_of_slot, position))
+        rows = []
+        for places in location.physical_to_logical_map:
+            held = order[places[order] >= 0]
+            rows.append(np.resize(np.roll(held, -(rank * len(held) // num_ranks)), len(order)))
+        return np.stack(rows).astype(np.int32), None
+    slots, count = location.logical_to_all_physical_map, location.logical_to_all_physical_map_num_valid[:, :, None]
+    column = np.arange(slots.shape[2])
+    turned = np.where(column < count, (column + rank) % count, column)
+    return np.take_along_axis(slots, turned, axis=2).astype(np.int32), count[:, :, 0].astype(np.int32)
+
+
+def dispatch_ids(
+    topk_ids: np.ndarray,
+    physical_map: np.ndarray,
+    num_valid: np.ndarray | None = None,
+    *,
+    algorithm: str = "static",
+    seed: int = 0,
+    step: np.ndarray | None = None,
+    counts: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Replace the experts of slots by physical ids: by one of the places that have the expert.
+
+    Parameters
+    ----------
+    topk_ids
+        int32 or int64 [num_slots] or [num_tokens, top_k]; ids outside ``[0, num_experts)`` become -1.
+    physical_map
+        int32: for "static" [num_experts], for "dynamic" and "hash" [num_experts, max_replicas], for "fake" [length].
+    num_valid
+        int32 [num_experts]: with "dynamic" and "hash", how many entries of each row of the map are in use.
+    algorithm
+        "static", "dynamic", "hash" or "fake".
+    seed
+        Key of the generator of "dynamic", 64 bits.
+    step
+        int64 [1]: with "dynamic", the generator's counter beside the slot.
+    counts
+        int32 or int64 [num_physical]: 1 is added for each slot at its physical id.
+    out
+        Takes the result; may be `topk_ids` itself.
+
+    Returns
+    -------
+    np.ndarray
+        Of the shape and dtype of `topk_ids`; -1 also where the map has a negative number or a row of it is empty.
+
+    Notes
+    -----
+    static: ``physical_map[expert]``.
+    dynamic: ``physical_map[expert, word * num_valid[expert] >> 32]``, where word is the first that Philox4x32-10 makes
+    of counter (slot, 0, low word of step, high word of step) and key (low word of seed, high word of seed).
+    hash: ``physical_map[expert, token * 2654435769 mod 2**32 mod num_valid[expert]]``; in one dimension a slot is a
+    token.
+    fake: ``physical_map[slot % length]``, whatever the expert; ids below 0 become -1.
+
+    Examples
+    --------
+    >>> ids = np.array([[0, 2], [1, -1], [0, 1]], np.int32)
+    >>> dispatch_ids(ids, np.array([3, 1, 2], np.int32))
+    array([[ 3,  2],
+           [ 1, -1],
+           [ 3,  1]], dtype=int32)
+    >>> replicas, num_valid = np.array([[0, 3], [1, -1], [2, -1]], np.int32), np.array([2, 1, 1], np.int32)
+    >>> counts = np.zeros(4, np.int32)
+    >>> dispatch_ids(ids, replicas, num_valid, algorithm="dynamic", step=np.array([0]), counts=counts)
+    array([[ 0,  2],
+           [ 1, -1],
+           [ 3,  1]], dtype=int32)
+    >>> counts
+    array([1, 2, 1, 1], dtype=int32)
+    """
+    slots = np.arange(topk_ids.size).reshape(topk_ids.shape)
+    if algorithm == "fake":
+        known = topk_ids >= 0
+        found = physical_map[slots % len(physical_map)]
+    else:
+        known = (topk_ids >= 0) & (topk_ids < len(physical_map))
+        experts = np.where(known, topk_ids, 0)
+    if algorithm == "static":
+        found = physical_map[experts]
+    elif algorithm in ("dynamic", "hash"):
+        valid = np.clip(num_valid, 0, physical_map.shape[1])[experts]
+        if algorithm == "dynamic":
+            now = int(step[0])
+            words, *_ = philox((slots, 0, now & WORD, now >> 32 & WORD), (seed & WORD, seed >> 32))
+            replicas = (words * valid.astype(np.uint64)) >> 32
+        else:
+            tokens = slots if topk_ids.ndim == 1 else slots // topk_ids.shape[1]
+            replicas = (tokens * HASH_MULTIPLIER & WORD) % np.maximum(valid, 1)
+        known = known & (valid > 0)
+        found = physical_map[experts, replicas.astype(np.int64)]
+    physical = np.where(known & (found >= 0), found, -1)
+    if counts is not None:
+        kept = physical[(physical >= 0) & (physical < len(counts))]
+        counts += np.bincount(kept, minlength=len(counts)).astype(counts.dtype)
+    if out is None:
+        return physical.astype(topk_ids.dtype)
+    out[:] = physical
+    return out

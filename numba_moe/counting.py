@@ -43,6 +43,7 @@ from numba_moe.runtime.primitives import (
     atomic_add,
     block_sums,
     count_lanes,
+    first_above,
     flat,
     lanes_below,
     load_words,
@@ -276,6 +277,19 @@ def sum_warps(in_warps, warps, width, expert):
     return before
 
 
+@cuda.jit(device=True)
+def name_blocks(expert_ids, block_names, ends, first, size, base_before, base, block_size):
+    """Write the expert of each GEMM block of the positions [base_before, base), which `size` experts share."""
+    index = int32(quotient(base_before, block_size) + cuda.threadIdx.x * cuda.gridDim.x + cuda.blockIdx.x)
+    end = quotient(base, block_size)
+    while index < end:
+        name = int64(first + first_above(ends, size, int32(index * block_size)))
+        if present(block_names):
+            name = int64(block_names[name])
+        expert_ids[index] = name
+        index = int32(index + cuda.blockDim.x * cuda.gridDim.x)
+
+
 @cuda.jit(launch_bounds=MOST_THREADS)
 def place_slots(
     topk_ids: Ids,
@@ -329,6 +343,7 @@ def place_slots(
     base = int32(0)
     first = int32(0)
     while first < num_experts:
+        base_before = base
         size = int32(min(CHUNK, num_experts - first))
         fill(in_warps, int32(warps * width), 0, thread, threads)
         if blocks > 1:
@@ -373,23 +388,24 @@ def place_slots(
             group = int32(group + threads)
         cuda.syncthreads()
 
+        for item in range(items):  # all reads before the first write, so that none waits for another
+            expert = int32(experts[item] - first)
+            if expert >= 0 and expert < size:
+                ranks[item] = int32(places[expert] + in_warps[row + expert] + ranks[item])
         for item in range(items):
-            slot = first_slot + item * WARP
-            if slot < num_slots:
+            expert = int32(experts[item] - first)
+            if expert >= 0 and expert < size:
+                sorted_slots[ranks[item]] = first_slot + item * WARP
+        if present(position_of_slot):
+            for item in range(items):
+                slot = first_slot + item * WARP
                 expert = int32(experts[item] - first)
-                position = int32(-1)
                 if expert >= 0 and expert < size:
-                    position = int32(places[expert] + in_warps[row + expert] + ranks[item])
-                    sorted_slots[position] = slot
-                    if present(expert_ids):
-                        index = quotient(position, block_size)
-                        if int32(index * block_size) == position:
-                            name = int64(experts[item])
-                            if present(block_names):
-                                name = int64(block_names[name])
-                            expert_ids[index] = name
-                if present(position_of_slot) and (position >= 0 or (first == 0 and experts[item] == num_experts)):
-                    position_of_slot[slot] = position
+                    position_of_slot[slot] = ranks[item]
+                elif first == 0 and experts[item] == num_experts and slot < num_slots:
+                    position_of_slot[slot] = -1
+        if present(expert_ids):
+            name_blocks(expert_ids, block_names, ends, first, size, base_before, base, block_size)
         if blocks > 1 and not present(block_counts):
             expert = int32(here >> 5)
             while expert < size:

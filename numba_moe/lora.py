@@ -60,7 +60,7 @@ def pair_slots(
     active = adapter >= 0 and adapter < max_loras
     if active and present(adapter_enabled):
         active = adapter_enabled[adapter] != 0
-    if active and present(lora_ids):
+    if active and num_lora_ids >= 0:  # and not `present`: an array of no elements has no address either
         active = holds(lora_ids, num_lora_ids, adapter)
     virtual_ids[slot] = adapter * num_experts + expert if known and active else -1
 
@@ -149,7 +149,7 @@ def _plan(
 
     threads = block_threads(THREADS)
     device, dtype = topk_ids.device, topk_ids.dtype
-    num_lora_ids = 0 if lora_ids is None else lora_ids.shape[0]
+    num_lora_ids = -1 if lora_ids is None else lora_ids.shape[0]
     choices = {"topk_ids": dtype, "token_lora_mapping": token_lora_mapping.dtype}
     if expert_map is not None:
         choices["expert_map"] = expert_map.dtype

@@ -40,6 +40,7 @@ from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     WARP,
+    as_int32,
     atomic_add,
     block_sums,
     count_lanes,
@@ -49,6 +50,7 @@ from numba_moe.runtime.primitives import (
     load_words,
     present,
     quotient,
+    tail,
     warp_inclusive_sum,
     warp_index,
 )
@@ -57,11 +59,14 @@ MOST_THREADS = 1024
 # Experts that a block counts at a time, in shared memory.
 CHUNK = 1024
 TWO_CHUNKS = 2 * CHUNK
-# Up to this many slots every block counts them all: a launch less for the host. The device of an H200 is faster that
-# way too up to 8,192 slots; 32,768 take it 9.5 us, in two launches 7.6.
-RECOUNTED_SLOTS = 2**15
-# Up to this many slots, and from there on more of them to a block.
-SMALL_BLOCKS_SLOTS = 160 * 1024
+# Up to this many slots every block counts them all, which is a launch less.
+RECOUNTED_SLOTS = 2**14
+RECOUNTING_THREADS = 512
+# Measured on an H200: threads of a block and slots of a thread, for few slots and for more of them; the first that need
+# no more than so many counts by block, which every block sums for itself.
+DEALS = ((512, 1), (256, 4), (512, 4), (512, 8))
+FEW_SLOTS = 2**15
+MOST_COUNTS = 48 * 1024
 # With more counts by block than this, `scan_blocks` sums them once instead of every block for itself.
 UNSCANNED_COUNTS = 64 * 1024
 # Loads that a thread has on their way at once: of slots, of 16 bytes of counts.
@@ -96,10 +101,13 @@ def load_experts(topk_ids, expert_map, num_slots, num_experts, first, step, item
 @cuda.jit(device=True)
 def fill(array, size, value, first, step):
     """Write array[first:size:step]."""
-    index = uint32(first)  # which passes the size by up to a step, and that may be the largest int32
+    index = uint32(first)  # which passes the size by up to four steps, and that may be the largest int32
     while index < uint32(size):
-        array[index] = value
-        index = uint32(index + step)
+        for turn in range(4):
+            other = uint32(index + turn * step)
+            if other < uint32(size):
+                array[other] = value
+        index = uint32(index + 4 * step)
 
 
 @cuda.jit(launch_bounds=MOST_THREADS)
@@ -186,13 +194,14 @@ def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers,
         peers[item] = ALL_LANES
     bit = int32(1)
     while 0 < bit <= num_experts:  # a vote for each bit of an id: less than match_any_sync takes for many ids
-        for item in range(items):
-            is_set = (experts[item] & bit) != 0
-            votes = cuda.ballot_sync(ALL_LANES, is_set)
-            if not is_set:
-                votes = votes ^ ALL_LANES
-            peers[item] = peers[item] & votes
-        bit = int32(bit << 1)
+        for turn in range(3):
+            for item in range(items):
+                is_set = (experts[item] & (bit << turn)) != 0
+                votes = cuda.ballot_sync(ALL_LANES, is_set)
+                if not is_set:
+                    votes = votes ^ ALL_LANES
+                peers[item] = peers[item] & votes
+        bit = int32(bit << 3)
     for item in range(items):
         expert = int32(experts[item] - first)
         counted = expert >= 0 and expert < size
@@ -278,6 +287,17 @@ def sum_warps(in_warps, warps, width, expert):
 
 
 @cuda.jit(device=True)
+def name_block(expert_ids, block_names, expert, position, block_size):
+    """Write the expert of a GEMM block if it begins at this position."""
+    index = quotient(position, block_size)
+    if int32(index * block_size) == position:
+        name = int64(expert)
+        if present(block_names):
+            name = int64(block_names[name])
+        expert_ids[index] = name
+
+
+@cuda.jit(device=True)
 def name_blocks(expert_ids, block_names, ends, first, size, base_before, base, block_size):
     """Write the expert of each GEMM block of the positions [base_before, base), which `size` experts share."""
     index = int32(quotient(base_before, block_size) + cuda.threadIdx.x * cuda.gridDim.x + cuda.blockIdx.x)
@@ -315,6 +335,7 @@ def place_slots(
     # [blocks, stride] from count_slots; block_offsets [blocks + 1, num_experts] from scan_blocks; offset
     # [num_experts + 1]; sorted_slots [num_positions]; expert_ids [ceil(num_positions / block_size)]; num_padded [1]
     in_warps = flat(cuda.shared.array(0, int16))  # [warps, width]
+    staged = as_int32(tail(in_warps, ((cuda.blockDim.x + 127) >> 7) * 4 * min(stride, CHUNK)))  # in expert order
     around = flat(cuda.shared.array(TWO_CHUNKS, int32))  # slots in earlier blocks, in the others
     places = flat(cuda.shared.array(CHUNK, int32))
     filled = flat(cuda.shared.array(CHUNK, int32))
@@ -328,7 +349,9 @@ def place_slots(
     block = int32(cuda.blockIdx.x)
     blocks = int32(cuda.gridDim.x)
     warp = int32(thread >> 5)
-    first_slot = (int64(block) * threads + (warp << 5)) * items + cuda.laneid
+    block_first = int32(block * threads * items)
+    first_in_block = int32((warp << 5) * items + cuda.laneid)
+    first_slot = int64(block_first) + first_in_block
     load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, WARP, items, experts)
     everywhere = int32(blocks * threads)
     here = int32(block * threads + thread)
@@ -344,10 +367,12 @@ def place_slots(
     first = int32(0)
     while first < num_experts:
         base_before = base
+        base_here = int32(0)
         size = int32(min(CHUNK, num_experts - first))
-        fill(in_warps, int32(warps * width), 0, thread, threads)
+        fill(as_int32(in_warps), int32((warps * width) >> 1), 0, thread, threads)
         if blocks > 1:
-            fill(around, TWO_CHUNKS, 0, thread, threads)
+            fill(around, size, 0, thread, threads)
+            fill(tail(around, CHUNK), size, 0, thread, threads)
         cuda.syncthreads()
 
         if warp < warps:
@@ -364,9 +389,11 @@ def place_slots(
             expert = int32(group + thread)
             padded = int32(0)
             total = int32(0)
+            total_here = int32(0)
             before = int32(0)
             if expert < size:
                 total = sum_warps(in_warps, warps, width, expert)
+                total_here = total
                 if present(block_offsets):
                     before = block_offsets[int64(block) * num_experts + first + expert]
                     total = block_offsets[int64(blocks) * num_experts + first + expert]
@@ -385,27 +412,43 @@ def place_slots(
                 if block == 0 and present(offset):
                     offset[first + expert] = start
             base = int32(base + of_group)
+            if present(block_counts) and items > 1:
+                upto_here, of_group_here = block_sums(total_here, warp_sums, int32)
+                if expert < size:  # `around` is read, and holds the places in `staged`, and from there to positions
+                    around[expert] = int32(base_here + upto_here - total_here)
+                    around[CHUNK + expert] = int32(places[expert] - around[expert])
+                base_here = int32(base_here + of_group_here)
             group = int32(group + threads)
         cuda.syncthreads()
 
-        for item in range(items):  # all reads before the first write, so that none waits for another
-            expert = int32(experts[item] - first)
-            if expert >= 0 and expert < size:
-                ranks[item] = int32(places[expert] + in_warps[row + expert] + ranks[item])
-        for item in range(items):
-            expert = int32(experts[item] - first)
-            if expert >= 0 and expert < size:
-                sorted_slots[ranks[item]] = first_slot + item * WARP
-        if present(position_of_slot):
+        if present(block_counts) and items > 1:  # one by one these stores would take a third of the time
             for item in range(items):
-                slot = first_slot + item * WARP
                 expert = int32(experts[item] - first)
                 if expert >= 0 and expert < size:
-                    position_of_slot[slot] = ranks[item]
-                elif first == 0 and experts[item] == num_experts and slot < num_slots:
-                    position_of_slot[slot] = -1
-        if present(expert_ids):
-            name_blocks(expert_ids, block_names, ends, first, size, base_before, base, block_size)
+                    place = int32(around[expert] + in_warps[row + expert] + ranks[item])
+                    staged[place] = (expert << 16) | int32(first_in_block + item * WARP)
+            cuda.syncthreads()
+            for item in range(items):
+                place = int32(item * threads + thread)
+                if place < base_here:
+                    word = staged[place]
+                    position = int32(place + around[CHUNK + (word >> 16)])
+                    sorted_slots[position] = block_first + (word & 0xFFFF)
+            if present(expert_ids):
+                name_blocks(expert_ids, block_names, ends, first, size, base_before, base, block_size)
+        for item in range(items):
+            slot = first_slot + item * WARP
+            expert = int32(experts[item] - first)
+            position = int32(-1)
+            if expert >= 0 and expert < size:
+                position = int32(places[expert] + in_warps[row + expert] + ranks[item])
+                if not present(block_counts) or items == 1:
+                    sorted_slots[position] = slot
+                    if present(expert_ids):
+                        name_block(expert_ids, block_names, experts[item], position, block_size)
+            is_new = position >= 0 or (first == 0 and experts[item] == num_experts)
+            if present(position_of_slot) and slot < num_slots and is_new:
+                position_of_slot[slot] = position
         if blocks > 1 and not present(block_counts):
             expert = int32(here >> 5)
             while expert < size:
@@ -468,16 +511,20 @@ def _grid(num_slots: int, num_experts: int) -> Grid:
     most = block_threads(MOST_THREADS)
     if num_slots <= most:
         return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts, False)
-    # Measured on an H200: blocks that each count all slots, then one wave of small blocks, then more slots to a block.
-    counted = num_slots > RECOUNTED_SLOTS
-    threads, items = (512, 1) if not counted else (256, 4) if num_slots <= SMALL_BLOCKS_SLOTS else (512, 8)
-    threads = block_threads(threads)
-    return _deal(-(-num_slots // (threads * items)), threads, items, num_experts, counted)
+    if num_slots <= RECOUNTED_SLOTS:
+        threads = block_threads(RECOUNTING_THREADS)
+        return _deal(-(-num_slots // threads), threads, 1, num_experts, False)
+    for wanted, items in DEALS if num_slots <= FEW_SLOTS else DEALS[1:]:
+        threads = block_threads(wanted)
+        grid = _deal(-(-num_slots // (threads * items)), threads, items, num_experts, True)
+        if grid.blocks * grid.stride <= MOST_COUNTS:
+            break
+    return grid
 
 
 def _deal(blocks: int, threads: int, items: int, num_experts: int, counted: bool) -> Grid:
     stride = -(-num_experts // 8) * 8
-    shared_bytes = 2 * -(-threads // 128) * 4 * min(stride, CHUNK)
+    shared_bytes = 2 * -(-threads // 128) * 4 * min(stride, CHUNK) + (4 * threads * items if counted else 0)
     return Grid(blocks, threads, items, stride, shared_bytes, counted, counted and blocks * stride > UNSCANNED_COUNTS)
 
 
@@ -491,11 +538,10 @@ def _scratch(grid: Grid, num_experts: int) -> tuple[arrays.Contiguous | None, ar
 
 def workspace_size(num_slots: int, num_experts: int) -> int:
     """Return the int32 elements that hold the scratch of any sort of up to that many slots."""
-    found = 0
-    for slots in (num_slots, min(num_slots, SMALL_BLOCKS_SLOTS)):
-        scratch = [array for array in _scratch(_grid(slots, num_experts), num_experts) if array]
-        found = max(found, sum(array.shape[0] * array.dtype.itemsize // 4 for array in scratch))
-    return found
+    scratch = [array for array in _scratch(_grid(num_slots, num_experts), num_experts) if array]
+    if not scratch:
+        return 0
+    return max(MOST_COUNTS // 2, sum(array.shape[0] * array.dtype.itemsize // 4 for array in scratch))
 
 
 def _choices(topk_ids: Layout, expert_map: Layout | None, grid: Grid) -> dict[str, Any]:

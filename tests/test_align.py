@@ -53,7 +53,7 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
 @pytest.mark.parametrize("num_experts", [1, 256, 5000])
 def test_a_workspace_suffices_for_fewer_slots(num_experts):
     most = moe.align_sizes(2**21, 128, num_experts)
-    for num_slots in (*range(0, 2**21, 9973), counting.RECOUNTED_SLOTS + 1, counting.SMALL_BLOCKS_SLOTS):
+    for num_slots in (*range(0, 2**21, 9973), counting.RECOUNTED_SLOTS + 1, counting.FEW_SLOTS):
         sizes = moe.align_sizes(num_slots, 128, num_experts)
         assert all(size <= enough for size, enough in zip(sizes, most, strict=True)), num_slots
         plan = counting.plan_sort(plans.layout(torch.empty(num_slots, dtype=torch.int32)), num_experts, num_slots)

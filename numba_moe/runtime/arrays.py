@@ -20,6 +20,7 @@ import torch.utils.dlpack
 
 from numba_moe.runtime import checks, simulator
 
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from torch's CPU build
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -119,7 +120,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
         array = args[place] if len(args) > place else kwargs.get(first)
         if isinstance(array, torch.Tensor):
             device = array.get_device()
-            if device < 0 or device == torch._C._cuda_getDevice():
+            if device < 0 or device == _current_device():
                 return function(*args, **kwargs)
             with torch.cuda.device(device):
                 return function(*args, **kwargs)

@@ -34,13 +34,23 @@ def flat(typingctx: Any, array: Any) -> Any:
 
 
 @intrinsic
-def offset(typingctx: Any, array: Any, elements: Any) -> Any:
+def tail(typingctx: Any, array: Any, elements: Any) -> Any:
     """Return plain memory from an element on."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.gep(arguments[0], [arguments[1]])
 
     return array(array, types.int64), codegen
+
+
+@intrinsic
+def as_int32(typingctx: Any, array: Any) -> Any:
+    """Take plain memory as int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32).as_pointer())
+
+    return types.CPointer(types.int32)(array), codegen
 
 
 @intrinsic

@@ -34,7 +34,8 @@ int_as_float: Any
 warp_highest: Any
 divide: Any
 larger: Any
-offset: Any
+tail: Any
+as_int32: Any
 exp2: Any
 reciprocal: Any
 if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
@@ -88,8 +89,11 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def divide(numerator: Any, denominator: Any) -> Any:
         return np.float32(numerator) / np.float32(denominator)
 
-    def offset(array: Any, elements: int) -> Any:
+    def tail(array: Any, elements: int) -> Any:
         return array[elements:]
+
+    def as_int32(array: Any) -> Any:
+        return array.view(np.int32)
 
     def exp2(value: Any) -> Any:
         with np.errstate(all="ignore"):
@@ -114,7 +118,8 @@ else:
     reciprocal = Deferred("numba_moe.runtime.intrinsics", "reciprocal")
     larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
-    offset = Deferred("numba_moe.runtime.intrinsics", "offset")
+    as_int32 = Deferred("numba_moe.runtime.intrinsics", "as_int32")
+    tail = Deferred("numba_moe.runtime.intrinsics", "tail")
 
 
 @cuda.jit(device=True)

@@ -193,15 +193,16 @@ def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers,
     for item in range(items):
         peers[item] = ALL_LANES
     bit = int32(1)
+    turns = 3 if items == 1 else 1  # at once, so that votes need not wait for each other
     while 0 < bit <= num_experts:  # a vote for each bit of an id: less than match_any_sync takes for many ids
-        for turn in range(3):
+        for turn in range(turns):
             for item in range(items):
                 is_set = (experts[item] & (bit << turn)) != 0
                 votes = cuda.ballot_sync(ALL_LANES, is_set)
                 if not is_set:
                     votes = votes ^ ALL_LANES
                 peers[item] = peers[item] & votes
-        bit = int32(bit << 3)
+        bit = int32(bit << turns)
     for item in range(items):
         expert = int32(experts[item] - first)
         counted = expert >= 0 and expert < size
@@ -541,7 +542,10 @@ def workspace_size(num_slots: int, num_experts: int) -> int:
     scratch = [array for array in _scratch(_grid(num_slots, num_experts), num_experts) if array]
     if not scratch:
         return 0
-    return max(MOST_COUNTS // 2, sum(array.shape[0] * array.dtype.itemsize // 4 for array in scratch))
+    threads, items = DEALS[0]
+    most_blocks = -(-num_slots // (block_threads(threads) * items))
+    most_counts = min(MOST_COUNTS, most_blocks * -(-num_experts // 8) * 8)  # with fewer slots, but less to a block
+    return max(most_counts // 2, sum(array.shape[0] * array.dtype.itemsize // 4 for array in scratch))
 
 
 def _choices(topk_ids: Layout, expert_map: Layout | None, grid: Grid) -> dict[str, Any]:

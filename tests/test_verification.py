@@ -54,15 +54,10 @@ def source_of(module, kernel, old, new):
 
 
 FAULTS = {
-    "no-op": ("counting", "place_slots", "ranks[item]] = first_slot + item * WARP", "ranks[item]] = num_slots"),
-    "off by one": ("counting", "place_slots", "ranks[item] = int32(places", "ranks[item] = int32(1 + places"),
-    "swapped pair": (
-        "counting",
-        "place_slots",
-        "ranks[item]] = first_slot + item * WARP",
-        "ranks[item]] = (first_slot + item * WARP) ^ 1",
-    ),
-    "unstable order": ("counting", "place_slots", "items + cuda.laneid\n", "items + 31 - cuda.laneid\n"),
+    "no-op": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = num_slots"),
+    "off by one": ("counting", "place_slots", "position = int32(places", "position = int32(1 + places"),
+    "swapped pair": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = slot ^ 1"),
+    "unstable order": ("counting", "place_slots", "items + cuda.laneid)", "items + 31 - cuda.laneid)"),
     "unwritten tail": (
         "counting",
         "place_slots",

@@ -208,7 +208,8 @@ def lora_cases(routings: Sequence[str]) -> Iterator[Case]:
             num_experts=experts,
             max_loras=max_loras,
             adapter_enabled=np.ones(max_loras + 1, np.int32),
-            lora_ids=np.arange(-1, max_loras, dtype=np.int32),
+            # -1, for tokens of no adapter, comes last: vLLM 0.21 looks at the first max_loras entries alone
+            lora_ids=np.append(np.arange(max_loras), -1).astype(np.int32),
         )
         label = f"{tokens}x{experts} top {top_k} block {block_size} {max_loras} adapters {routing}"
         yield Case("moe_lora_align_block_size", label, arguments)

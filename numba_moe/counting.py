@@ -61,7 +61,8 @@ CHUNK = 1024
 TWO_CHUNKS = 2 * CHUNK
 # Up to this many slots every block counts them all, which is a launch less.
 RECOUNTED_SLOTS = 2**14
-RECOUNTING_THREADS = 512
+# Up to this many slots in smaller blocks: 4,096 take an H200 4.2 us instead of 4.7.
+SMALL_BLOCKS = 2**12
 # Measured on an H200: threads of a block and slots of a thread, for few slots and for more of them; the first that need
 # no more than so many counts by block, which every block sums for itself.
 DEALS = ((512, 1), (256, 4), (512, 4), (512, 8))
@@ -216,15 +217,15 @@ def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers,
 
 
 @cuda.jit(device=True)
-def count_all(topk_ids, expert_map, num_slots, num_experts, mine, first, size, around):
-    """Count all slots before `mine` in around[:size], the others from around[CHUNK] on."""
-    experts = cuda.local.array(SLOT_BATCH, int32)
+def count_all(topk_ids, expert_map, num_slots, num_experts, mine, first, size, batch, around):
+    """Count all slots before `mine` in around[:size], the others from around[CHUNK] on; `batch` has the first ones."""
     threads = int32(cuda.blockDim.x)
     slot = int32(cuda.threadIdx.x)
     while slot < num_slots:
-        load_experts(topk_ids, expert_map, num_slots, num_experts, slot, threads, SLOT_BATCH, experts)
+        if slot >= threads:
+            load_experts(topk_ids, expert_map, num_slots, num_experts, slot, threads, SLOT_BATCH, batch)
         for item in range(SLOT_BATCH):
-            expert = int32(experts[item] - first)
+            expert = int32(batch[item] - first)
             if expert >= 0 and expert < size:
                 atomic_add(around, int32(expert if slot < mine else expert + CHUNK), 1)
             slot = int32(slot + threads)
@@ -354,6 +355,9 @@ def place_slots(
     first_in_block = int32((warp << 5) * items + cuda.laneid)
     first_slot = int64(block_first) + first_in_block
     load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, WARP, items, experts)
+    batch = cuda.local.array(SLOT_BATCH, int32)
+    if items == 1 and blocks > 1 and not present(block_counts):
+        load_experts(topk_ids, expert_map, num_slots, num_experts, thread, threads, SLOT_BATCH, batch)
     everywhere = int32(blocks * threads)
     here = int32(block * threads + thread)
     if blocks == 1:
@@ -378,9 +382,10 @@ def place_slots(
 
         if warp < warps:
             rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers, ranks)
-        if blocks > 1 and not present(block_counts):
-            mine = int32(block * threads * items)
-            count_all(topk_ids, expert_map, num_slots, num_experts, mine, first, size, around)
+        if items == 1 and blocks > 1 and not present(block_counts):
+            if first > 0 and num_slots > SLOT_BATCH * threads:
+                load_experts(topk_ids, expert_map, num_slots, num_experts, thread, threads, SLOT_BATCH, batch)
+            count_all(topk_ids, expert_map, num_slots, num_experts, block_first, first, size, batch, around)
         elif blocks > 1 and not present(block_offsets):
             sum_blocks(block_counts, stride, first, size, around)
         cuda.syncthreads()
@@ -450,7 +455,7 @@ def place_slots(
             is_new = position >= 0 or (first == 0 and experts[item] == num_experts)
             if present(position_of_slot) and slot < num_slots and is_new:
                 position_of_slot[slot] = position
-        if blocks > 1 and not present(block_counts):
+        if items == 1 and blocks > 1 and not present(block_counts):
             expert = int32(here >> 5)
             while expert < size:
                 fill(sorted_slots, ends[expert], num_slots, int32(filled[expert] + cuda.laneid), WARP)
@@ -458,7 +463,7 @@ def place_slots(
         cuda.syncthreads()
         first = int32(first + CHUNK)
 
-    if blocks > 1 and not present(block_counts):
+    if items == 1 and blocks > 1 and not present(block_counts):
         fill(sorted_slots, num_positions, num_slots, int32(base + here), everywhere)
     if present(expert_ids):
         unused = int32(quotient(base, block_size) + here)
@@ -513,7 +518,7 @@ def _grid(num_slots: int, num_experts: int) -> Grid:
     if num_slots <= most:
         return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts, False)
     if num_slots <= RECOUNTED_SLOTS:
-        threads = block_threads(RECOUNTING_THREADS)
+        threads = block_threads(256 if num_slots <= SMALL_BLOCKS else 512)
         return _deal(-(-num_slots // threads), threads, 1, num_experts, False)
     for wanted, items in DEALS if num_slots <= FEW_SLOTS else DEALS[1:]:
         threads = block_threads(wanted)

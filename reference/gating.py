@@ -69,13 +69,21 @@ def best(ranks: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-ranks, axis=1, kind="stable")[:, :count]
 
 
-def weigh(scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0) -> TopK:
-    """Return the chosen experts with their scores as weights; a row whose scores sum to 0 keeps zeros."""
+def weights_of(
+    scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0
+) -> np.ndarray:
+    """Return the scores of the chosen experts as weights; a row whose scores sum to 0 keeps zeros."""
     weights = np.take_along_axis(scores, topk_ids, axis=1)
     if renormalize:
         total = weights.sum(axis=1, keepdims=True)
         weights = weights / np.where(total > 0, total, 1.0)
-    return TopK((weights * routed_scaling_factor).astype(np.float32), topk_ids.astype(np.int32))
+    return weights * routed_scaling_factor
+
+
+def weigh(scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0) -> TopK:
+    """Return the chosen experts with their weights, rounded once."""
+    weights = weights_of(scores, topk_ids, renormalize, routed_scaling_factor)
+    return TopK(weights.astype(np.float32), topk_ids.astype(np.int32))
 
 
 def topk_softmax(
@@ -227,3 +235,55 @@ def score_groups(
     best_two = np.argsort(-ranks, axis=2, kind="stable")[:, :, :2]
     sums = np.take_along_axis(values, best_two, axis=2).sum(axis=2, dtype=np.float32)
     return np.where(np.isnan(sums), -np.inf, sums)
+
+
+def gating_backward(
+    gating_output: np.ndarray,
+    topk_ids: np.ndarray,
+    grad_weights: np.ndarray,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+) -> np.ndarray:
+    """Return the gradient of a loss by the logits, given that by the weights; the choice itself has none.
+
+    Parameters
+    ----------
+    gating_output
+        float [num_tokens, num_experts], the router's logits.
+    topk_ids
+        int [num_tokens, top_k], the experts that were chosen.
+    grad_weights
+        float [num_tokens, top_k], the gradient of the loss by `topk_weights`.
+    scoring_func, renormalize, routed_scaling_factor
+        How the weights were made.
+
+    Returns
+    -------
+    np.ndarray
+        Of the shape and dtype of `gating_output`; 0 where a logit has no part in the weights.
+
+    Examples
+    --------
+    Renormalised, the weights are a softmax of the chosen logits alone:
+
+    >>> logits = np.log(np.array([[0.3, 0.1, 0.6]]))
+    >>> gating_backward(logits, np.array([[2, 0]]), np.array([[1.0, 0.0]]), renormalize=True).round(4)
+    array([[-0.2222,  0.    ,  0.2222]])
+    """
+    logits = gating_output.astype(np.float64)
+    scores = SCORING[scoring_func](logits)
+    grad = grad_weights.astype(np.float64) * routed_scaling_factor
+    if renormalize:
+        chosen = np.take_along_axis(scores, topk_ids, axis=1)
+        total = chosen.sum(axis=1, keepdims=True)
+        divisor = np.where(total > 0, total, 1.0)
+        through_total = np.where(total > 0, (grad * chosen).sum(axis=1, keepdims=True) / divisor, 0.0)
+        grad = (grad - through_total) / divisor
+    grad_scores = np.zeros(scores.shape)
+    np.put_along_axis(grad_scores, topk_ids.astype(np.int64), grad, axis=1)
+    if scoring_func == "softmax":
+        grad_logits = scores * (grad_scores - (scores * grad_scores).sum(axis=1, keepdims=True))
+    else:
+        grad_logits = scores * sigmoid(-logits) * grad_scores
+    return grad_logits.astype(gating_output.dtype)

@@ -1,10 +1,12 @@
 """The experts of each token, and how much each weighs: softmax, sigmoid and grouped top-k."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 
 from numba_moe.gating import memory, octets, registers
+from numba_moe.gating.backward import differentiable
 from numba_moe.gating.rows import GROUP_SCORES, SCORING
 from numba_moe.reference import gating as reference
 from numba_moe.reference.gating import TopK
@@ -152,6 +154,10 @@ def _topk(scoring_func: str, gating_output: Any, top_k: int, renormalize: bool, 
     plan = _plan_topk(layout(gating_output), top_k, renormalize, layout(correction_bias), scoring_func)
     if checks.VALIDATE:
         checks.logits("gating_output", gating_output)
+    if gating_output.requires_grad and torch.is_grad_enabled():
+        options = {"top_k": top_k, "renormalize": renormalize, "correction_bias": correction_bias}
+        choose = functools.partial(_topk, scoring_func, **options)
+        return differentiable(choose, gating_output, scoring_func, renormalize)
     if arrays.answered_by_reference(gating_output):
         function = getattr(reference, f"topk_{scoring_func}")
         return arrays.by_reference(function, gating_output, top_k, renormalize, correction_bias)
@@ -315,6 +321,19 @@ def grouped_topk(
     plan = _plan_grouped(layout(gating_output), top_k, num_expert_group, topk_group, *rules)
     if checks.VALIDATE:
         checks.logits("gating_output", gating_output)
+    if gating_output.requires_grad and torch.is_grad_enabled():
+        choose = functools.partial(
+            grouped_topk,
+            top_k=top_k,
+            num_expert_group=num_expert_group,
+            topk_group=topk_group,
+            renormalize=renormalize,
+            scoring_func=scoring_func,
+            correction_bias=correction_bias,
+            group_score=group_score,
+            routed_scaling_factor=routed_scaling_factor,
+        )
+        return differentiable(choose, gating_output, scoring_func, renormalize, routed_scaling_factor)
     if arrays.answered_by_reference(gating_output):
         return arrays.by_reference(
             reference.grouped_topk,

@@ -1,6 +1,6 @@
 """Top-k of rows of any size: the row is read again for each pick."""
 
-from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_of
+from numba_moe.gating.rows import MAX, SMALLEST_SUM, SOFTMAX, rank_of, score_of
 from numba_moe.runtime.dialect import cuda, float32, int64
 from numba_moe.runtime.parameters import (
     Float32,
@@ -160,7 +160,7 @@ def choose_from_memory(
             store_float(topk_weights, first_pick + pick, weight)
 
     scale = float32(routed_scaling_factor)
-    if renormalize and weight_sum > float32(0.0):
+    if renormalize and weight_sum > float32(SMALLEST_SUM):
         scale = scale / weight_sum
     for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
         topk_weights[first_pick + pick] *= scale

@@ -9,7 +9,7 @@ of the last pick, the warp looks through the row for all that have them.
 """
 
 from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
-from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_all, score_of
+from numba_moe.gating.rows import MAX, SMALLEST_SUM, SOFTMAX, rank_of, score_all, score_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
     Float32,
@@ -343,7 +343,7 @@ def choose_for_many(
         weight_sum = weight
         for distance in (1, 2, 4):
             weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
-        if weight_sum > float32(0.0):
+        if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
     if is_pick and exists:
         slot = int64(token) * top_k + member

@@ -14,7 +14,7 @@ Experts rank by their logits, or by score + bias where there is a correction bia
 """
 
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
-from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_all, score_of
+from numba_moe.gating.rows import MAX, SMALLEST_SUM, SOFTMAX, rank_of, score_all, score_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.parameters import (
     Columns,
@@ -356,7 +356,7 @@ def choose_experts(
     scale = float32(routed_scaling_factor)
     if renormalize:
         weight_sum = warp_sum(weight_sum)
-        if weight_sum > float32(0.0):
+        if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
     if top_k > WARP:
         for pick in range(lane, top_k, WARP):  # the lane that wrote this pick

@@ -5,8 +5,10 @@ from numba_moe.runtime.primitives import exp, larger, present, reciprocal
 
 SCORING = ("softmax", "sigmoid")
 SOFTMAX = 0
+SMALLEST_SUM = 1e-35  # of scores that are renormalised: a factor over less may be no float32
 GROUP_SCORES = ("max", "top2_sum")
 MAX = 0
+SMALLEST_SUM = 1e-35  # of scores that are renormalised: a factor over less may be no float32
 
 
 @cuda.jit(device=True)

@@ -12,7 +12,7 @@ from numba_moe import reference, testing
 from numba_moe.gating.backward import Weighing
 from numba_moe.runtime import simulator
 
-SCORING = ("softmax", "sigmoid")
+SCORING = tuple(reference.gating.SCORING)
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 
 
@@ -22,7 +22,12 @@ def running():
 
 def torch_weights(logits, topk_ids, scoring_func, renormalize, factor):
     """Return the weights as a graph of torch's own functions."""
-    functions = {"softmax": functools.partial(torch.softmax, dim=1), "sigmoid": torch.sigmoid}
+    functions = {
+        "softmax": functools.partial(torch.softmax, dim=1),
+        "sigmoid": torch.sigmoid,
+        "softplus_sqrt": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+        "raw": lambda logits: logits,
+    }
     weights = functions[scoring_func](logits).gather(1, topk_ids.long())
     return factor * (weights / weights.sum(1, keepdim=True) if renormalize else weights)
 

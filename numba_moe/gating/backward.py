@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from numba_moe.gating.rows import SCORING, SMALLEST_SUM, SOFTMAX, score_of
+from numba_moe.gating.rows import SCORING, SIGMOID, SMALLEST_SUM, SOFTMAX, SOFTPLUS_SQRT, score_of, weight_of
 from numba_moe.reference import gating as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays
@@ -27,6 +27,7 @@ from numba_moe.runtime.parameters import Float32, Float32Array, FloatArray, Int3
 from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
     ALL_LANES,
+    NEGATIVE_INFINITY,
     WARP,
     divide,
     exp,
@@ -48,9 +49,16 @@ SMALLEST_SCORE = 1e-30
 def slope_of(logit, scoring_func):
     """Return the derivative of a score that depends on its own logit alone."""
     score = score_of(logit, scoring_func, float32(0.0), float32(1.0))
-    if score == float32(0.0):
-        return float32(0.0)  # NaN, too
-    return score * reciprocal(float32(1.0) + exp(logit))
+    slope = float32(0.0)
+    if scoring_func == SIGMOID:
+        if score > float32(0.0):  # not of NaN
+            slope = score * reciprocal(float32(1.0) + exp(logit))
+    elif scoring_func == SOFTPLUS_SQRT:
+        if score > float32(0.0):
+            slope = divide(float32(0.5) * reciprocal(float32(1.0) + exp(-logit)), score)
+    elif score > float32(NEGATIVE_INFINITY):
+        slope = float32(1.0)
+    return slope
 
 
 @cuda.jit
@@ -97,7 +105,7 @@ def differentiate_weights(
                 best = chosen
         else:
             logit = load_float(gating_output, row + chosen)
-            total += score_of(logit, scoring_func, float32(0.0), float32(1.0))
+            total += weight_of(logit, scoring_func, float32(0.0), float32(1.0))
         pick = int32(pick + WARP)
     dot = warp_sum(dot)
     inverse = float32(1.0)

@@ -37,6 +37,7 @@ larger: Any
 offset: Any
 exp2: Any
 reciprocal: Any
+square_root: Any
 if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
     def flat(array: Any) -> Any:
@@ -98,6 +99,9 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def reciprocal(value: Any) -> Any:
         return np.float32(1.0) / np.float32(value)
 
+    def square_root(value: Any) -> Any:
+        return np.sqrt(np.float32(value))
+
 else:
     flat = Deferred("numba_moe.runtime.intrinsics", "flat")
     quotient = Deferred("numba_moe.runtime.intrinsics", "quotient")
@@ -112,6 +116,7 @@ else:
     warp_highest = Deferred("numba_moe.runtime.intrinsics", "warp_highest")
     exp2 = Deferred("numba_moe.runtime.intrinsics", "exp2")
     reciprocal = Deferred("numba_moe.runtime.intrinsics", "reciprocal")
+    square_root = Deferred("numba_moe.runtime.intrinsics", "square_root")
     larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
     offset = Deferred("numba_moe.runtime.intrinsics", "offset")

@@ -51,6 +51,12 @@ TOKENS = {
     "default": (1, 100, 4096),
     "full": (1, 7, 64, 512, 4096, 16384, 65536),
 }
+SCORING = tuple(reference.gating.SCORING)
+# Scores of experts, and what makes that of a group of them.
+GROUPED = (
+    *itertools.product(("softmax", "sigmoid"), ("max", "top2_sum")),
+    *(("softplus_sqrt", "topk_sum"), ("raw", "top2_sum")),
+)
 DISPATCH = ("static", "dynamic", "hash", "fake")
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_BATCH = 2048  # rows of an expert in batched alignment
@@ -196,6 +202,7 @@ def edge_cases() -> Iterator[Case]:
     yield from _written_edges()
     yield from _variant_edges()
     yield from _gating_edges()
+    yield from _selection_edges()
     for dtype in DTYPES:
         yield permute_case(f"strided rows {dtype}", 9, 4, 2, 33, dtype, strided=True)
         yield unpermute_case(f"strided rows {dtype}", 9, 2, 33, dtype, strided=True)
@@ -401,10 +408,10 @@ def _gating_edges() -> Iterator[Case]:
         if biased:
             name, arguments["correction_bias"] = f"{name} bias", np.linspace(0, 1, experts, dtype=np.float32)
         strided = "strided" in name
-        yield Case("topk_softmax", name, given(**arguments), strided=strided)
-        yield Case("topk_sigmoid", name, given(**arguments), strided=strided)
+        for scoring_func in SCORING:
+            yield Case(f"topk_{scoring_func}", name, given(**arguments), strided=strided)
         if experts % 4 == 0:
-            for scoring_func, group_score in itertools.product(("softmax", "sigmoid"), ("max", "top2_sum")):
+            for scoring_func, group_score in GROUPED:
                 grouped = {
                     "num_expert_group": 4,
                     "topk_group": 2,
@@ -419,6 +426,27 @@ def _gating_edges() -> Iterator[Case]:
 
     yield Case("topk_softmax", "2048 experts", given(gating_output=many, top_k=10))
     yield Case("topk_sigmoid", "2048 experts", given(gating_output=many, top_k=40))
+    yield Case("topk_softplus_sqrt", "2048 experts", given(gating_output=many, top_k=10, renormalize=True))
+    yield Case("topk_raw", "2048 experts", given(gating_output=many, top_k=40))
+
+
+def _selection_edges() -> Iterator[Case]:
+    options: dict[str, dict[str, Any]] = {
+        "nothing but top_k": {},
+        "renormalize": {"renormalize": True, "routed_scaling_factor": 2.5},
+        "groups": {"num_expert_group": 8, "topk_group": 3, "scoring_func": "sigmoid"},
+        "sums of one": {"num_expert_group": 8, "topk_group": 5, "group_score": "topk_sum"},
+        "sums of three": {"num_expert_group": 8, "topk_group": 2, "group_score": "topk_sum", "renormalize": True},
+        "sums of whole groups": {"num_expert_group": 16, "topk_group": 2, "group_score": "topk_sum"},
+        "one group has no sum": {"group_score": "topk_sum", "scoring_func": "raw"},
+    }
+    for name, option in options.items():
+        arguments = {"gating_output": floats(5, 48), "top_k": 6, **option}
+        yield Case("select_experts", name, given(**arguments))
+        biased = {**arguments, "correction_bias": floats(48, scale=0.3)}
+        yield Case(
+            "select_experts", f"{name} softplus_sqrt bias", given(**(biased | {"scoring_func": "softplus_sqrt"}))
+        )
 
 
 def input_cases(path: Path, num_experts: int | None, top_k: int, block_size: int) -> Iterator[Case]:

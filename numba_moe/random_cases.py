@@ -154,6 +154,38 @@ def ragged(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     return {"slice_sizes": sizes, "num_rows": int(np.maximum(sizes, 0).sum()) + spare}
 
 
+def logits(rng: np.random.Generator, tokens: int, num_experts: int) -> np.ndarray:
+    """Draw logits: with ties or without, with some that are not finite or without."""
+    drawn = rng.standard_normal((tokens, num_experts)) * rng.choice([1, 5])
+    drawn = np.round(drawn) if flag(rng) else drawn
+    special = rng.random(drawn.shape) < rng.choice([0, 0, 1 / (4 * num_experts), 0.3])
+    drawn[special] = rng.choice([np.nan, np.inf, -np.inf], drawn.shape)[special]
+    return drawn.astype(rng.choice(["float32", "float16"]))
+
+
+def selection(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    groups = int(rng.choice([1, 1, 2, 3, 4, 8, 33]))
+    group_size = number(rng, 1, max(1, limits.experts // groups))
+    topk_group = number(rng, 1, groups)
+    top_k = number(rng, 1, min(40, topk_group * group_size))
+    num_experts = groups * group_size
+    rules = ["max", "top2_sum"] if top_k < topk_group else ["max", "top2_sum", "topk_sum"]
+    drawn = logits(rng, slots(rng, limits) // max(8, num_experts), num_experts)
+    scoring_func, renormalize = str(rng.choice(["softmax", "sigmoid", "softplus_sqrt", "raw"])), flag(rng)
+    return {
+        # Where scores of both signs cancel, their sum has no digits left to divide by.
+        "gating_output": np.abs(drawn) if scoring_func == "raw" and renormalize else drawn,
+        "top_k": top_k,
+        "scoring_func": scoring_func,
+        "renormalize": renormalize,
+        "correction_bias": rng.standard_normal(num_experts).astype(np.float32) if flag(rng) else None,
+        "num_expert_group": groups,
+        "topk_group": topk_group,
+        "group_score": str(rng.choice(rules)) if flag(rng) else None,
+        "routed_scaling_factor": float(rng.choice([1, 2.5])),
+    }
+
+
 DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_align_block_size": align,
     "count_tokens_per_expert": count,
@@ -161,6 +193,7 @@ DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "batched_moe_align_block_size": batched,
     "moe_lora_align_block_size": lora,
     "make_ragged_metadata": ragged,
+    "select_experts": selection,
 }
 
 

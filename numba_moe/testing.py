@@ -20,6 +20,10 @@ TOLERANCES = {
     torch.bfloat16: (2.0**-7, 1e-5),
 }
 
+# Ops of gating, and the scores that each chooses by; None where an argument says which.
+GATING: dict[str, str | None] = {f"topk_{scoring_func}": scoring_func for scoring_func in reference.gating.SCORING}
+GATING |= {"grouped_topk": None, "select_experts": None}
+
 ROUTINGS = ("uniform", "zipf", "one_hot")
 
 
@@ -143,16 +147,22 @@ def rows_decided_by_rounding(arguments: Mapping[str, Any], rows: np.ndarray, sco
     scores, ranks = reference.gating.score_and_rank(logits, scoring_func, bias)
     close = np.zeros(len(logits), bool)
     num_groups = arguments.get("num_expert_group", 1)
-    if num_groups > 1 and (bias is not None or arguments.get("group_score") == "top2_sum"):
-        groups = reference.gating.score_groups(scores, ranks, num_groups, bias, arguments.get("group_score"))
+    picks = 1
+    if num_groups > 1:
+        rule = (arguments.get("group_score"), arguments["top_k"], arguments["topk_group"], bias)
+        picks = reference.gating.group_picks(*rule)
+    if num_groups > 1 and (bias is not None or picks > 1):
+        groups = reference.gating.score_groups(scores, ranks, num_groups, bias, picks)
         order = -np.sort(-groups, axis=1)
         last = arguments["topk_group"]
         if last < num_groups:
-            close |= order[:, last - 1] - order[:, last] <= 1e-6 * np.maximum(1.0, np.abs(order[:, last]))
+            with np.errstate(invalid="ignore"):  # -inf twice is a tie
+                close |= order[:, last - 1] - order[:, last] <= 1e-6 * np.maximum(1.0, np.abs(order[:, last]))
     if bias is not None:
         order = np.argsort(-ranks, axis=1, kind="stable")
         sorted_ranks = np.take_along_axis(ranks, order, axis=1)
-        gaps = sorted_ranks[:, :-1] - sorted_ranks[:, 1:]
+        with np.errstate(invalid="ignore"):
+            gaps = sorted_ranks[:, :-1] - sorted_ranks[:, 1:]
         inputs = np.take_along_axis(logits, order, axis=1), np.asarray(bias)[order]
         tied = np.logical_and.reduce([values[:, :-1] == values[:, 1:] for values in inputs])
         close |= ((gaps <= 1e-6 * np.maximum(1.0, np.abs(sorted_ranks[:, 1:]))) & ~tied).any(axis=1)
@@ -178,9 +188,8 @@ def compare_topk(result: Any, expected: Any, arguments: Mapping[str, Any], scori
 
 def compare_results(name: str, result: Any, expected: Any, arguments: Mapping[str, Any]) -> list[Comparison]:
     """Compare the result of the public op `name` with the reference's, field by field."""
-    if name in ("topk_softmax", "topk_sigmoid", "grouped_topk"):
-        scoring_func = arguments.get("scoring_func", "softmax") if name == "grouped_topk" else name.split("_")[1]
-        return compare_topk(result, expected, arguments, scoring_func)
+    if name in GATING:
+        return compare_topk(result, expected, arguments, GATING[name] or arguments.get("scoring_func", "softmax"))
     if not isinstance(expected, tuple):
         result, expected = (result,), (expected,)
     exact = name == "moe_permute"  # it moves rows and computes nothing

@@ -9,7 +9,15 @@ from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.batched import batched_moe_align_block_size
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
 from numba_moe.reference.dispatch import dispatch_ids
-from numba_moe.reference.gating import TopK, grouped_topk, topk_sigmoid, topk_softmax
+from numba_moe.reference.gating import (
+    TopK,
+    grouped_topk,
+    select_experts,
+    topk_raw,
+    topk_sigmoid,
+    topk_softmax,
+    topk_softplus_sqrt,
+)
 from numba_moe.reference.lora import moe_lora_align_block_size
 from numba_moe.reference.migration import plan_migration
 from numba_moe.reference.permute import PermutedTokens, moe_permute, moe_unpermute
@@ -36,6 +44,9 @@ __all__ = [
     "plan_migration",
     "rank_loads",
     "rebalance_experts",
+    "select_experts",
+    "topk_raw",
     "topk_sigmoid",
     "topk_softmax",
+    "topk_softplus_sqrt",
 ]

@@ -41,7 +41,26 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(logits), 0.0, scores)
 
 
-SCORING = {"softmax": softmax, "sigmoid": sigmoid}
+def softplus_sqrt(logits: np.ndarray) -> np.ndarray:
+    """Return ``sqrt(log(1 + exp(x)))``; 0 for NaN and +inf.
+
+    >>> softplus_sqrt(np.array([np.log(np.e - 1), 100.0, -np.inf, np.inf]))
+    array([ 1., 10.,  0.,  0.])
+    """
+    usable = logits < np.inf
+    return np.where(usable, np.sqrt(np.logaddexp(0.0, np.where(usable, logits, 0.0))), 0.0)
+
+
+def raw(logits: np.ndarray) -> np.ndarray:
+    """Return the logits; -inf for those that are not finite.
+
+    >>> raw(np.array([2.0, -3.0, np.inf, np.nan]))
+    array([  2.,  -3., -inf, -inf])
+    """
+    return np.where(np.isfinite(logits), logits, -np.inf)
+
+
+SCORING = {"softmax": softmax, "sigmoid": sigmoid, "softplus_sqrt": softplus_sqrt, "raw": raw}
 
 
 def score_and_rank(
@@ -55,8 +74,10 @@ def score_and_rank(
     elif scoring_func == "softmax":
         usable = np.isfinite(logits.max(axis=1, keepdims=True))
         ranks = np.where(usable, logits, 0.0)
-    else:
+    elif scoring_func == "sigmoid":
         ranks = logits
+    else:
+        ranks = np.where(logits < np.inf, logits, -np.inf)
     return scores, np.where(np.isnan(ranks), -np.inf, ranks)
 
 
@@ -69,13 +90,31 @@ def best(ranks: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-ranks, axis=1, kind="stable")[:, :count]
 
 
-def weigh(scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0) -> TopK:
-    """Return the chosen experts with their scores as weights; a row whose scores sum to 0 keeps zeros."""
-    weights = np.take_along_axis(scores, topk_ids, axis=1)
+def chosen_scores(scores: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
+    """Return the scores of the chosen experts; 0 for -inf, which is chosen where there is nothing else.
+
+    >>> chosen_scores(np.array([[1.0, -np.inf, 3.0]]), np.array([[2, 0, 1]]))
+    array([[3., 1., 0.]])
+    """
+    scores = np.take_along_axis(scores, topk_ids, axis=1)
+    return np.where(np.isneginf(scores), 0.0, scores)
+
+
+def weights_of(
+    scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0
+) -> np.ndarray:
+    """Return the scores of the chosen experts as weights; divided by their sum, if that is positive, to renormalise."""
+    weights = chosen_scores(scores, topk_ids)
     if renormalize:
         total = weights.sum(axis=1, keepdims=True)
         weights = weights / np.where(total > 0, total, 1.0)
-    return TopK((weights * routed_scaling_factor).astype(np.float32), topk_ids.astype(np.int32))
+    return weights * routed_scaling_factor
+
+
+def weigh(scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0) -> TopK:
+    """Return the chosen experts with their weights, rounded once."""
+    weights = weights_of(scores, topk_ids, renormalize, routed_scaling_factor)
+    return TopK(weights.astype(np.float32), topk_ids.astype(np.int32))
 
 
 def topk_softmax(
@@ -139,6 +178,42 @@ def topk_sigmoid(
     return weigh(scores, best(ranks, top_k), renormalize)
 
 
+def topk_softplus_sqrt(
+    gating_output: np.ndarray, top_k: int, renormalize: bool = False, correction_bias: np.ndarray | None = None
+) -> TopK:
+    """Choose the experts of each token by the square roots of softplus scores.
+
+    Parameters and result are those of `topk_softmax`. A logit of NaN or +inf scores 0 and, without a bias, ranks last.
+
+    Examples
+    --------
+    >>> weights, ids = topk_softplus_sqrt(np.array([[0.0, 2.0, -2.0]]), 2)
+    >>> ids
+    array([[1, 0]], dtype=int32)
+    >>> weights.round(4)
+    array([[1.4584, 0.8326]], dtype=float32)
+    """
+    scores, ranks = score_and_rank(gating_output, "softplus_sqrt", correction_bias)
+    return weigh(scores, best(ranks, top_k), renormalize)
+
+
+def topk_raw(
+    gating_output: np.ndarray, top_k: int, renormalize: bool = False, correction_bias: np.ndarray | None = None
+) -> TopK:
+    """Choose the experts of each token by the logits, which are the scores as they are.
+
+    Parameters and result are those of `topk_softmax`. A logit of NaN or infinity ranks last and weighs 0; weights whose
+    sum is not positive are not renormalised.
+
+    Examples
+    --------
+    >>> topk_raw(np.array([[0.5, 3.5, np.inf]]), 3, renormalize=True)
+    TopK(topk_weights=array([[0.875, 0.125, 0.   ]], dtype=float32), topk_ids=array([[1, 0, 2]], dtype=int32))
+    """
+    scores, ranks = score_and_rank(gating_output, "raw", correction_bias)
+    return weigh(scores, best(ranks, top_k), renormalize)
+
+
 def grouped_topk(
     gating_output: np.ndarray,
     top_k: int,
@@ -166,12 +241,13 @@ def grouped_topk(
     renormalize
         Divide the weights of a token by their sum (by 1 if the sum is 0).
     scoring_func
-        "softmax" or "sigmoid".
+        "softmax", "sigmoid", "softplus_sqrt" or "raw".
     correction_bias
         float32 [num_experts], added to the scores for the choice of groups and experts alone.
     group_score
         "max": the best rank of the group; "top2_sum": the sum of its two best ``score + bias``, in float32 (one,
-        in groups of one). By default "top2_sum" with a bias and "max" without one.
+        in groups of one); "topk_sum": of its ``top_k // topk_group`` best ("max" if that is one). By default
+        "top2_sum" with a bias and "max" without one.
     routed_scaling_factor
         Multiplies the weights, after renormalising.
 
@@ -196,7 +272,8 @@ def grouped_topk(
     array([[0]], dtype=int32)
     """
     scores, ranks = score_and_rank(gating_output, scoring_func, correction_bias)
-    group_scores = score_groups(scores, ranks, num_expert_group, correction_bias, group_score)
+    picks = group_picks(group_score, top_k, topk_group, correction_bias)
+    group_scores = score_groups(scores, ranks, num_expert_group, correction_bias, picks)
     chosen = np.zeros(group_scores.shape, bool)
     np.put_along_axis(chosen, best(group_scores, topk_group), True, axis=1)
 
@@ -208,22 +285,119 @@ def grouped_topk(
     return weigh(scores, topk_ids, renormalize, routed_scaling_factor)
 
 
+def group_picks(group_score: str | None, top_k: int, topk_group: int, correction_bias: np.ndarray | None) -> int:
+    """Return how many of a group's experts make its score: 1 for the best rank, more for a sum."""
+    if group_score is None:
+        group_score = "max" if correction_bias is None else "top2_sum"
+    return {"max": 1, "top2_sum": 2, "topk_sum": top_k // topk_group}[group_score]
+
+
 def score_groups(
-    scores: np.ndarray,
-    ranks: np.ndarray,
-    num_expert_group: int,
-    correction_bias: np.ndarray | None,
-    group_score: str | None,
+    scores: np.ndarray, ranks: np.ndarray, num_expert_group: int, correction_bias: np.ndarray | None, picks: int
 ) -> np.ndarray:
-    """Return the score of each group [num_tokens, num_expert_group]."""
+    """Return the score of each group [num_tokens, num_expert_group]: its best rank, or the sum of its best `picks`."""
     num_tokens, num_experts = ranks.shape
     shape = (num_tokens, num_expert_group, num_experts // num_expert_group)
     ranks = ranks.reshape(shape)
-    if group_score is None:
-        group_score = "max" if correction_bias is None else "top2_sum"
-    if group_score == "max":
+    if picks == 1:
         return ranks.max(axis=2)
     values = ranks if correction_bias is not None else scores.astype(np.float32).reshape(shape)
-    best_two = np.argsort(-ranks, axis=2, kind="stable")[:, :, :2]
-    sums = np.take_along_axis(values, best_two, axis=2).sum(axis=2, dtype=np.float32)
+    best_of_group = np.argsort(-ranks, axis=2, kind="stable")[:, :, :picks]
+    sums = np.take_along_axis(values, best_of_group, axis=2).sum(axis=2, dtype=np.float32)
     return np.where(np.isnan(sums), -np.inf, sums)
+
+
+def select_experts(
+    gating_output: np.ndarray,
+    top_k: int,
+    *,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    correction_bias: np.ndarray | None = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    group_score: str | None = None,
+    routed_scaling_factor: float = 1.0,
+) -> TopK:
+    """Choose the experts of each token, with every option of every kind of gating by its name.
+
+    Parameters and result are those of `grouped_topk`; one group, unless told otherwise, is as good as none.
+
+    Examples
+    --------
+    >>> select_experts(np.array([[3.0, -3.0, 1.0, 2.0]]), 2, scoring_func="raw", routed_scaling_factor=0.5)
+    TopK(topk_weights=array([[1.5, 1. ]], dtype=float32), topk_ids=array([[0, 3]], dtype=int32))
+    """
+    return grouped_topk(
+        *(gating_output, top_k, num_expert_group, topk_group, renormalize),
+        scoring_func=scoring_func,
+        correction_bias=correction_bias,
+        group_score=group_score,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+
+
+def slopes(logits: np.ndarray, scoring_func: str) -> np.ndarray:
+    """Return the derivatives of scores that depend on their own logit alone.
+
+    >>> slopes(np.array([0.0, np.nan]), "sigmoid")
+    array([0.25, 0.  ])
+    """
+    if scoring_func == "sigmoid":
+        return sigmoid(logits) * sigmoid(-logits)
+    if scoring_func == "raw":
+        return np.isfinite(logits).astype(np.float64)
+    scores = softplus_sqrt(logits)
+    return np.where(scores > 0, sigmoid(logits) / np.where(scores > 0, 2 * scores, 1.0), 0.0)
+
+
+def gating_backward(
+    gating_output: np.ndarray,
+    topk_ids: np.ndarray,
+    grad_weights: np.ndarray,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+) -> np.ndarray:
+    """Return the gradient of a loss by the logits, given that by the weights; the choice itself has none.
+
+    Parameters
+    ----------
+    gating_output
+        float [num_tokens, num_experts], the router's logits.
+    topk_ids
+        int [num_tokens, top_k], the experts that were chosen.
+    grad_weights
+        float [num_tokens, top_k], the gradient of the loss by `topk_weights`.
+    scoring_func, renormalize, routed_scaling_factor
+        How the weights were made.
+
+    Returns
+    -------
+    np.ndarray
+        Of the shape and dtype of `gating_output`.
+
+    Examples
+    --------
+    A softmax weight grows by its own logit and shrinks by all others, in proportion to their scores:
+
+    >>> logits = np.log(np.array([[0.3, 0.1, 0.6]]))
+    >>> gating_backward(logits, np.array([[2, 0]]), np.array([[1.0, 0.0]])).round(4)
+    array([[-0.18, -0.06,  0.24]])
+    """
+    logits = gating_output.astype(np.float64)
+    scores = SCORING[scoring_func](logits)
+    grad = grad_weights.astype(np.float64) * routed_scaling_factor
+    if renormalize:
+        chosen = chosen_scores(scores, topk_ids)
+        total = chosen.sum(axis=1, keepdims=True)
+        divisor = np.where(total > 0, total, 1.0)
+        through_total = np.where(total > 0, (grad * chosen).sum(axis=1, keepdims=True) / divisor, 0.0)
+        grad = (grad - through_total) / divisor
+    grad_scores = np.zeros(scores.shape)
+    np.put_along_axis(grad_scores, topk_ids.astype(np.int64), grad, axis=1)
+    if scoring_func == "softmax":
+        grad_logits = scores * (grad_scores - (scores * grad_scores).sum(axis=1, keepdims=True))
+    else:
+        grad_logits = slopes(logits, scoring_func) * grad_scores
+    return grad_logits.astype(gating_output.dtype)

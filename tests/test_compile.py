@@ -27,6 +27,7 @@ def test_every_specialisation_compiles_to_ptx(compute_capability, without_simula
         "choose_from_memory",
         "combine_rows",
         "count_slots",
+        "differentiate_weights",
         "fill_batches",
         "gather_rows",
         "map_ids",

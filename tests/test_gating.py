@@ -7,19 +7,19 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import cases, gating, reference, testing, verification
+from numba_moe import cases, reference, testing, verification
+from numba_moe.gating import plans as gating_plans
 from numba_moe.runtime import plans, simulator
 
-OPS = ("topk_softmax", "topk_sigmoid", "grouped_topk")
-CASES = [case for case in cases.edge_cases() if case.op in OPS]
+CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 MANY = 32 if simulator.ENABLED else 5000
 
 
 @pytest.fixture(params=["warps", "octets"])
 def kernel(request, monkeypatch):
-    monkeypatch.setattr(gating, "MANY_TOKENS", 0 if request.param == "octets" else 2**31)
-    monkeypatch.setattr(gating, "MANY_TOKENS_PER_EXPERT", 0)
+    monkeypatch.setattr(gating_plans, "MANY_TOKENS", 0 if request.param == "octets" else 2**31)
+    monkeypatch.setattr(gating_plans, "MANY_TOKENS_PER_EXPERT", 0)
     plans.forget()
     yield request.param
     plans.forget()
@@ -45,8 +45,8 @@ def assert_as_reference(op, *args, **kwargs):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
 def test_octets_equal_the_reference(case, monkeypatch, request):
-    monkeypatch.setattr(gating, "MANY_TOKENS", 0)
-    monkeypatch.setattr(gating, "MANY_TOKENS_PER_EXPERT", 0)
+    monkeypatch.setattr(gating_plans, "MANY_TOKENS", 0)
+    monkeypatch.setattr(gating_plans, "MANY_TOKENS_PER_EXPERT", 0)
     plans.forget()
     request.addfinalizer(plans.forget)
     outcome = verification.run_case(case, seed=1, device="cuda" if ON_GPU else "cpu")
@@ -72,6 +72,27 @@ def test_a_few_values_only(kernel, values):
     assert_as_reference("topk_softmax", logits, 6, True)
     grouped = {"scoring_func": "sigmoid", "group_score": "max"}
     assert_as_reference("grouped_topk", logits, 6, 8, 3, True, **grouped)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("scoring_func", ["softplus_sqrt", "raw"])
+def test_other_scores(kernel, scoring_func, biased):
+    rng = np.random.default_rng(3)
+    logits = 5 * rng.standard_normal((MANY, 64), np.float32)
+    logits[rng.random(logits.shape) < 0.1] = np.inf
+    logits[rng.random(logits.shape) < 0.1] = np.nan
+    bias = np.linspace(0, 2, 64, dtype=np.float32) if biased else None
+    arguments = {"gating_output": logits, "top_k": 6, "scoring_func": scoring_func, "correction_bias": bias}
+    for groups in ({}, {"num_expert_group": 8, "topk_group": 3, "group_score": "top2_sum"}):
+        result, wanted = run("select_experts", **arguments, **groups), reference.select_experts(**arguments, **groups)
+        for comparison in testing.compare_results("select_experts", result, wanted, {**arguments, **groups}):
+            assert not comparison.mismatches, comparison
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_softplus_is_precise_for_any_size_of_logits(kernel, scale):
+    logits = np.linspace(-scale, scale, MANY * 8, dtype=np.float32).reshape(MANY, 8)
+    assert_as_reference("topk_softplus_sqrt", logits, 8, True)
 
 
 def test_one_lane_has_all_the_best(kernel):

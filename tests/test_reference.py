@@ -182,9 +182,9 @@ def test_counts_and_offsets_by_loops(ids):
 @settings(deadline=None)
 @given(
     logits=hnp.arrays(np.float32, (3, 12), elements=st.floats(-30, 30, width=32) | st.just(np.nan)),
-    top_k=st.integers(1, 6),
-    scoring_func=st.sampled_from(["softmax", "sigmoid"]),
-    group_score=st.sampled_from(["max", "top2_sum"]),
+    top_k=st.integers(2, 6),
+    scoring_func=st.sampled_from(["softmax", "sigmoid", "softplus_sqrt", "raw"]),
+    group_score=st.sampled_from(["max", "top2_sum", "topk_sum"]),
     bias=st.none() | hnp.arrays(np.float32, 12, elements=st.floats(-2, 2, width=32)),
     renormalize=st.booleans(),
 )
@@ -196,38 +196,63 @@ def test_grouped_choice_by_loops(logits, top_k, scoring_func, group_score, bias,
     for row, weights, ids in zip(logits.astype(np.float64), *got, strict=True):
         scores, ranks = [], []
         for expert, logit in enumerate(row):
-            if scoring_func == "sigmoid":
-                score = 0.0 if np.isnan(logit) else 1 / (1 + np.exp(-logit))
-                rank = -np.inf if np.isnan(logit) else logit
-            else:
-                score = 0.0 if np.isnan(row).any() else np.exp(logit) / np.exp(row).sum()
-                rank = 0.0 if np.isnan(row).any() else logit
+            score, rank = 0.0, -np.inf
+            if scoring_func == "softmax":
+                if np.isnan(row).any():
+                    rank = 0.0
+                else:
+                    score, rank = np.exp(logit) / np.exp(row).sum(), logit
+            elif scoring_func == "raw":
+                score = rank = -np.inf if np.isnan(logit) else logit
+            elif not np.isnan(logit):
+                rank = logit
+                score = 1 / (1 + np.exp(-logit)) if scoring_func == "sigmoid" else np.sqrt(np.log1p(np.exp(logit)))
             scores.append(score)
             ranks.append(rank if bias is None else np.float32(score) + bias[expert])
         values = []
         for group in range(4):
             members = sorted(range(3 * group, 3 * group + 3), key=lambda e: (-ranks[e], e))
-            best_two = [np.float32(scores[e]) if bias is None else ranks[e] for e in members[:2]]
-            values.append(ranks[members[0]] if group_score == "max" else np.float32(best_two[0] + best_two[1]))
+            picks = {"max": 1, "top2_sum": 2, "topk_sum": top_k // 2}[group_score]
+            total = np.float32(0)
+            for expert in members[:picks]:
+                total += np.float32(scores[expert]) if bias is None else ranks[expert]
+            values.append(ranks[members[0]] if picks == 1 else total)
         groups = sorted(range(4), key=lambda g: (-values[g], g))[:2]
         chosen = sorted((e for e in range(12) if e // 3 in groups), key=lambda e: (-ranks[e], e))[:top_k]
         assert ids.tolist() == chosen
+        scores = [0.0 if score == -np.inf else score for score in scores]
         total = sum(scores[e] for e in chosen) if renormalize else 1.0
-        np.testing.assert_allclose(weights, [2.5 * scores[e] / (total or 1.0) for e in chosen], rtol=1e-5)
+        wanted = [2.5 * scores[e] / (total if total > 0 else 1.0) for e in chosen]
+        np.testing.assert_allclose(weights, wanted, rtol=1e-5)
 
 
 def test_ungrouped_choice_is_the_grouped_one_with_one_group():
     logits = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
-    for scoring_func, function in (("softmax", reference.topk_softmax), ("sigmoid", reference.topk_sigmoid)):
+    for scoring_func in reference.gating.SCORING:
+        wanted = getattr(reference, f"topk_{scoring_func}")(logits, 5, True)
         grouped = reference.grouped_topk(logits, 5, 1, 1, True, scoring_func=scoring_func)
-        for part, other in zip(grouped, function(logits, 5, True), strict=True):
-            assert part.tolist() == other.tolist()
+        selected = reference.select_experts(logits, 5, renormalize=True, scoring_func=scoring_func)
+        for result in (grouped, selected):
+            assert [part.tolist() for part in result] == [part.tolist() for part in wanted]
 
 
 def test_softmax_row_without_softmax_chooses_the_first_experts_with_weight_zero():
     weights, ids = reference.topk_softmax(np.array([[1.0, np.nan, 3.0], [-np.inf] * 3, [0, np.inf, 0]]), 2, True)
     assert ids.tolist() == [[0, 1]] * 3
     assert weights.tolist() == [[0, 0]] * 3
+
+
+def test_what_is_not_finite_comes_last_and_weighs_nothing():
+    logits = np.array([[np.inf, -1.0, np.nan, -2.0, -np.inf]])
+    weights, ids = reference.topk_raw(logits, 5)
+    assert ids.tolist() == [[1, 3, 0, 2, 4]]
+    assert weights.tolist() == [[-1.0, -2.0, 0.0, 0.0, 0.0]]
+    assert reference.topk_raw(logits, 5, True).topk_weights.tolist() == weights.tolist(), "the sum is negative"
+    biased = reference.topk_raw(logits, 3, correction_bias=np.array([9.0, 0.0, 9.0, 1.5, 9.0]))
+    assert biased.topk_ids.tolist() == [[3, 1, 0]]
+    weights, ids = reference.topk_softplus_sqrt(logits, 5)
+    assert ids.tolist() == [[1, 3, 0, 2, 4]]
+    assert weights[0, 2:].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_masked_experts_come_last():

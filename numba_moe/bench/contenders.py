@@ -377,7 +377,8 @@ def gating_fault(scoring_func: str, result: Any, expected: Any, arguments: Mappi
     worse = far(got_ranks, wanted_ranks).any(axis=1)
     if "num_expert_group" in arguments:
         # where the last group taken and the first left out are nearly equal, either choice is right
-        groups = reference.gating.score_groups(scores, ranks, arguments["num_expert_group"], bias, None)
+        picks = reference.gating.group_picks(None, chosen.shape[1], arguments["topk_group"], bias)
+        groups = reference.gating.score_groups(scores, ranks, arguments["num_expert_group"], bias, picks)
         order, taken = -np.sort(-groups, axis=1), arguments["topk_group"]
         if taken < order.shape[1]:
             worse &= far(order[:, taken], order[:, taken - 1])

@@ -1,6 +1,6 @@
 """Top-k of rows of any size: the row is read again for each pick."""
 
-from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_of
+from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, rank_of, score_of, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int64
 from numba_moe.runtime.parameters import (
     Float32,
@@ -50,11 +50,11 @@ def softmax_from_memory(gating_output, row, num_experts):
 
 
 @cuda.jit(device=True)
-def score_group(gating_output, row, first, size, correction_bias, scoring_func, group_score, peak, total):
-    """Return the score of the group of experts [first, first + size)."""
+def score_group(gating_output, row, first, size, correction_bias, scoring_func, group_picks, peak, total):
+    """Return the score of the group of experts [first, first + size): its best rank, or the sum of so many."""
     group_value = float32(0.0)
     last = int64(HIGHEST_KEY)
-    for _ in range(1 if group_score == MAX else min(size, 2)):
+    for _ in range(min(size, group_picks)):
         key = int64(LOWEST_KEY)
         for expert in range(first + cuda.laneid, first + size, WARP):
             candidate = choice_key(
@@ -65,11 +65,11 @@ def score_group(gating_output, row, first, size, correction_bias, scoring_func, 
                 key = max(key, candidate)
         last = warp_max(key)
         best = chosen_index(last)
-        if group_score == MAX or present(correction_bias):
+        if group_picks == 1 or present(correction_bias):
             value = rank_of(load_float(gating_output, row + best), best, correction_bias, scoring_func, peak, total)
         else:
             value = score_of(load_float(gating_output, row + best), scoring_func, peak, total)
-        group_value = value if group_score == MAX else group_value + value
+        group_value += value
     return group_value
 
 
@@ -103,7 +103,7 @@ def choose_from_memory(
     routed_scaling_factor: Float32,
     num_expert_group: Int32,
     topk_group: Int32,
-    group_score: Int32,
+    group_picks: Int32,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts],
     # group_scores [num_tokens, num_expert_group], topk_weights and topk_ids [num_tokens, top_k]; a warp
@@ -125,7 +125,7 @@ def choose_from_memory(
         for group in range(num_expert_group):
             first = group * group_size
             value = score_group(
-                gating_output, row, first, group_size, correction_bias, scoring_func, group_score, peak, total
+                gating_output, row, first, group_size, correction_bias, scoring_func, group_picks, peak, total
             )
             if lane == 0:
                 group_scores[groups + group] = value
@@ -153,14 +153,14 @@ def choose_from_memory(
                     key = max(key, candidate)
         last = warp_max(key)
         chosen = chosen_index(last)
-        weight = score_of(load_float(gating_output, row + chosen), scoring_func, peak, total)
+        weight = weight_of(load_float(gating_output, row + chosen), scoring_func, peak, total)
         weight_sum += weight
         if lane == pick % WARP:
             topk_ids[first_pick + pick] = chosen
             store_float(topk_weights, first_pick + pick, weight)
 
     scale = float32(routed_scaling_factor)
-    if renormalize and weight_sum > float32(0.0):
+    if renormalize and weight_sum > float32(SMALLEST_SUM):
         scale = scale / weight_sum
     for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
         topk_weights[first_pick + pick] *= scale

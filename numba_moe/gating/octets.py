@@ -9,7 +9,7 @@ of the last pick, the warp looks through the row for all that have them.
 """
 
 from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
-from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_all, score_of
+from numba_moe.gating.rows import SIGMOID, SMALLEST_SUM, SOFTMAX, lower_infinity, rank_of, score_all, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
     Float32,
@@ -196,15 +196,16 @@ def choose_for_many(
     routed_scaling_factor: Float32,
     num_expert_group: Int32,
     topk_group: Int32,
-    group_score: Int32,
+    group_picks: Int32,
     group_size: Int32,
     lane_bits: Int32,
     mask: Int32,
     exact: Int32,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
-    # and topk_ids [num_tokens, top_k]; eight lanes a token, 1 << lane_bits of them a group; mask covers
-    # the ids, and takes nothing from the ranks if they are exact so
+    # and topk_ids [num_tokens, top_k]; eight lanes a token, 1 << lane_bits of them a group,
+    # whose score is the best rank or the sum of the best two; mask covers the ids, and takes nothing from the
+    # ranks if they are exact so
     lane = int32(cuda.laneid)
     member = int32(lane & 7)
     token = int32(warp_index() * 4)
@@ -237,20 +238,22 @@ def choose_for_many(
     while at < end:
         count = int32(end - at)
         load_eight(gating_output, row + at, count, aligned, logits)
+        if scoring_func > SIGMOID:
+            lower_infinity(logits, 8)
         for i in range(8):
             broken = broken or not logits[i] < float32(INFINITY)
             keys[i] = order(logits[i])
         if total == float32(0.0):
             for i in range(8):
                 keys[i] = 0
-        if present(correction_bias):
+        if present(correction_bias) or (num_expert_group > 1 and group_picks > 1):
             score_all(logits, 8, scoring_func, peak, total, logits)
+        if present(correction_bias):
             load_eight(correction_bias, at, count, aligned, biases)
             for i in range(8):
                 keys[i] = order(logits[i] + biases[i])
         if num_expert_group > 1:
-            if group_score != MAX and not present(correction_bias):
-                score_all(logits, 8, scoring_func, peak, total, logits)
+            if group_picks > 1 and not present(correction_bias):
                 for i in range(8):
                     values[i] = order(logits[i])
             else:
@@ -277,7 +280,7 @@ def choose_for_many(
         at = int32(at + step)
     offers = first < end
     if num_expert_group > 1:
-        chosen_group = in_best_groups(highest, second, group_score != MAX, lanes, topk_group)
+        chosen_group = in_best_groups(highest, second, group_picks > 1, lanes, topk_group)
         offers = offers and chosen_group
     if not offers:
         left_out = int32(LOWEST_ORDER)
@@ -337,13 +340,13 @@ def choose_for_many(
             total = float32(0.0)
     weight = float32(0.0)
     if is_pick:
-        weight = score_of(logit, scoring_func, peak, total)
+        weight = weight_of(logit, scoring_func, peak, total)
     scale = float32(routed_scaling_factor)
     if renormalize:
         weight_sum = weight
         for distance in (1, 2, 4):
             weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
-        if weight_sum > float32(0.0):
+        if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
     if is_pick and exists:
         slot = int64(token) * top_k + member

@@ -14,7 +14,7 @@ Experts rank by their logits, or by score + bias where there is a correction bia
 """
 
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
-from numba_moe.gating.rows import MAX, SOFTMAX, rank_of, score_all, score_of
+from numba_moe.gating.rows import SIGMOID, SMALLEST_SUM, SOFTMAX, lower_infinity, rank_of, score_all, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.parameters import (
     Columns,
@@ -257,13 +257,14 @@ def choose_experts(
     routed_scaling_factor: Float32,
     num_expert_group: Int32,
     topk_group: Int32,
-    group_score: Int32,
+    group_picks: Int32,
     group_size: Int32,
     lane_bits: Int32,
     columns: Columns,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
-    # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group
+    # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group, whose score is the
+    # best rank or the sum of the best two
     token = warp_index()
     if token >= num_tokens:
         return
@@ -288,20 +289,22 @@ def choose_experts(
             total = float32(0.0)
         elif whole_softmax:
             peak, total = sum_exponentials(logits, columns)
+    elif scoring_func > SIGMOID:
+        lower_infinity(logits, columns)
     kept = int32(0 if total == float32(0.0) else -1)  # all experts of a row without a softmax have rank 0
     for column in range(columns):
         ranks[column] = order(logits[column]) & kept
-    if present(correction_bias):
+    if present(correction_bias) or (num_expert_group > 1 and group_picks > 1):
         score_all(logits, columns, scoring_func, peak, total, logits)
+    if present(correction_bias):
         for column in range(columns):
             if column < count:
                 ranks[column] = order(logits[column] + correction_bias[first + column])
     if num_expert_group > 1:
-        if group_score == MAX or present(correction_bias):
-            rank = score_group(ranks, count, columns, lanes, group_score != MAX)
+        if group_picks == 1 or present(correction_bias):
+            rank = score_group(ranks, count, columns, lanes, group_picks > 1)
         else:
             scores = cuda.local.array(columns, int32)
-            score_all(logits, columns, scoring_func, peak, total, logits)
             for column in range(columns):
                 scores[column] = order(logits[column])
             rank = score_group(scores, count, columns, lanes, True)
@@ -346,7 +349,7 @@ def choose_experts(
                 total = float32(0.0)
         weight = float32(0.0)
         if is_mine:
-            weight = score_of(logit, scoring_func, peak, total)
+            weight = weight_of(logit, scoring_func, peak, total)
             topk_ids[first_pick + (base + lane)] = chosen
             if top_k > WARP:
                 topk_weights[first_pick + (base + lane)] = weight
@@ -356,7 +359,7 @@ def choose_experts(
     scale = float32(routed_scaling_factor)
     if renormalize:
         weight_sum = warp_sum(weight_sum)
-        if weight_sum > float32(0.0):
+        if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
     if top_k > WARP:
         for pick in range(lane, top_k, WARP):  # the lane that wrote this pick

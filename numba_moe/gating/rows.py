@@ -1,30 +1,55 @@
-"""Scores and ranks of one expert, shared by the kernels of gating."""
+"""Scores, ranks and weights of one expert, shared by the kernels of gating."""
 
 from numba_moe.runtime.dialect import cuda, float32
-from numba_moe.runtime.primitives import exp, larger, present, reciprocal
+from numba_moe.runtime.primitives import INFINITY, NEGATIVE_INFINITY, exp, larger, present, reciprocal, square_root
 
-SCORING = ("softmax", "sigmoid")
+SCORING = ("softmax", "sigmoid", "softplus_sqrt", "raw")
 SOFTMAX = 0
-GROUP_SCORES = ("max", "top2_sum")
-MAX = 0
+SIGMOID = 1
+SOFTPLUS_SQRT = 2
+SMALLEST_SUM = 1e-35  # of scores that are renormalised: a factor over less may be no float32
+
+
+@cuda.jit(device=True)
+def softplus(value):
+    """Return log(1 + exp(x)), with six digits or so even where that is little."""
+    power = exp(-larger(value, -value))
+    # log(1 + y) is 2 * atanh(y / (2 + y)), whose series has these terms; the next would add 1e-7 of it at most.
+    part = power * reciprocal(float32(2.0) + power)
+    square = part * part
+    series = float32(1.0 / 9.0) + square * float32(1.0 / 11.0)
+    series = float32(1.0 / 7.0) + square * series
+    series = float32(1.0 / 5.0) + square * series
+    series = float32(1.0 / 3.0) + square * series
+    series = float32(1.0) + square * series
+    return larger(value, float32(0.0)) + float32(2.0) * part * series
 
 
 @cuda.jit(device=True)
 def score_of(logit, scoring_func, peak, total):
     """Return the score of an expert; the total of a row without a softmax is 0."""
-    if scoring_func != SOFTMAX:
+    if scoring_func == SOFTMAX:
+        if total == float32(0.0):
+            return float32(0.0)
+        return exp(logit - peak) * reciprocal(total)
+    if scoring_func == SIGMOID:
         return larger(reciprocal(float32(1.0) + exp(-logit)), float32(0.0))  # 0 for NaN
-    if total == float32(0.0):
-        return float32(0.0)
-    return exp(logit - peak) * reciprocal(total)
+    if not logit < float32(INFINITY):
+        logit = float32(NEGATIVE_INFINITY)
+    if scoring_func == SOFTPLUS_SQRT:
+        return square_root(softplus(logit))
+    return logit
 
 
 @cuda.jit(device=True)
 def score_all(logits, count, scoring_func, peak, total, scores):
     """Write the scores of `count` experts, a number known when this is compiled."""
-    if scoring_func != SOFTMAX:
+    if scoring_func == SIGMOID:
         for i in range(count):
             scores[i] = larger(reciprocal(float32(1.0) + exp(-logits[i])), float32(0.0))  # 0 for NaN
+    elif scoring_func != SOFTMAX:
+        for i in range(count):
+            scores[i] = score_of(logits[i], scoring_func, peak, total)
     elif total == float32(0.0):
         for i in range(count):
             scores[i] = float32(0.0)
@@ -35,10 +60,29 @@ def score_all(logits, count, scoring_func, peak, total, scores):
 
 
 @cuda.jit(device=True)
+def lower_infinity(logits, count):
+    """Let +inf be -inf, by which it ranks where no score stands for it; so may NaN, which ranks there anyway."""
+    for i in range(count):
+        if not logits[i] < float32(INFINITY):
+            logits[i] = float32(NEGATIVE_INFINITY)
+
+
+@cuda.jit(device=True)
 def rank_of(logit, expert, correction_bias, scoring_func, peak, total):
     """Return the number by which an expert is chosen."""
     if present(correction_bias):
         return score_of(logit, scoring_func, peak, total) + correction_bias[expert]
     if scoring_func == SOFTMAX and total == float32(0.0):
         return float32(0.0)
+    if scoring_func > SIGMOID and not logit < float32(INFINITY):
+        return float32(NEGATIVE_INFINITY)
     return logit
+
+
+@cuda.jit(device=True)
+def weight_of(logit, scoring_func, peak, total):
+    """Return the weight of an expert before factors: its score, but 0 for a logit whose score is -inf."""
+    score = score_of(logit, scoring_func, peak, total)
+    if score == float32(NEGATIVE_INFINITY):
+        return float32(0.0)
+    return score

@@ -159,6 +159,7 @@ def _of_float32(code: str) -> Any:
 
 exp2 = _of_float32("ex2.approx.ftz.f32")
 reciprocal = _of_float32("rcp.approx.ftz.f32")
+square_root = _of_float32("sqrt.approx.ftz.f32")
 
 
 @intrinsic

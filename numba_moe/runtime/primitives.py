@@ -38,6 +38,7 @@ tail: Any
 as_int32: Any
 exp2: Any
 reciprocal: Any
+square_root: Any
 if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
     def flat(array: Any) -> Any:
@@ -102,6 +103,9 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def reciprocal(value: Any) -> Any:
         return np.float32(1.0) / np.float32(value)
 
+    def square_root(value: Any) -> Any:
+        return np.sqrt(np.float32(value))
+
 else:
     flat = Deferred("numba_moe.runtime.intrinsics", "flat")
     quotient = Deferred("numba_moe.runtime.intrinsics", "quotient")
@@ -116,6 +120,7 @@ else:
     warp_highest = Deferred("numba_moe.runtime.intrinsics", "warp_highest")
     exp2 = Deferred("numba_moe.runtime.intrinsics", "exp2")
     reciprocal = Deferred("numba_moe.runtime.intrinsics", "reciprocal")
+    square_root = Deferred("numba_moe.runtime.intrinsics", "square_root")
     larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
     as_int32 = Deferred("numba_moe.runtime.intrinsics", "as_int32")

@@ -1,0 +1,223 @@
+"""Gradients of the weights by the logits, for torch's autograd; which experts are chosen has no gradient.
+
+A weight is the score of its expert, times a factor, over the sum of the chosen scores where they are renormalised.
+With ``dot``, the sum of all ``grad_weights * topk_weights`` of a token, all gradients have one form:
+``slope * (factor * grad_weight - dot)``, where the grad_weight of an expert that was not chosen is 0 and the slope is
+
+- the score, for softmax; the others' is 0 if renormalised, as the weights then are a softmax of the chosen logits;
+- the derivative of the score over the sum of the chosen, otherwise; the sum is 1 and dot is 0 unless renormalised.
+
+Softmax scores come from the weights, so no row is reduced again.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from numba_moe.gating.rows import SCORING, SIGMOID, SMALLEST_SUM, SOFTMAX, SOFTPLUS_SQRT, score_of, weight_of
+from numba_moe.reference import gating as reference
+from numba_moe.reference.gating import TopK
+from numba_moe.runtime import arrays
+from numba_moe.runtime.dialect import cuda, float32, int32, int64
+from numba_moe.runtime.launch import Launch, warps
+from numba_moe.runtime.parameters import Float32, Float32Array, FloatArray, Int32, Int32Array, Int64
+from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.primitives import (
+    ALL_LANES,
+    NEGATIVE_INFINITY,
+    WARP,
+    divide,
+    exp,
+    first_lane,
+    load_float,
+    order,
+    reciprocal,
+    store_float,
+    warp_highest,
+    warp_index,
+    warp_sum,
+)
+
+# Where all chosen experts score less, which takes a correction bias, the others' gradients count as 0.
+SMALLEST_SCORE = 1e-30
+
+
+@cuda.jit(device=True)
+def slope_of(logit, scoring_func):
+    """Return the derivative of a score that depends on its own logit alone."""
+    score = score_of(logit, scoring_func, float32(0.0), float32(1.0))
+    slope = float32(0.0)
+    if scoring_func == SIGMOID:
+        if score > float32(0.0):  # not of NaN
+            slope = score * reciprocal(float32(1.0) + exp(logit))
+    elif scoring_func == SOFTPLUS_SQRT:
+        if score > float32(0.0):
+            slope = divide(float32(0.5) * reciprocal(float32(1.0) + exp(-logit)), score)
+    elif score > float32(NEGATIVE_INFINITY):
+        slope = float32(1.0)
+    return slope
+
+
+@cuda.jit
+def differentiate_weights(
+    gating_output: FloatArray,
+    topk_weights: Float32Array,
+    topk_ids: Int32Array,
+    grad_weights: Float32Array,
+    grad_logits: FloatArray,
+    num_tokens: Int32,
+    num_experts: Int32,
+    row_stride: Int64,
+    top_k: Int32,
+    scoring_func: Int32,
+    renormalize: Int32,
+    routed_scaling_factor: Float32,
+):
+    # gating_output [num_tokens, num_experts] with rows row_stride apart, topk_weights, topk_ids and grad_weights
+    # [num_tokens, top_k], grad_logits [num_tokens, num_experts]; a warp per token
+    token = warp_index()
+    if token >= num_tokens:
+        return
+    lane = int32(cuda.laneid)
+    row = int64(token) * row_stride
+    grad_row = int64(token) * num_experts
+    first_pick = int64(token) * top_k
+    factor = float32(routed_scaling_factor)
+    to_score = float32(0.0)
+    if factor != float32(0.0):
+        to_score = divide(float32(1.0), factor)
+
+    dot = float32(0.0)
+    total = float32(0.0)
+    score = float32(0.0)
+    best = int32(0)
+    pick = lane
+    while pick < top_k:
+        weight = topk_weights[first_pick + pick]
+        dot += grad_weights[first_pick + pick] * weight
+        chosen = topk_ids[first_pick + pick]
+        if scoring_func == SOFTMAX:
+            if weight * to_score > score:
+                score = weight * to_score
+                best = chosen
+        else:
+            logit = load_float(gating_output, row + chosen)
+            total += weight_of(logit, scoring_func, float32(0.0), float32(1.0))
+        pick = int32(pick + WARP)
+    dot = warp_sum(dot)
+    inverse = float32(1.0)
+    if scoring_func != SOFTMAX:
+        total = warp_sum(total)
+        if renormalize and total > float32(SMALLEST_SUM):
+            inverse = divide(float32(1.0), total)
+        else:
+            dot = float32(0.0)
+
+    # All scores of a softmax follow from the largest that was chosen; it is 0 in a row without one.
+    peak = float32(0.0)
+    if scoring_func == SOFTMAX:
+        rank = order(score)
+        winner = first_lane(rank == warp_highest(rank))
+        score = cuda.shfl_sync(ALL_LANES, score, winner)
+        peak = load_float(gating_output, row + cuda.shfl_sync(ALL_LANES, best, winner))
+    if renormalize or score <= float32(SMALLEST_SCORE):
+        score = float32(0.0)
+    expert = lane
+    while expert < num_experts:
+        grad = float32(0.0)
+        if score > float32(0.0):
+            grad = -dot * (score * exp(load_float(gating_output, row + expert) - peak))
+        store_float(grad_logits, grad_row + expert, grad)
+        expert = int32(expert + WARP)
+    cuda.syncwarp()  # what follows overwrites what other lanes wrote
+    pick = lane
+    while pick < top_k:
+        chosen = topk_ids[first_pick + pick]
+        if scoring_func == SOFTMAX:
+            slope = topk_weights[first_pick + pick] * to_score
+        else:
+            slope = slope_of(load_float(gating_output, row + chosen), scoring_func) * inverse
+        grad = float32(0.0)
+        if slope != float32(0.0):
+            grad = slope * (factor * grad_weights[first_pick + pick] - dot)
+        store_float(grad_logits, grad_row + chosen, grad)
+        pick = int32(pick + WARP)
+
+
+class BackwardPlan(NamedTuple):
+    """The gradient, and the launch that writes it."""
+
+    grad_logits: arrays.Contiguous
+    differentiate: Launch
+
+
+@planned
+def _plan_backward(
+    gating_output: Layout, top_k: int, scoring_func: str, renormalize: bool, routed_scaling_factor: float
+) -> BackwardPlan:
+    num_tokens, num_experts = gating_output.shape
+    dtype = gating_output.dtype
+    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
+    rules = (SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
+    numbers = (num_tokens, num_experts, stride, top_k, *rules)
+    choices = {"gating_output": dtype, "grad_logits": dtype}
+    differentiate = Launch(differentiate_weights, gating_output.device, *warps(num_tokens), numbers, choices)
+    return BackwardPlan(arrays.contiguous(dtype, num_tokens, num_experts), differentiate)
+
+
+def gating_backward(
+    gating_output: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    grad_weights: torch.Tensor,
+    scoring_func: str,
+    renormalize: bool,
+    routed_scaling_factor: float,
+) -> torch.Tensor:
+    """Return the gradient by the logits, given that by the weights, both results of the call being at hand."""
+    rules = (scoring_func, renormalize, routed_scaling_factor)
+    grad_weights = grad_weights.contiguous()
+    if arrays.answered_by_reference(gating_output):
+        found = arrays.by_reference(reference.gating_backward, gating_output, topk_ids, grad_weights, *rules)
+        return found.to(gating_output.dtype)
+    plan = _plan_backward(layout(gating_output), topk_ids.shape[1], *rules)
+    grad_logits = arrays.empty(*plan.grad_logits)
+    plan.differentiate(gating_output, topk_weights, topk_ids, grad_weights, grad_logits)
+    return grad_logits
+
+
+class Weighing(torch.autograd.Function):
+    """A choice of experts whose weights have a gradient by the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, gating_output: torch.Tensor, choose: Any, differentiate: Any) -> Any:
+        topk_weights, topk_ids = choose(gating_output)
+        ctx.save_for_backward(gating_output, topk_weights, topk_ids)
+        ctx.mark_non_differentiable(topk_ids)
+        ctx.differentiate = differentiate
+        return topk_weights, topk_ids
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_weights: torch.Tensor, _: Any) -> Any:
+        return ctx.differentiate(*ctx.saved_tensors, grad_weights), None, None
+
+
+def differentiable(
+    choose: Callable[[torch.Tensor], TopK],
+    gating_output: torch.Tensor,
+    scoring_func: str,
+    renormalize: bool,
+    routed_scaling_factor: float = 1.0,
+) -> TopK:
+    """Return what `choose` does with logits that require a gradient, as a part of torch's graph."""
+    differentiate = functools.partial(
+        gating_backward,
+        scoring_func=scoring_func,
+        renormalize=renormalize,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+    return TopK(*Weighing.apply(gating_output, choose, differentiate))

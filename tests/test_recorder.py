@@ -307,10 +307,11 @@ def test_no_mode_is_no_work():
     assert not recorder.recording
 
 
+@pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token"])
 @pytest.mark.filterwarnings("ignore:there is nothing to dump")
-def test_control_from_another_thread():
+def test_control_from_another_thread(mode):
     """However control falls between hooks, a pass is in a dump whole, once, or not at all."""
-    recorder = make("stat")
+    recorder = make(mode)
     ids, _ = routing(np.random.default_rng(0), 3)
     dumps = []
     stop = threading.Event()
@@ -391,6 +392,20 @@ def test_bad_arguments(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_dump_in_a_pass_leaves_it_its_map():
+    other = np.array([[4, 1, 2, 3, 0, 1]] * LAYERS)
+    for mode in ("stat", "per_token"):
+        recorder = started(mode, physical_to_logical_map=other)
+        in_pass(recorder, IDS)
+        with recorder.with_forward_pass(1):
+            in_layer(recorder, IDS)
+            recorder.set_physical_to_logical_map(MAP)
+            assert dump(recorder).logical_count[0, 0].tolist() == [0, 0, 0, 0, 8]
+            in_layer(recorder, IDS)
+        in_pass(recorder, IDS, number=2)
+        assert dump(recorder).logical_count[:, 0].tolist() == [[0, 0, 0, 0, 16], [8, 0, 0, 0, 0]]
 
 
 def test_weights_are_given_always_or_never():

@@ -12,6 +12,7 @@ from numba_moe.recorder import files
 @pytest.fixture
 def dump(tmp_path):
     """Write 12 passes of 2 layers, 4 experts, 2 ranks; expert 3 of layer 1 is hot."""
+    pytest.importorskip("matplotlib")
     counts = np.full((12, 2, 4), 10)
     counts[:, 1, 3] = 70
     np.savez(tmp_path / "hot<b>.npz", logical_count=counts)

@@ -211,7 +211,8 @@ class TokenStream:
         for first_row in range(0, max(num_rows, 1), self._chunk):
             box = self._outboxes[self._turn]
             self._turn = (self._turn + 1) % OUTBOXES
-            box.kept.result()
+            if box.kept.exception() is not None:
+                return  # what went wrong is the dump's to say: the model goes on
             count = min(self._chunk, num_rows - first_row)
             box.here.take(self._staging[first_row // self._chunk], stored, count)
             if self._side is not None and box.arrived is not None:
@@ -239,10 +240,11 @@ class TokenStream:
         for box in self._outboxes:
             box.kept.result()
 
-    def forget(self) -> None:
-        """Wait for what was sent, whether it was kept or not."""
+    def forget(self, in_pass: bool) -> None:
+        """Wait for what was sent, whether it was kept or not; what an open pass has is kept."""
         for box in self._outboxes:
             box.kept.exception()
             box.kept = Future()
             box.kept.set_result(None)
-        self._staging[0].stored.zero_()
+        if not in_pass:
+            self._staging[0].stored.zero_()

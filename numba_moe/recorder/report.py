@@ -140,7 +140,7 @@ def page(dump: Dump, name: str, num_gpus: int, change: Rebalanced) -> str:
         ["slots of routing", int(dump.logical_count.sum())],
         ["entropy over that of an even choice", f"{entropy.mean():.3f}, least {entropy.min():.3f}"],
     ]
-    rows = [
+    rows: list[list[Any]] = [
         ["as recorded", f"{change.before.mean():.3f}", f"{change.before.min():.3f}", ""],
         [change.algorithm, f"{change.after.mean():.3f}", f"{change.after.min():.3f}", change.changed],
     ]

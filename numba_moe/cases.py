@@ -136,6 +136,14 @@ def dispatch_case(name: str, topk_ids: Any, num_experts: int, algorithm: str, **
     return Case("dispatch_ids", name, given(**arguments))
 
 
+def recording_case(name: str, topk_ids: Any, num_experts: int, **scalars: int) -> Case:
+    """Return counting onto counters past int32; `scalars` are what the device has to read."""
+    read = {name: np.array([value], np.int32) for name, value in scalars.items() if name != "first_row"}
+    first = {name: value for name, value in scalars.items() if name == "first_row"}
+    counts = np.full(num_experts, 2**31)
+    return Case("add_expert_counts", name, given(topk_ids=topk_ids, counts=counts, **read, **first))
+
+
 def permute_case(name: str, tokens: int, experts: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
     rows, chosen = floats(tokens, hidden, dtype=dtype), ids(tokens, experts, top_k, "zipf")
     return Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=experts), dtype, **layout)
@@ -173,6 +181,7 @@ def model_cases(level: str) -> Iterator[Case]:
             )
             yield Case("batched_moe_align_block_size", f"{label} zipf", batched)
             yield lora_case(f"{label} 4 adapters zipf", tokens, experts, top_k, block_size, 4)
+            yield recording_case(f"{label} zipf", ids(tokens, experts, top_k, "zipf"), experts, num_tokens=tokens // 2)
             algorithm = DISPATCH[(number + step) % len(DISPATCH)]
             yield dispatch_case(f"{label} {algorithm}", ids(tokens, experts, top_k, "zipf"), experts, algorithm)
             yield gating_case(f"{label} {dtype}", tokens, experts, top_k, groups, dtype)
@@ -201,6 +210,7 @@ def edge_cases() -> Iterator[Case]:
     yield from _grouping_edges()
     yield from _written_edges()
     yield from _variant_edges()
+    yield from _recording_edges()
     yield from _gating_edges()
     yield from _selection_edges()
     for dtype in DTYPES:
@@ -228,6 +238,7 @@ def _grouping_edges() -> Iterator[Case]:
     for name, chosen in kinds.items():
         yield Case("moe_align_block_size", name, given(topk_ids=chosen, block_size=4, num_experts=8))
         yield Case("count_tokens_per_expert", name, given(topk_ids=chosen, num_experts=8))
+        yield recording_case(name, chosen, 8)
         rows = floats(len(chosen), 20)
         yield Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=8))
 
@@ -381,6 +392,23 @@ def _dispatch_edges(kinds: dict[str, np.ndarray]) -> Iterator[Case]:
         yield dispatch_case(f"tables with gaps {algorithm}", chosen, 3, algorithm, **gaps)
         yield dispatch_case(f"fewer counters than ids {algorithm}", chosen, 8, algorithm, counts=few)
         yield dispatch_case(f"more counters than shared memory has {algorithm}", chosen, 8, algorithm, counts=many)
+
+
+def _recording_edges() -> Iterator[Case]:
+    chosen = np.random.default_rng(0).integers(-1, 9, (400, 2))
+    options: dict[str, dict[str, int]] = {
+        "off": {"enabled": 0},
+        "on": {"enabled": 1},
+        "padding": {"num_tokens": 303, "enabled": -1},
+        "padding from before": {"num_tokens": 303, "first_row": 5},
+        "padding throughout": {"num_tokens": 3, "first_row": 5},
+        "more tokens than rows": {"num_tokens": 2**31 - 1},
+        "tokens below 0": {"num_tokens": -(2**31), "first_row": 2**31 - 1},
+    }
+    for name, scalars in options.items():
+        yield recording_case(f"several tiles {name}", chosen, 8, **scalars)
+    yield recording_case("one dimension", chosen.ravel(), 8, num_tokens=303)
+    yield recording_case("more counters than shared memory has", chosen, 20000)
 
 
 def _gating_edges() -> Iterator[Case]:

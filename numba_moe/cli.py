@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_simulator_without_gpu()  # before anything imports numba
     from numba_moe import bench, verification
     from numba_moe.placement import simulation
+    from numba_moe.recorder import report
 
     parser = argparse.ArgumentParser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rebalance = commands.add_parser("rebalance", help=text, description=simulation.__doc__)
     simulation.add_arguments(rebalance)
     rebalance.set_defaults(run=simulation.run)
+    text = "draw what a recorder dumped: hot experts, loads of ranks, balance over time, what a rebalance would change"
+    drawing = commands.add_parser("report", help=text, description=report.__doc__)
+    report.add_arguments(drawing)
+    drawing.set_defaults(run=report.run)
     text = "compile every kernel ahead of its first use, also on a machine without a GPU"
     warmup = commands.add_parser("warmup", help=text, description=f"{text.capitalize()}.")
     text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"

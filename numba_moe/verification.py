@@ -21,7 +21,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import numba_moe
-from numba_moe import placement, reference, testing
+from numba_moe import placement, recorder, reference, testing
 from numba_moe.cases import Case, edge_cases, input_cases, model_cases
 from numba_moe.runtime import cache, simulator
 
@@ -31,7 +31,7 @@ SCRATCH = "workspace"  # what a kernel leaves there is its own affair
 # The ops of the device, and the package that has each.
 OPS: dict[str, Any] = {
     name: numba_moe for name in numba_moe.__all__ if name[0].islower() and hasattr(reference, name)
-} | {"dispatch_ids": placement}
+} | {"dispatch_ids": placement, "add_expert_counts": recorder}
 
 
 class Outcome(NamedTuple):

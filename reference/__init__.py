@@ -1,8 +1,8 @@
 """Mixture-of-Experts routing in NumPy: what every op of numba_moe computes, written to be read.
 
 Start with `counting`, then `align`, `gating` and `permute`; `batched`, `lora` and `ragged` are kinds of alignment;
-where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and `dispatch` sends tokens there. README.md
-beside this file has the contract.
+where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and `dispatch` sends tokens there.
+`recorder` says what counts of chosen experts mean. README.md beside this file has the contract.
 """
 
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
@@ -23,6 +23,14 @@ from numba_moe.reference.migration import plan_migration
 from numba_moe.reference.permute import PermutedTokens, moe_permute, moe_unpermute
 from numba_moe.reference.ragged import RaggedMetadata, make_ragged_metadata
 from numba_moe.reference.rebalance import RebalancedExperts, balancedness, rank_loads, rebalance_experts
+from numba_moe.reference.recorder import (
+    add_expert_counts,
+    coactivation,
+    expert_entropy,
+    logical_counts,
+    traffic_matrix,
+    utilization,
+)
 
 __all__ = [
     "AlignedBlocks",
@@ -30,12 +38,16 @@ __all__ = [
     "RaggedMetadata",
     "RebalancedExperts",
     "TopK",
+    "add_expert_counts",
     "balancedness",
     "batched_moe_align_block_size",
+    "coactivation",
     "count_tokens_per_expert",
     "dispatch_ids",
+    "expert_entropy",
     "expert_offsets",
     "grouped_topk",
+    "logical_counts",
     "make_ragged_metadata",
     "moe_align_block_size",
     "moe_lora_align_block_size",
@@ -49,4 +61,6 @@ __all__ = [
     "topk_sigmoid",
     "topk_softmax",
     "topk_softplus_sqrt",
+    "traffic_matrix",
+    "utilization",
 ]

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 import numba_moe
-from numba_moe import placement, reference
+from numba_moe import placement, recorder, reference
 
 ROOT = Path(__file__).parents[1]
-FUNCTIONS = {name: package for package in (numba_moe, placement) for name in package.__all__ if name[0].islower()}
-TOOLS = {"align_sizes", "migrate", "migrate_in_chunks", "simulate"}  # they serve ops, or use what ops compute
+FUNCTIONS = {
+    name: package for package in (numba_moe, placement, recorder) for name in package.__all__ if name[0].islower()
+}
+TOOLS = {"align_sizes", "load", "migrate", "migrate_in_chunks", "simulate"}  # they serve ops, or use what ops compute
 OPS = {name: package for name, package in FUNCTIONS.items() if name not in TOOLS}
 
 
@@ -44,7 +46,10 @@ def test_unknown_name():
         _ = numba_moe.moe_sort
     with pytest.raises(AttributeError, match="has no attribute 'migrate_all'"):
         _ = placement.migrate_all
+    with pytest.raises(AttributeError, match="has no attribute 'record'"):
+        _ = recorder.record
     assert set(numba_moe.__all__) <= set(dir(numba_moe))
+    assert set(recorder.__all__) <= set(dir(recorder))
     assert set(placement.__all__) <= set(dir(placement))
 
 

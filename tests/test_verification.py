@@ -87,6 +87,19 @@ FAULTS = {
     "another place": ("placement.dispatch", "map_ids", "out[slot] = physical", "out[slot] = physical ^ 1"),
     "counted twice": ("placement.dispatch", "map_ids", "add(counts, physical, 1)", "add(counts, physical, 2)"),
     "no counts of a block": ("placement.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
+    "padding recorded": (
+        "recorder.counting",
+        "count_ids",
+        "real_rows(num_tokens, first_row, num_rows)",
+        "int64(num_rows)",
+    ),
+    "recorded twice": (
+        "recorder.counting",
+        "count_ids",
+        "atomic_add(in_block, expert, 1)",
+        "atomic_add(in_block, expert, 2)",
+    ),
+    "recorded when off": ("recorder.counting", "count_ids", "if is_off(enabled):", "if not is_off(enabled):"),
     "padding miscounted": ("counting", "place_slots", "total + block_size - 1", "total + block_size"),
 }
 OPS_OF = {
@@ -98,6 +111,7 @@ OPS_OF = {
     "ragged": ["make_ragged_metadata"],
     "permute": ["moe_permute", "moe_unpermute"],
     "placement.dispatch": ["dispatch_ids"],
+    "recorder.counting": ["add_expert_counts"],
 }
 
 
@@ -108,7 +122,7 @@ WRITES_OUTSIDE = {"off by one", "padding miscounted"}
 def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
     if ON_GPU and fault in WRITES_OUTSIDE:
         pytest.skip("would write outside its arrays; the simulator catches that")
-    if ON_GPU and fault in ("other blocks forgotten", "no counts of a block"):
+    if ON_GPU and fault in ("other blocks forgotten", "no counts of a block", "recorded twice"):
         pytest.skip("these cases need one block only; in the simulator they need several")
     module, kernel, old, new = FAULTS[fault]
     home, wrong = broken(module, kernel, source_of(module, kernel, old, new))

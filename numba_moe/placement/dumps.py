@@ -16,21 +16,26 @@ FORMATS = (".json", ".npz", ".pt", ".safetensors")
 
 def read_file(path: Path) -> Any:
     """Read what a file holds, without running code from it; a list of records as the `logical_count` that it makes."""
-    checks.choice("path", path.suffix, FORMATS)
-    data = path.read_bytes()
-    try:
-        content = _parse(data, path.suffix)
-    except ImportError:  # of safetensors, which is no dependency
-        raise
-    except Exception as error:  # readers raise what they like
-        found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
-        raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
+    content = read_whole(path)
     records, mapping = content, None
     if isinstance(content, dict):
         records, mapping = content.get("records"), content.get("last_physical_to_logical_map")
     if _are_counted(records, mapping):
         return {"logical_count": counts_of_records(records, mapping)}
     return content
+
+
+def read_whole(path: Path) -> Any:
+    """Read what a file holds, as it is, without running code from it."""
+    checks.choice("path", path.suffix, FORMATS)
+    data = path.read_bytes()
+    try:
+        return _parse(data, path.suffix)
+    except ImportError:  # of safetensors, which is no dependency
+        raise
+    except Exception as error:  # readers raise what they like
+        found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
+        raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
 
 
 def _parse(data: bytes, suffix: str) -> Any:

@@ -33,6 +33,7 @@ OptionalInt64Array = Annotated[Any, "int64", None]
 Float32Array = Annotated[Any, "float32"]
 OptionalFloat32Array = Annotated[Any, "float32", None]
 FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
+OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
 Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
 
 # Slots of one thread in the counting sort.

@@ -1,0 +1,257 @@
+"""What hooks launch: counts of slots by expert, and copies of routed tokens, while a flag on the device says so.
+
+A thread takes a slot. Blocks count in shared memory first and then add to the int64 counters, so that a busy expert
+is no queue. The flag and the number of real tokens are read on the device: a captured graph follows them at every
+replay.
+"""
+
+from typing import Any
+
+import torch
+
+from numba_moe.counting import fill
+from numba_moe.reference import recorder as reference
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.compile import MOST_SHARED_BYTES
+from numba_moe.runtime.dialect import cuda, float32, int32, int64
+from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.parameters import (
+    Float32Array,
+    Ids,
+    Int32,
+    Int32Array,
+    Int64Array,
+    OptionalFloatArray,
+    OptionalInt32Array,
+)
+from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.primitives import atomic_add, flat, load_float, present, quotient
+
+MOST_THREADS = 1024
+# Two to each multiprocessor of an H200.
+MOST_BLOCKS = 264
+
+
+@cuda.jit(device=True)
+def is_off(enabled):
+    """Whether recording is switched off; without a flag it is on."""
+    return present(enabled) and enabled[0] == 0
+
+
+@cuda.jit(device=True)
+def real_rows(num_tokens, first_row, num_rows):
+    """Return how many of a call's rows, the first of which is first_row of the pass, are tokens and not padding."""
+    rows = int64(num_rows)
+    if present(num_tokens):
+        rows = min(rows, max(int64(num_tokens[0]) - first_row, int64(0)))
+    return rows
+
+
+@cuda.jit(launch_bounds=MOST_THREADS)
+def count_ids(
+    topk_ids: Ids,
+    enabled: OptionalInt32Array,
+    num_tokens: OptionalInt32Array,
+    counts: Int64Array,
+    num_rows: Int32,
+    top_k: Int32,
+    first_row: Int32,
+    num_experts: Int32,
+    num_in_shared: Int32,
+):
+    # topk_ids [num_rows, top_k]; enabled and num_tokens [1]; counts [num_experts]
+    in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared], which is num_experts or 0
+    if is_off(enabled):
+        return
+    thread = int32(cuda.threadIdx.x)
+    threads = int32(cuda.blockDim.x)
+    fill(in_block, num_in_shared, 0, thread, threads)
+    cuda.syncthreads()
+    num_slots = real_rows(num_tokens, first_row, num_rows) * top_k
+    slot = int64(cuda.blockIdx.x) * threads + thread
+    while slot < num_slots:
+        expert = int64(topk_ids[slot])
+        if expert >= 0 and expert < num_experts:
+            if num_in_shared > 0:
+                atomic_add(in_block, expert, 1)
+            else:
+                atomic_add(counts, expert, 1)
+        slot += int64(cuda.gridDim.x) * threads
+    cuda.syncthreads()
+    index = thread
+    while index < num_in_shared:
+        count = in_block[index]
+        if count > 0:
+            atomic_add(counts, index, int64(count))
+        index = int32(index + threads)
+
+
+@cuda.jit(launch_bounds=MOST_THREADS)
+def add_counts(given: Ids, enabled: OptionalInt32Array, counts: Int64Array, num_experts: Int32):
+    # given and counts [num_experts]; enabled [1]
+    index = int32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+    if index < num_experts and not is_off(enabled):
+        counts[index] += max(int64(given[index]), int64(0))
+
+
+@cuda.jit(launch_bounds=MOST_THREADS)
+def store_tokens(
+    topk_ids: Ids,
+    topk_weights: OptionalFloatArray,
+    enabled: OptionalInt32Array,
+    num_tokens: OptionalInt32Array,
+    ids: Int32Array,
+    weights: Float32Array,
+    stored: Int32Array,
+    num_rows: Int32,
+    top_k: Int32,
+    first_row: Int32,
+    to_row: Int32,
+    layer: Int32,
+    num_layers: Int32,
+    num_experts: Int32,
+):
+    # topk_ids and topk_weights [num_rows, top_k]; enabled and num_tokens [1]; ids and weights [rows, num_layers,
+    # top_k], from to_row on; stored [num_layers]: rows of the pass that a layer has
+    if is_off(enabled):
+        return
+    real = real_rows(num_tokens, first_row, num_rows)
+    thread = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+    if thread == 0 and real > 0:
+        stored[layer] = int32(first_row + real)
+    slot = thread
+    while slot < real * top_k:
+        row = quotient(int32(slot), top_k)
+        place = ((int64(to_row) + row) * num_layers + layer) * top_k + slot - int64(row) * top_k
+        expert = int64(topk_ids[slot])
+        if expert < 0 or expert >= num_experts:
+            expert = int64(-1)
+        ids[place] = int32(expert)
+        if present(topk_weights):
+            weights[place] = float32(load_float(topk_weights, slot))
+        slot += int64(cuda.gridDim.x) * cuda.blockDim.x
+
+
+def _grid(num_slots: int) -> tuple[int, int]:
+    threads = block_threads(min(MOST_THREADS, -(-num_slots // 32) * 32))
+    return min(-(-num_slots // threads) if num_slots else 0, MOST_BLOCKS), threads
+
+
+def _check_ids(topk_ids: Any) -> tuple[int, int]:
+    checks.array("topk_ids", topk_ids, checks.IDS, (1, 2))
+    checks.fits_int32("topk_ids", topk_ids.shape.numel(), "the number of slots")
+    return topk_ids.shape[0], topk_ids.shape[1] if len(topk_ids.shape) == 2 else 1
+
+
+@planned
+def plan_count(
+    topk_ids: Layout, counts: Layout, enabled: Layout | None, num_tokens: Layout | None, first_row: int
+) -> Launch:
+    num_rows, top_k = _check_ids(topk_ids)
+    here = ("topk_ids", topk_ids)
+    checks.array("counts", counts, (torch.int64,), (1,), like=here)
+    for name, value in (("enabled", enabled), ("num_tokens", num_tokens)):
+        if value is not None:
+            checks.array(name, value, (torch.int32,), (1,), like=here)
+            checks.shape(name, value, (1,), "(1,)")
+    first_row = checks.integer("first_row", first_row, 0)
+    num_experts = counts.shape[0]
+    checks.fits_int32("counts", num_experts, "the number of counters")
+    blocks, threads = _grid(num_rows * top_k)
+    in_shared = blocks > 1 and 4 * num_experts <= MOST_SHARED_BYTES
+    num_in_shared = num_experts if in_shared else 0
+    numbers = (num_rows, top_k, first_row, num_experts, num_in_shared)
+    choices = {"topk_ids": topk_ids.dtype}
+    return Launch(count_ids, topk_ids.device, blocks, threads, numbers, choices, 4 * num_in_shared)
+
+
+@planned
+def plan_add(given: Layout, counts: Layout) -> Launch:
+    checks.array("counts", given, checks.IDS, (1,), like=("the recorder's counters", counts))
+    num_experts = given.shape[0]
+    threads = block_threads(128)
+    return Launch(add_counts, given.device, -(-num_experts // threads), threads, (num_experts,), {"given": given.dtype})
+
+
+@planned
+def plan_store(
+    topk_ids: Layout,
+    topk_weights: Layout | None,
+    staging: Layout,
+    first_row: int,
+    to_row: int,
+    layer: int,
+    num_experts: int,
+) -> Launch:
+    num_rows, top_k = _check_ids(topk_ids)
+    checks.holds("topk_ids", f"of top_k = {staging.shape[2]} columns", top_k == staging.shape[2], top_k)
+    checks.array("topk_ids", topk_ids, checks.IDS, (1, 2), like=("the recorder", staging))
+    if topk_weights is not None:
+        checks.array("topk_weights", topk_weights, checks.FLOATS, (1, 2), like=("topk_ids", topk_ids))
+        checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "that of `topk_ids`")
+    blocks, threads = _grid(num_rows * top_k)
+    numbers = (num_rows, top_k, first_row, to_row, layer, staging.shape[1], num_experts)
+    choices = {"topk_ids": topk_ids.dtype, "topk_weights": topk_weights and topk_weights.dtype}
+    return Launch(store_tokens, topk_ids.device, blocks, threads, numbers, choices)
+
+
+def count_into(
+    topk_ids: Any, counts: Any, enabled: Any, num_tokens: Any, first_row: int, tables: tuple[Any, Any, Any]
+) -> None:
+    """Do what `add_expert_counts` says; `tables` are the layouts of counts, enabled and num_tokens."""
+    launch = plan_count(layout(topk_ids), *tables, first_row)
+    if arrays.answered_by_reference(topk_ids):
+        options = {"counts": counts, "enabled": enabled, "num_tokens": num_tokens, "first_row": first_row}
+        arrays.by_reference(reference.add_expert_counts, topk_ids, **options)
+    else:
+        launch(topk_ids, enabled, num_tokens, counts)
+
+
+@arrays.public_writing("counts")
+def add_expert_counts(
+    topk_ids: Any, *, counts: Any, enabled: Any = None, num_tokens: Any = None, first_row: int = 0
+) -> Any:
+    """Add the slots of each expert to its counter.
+
+    Parameters
+    ----------
+    topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
+        Contiguous. Ids outside ``[0, num_experts)`` are not counted.
+    counts : array of int64, shape [num_experts]
+        Written: 1 is added for each slot.
+    enabled : array of int32, shape [1], optional
+        0 on the device: nothing is counted.
+    num_tokens : array of int32, shape [1], optional
+        How many tokens there are, on the device; rows from there on are padding and not counted.
+    first_row : int
+        The first row of `topk_ids` is this one of the tokens that `num_tokens` counts.
+
+    Returns
+    -------
+    array of int64, shape [num_experts]
+        `counts` itself.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices.
+
+    Notes
+    -----
+    One launch on the caller's current stream, without synchronising or allocating; captures into CUDA graphs, which
+    then go by `enabled` and `num_tokens` as they are at each replay. The same at every run.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> counts = np.array([10, 0, 0])
+    >>> add_expert_counts(np.array([[0, 2], [2, -1], [2, 1]], np.int32), counts=counts)
+    array([11,  1,  3])
+    >>> add_expert_counts(np.array([[0, 2], [2, -1]]), counts=counts, num_tokens=np.array([1], np.int32))
+    array([12,  1,  4])
+    """
+    tables = layout(counts), layout(enabled), layout(num_tokens)
+    count_into(topk_ids, counts, enabled, num_tokens, first_row, tables)
+    return counts

@@ -1,0 +1,278 @@
+"""What a model calls while it runs: the recorder's hooks, and their context."""
+
+import contextlib
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+
+from numba_moe.recorder import sums
+from numba_moe.recorder.counting import count_into, plan_add
+from numba_moe.recorder.passes import CountRows, TokenStream
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.plans import layout
+
+MODES = ("stat", "stat_approx", "per_pass", "per_token")
+PRIMARY = "primary"
+
+
+class Record(NamedTuple):
+    """What the host knows about the counts or tokens of a pass."""
+
+    forward_pass_id: int
+    gatherer_key: str
+    map_index: int
+
+
+class Setting:
+    """Holds an attribute at a value for a while."""
+
+    __slots__ = ("_before", "_name", "_owner", "_value")
+
+    def __init__(self, owner: Any, name: str, value: Any) -> None:
+        self._owner, self._name, self._value = owner, name, value
+
+    def __enter__(self) -> None:
+        self._before = getattr(self._owner, self._name)
+        setattr(self._owner, self._name, self._value)
+
+    def __exit__(self, *error: object) -> None:
+        setattr(self._owner, self._name, self._before)
+
+
+class Hooks:
+    """The part of `ExpertDistributionRecorder` that a model calls."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        mode: str | None,
+        top_k: int | None = None,
+        buffer_size: int | None = None,
+        device: torch.device | str | None = None,
+        process_group: Any = None,
+        physical_to_logical_map: Any = None,
+        num_gpus: int | None = None,
+        chunk_tokens: int = 4096,
+        spill_directory: Any = None,
+    ) -> None:
+        self.num_layers = checks.integer("num_layers", num_layers, 1)
+        self.num_experts = checks.integer("num_experts", num_experts, 1)
+        if mode is not None:
+            checks.choice("mode", mode, MODES)
+        self.mode, self.process_group = mode, process_group
+        self._top_k = None if top_k is None else checks.integer("top_k", top_k, 1)
+        self._size = None if buffer_size is None else checks.integer("buffer_size", buffer_size, 1)
+        self._chunk_tokens = checks.integer("chunk_tokens", chunk_tokens, 1)
+        self._spill = None if spill_directory is None else Path(spill_directory)
+        spills = mode == "per_token" and buffer_size is None
+        checks.holds(
+            "spill_directory", "None but for 'per_token' of all passes", spills or not self._spill, self._spill
+        )
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.rank, self.num_ranks = sums.place_in(process_group)
+        places = physical_to_logical_map
+        self._maps = [np.tile(np.arange(num_experts), (num_layers, 1)) if places is None else self._check_map(places)]
+        self.num_slots = self._maps[0].shape[1]
+        self.num_gpus = self.num_ranks if num_gpus is None else checks.integer("num_gpus", num_gpus, 1)
+        checks.divides("num_gpus", self.num_gpus, "the number of slots", self.num_slots)
+
+        self._layer: int | None = None
+        self._name, self._disabled, self._in_pass = PRIMARY, False, False
+        self._pass_map = 0
+        self._lock = threading.RLock()
+        self._wanted = self._on = False  # what was asked for, and what the device goes by
+        self._rows_of: dict[tuple[str, int], int] | None = None  # rows of this pass so far, by name and layer
+        self._changed: Any = None
+        if mode is not None:
+            state = torch.tensor([0, checks.LARGEST_INT32], dtype=torch.int32, device=self.device)
+            self._flags = list(state.split(1))  # whether to record, and how many tokens
+            self._flag_layouts = layout(self._flags[0]), layout(self._flags[1])
+            self._lasting: set[str] = set()  # names that captured graphs, or others, count for
+            self._counters: dict[str, tuple[torch.Tensor, list[torch.Tensor], list[Any]]] = {}
+            self._streams: dict[str, TokenStream] = {}
+            self._with_weights = False
+            self._keeper = ThreadPoolExecutor(1, "numba-moe-recorder") if mode == "per_token" else None
+            if mode != "per_token":
+                self._counter(PRIMARY)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._maps = self._maps[self._pass_map if self._in_pass else -1 :]
+        self._pass_map = 0
+        self._records: deque[Record] = deque(maxlen=self._size)
+        self._counts = CountRows(self._size, (self.num_layers, self.num_slots), self.device)
+        self._tokens: Any = None
+
+    def with_current_layer(self, layer: int) -> Setting:
+        """Take hooks inside as those of a layer."""
+        last = self.num_layers - 1
+        return Setting(self, "_layer", checks.integer("layer", layer, 0, last, f"num_layers - 1 = {last}"))
+
+    def with_debug_name(self, name: str) -> Setting:
+        """Keep what is recorded inside apart, as records of this name, in the modes that have records."""
+        return Setting(self, "_name", name)
+
+    def disable_this_region(self) -> Setting:
+        """Let hooks inside do nothing, in a captured graph too."""
+        return Setting(self, "_disabled", True)
+
+    @property
+    def enabled(self) -> torch.Tensor:
+        """The flag on the device, int32 [1]: what adds to `layer_counts` by itself does so where it is not 0."""
+        return self._flags[0]
+
+    def layer_counts(self, layer: int | None = None) -> torch.Tensor:
+        """Return the counter of a layer, the current one by default: int64 [P] on the device, to which others may add.
+
+        Who counts there must go by `enabled`, and must not call `on_select_experts` for the same slots.
+        """
+        if self.mode not in MODES[:3]:
+            raise RuntimeError(f"`layer_counts` must be asked of a mode that counts, got {self.mode!r}")
+        last = self.num_layers - 1
+        place = self._where() if layer is None else checks.integer("layer", layer, 0, last, f"num_layers - 1 = {last}")
+        self._lasting.add(self._key())
+        return self._counter(self._key())[1][place]
+
+    def on_select_experts(self, topk_ids: Any, topk_weights: Any = None) -> None:
+        """Record the experts of tokens, [num_tokens, top_k]; -1 is none. "stat_approx" has no use for it."""
+        if self.mode is None or self.mode == "stat_approx" or self._disabled:
+            return
+        name, capturing = self._key(), self._capturing()
+        if not (self._on or capturing or self._is_new(name)):
+            return
+        if not isinstance(topk_ids, torch.Tensor) and hasattr(topk_ids, "__dlpack__"):
+            topk_ids, topk_weights = (
+                value if value is None else torch.utils.dlpack.from_dlpack(value) for value in (topk_ids, topk_weights)
+            )
+        if self._is_new(name):  # a model's first run, recorded or not, comes before its capture
+            self._open(name, topk_ids, topk_weights)
+        if not (self._on or capturing):
+            return
+        layer = self._where()
+        if capturing:
+            self._lasting.add(name)
+        key = name, layer
+        first_row = 0 if self._rows_of is None else self._rows_of.get(key, 0)
+        with self._on_device():
+            if self.mode == "per_token":
+                self._store(name, layer, first_row, topk_ids, topk_weights, capturing)
+            else:
+                _, rows, layouts = self._counter(name)
+                tables = layouts[layer], *self._flag_layouts
+                enabled, num_tokens = self._flags
+                count_into(topk_ids, rows[layer], enabled, num_tokens, first_row, tables)
+        if self._rows_of is not None:
+            self._rows_of[key] = first_row + len(topk_ids)
+
+    def on_dispatch_counts(self, counts: Any, first_slot: int | None = None) -> None:
+        """Record how many tokens a dispatcher brings to consecutive slots: a list, or an array on the device.
+
+        The first of them is `first_slot`, by default the first of this rank, or 0 if there are counts for all slots.
+        Only "stat_approx" has a use for it.
+        """
+        if self.mode != "stat_approx" or self._disabled:
+            return
+        capturing = self._capturing()
+        if not (self._on or capturing):
+            return
+        if not isinstance(counts, torch.Tensor):
+            if capturing:
+                raise RuntimeError("`counts` must be on the device while a graph is captured, got a list")
+            host = torch.tensor(counts, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            counts = host.to(self.device, non_blocking=True)
+        length = len(counts)
+        if first_slot is None:
+            first_slot = 0 if length == self.num_slots else self.rank * length
+        rule = f"in slots [0, {self.num_slots})"
+        checks.holds("counts", rule, 0 <= first_slot <= self.num_slots - length, f"{length} from slot {first_slot} on")
+        counter = self._counter(PRIMARY)[1][self._where()][first_slot : first_slot + length]
+        launch = plan_add(layout(counts), layout(counter))
+        with self._on_device():
+            if not arrays.answered_by_reference(counts):
+                launch(counts, self._flags[0], counter)
+            elif self._flags[0]:
+                counter += counts.clamp(min=0)
+
+    def _check_map(self, value: Any) -> np.ndarray:
+        value = getattr(value, "physical_to_logical_map", value)
+        places = checks.host_array("physical_to_logical_map", value, "int64", (2,)).copy()
+        checks.holds(
+            "physical_to_logical_map", f"of {self.num_layers} layers", len(places) == self.num_layers, len(places)
+        )
+        known = (places >= -1) & (places < self.num_experts)
+        checks.every("physical_to_logical_map", "-1 or in [0, num_experts)", known, places, ("layer", "slot"))
+        return places
+
+    def _where(self) -> int:
+        if self._layer is None:
+            raise RuntimeError(
+                "hooks must be inside `with_current_layer`, or `disable_this_region` where nothing counts"
+            )
+        return self._layer
+
+    def _key(self) -> str:
+        return self._name if self.mode in ("per_pass", "per_token") else PRIMARY
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _on_device(self) -> Any:
+        if self.device.type == "cpu" or torch._C._cuda_getDevice() == self.device.index:
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.device)
+
+    def _wait_for_device(self) -> None:
+        """Let the current stream wait for what was done to counts on whichever stream."""
+        if self._changed is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._changed)
+
+    def _note_work(self) -> None:
+        if self.device.type == "cuda":
+            self._changed = torch.cuda.current_stream(self.device).record_event()
+
+    def _counter(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor], list[Any]]:
+        """Return the counters of a name [L, P], and of each layer with its layout."""
+        if name not in self._counters:
+            self._check_not_captured(name)
+            counts = torch.zeros((self.num_layers, self.num_slots), dtype=torch.int64, device=self.device)
+            rows = list(counts.unbind())
+            self._counters[name] = counts, rows, [layout(row) for row in rows]
+        return self._counters[name]
+
+    def _is_new(self, name: str) -> bool:
+        return name not in (self._streams if self.mode == "per_token" else self._counters)
+
+    def _check_not_captured(self, name: str) -> None:
+        if self._capturing():
+            raise RuntimeError(f"hooks must have run once for {name!r} before a graph that holds them is captured")
+
+    def _open(self, name: str, ids: Any, weights: Any) -> None:
+        """Take memory for what is recorded under a name."""
+        if self.mode != "per_token":
+            self._counter(name)
+            return
+        self._check_not_captured(name)
+        checks.array("topk_ids", layout(ids), checks.IDS, (2,))
+        if not self._streams:
+            self._top_k, self._with_weights = self._top_k or ids.shape[1], weights is not None
+        shape = self.num_layers, self._top_k or 1
+        sizes = self.num_slots, self._chunk_tokens, self._with_weights, self.device, self._keeper
+        self._streams[name] = TokenStream(shape, *sizes)
+
+    def _store(self, name: str, layer: int, first_row: int, ids: Any, weights: Any, capturing: bool) -> None:
+        if self._rows_of is None and not capturing:
+            raise RuntimeError("`on_select_experts` must be inside `with_forward_pass` with the mode 'per_token'")
+        checks.array("topk_ids", layout(ids), checks.IDS, (2,))
+        given = "given" if self._with_weights else "None"
+        checks.holds("topk_weights", f"{given}, as before", (weights is not None) == self._with_weights, type(weights))
+        self._streams[name].store(layer, first_row, ids, weights, self._flags, capturing)

@@ -1,0 +1,168 @@
+"""Which experts were chosen: counts, what they say about experts and ranks, and which experts are chosen together."""
+
+from typing import Any
+
+import numpy as np
+
+
+def add_expert_counts(
+    topk_ids: np.ndarray, *, counts: np.ndarray, enabled: Any = None, num_tokens: Any = None, first_row: int = 0
+) -> np.ndarray:
+    """Add the slots of each expert to its counter.
+
+    Parameters
+    ----------
+    topk_ids
+        Experts of slots, [num_slots] or [num_tokens, top_k].
+    counts
+        int64 [num_experts], written; ids outside ``[0, num_experts)`` are not counted.
+    enabled
+        [1]; nothing is counted if it holds 0.
+    num_tokens
+        [1]; rows from there on are padding.
+    first_row
+        The first row of `topk_ids` is this one of the tokens that `num_tokens` counts.
+
+    Returns
+    -------
+    np.ndarray
+        `counts`.
+
+    Examples
+    --------
+    >>> add_expert_counts(np.array([[0, 2], [2, -1], [2, 1]]), counts=np.array([10, 0, 0]))
+    array([11,  1,  3])
+    """
+    if enabled is None or enabled[0]:
+        rows = topk_ids if num_tokens is None else topk_ids[: max(int(num_tokens[0]) - first_row, 0)]
+        counts += np.bincount(rows[(rows >= 0) & (rows < len(counts))], minlength=len(counts))
+    return counts
+
+
+def logical_counts(physical_count: np.ndarray, physical_to_logical_map: np.ndarray, num_experts: int) -> np.ndarray:
+    """Sum the counts of the slots that hold an expert.
+
+    Parameters
+    ----------
+    physical_count
+        Counts of slots, [L, P] or [steps, L, P].
+    physical_to_logical_map
+        The expert of each slot [L, P], -1 for none, whose counts are left out.
+    num_experts
+        E.
+
+    Returns
+    -------
+    np.ndarray
+        int64 [L, E] or [steps, L, E].
+
+    Examples
+    --------
+    >>> logical_counts(np.array([[3, 1, 2]]), np.array([[0, 1, 0]]), 2)
+    array([[5, 1]])
+    """
+    counts = np.zeros((*physical_count.shape[:-1], num_experts), np.int64)
+    for layer, slot in np.argwhere((physical_to_logical_map >= 0) & (physical_to_logical_map < num_experts)):
+        counts[..., layer, physical_to_logical_map[layer, slot]] += physical_count[..., layer, slot]
+    return counts
+
+
+def utilization(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
+    """Return the mean count of ranks over that of the busiest rank.
+
+    Parameters
+    ----------
+    physical_count
+        Counts of slots, [L, P] or [steps, L, P].
+    num_gpus
+        Ranks, each of P / num_gpus consecutive slots.
+
+    Returns
+    -------
+    np.ndarray
+        float64 [L] or [steps, L]: ``(mean + 1e-5) / (max + 1e-5)``, 1 for perfect balance and for no tokens.
+
+    Examples
+    --------
+    >>> utilization(np.array([[6, 2, 3, 1]]), 2).round(4)
+    array([0.75])
+    """
+    loads = physical_count.reshape(*physical_count.shape[:-1], num_gpus, -1).sum(axis=-1).astype(np.float64)
+    return (loads.mean(axis=-1) + 1e-5) / (loads.max(axis=-1) + 1e-5)
+
+
+def expert_entropy(counts: np.ndarray) -> np.ndarray:
+    """Return the entropy of the choice of an expert, over that of an even choice.
+
+    Parameters
+    ----------
+    counts
+        Counts of experts, [..., E].
+
+    Returns
+    -------
+    np.ndarray
+        float64 [...]: 1 where all experts are equal, 0 where one has everything, or there is nothing or one expert.
+
+    Examples
+    --------
+    >>> expert_entropy(np.array([[5, 5], [0, 7], [0, 0]]))
+    array([1., 0., 0.])
+    """
+    share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    terms = np.where(share > 0, -share * np.log(np.where(share > 0, share, 1)), 0)
+    return np.abs(terms.sum(axis=-1)) / max(np.log(counts.shape[-1]), 1e-300)
+
+
+def coactivation(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """Count the tokens that chose two experts together.
+
+    Parameters
+    ----------
+    topk_ids
+        Experts of tokens, [num_tokens, top_k], distinct in a row; ids outside ``[0, num_experts)`` are skipped.
+    num_experts
+        E.
+
+    Returns
+    -------
+    np.ndarray
+        int64 [E, E], symmetric; its diagonal counts the tokens of each expert.
+
+    Examples
+    --------
+    >>> coactivation(np.array([[0, 1], [1, 2], [1, -1]]), 3)
+    array([[1, 1, 0],
+           [1, 3, 1],
+           [0, 1, 1]])
+    """
+    pairs = np.zeros((num_experts, num_experts), np.int64)
+    for row in topk_ids:
+        chosen = row[(row >= 0) & (row < num_experts)]
+        np.add.at(pairs, np.ix_(chosen, chosen), 1)
+    return pairs
+
+
+def traffic_matrix(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
+    """Count the tokens' choices that go from each rank to each.
+
+    Parameters
+    ----------
+    physical_count
+        What the tokens of each rank chose, [sources, L, P].
+    num_gpus
+        Ranks, each of P / num_gpus consecutive slots.
+
+    Returns
+    -------
+    np.ndarray
+        int64 [L, sources, num_gpus].
+
+    Examples
+    --------
+    >>> traffic_matrix(np.array([[[3, 1]], [[2, 5]]]), 2)
+    array([[[3, 1],
+            [2, 5]]])
+    """
+    sources, num_layers, _ = physical_count.shape
+    return physical_count.reshape(sources, num_layers, num_gpus, -1).sum(axis=-1).transpose(1, 0, 2)

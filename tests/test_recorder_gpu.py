@@ -1,0 +1,146 @@
+"""The recorder on a device: captured graphs go by the flag, nothing synchronises, and what that costs."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from numba_moe.recorder import ExpertDistributionRecorder, add_expert_counts
+
+pytestmark = pytest.mark.gpu
+
+LAYERS, EXPERTS, TOP_K = 61, 256, 8
+
+
+def make(mode, **options):
+    return ExpertDistributionRecorder(LAYERS, EXPERTS, mode=mode, top_k=TOP_K, **options)
+
+
+def draw(num_tokens, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    scores = torch.rand((LAYERS, num_tokens, EXPERTS), device="cuda", generator=generator)
+    weights, ids = scores.topk(TOP_K)
+    return ids.int(), weights
+
+
+def show(recorder, ids, weights=None):
+    for layer in range(LAYERS):
+        with recorder.with_current_layer(layer):
+            recorder.on_select_experts(ids[layer], None if weights is None else weights[layer])
+
+
+def counts_of(ids):
+    first = torch.arange(LAYERS, device="cuda")[:, None, None] * EXPERTS
+    return torch.bincount((ids + first).ravel(), minlength=LAYERS * EXPERTS).reshape(LAYERS, EXPERTS).cpu().numpy()
+
+
+def capture(recorder, ids, weights=None):
+    """Return a graph of the hooks, captured with recording off."""
+    recorder.start_record()
+    with recorder.with_forward_pass(0):
+        show(recorder, ids, weights)  # compiles
+    recorder.stop_record()
+    recorder.reset()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        show(recorder, ids, weights)
+    return graph
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_pass"])
+def test_a_graph_captured_with_recording_off(mode):
+    recorder = make(mode)
+    ids, _ = draw(300)
+    graph = capture(recorder, ids)
+    for number, on in enumerate((True, False, True)):
+        (recorder.start_record if on else recorder.stop_record)()
+        with recorder.with_forward_pass(number, num_tokens=100 if number == 2 else None):
+            graph.replay()
+    found = recorder.dump_record(output_mode="object")
+    assert found.forward_pass_id.tolist() == [0, 2]
+    assert (found.logical_count == [counts_of(ids), counts_of(ids[:, :100])]).all()
+
+
+def test_tokens_of_a_graph():
+    recorder = make("per_token", chunk_tokens=512)
+    ids, weights = draw(300)
+    graph = capture(recorder, ids, weights)
+    recorder.start_record()
+    seen = []
+    for number, num_tokens in enumerate((300, 7, None, 1000)):
+        drawn = draw(300, number)
+        ids.copy_(drawn[0])
+        weights.copy_(drawn[1])
+        with recorder.with_forward_pass(number, num_tokens):
+            if num_tokens == 1000:  # as eager calls in between
+                drawn = draw(1000, number)
+                show(recorder, *drawn)
+            else:
+                graph.replay()
+        seen.append([part[:, :num_tokens].cpu().numpy() for part in drawn])
+    found = recorder.dump_record(output_mode="object")
+    assert found.num_tokens.tolist() == [300, 7, 300, 1000]
+    for record, (wanted_ids, wanted_weights) in zip(found.records(), seen, strict=True):
+        assert np.array_equal(record["topk_ids_of_layer"], wanted_ids)
+        assert np.array_equal(record["topk_weights_of_layer"], wanted_weights)
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token", "stat_approx"])
+def test_nothing_synchronises(mode):
+    recorder = make(mode)
+    ids, weights = draw(64)
+    loads = torch.ones(EXPERTS, dtype=torch.int64, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recorder.start_record()
+        for number in range(20):
+            with recorder.with_forward_pass(number, num_tokens=number):
+                show(recorder, ids, weights)
+                with recorder.with_current_layer(3):
+                    recorder.on_dispatch_counts(loads)
+                    recorder.on_dispatch_counts([1] * EXPERTS)
+        recorder.stop_record()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = recorder.dump_record(output_mode="object")
+    if mode == "stat_approx":
+        assert (found.logical_count[:, 3] == 2).all()
+    else:
+        assert found.logical_count.sum(axis=(1, 2)).tolist() == [number * TOP_K * LAYERS for number in range(20)]
+
+
+def test_counts_pass_the_largest_int32():
+    counts = torch.zeros(4, dtype=torch.int64, device="cuda")
+    ids = torch.full((100_000_000,), 2, dtype=torch.int32, device="cuda")
+    for _ in range(25):
+        add_expert_counts(ids, counts=counts)
+    assert counts.tolist() == [0, 0, 2_500_000_000, 0]
+
+
+def test_what_a_hook_costs():
+    """At most 2 us of the device for a layer of 4,096 tokens, 8 us of the host."""
+    recorder = make("stat")
+    ids, _ = draw(4096)
+    graph = capture(recorder, ids)
+    recorder.start_record()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with recorder.with_forward_pass(0):
+        graph.replay()
+        begin.record()
+        for _ in range(20):
+            graph.replay()
+        end.record()
+    end.synchronize()
+    device = begin.elapsed_time(end) * 1000 / 20 / LAYERS
+    ids, _ = draw(8)
+    with recorder.with_forward_pass(1):
+        show(recorder, ids)
+        begin_host = time.perf_counter()
+        for _ in range(20):
+            show(recorder, ids)
+        host = (time.perf_counter() - begin_host) * 1e6 / 20 / LAYERS
+    print(f"{device:.2f} us of the device, {host:.2f} us of the host, the layer's context included")
+    assert device <= 2
+    assert host <= 12  # 8 for the hook; the rest is the loop's

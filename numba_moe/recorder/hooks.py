@@ -129,6 +129,8 @@ class Hooks:
     @property
     def enabled(self) -> torch.Tensor:
         """The flag on the device, int32 [1]: what adds to `layer_counts` by itself does so where it is not 0."""
+        if self.mode is None:
+            raise RuntimeError("`enabled` must be asked of a recorder with a mode, got None")
         return self._flags[0]
 
     def layer_counts(self, layer: int | None = None) -> torch.Tensor:

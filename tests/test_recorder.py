@@ -366,6 +366,8 @@ BAD = {
     "format": (lambda: make("stat").dump_record(format="xml"), ValueError, "`format` must be one of 'npz'"),
     "pass id": (lambda: in_pass(started(), IDS, number="1"), TypeError, "`forward_pass_id` must be an integer, got str"),
     "metrics of nothing": (lambda: started().metrics(), RuntimeError, "`metrics` must be asked after a pass was recorded"),
+    "flag of no mode": (lambda: make(None).enabled, RuntimeError, "`enabled` must be asked of a recorder with a mode"),
+    "counts of tokens": (lambda: make("per_token").layer_counts(0), RuntimeError, "`layer_counts` must be asked of a mode that counts, got 'per_token'"),
     "metrics of tokens": (lambda: started("per_token").metrics(), RuntimeError, "`metrics` must be asked of a mode that counts, got 'per_token'"),
 }  # fmt: skip
 IDS = torch.zeros(4, 2, dtype=torch.int32)

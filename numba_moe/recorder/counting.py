@@ -107,22 +107,21 @@ def store_tokens(
     top_k: Int32,
     first_row: Int32,
     to_row: Int32,
-    layer: Int32,
     num_layers: Int32,
     num_experts: Int32,
 ):
-    # topk_ids and topk_weights [num_rows, top_k]; enabled and num_tokens [1]; ids and weights [rows, num_layers,
-    # top_k], from to_row on; stored [num_layers]: rows of the pass that a layer has
+    # topk_ids and topk_weights [num_rows, top_k]; enabled and num_tokens [1]; from a layer on ids and weights
+    # [rows, num_layers, top_k], to be written from to_row on, and stored [num_layers], how many rows a layer has
     if is_off(enabled):
         return
     real = real_rows(num_tokens, first_row, num_rows)
     thread = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if thread == 0 and real > 0:
-        stored[layer] = int32(first_row + real)
+        stored[0] = int32(first_row + real)
     slot = thread
     while slot < real * top_k:
         row = quotient(int32(slot), top_k)
-        place = ((int64(to_row) + row) * num_layers + layer) * top_k + slot - int64(row) * top_k
+        place = (int64(to_row) + row) * num_layers * top_k + slot - int64(row) * top_k
         expert = int64(topk_ids[slot])
         if expert < 0 or expert >= num_experts:
             expert = int64(-1)
@@ -180,7 +179,6 @@ def plan_store(
     staging: Layout,
     first_row: int,
     to_row: int,
-    layer: int,
     num_experts: int,
 ) -> Launch:
     num_rows, top_k = _check_ids(topk_ids)
@@ -190,7 +188,7 @@ def plan_store(
         checks.array("topk_weights", topk_weights, checks.FLOATS, (1, 2), like=("topk_ids", topk_ids))
         checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "that of `topk_ids`")
     blocks, threads = _grid(num_rows * top_k)
-    numbers = (num_rows, top_k, first_row, to_row, layer, staging.shape[1], num_experts)
+    numbers = (num_rows, top_k, first_row, to_row, staging.shape[1], num_experts)
     choices = {"topk_ids": topk_ids.dtype, "topk_weights": topk_weights and topk_weights.dtype}
     return Launch(store_tokens, topk_ids.device, blocks, threads, numbers, choices)
 

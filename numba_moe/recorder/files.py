@@ -16,6 +16,8 @@ from numba_moe.reference.recorder import logical_counts, utilization
 from numba_moe.runtime import checks, files
 
 FORMATS = ("npz", "safetensors", "json", "csv", "pt")
+# Tokens of a dump that are counted together.
+TOKENS_AT_ONCE = 4096
 CSV_HEADER = "layer_id,expert_id,count"
 
 
@@ -88,17 +90,16 @@ class Dump:
         )
 
     def with_counts_of_tokens(self, num_slots: int) -> "Dump":
-        """Return the dump with the counts of its tokens; they are read a pass at a time."""
+        """Return the dump with the counts of its tokens; they are read in parts."""
         num_layers = self.physical_to_logical_maps.shape[1]
         counts = np.zeros((len(self.forward_pass_id), num_layers, num_slots), np.int64)
         first_slot = np.arange(num_layers)[:, None] * num_slots
-        end = 0
-        for number, size in enumerate([] if self.num_tokens is None else self.num_tokens.tolist()):
-            begin, end = end, end + size
-            if self.topk_ids is not None:
-                ids = np.asarray(self.topk_ids[begin:end])
+        ends = np.cumsum([] if self.num_tokens is None else self.num_tokens).astype(int).tolist()
+        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            for first in range(begin, end, TOKENS_AT_ONCE):
+                ids = np.asarray(self.topk_ids)[first : min(first + TOKENS_AT_ONCE, end)]
                 found = np.bincount((ids + first_slot)[ids >= 0], minlength=counts[number].size)
-                counts[number] = found.reshape(num_layers, num_slots)
+                counts[number] += found.reshape(num_layers, num_slots)
         return self.with_counts(counts)
 
     def records(self) -> list[dict[str, Any]]:

@@ -129,6 +129,8 @@ class Hooks:
     @property
     def enabled(self) -> torch.Tensor:
         """The flag on the device, int32 [1]: what adds to `layer_counts` by itself does so where it is not 0."""
+        if self.mode is None:
+            raise RuntimeError("`enabled` must be asked of a recorder with a mode, got None")
         return self._flags[0]
 
     def layer_counts(self, layer: int | None = None) -> torch.Tensor:
@@ -162,7 +164,8 @@ class Hooks:
         if capturing:
             self._lasting.add(name)
         key = name, layer
-        first_row = 0 if self._rows_of is None else self._rows_of.get(key, 0)
+        rows_of = None if capturing and self._in_pass else self._rows_of  # what is captured in a pass is not of it
+        first_row = 0 if rows_of is None else rows_of.get(key, 0)
         with self._on_device():
             if self.mode == "per_token":
                 self._store(name, layer, first_row, topk_ids, topk_weights, capturing)
@@ -171,8 +174,8 @@ class Hooks:
                 tables = layouts[layer], *self._flag_layouts
                 enabled, num_tokens = self._flags
                 count_into(topk_ids, rows[layer], enabled, num_tokens, first_row, tables)
-        if self._rows_of is not None:
-            self._rows_of[key] = first_row + len(topk_ids)
+        if rows_of is not None:
+            rows_of[key] = first_row + len(topk_ids)
 
     def on_dispatch_counts(self, counts: Any, first_slot: int | None = None) -> None:
         """Record how many tokens a dispatcher brings to consecutive slots: a list, or an array on the device.

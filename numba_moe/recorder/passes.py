@@ -117,6 +117,7 @@ class Rows:
         self.ids = torch.empty((rows, *shape), dtype=torch.int32, device=device, **options)
         self.weights = torch.empty((rows, *shape), device=device, **options) if with_weights else None
         self.stored = torch.zeros(shape[0], dtype=torch.int32, device=device, **options)
+        self.layout = layout(self.ids)
 
     def take(self, source: "Rows", stored: torch.Tensor, count: int) -> None:
         self.ids[:count].copy_(source.ids[:count], non_blocking=True)
@@ -190,11 +191,11 @@ class TokenStream:
         weights: Any,
         state: list[torch.Tensor],
     ) -> None:
+        launch = plan_store(layout(ids), layout(weights), staging.layout, row, place, self._num_experts)
         stored = self._staging[0].stored
-        tables = layout(ids), layout(weights), layout(staging.ids)
-        launch = plan_store(*tables, row, place, layer, self._num_experts)
         if not arrays.answered_by_reference(ids):
-            launch(ids, weights, *state, staging.ids, staging.weights, stored)
+            there = staging.weights if staging.weights is None else staging.weights[:, layer]
+            launch(ids, weights, *state, staging.ids[:, layer], there, stored[layer:])
             return
         real = min(len(ids), max(int(state[1]) - row, 0))
         if int(state[0]) and real:

@@ -1,7 +1,5 @@
 """The recorder on a device: captured graphs go by the flag, nothing synchronises, and what that costs."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -87,13 +85,14 @@ def test_tokens_of_a_graph():
         assert np.array_equal(record["topk_weights_of_layer"], wanted_weights)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token", "stat_approx"])
 def test_nothing_synchronises(mode):
     recorder = make(mode)
     ids, weights = draw(64)
     loads = torch.ones(EXPERTS, dtype=torch.int64, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         recorder.start_record()
         for number in range(20):
             with recorder.with_forward_pass(number, num_tokens=number):
@@ -117,30 +116,3 @@ def test_counts_pass_the_largest_int32():
     for _ in range(25):
         add_expert_counts(ids, counts=counts)
     assert counts.tolist() == [0, 0, 2_500_000_000, 0]
-
-
-def test_what_a_hook_costs():
-    """At most 2 us of the device for a layer of 4,096 tokens, 8 us of the host."""
-    recorder = make("stat")
-    ids, _ = draw(4096)
-    graph = capture(recorder, ids)
-    recorder.start_record()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with recorder.with_forward_pass(0):
-        graph.replay()
-        begin.record()
-        for _ in range(20):
-            graph.replay()
-        end.record()
-    end.synchronize()
-    device = begin.elapsed_time(end) * 1000 / 20 / LAYERS
-    ids, _ = draw(8)
-    with recorder.with_forward_pass(1):
-        show(recorder, ids)
-        begin_host = time.perf_counter()
-        for _ in range(20):
-            show(recorder, ids)
-        host = (time.perf_counter() - begin_host) * 1e6 / 20 / LAYERS
-    print(f"{device:.2f} us of the device, {host:.2f} us of the host, the layer's context included")
-    assert device <= 2
-    assert host <= 12  # 8 for the hook; the rest is the loop's

@@ -223,7 +223,7 @@ def test_grouped_choice_by_loops(logits, top_k, scoring_func, group_score, bias,
         scores = [0.0 if score == -np.inf else score for score in scores]
         total = sum(scores[e] for e in chosen) if renormalize else 1.0
         wanted = [2.5 * scores[e] / (total if total > 0 else 1.0) for e in chosen]
-        np.testing.assert_allclose(weights, wanted, rtol=1e-5)
+        np.testing.assert_allclose(weights, wanted, rtol=1e-5, atol=np.finfo(np.float32).smallest_subnormal)
 
 
 def test_ungrouped_choice_is_the_grouped_one_with_one_group():

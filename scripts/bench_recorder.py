@@ -1,0 +1,48 @@
+"""What recording costs on a GPU: device and host microseconds for a layer, beside counting the naive way.
+
+python scripts/bench_recorder.py --layers 61 --experts 256 --tokens 4096 --top-k 8
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from numba_moe.bench.measure import device_time, host_time
+from numba_moe.recorder import ExpertDistributionRecorder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 61), ("experts", 256), ("tokens", 4096), ("top-k", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    ids = torch.rand(given.tokens, given.experts, device="cuda").topk(given.top_k).indices.int()
+    counts = torch.zeros(given.experts, dtype=torch.int64, device="cuda")
+    ones = torch.ones(ids.numel(), dtype=torch.int64, device="cuda")
+
+    def naive() -> None:
+        chosen = ids.ravel()
+        mask = chosen >= 0
+        counts.index_add_(0, chosen.clamp(min=0).long(), ones * mask)
+
+    def report(name: str, hook: Callable[[], object]) -> None:
+        device, host = device_time(hook), host_time(hook)
+        print(f"{name:12} {device:8.2f} us of the device, {host:8.2f} us of the host, for a layer")
+
+    def of_mode(mode: str | None) -> None:
+        recorder = ExpertDistributionRecorder(given.layers, given.experts, mode=mode, top_k=given.top_k)
+        recorder.start_record()
+        with recorder.with_forward_pass(0), recorder.with_current_layer(0):
+            if mode is not None:
+                report(f"mode {mode}", lambda: recorder.on_select_experts(ids))
+            else:
+                print(f"mode None    {host_time(lambda: recorder.on_select_experts(ids)):8.2f} us of the host")
+
+    of_mode("stat")
+    of_mode(None)
+    report("index_add_", naive)
+
+
+if __name__ == "__main__":
+    main()

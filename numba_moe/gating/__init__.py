@@ -49,8 +49,17 @@ def _grouped(
     group_score: str | None,
     routed_scaling_factor: float,
 ) -> TopK:
-    rules = (renormalize, scoring_func, layout(correction_bias), group_score, routed_scaling_factor)
-    plan = plan_grouped(layout(gating_output), top_k, num_expert_group, topk_group, *rules)
+    plan = plan_grouped(
+        layout(gating_output),
+        top_k,
+        num_expert_group,
+        topk_group,
+        renormalize,
+        scoring_func,
+        layout(correction_bias),
+        group_score,
+        routed_scaling_factor,
+    )
     if checks.VALIDATE:
         checks.logits("gating_output", gating_output)
     in_graph = gating_output.requires_grad and torch.is_grad_enabled()
@@ -318,8 +327,15 @@ def grouped_topk(
     array([[0]], dtype=int32)
     """
     return _grouped(
-        *(gating_output, top_k, num_expert_group, topk_group, renormalize),
-        *(scoring_func, correction_bias, group_score, routed_scaling_factor),
+        gating_output,
+        top_k,
+        num_expert_group,
+        topk_group,
+        renormalize,
+        scoring_func,
+        correction_bias,
+        group_score,
+        routed_scaling_factor,
     )
 
 
@@ -388,6 +404,13 @@ def select_experts(
     TopK(topk_weights=array([[0.6, 0.4]], dtype=float32), topk_ids=array([[0, 3]], dtype=int32))
     """
     return _grouped(
-        *(gating_output, top_k, num_expert_group, topk_group, renormalize),
-        *(scoring_func, correction_bias, group_score, routed_scaling_factor),
+        gating_output,
+        top_k,
+        num_expert_group,
+        topk_group,
+        renormalize,
+        scoring_func,
+        correction_bias,
+        group_score,
+        routed_scaling_factor,
     )

@@ -118,7 +118,7 @@ def differentiate_weights(
 
     # All scores of a softmax follow from the largest that was chosen; it is 0 in a row without one.
     peak = float32(0.0)
-    if scoring_func == SOFTMAX:
+    if scoring_func == SOFTMAX and not renormalize:
         rank = order(score)
         winner = first_lane(rank == warp_highest(rank))
         score = cuda.shfl_sync(ALL_LANES, score, winner)

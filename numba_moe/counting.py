@@ -217,15 +217,15 @@ def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers,
 
 
 @cuda.jit(device=True)
-def count_all(topk_ids, expert_map, num_slots, num_experts, mine, first, size, batch, around):
-    """Count all slots before `mine` in around[:size], the others from around[CHUNK] on; `batch` has the first ones."""
+def count_all(topk_ids, expert_map, num_slots, num_experts, mine, first, size, around):
+    """Count all slots before `mine` in around[:size], the others from around[CHUNK] on."""
+    experts = cuda.local.array(SLOT_BATCH, int32)
     threads = int32(cuda.blockDim.x)
     slot = int32(cuda.threadIdx.x)
     while slot < num_slots:
-        if slot >= threads:
-            load_experts(topk_ids, expert_map, num_slots, num_experts, slot, threads, SLOT_BATCH, batch)
+        load_experts(topk_ids, expert_map, num_slots, num_experts, slot, threads, SLOT_BATCH, experts)
         for item in range(SLOT_BATCH):
-            expert = int32(batch[item] - first)
+            expert = int32(experts[item] - first)
             if expert >= 0 and expert < size:
                 atomic_add(around, int32(expert if slot < mine else expert + CHUNK), 1)
             slot = int32(slot + threads)
@@ -355,9 +355,6 @@ def place_slots(
     first_in_block = int32((warp << 5) * items + cuda.laneid)
     first_slot = int64(block_first) + first_in_block
     load_experts(topk_ids, expert_map, num_slots, num_experts, first_slot, WARP, items, experts)
-    batch = cuda.local.array(SLOT_BATCH, int32)
-    if items == 1 and blocks > 1 and not present(block_counts):
-        load_experts(topk_ids, expert_map, num_slots, num_experts, thread, threads, SLOT_BATCH, batch)
     everywhere = int32(blocks * threads)
     here = int32(block * threads + thread)
     if blocks == 1:
@@ -383,9 +380,7 @@ def place_slots(
         if warp < warps:
             rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers, ranks)
         if items == 1 and blocks > 1 and not present(block_counts):
-            if first > 0 and num_slots > SLOT_BATCH * threads:
-                load_experts(topk_ids, expert_map, num_slots, num_experts, thread, threads, SLOT_BATCH, batch)
-            count_all(topk_ids, expert_map, num_slots, num_experts, block_first, first, size, batch, around)
+            count_all(topk_ids, expert_map, num_slots, num_experts, block_first, first, size, around)
         elif blocks > 1 and not present(block_offsets):
             sum_blocks(block_counts, stride, first, size, around)
         cuda.syncthreads()

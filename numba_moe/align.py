@@ -90,8 +90,10 @@ def _plan(
             checks.at_least("len(workspace)", given.workspace.shape[0], size, "what `align_sizes` says")
             checks.aligned("workspace", given.workspace)
     checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
-    maps = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
-    sort = counting.plan_sort(topk_ids, num_experts, num_positions, block_size, inactive_expert_id, *maps)
+    slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
+    aligned = given is None or given.out is None or given.out[0].address == 0
+    sizes = (num_experts, num_positions, block_size, inactive_expert_id)
+    sort = counting.plan_sort(topk_ids, *sizes, slot_map, block_names, aligned)
     return AlignPlan(
         arrays.contiguous(torch.int32, num_positions),
         arrays.contiguous(torch.int32, -(-num_positions // block_size)),
@@ -134,7 +136,7 @@ def align_sizes(num_slots: int, block_size: int, num_experts: int, pad_sorted_id
     Examples
     --------
     >>> align_sizes(4096, block_size=64, num_experts=256)
-    AlignSizes(sorted_token_ids=20224, expert_ids=316, workspace=0)
+    AlignSizes(sorted_token_ids=20224, expert_ids=316, workspace=1024)
     """
     num_slots = checks.integer("num_slots", num_slots, 0)
     block_size = checks.integer("block_size", block_size, 1)

@@ -9,9 +9,9 @@ from numba_moe import counting, reference, testing
 from numba_moe.runtime import arrays, plans
 
 PATHS = {
-    "recounted": {},
-    "counted": {"RECOUNTED_SLOTS": 0},
-    "scanned": {"RECOUNTED_SLOTS": 0, "UNSCANNED_COUNTS": 0},
+    "clustered": {},
+    "counted": {"CLUSTERS": ()},
+    "scanned": {"CLUSTERS": (), "UNSCANNED_COUNTS": 0},
 }
 
 
@@ -26,7 +26,7 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
         ids = testing.random_ids(np.random.default_rng(tokens), tokens, experts, 3, "zipf")
         ids[::7] = -1
         sizes = moe.align_sizes(ids.size, block_size, experts)
-        assert (sizes.workspace > 0) == (path != "recounted" and tokens == 700)
+        assert (sizes.workspace > 0) == (tokens == 700)
         wanted_inverse, wanted_counts = np.empty_like(ids), np.empty(experts, np.int32)
         expected = reference.moe_align_block_size(
             ids, block_size, experts, inv_sorted_idx=wanted_inverse, counts=wanted_counts
@@ -53,7 +53,7 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
 @pytest.mark.parametrize("num_experts", [1, 256, 5000])
 def test_a_workspace_suffices_for_fewer_slots(num_experts):
     most = moe.align_sizes(2**21, 128, num_experts)
-    for num_slots in (*range(0, 2**21, 9973), counting.RECOUNTED_SLOTS + 1, counting.FEW_SLOTS):
+    for num_slots in (*range(0, 2**21, 9973), 2**10 + 1, 2**15 + 1, counting.FEW_SLOTS):
         sizes = moe.align_sizes(num_slots, 128, num_experts)
         assert all(size <= enough for size, enough in zip(sizes, most, strict=True)), num_slots
         plan = counting.plan_sort(plans.layout(torch.empty(num_slots, dtype=torch.int32)), num_experts, num_slots)

@@ -9,11 +9,12 @@ import torch
 import numba_moe as moe
 from numba_moe import counting, reference, testing
 from numba_moe.runtime import plans
+from numba_moe.runtime.primitives import reciprocal_of
 
 PATHS = {
-    "recounted": {},
-    "counted": {"RECOUNTED_SLOTS": 0},
-    "scanned": {"RECOUNTED_SLOTS": 0, "UNSCANNED_COUNTS": 0},
+    "clustered": {},
+    "counted": {"CLUSTERS": ()},
+    "scanned": {"CLUSTERS": (), "UNSCANNED_COUNTS": 0},
 }
 
 
@@ -45,12 +46,24 @@ def test_every_path(path, chunk, device, monkeypatch):
     plans.forget()
 
 
-def test_grids_keep_within_what_a_block_has():
+@pytest.mark.parametrize("most_in_cluster", [*counting.CLUSTERS, 0])
+def test_grids_keep_within_what_a_block_has(most_in_cluster):
     for num_slots, num_experts in itertools.product(
         [0, 1, 1024, 1025, 2**15, 2**15 + 1, 10**6, 2**31 - 1], [1, 256, 20000]
     ):
-        grid = counting._grid(num_slots, num_experts)
+        grid = counting._grid(num_slots, num_experts, most_in_cluster)
         assert grid.blocks * grid.threads * grid.items >= num_slots
         assert grid.threads <= counting.MOST_THREADS
         assert grid.threads * grid.items < 2**15, "counts by warp and block are int16"
         assert grid.shared_bytes <= 64 * 1024
+        assert not grid.one_cluster or grid.blocks <= most_in_cluster
+
+
+def test_division_by_a_reciprocal_is_exact():
+    numbers = np.concatenate([np.arange(5000), 2**31 - 1 - np.arange(5000)])
+    for divisor in (1, 2, 3, 7, 16, 48, 64, 100, 128, 255, 641, 2**16 + 1, 10**9 + 7, 2**31 - 1):
+        near = np.concatenate([numbers, np.clip(np.arange(1, 2000) * divisor, 0, 2**31 - 1)])
+        reciprocal, shift = reciprocal_of(divisor)
+        assert reciprocal * (2**31 - 1) < 2**63, "in 64 bits"
+        for number in (near, np.maximum(near - 1, 0)):
+            assert np.array_equal(number * reciprocal >> shift, number // divisor), divisor

@@ -16,7 +16,7 @@ ALL = 0xFFFFFFFF
 
 
 def run(kernel, threads, *arrays):
-    simulator.launch(kernel, 1, threads, tuple(map(torch.from_numpy, arrays)), 0)
+    simulator.launch(kernel, tuple(map(torch.from_numpy, arrays)), 1, threads)
     return arrays[-1]
 
 

@@ -44,13 +44,13 @@ def tail(typingctx: Any, array: Any, elements: Any) -> Any:
 
 
 @intrinsic
-def as_int32(typingctx: Any, array: Any) -> Any:
-    """Take plain memory as int32."""
+def as_uint32(typingctx: Any, array: Any) -> Any:
+    """Take plain memory as uint32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32).as_pointer())
 
-    return types.CPointer(types.int32)(array), codegen
+    return types.CPointer(types.uint32)(array), codegen
 
 
 @intrinsic
@@ -91,16 +91,40 @@ def load_words(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
-def atomic_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """Add to an element of an integer array in device memory, in no particular order among threads."""
+def store_words(typingctx: Any, array: Any, index: Any, words: Any) -> Any:
+    """Write four int32 as 16 bytes; the address of array[index] must be a multiple of 16."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.atomic_rmw(
-            "add", _address(context, builder, signature.args[0], *arguments[:2]), arguments[2], "monotonic"
-        )
+        array, index, words = arguments
+        address = _address(context, builder, signature.args[0], array, index)
+        kind = ir.VectorType(ir.IntType(32), 4)
+        vector = ir.Constant(kind, ir.Undefined)
+        for lane in range(4):
+            word = builder.extract_value(words, lane)
+            vector = builder.insert_element(vector, word, ir.Constant(ir.IntType(32), lane))
+        builder.store(vector, builder.bitcast(address, kind.as_pointer()), align=16)
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, array.dtype), codegen
+    return types.void(array, types.int64, types.UniTuple(types.int32, 4)), codegen
+
+
+def _atomic(operation: str) -> Any:
+    """Return an intrinsic that changes an element of an integer array, in no particular order among threads."""
+
+    @intrinsic
+    def function(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address = _address(context, builder, signature.args[0], *arguments[:2])
+            builder.atomic_rmw(operation, address, arguments[2], "monotonic")
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64, array.dtype), codegen
+
+    return function
+
+
+atomic_add = _atomic("add")
+atomic_or = _atomic("or")
 
 
 @intrinsic
@@ -141,6 +165,38 @@ def warp_highest(typingctx: Any, value: Any) -> Any:
         return builder.call(ir.InlineAsm(reduce, code, "=r,r", side_effect=True), arguments)
 
     return types.int32(types.int32), codegen
+
+
+def _barrier(code: str) -> Any:
+    """Return an intrinsic of one PTX instruction by which threads wait for each other."""
+
+    @intrinsic
+    def function(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(ir.InlineAsm(kind, f"{code};", "~{memory}", side_effect=True), [], attrs=("convergent",))
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return function
+
+
+cluster_arrive = _barrier("barrier.cluster.arrive.release.aligned")
+cluster_arrive_relaxed = _barrier("barrier.cluster.arrive.relaxed.aligned")
+cluster_wait = _barrier("barrier.cluster.wait.acquire.aligned")
+
+
+@intrinsic
+def of_block(typingctx: Any, array: Any, block: Any) -> Any:
+    """Return the plain shared memory that another block of the cluster has where this one has an array."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, block = arguments
+        kind = ir.FunctionType(array.type, [array.type, block.type])
+        return builder.call(ir.InlineAsm(kind, "mapa.u64 $0, $1, $2;", "=l,l,r"), [array, block])
+
+    return array(array, types.int32), codegen
 
 
 def _of_float32(code: str) -> Any:

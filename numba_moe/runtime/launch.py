@@ -25,6 +25,8 @@ from numba_moe.runtime import compile, simulator
 
 # Parameters of a kernel, at most; each has eight bytes of a thread's buffer.
 MOST_PARAMETERS = 32
+# The compute capability from which blocks form clusters.
+WITH_CLUSTERS = (9, 0)
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _compile_lock = threading.Lock()
@@ -45,10 +47,11 @@ class _Config(ctypes.Structure):
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute of the driver, whose value is a union of 64 bytes."""
 
-    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
 
 
-_MAY_START_EARLY = _Attribute(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+_MAY_START_EARLY = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CLUSTER = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _thread = threading.local()
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from torch's CPU build
 
@@ -71,6 +74,8 @@ class Launch:
         By name: the dtype of each array that may have several (None for an absent one), the value of each constant.
     shared_bytes
         Dynamic shared memory of a block, at most compile.MOST_SHARED_BYTES.
+    one_cluster
+        Whether all blocks run together and can read each other's shared memory: if it `fits` the device.
     """
 
     def __init__(
@@ -82,9 +87,11 @@ class Launch:
         numbers: Sequence[int | float],
         choices: Mapping[str, torch.dtype | int | None] | None = None,
         shared_bytes: int = 0,
+        one_cluster: bool = False,
     ) -> None:
         self._kernel, self._blocks, self._threads = kernel, blocks, threads
         self._numbers, self._shared_bytes, self._device = tuple(numbers), shared_bytes, device.index
+        self._one_cluster, self._on_gpu = one_cluster, device.type == "cuda"
         names = {name: _name(choice) for name, choice in (choices or {}).items()}
         self._specialisation = compile.specialisation_for(kernel, names)
         self._constants = tuple(choice for choice in self._specialisation if isinstance(choice, int))
@@ -110,15 +117,39 @@ class Launch:
     def _configure(self, stream: int) -> Any:
         """Return the driver's function and its first arguments for a stream, which many threads may share."""
         function, early = _load(self._kernel, self._specialisation, self._device)
+        attributes = (_Attribute * 2)()
+        count = 0
+        if early:
+            attributes[count] = _Attribute(_MAY_START_EARLY, 0, (1,))
+            count += 1
+        if self._one_cluster:
+            attributes[count] = _Attribute(_CLUSTER, 0, (self._blocks, 1, 1))
+            count += 1
         shape = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
-        config = _Config(*shape, stream, ctypes.addressof(_MAY_START_EARLY), int(early))
+        config = _Config(*shape, stream, ctypes.addressof(attributes), count)
+        config.kept = attributes
         self._configured[stream] = _libcuda().cuLaunchKernelEx, ctypes.byref(config), ctypes.c_void_p(function)
         return self._configured[stream]
+
+    def fits(self) -> bool:
+        """Whether the device runs all blocks of the cluster together; true where there is none."""
+        if not self._one_cluster:
+            return True
+        if simulator.ENABLED:
+            return self._blocks <= simulator.MOST_IN_CLUSTER
+        if not self._on_gpu or torch.cuda.get_device_capability(self._device) < WITH_CLUSTERS:
+            return False
+        _prepare_thread(self._device)
+        _, config, function = self._configure(0)
+        clusters = ctypes.c_int()
+        status = _libcuda().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), function, config)
+        return bool(status == _SUCCESS and clusters.value > 0)
 
     def _simulate(self, *arrays: torch.Tensor | None) -> None:
         if self._blocks:
             arguments = (*arrays, *self._numbers, *self._constants)
-            simulator.launch(self._kernel, self._blocks, self._threads, arguments, self._shared_bytes)
+            shape = (self._blocks, self._threads, self._shared_bytes, self._one_cluster)
+            simulator.launch(self._kernel, arguments, *shape)
 
     if simulator.ENABLED:
         __call__ = _simulate
@@ -155,6 +186,9 @@ def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int)
     loaded = _check(what, *driver.cuLibraryGetKernel(library, entry.entry_name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(what, *driver.cuKernelSetAttribute(attribute, compile.MOST_SHARED_BYTES, loaded, device))
+    if capability >= WITH_CLUSTERS:
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        _check(what, *driver.cuKernelSetAttribute(attribute, 1, loaded, device))
     return int(_check(what, *driver.cuKernelGetFunction(loaded))), compile.waits(capability)
 
 

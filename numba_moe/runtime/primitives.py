@@ -25,7 +25,9 @@ flat: Any
 quotient: Any
 present: Any
 atomic_add: Any
+atomic_or: Any
 load_words: Any
+store_words: Any
 load_float: Any
 load_floats: Any
 store_float: Any
@@ -35,7 +37,11 @@ warp_highest: Any
 divide: Any
 larger: Any
 tail: Any
-as_int32: Any
+as_uint32: Any
+cluster_arrive: Any
+cluster_arrive_relaxed: Any
+cluster_wait: Any
+of_block: Any
 exp2: Any
 reciprocal: Any
 square_root: Any
@@ -53,8 +59,14 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def atomic_add(array: Any, index: int, value: Any) -> None:
         array[index] = array[index] + value  # threads take turns
 
+    def atomic_or(array: Any, index: int, value: Any) -> None:
+        array[index] = int(array[index]) | int(value)
+
     def load_words(array: Any, index: int) -> Any:
-        return array.words(index)
+        return tuple(map(int, simulator.words(array, index)))
+
+    def store_words(array: Any, index: int, words: Any) -> None:
+        simulator.words(array, index)[:] = words
 
     def load_float(array: Any, index: int) -> Any:
         value = array[index]
@@ -93,8 +105,19 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def tail(array: Any, elements: int) -> Any:
         return array[elements:]
 
-    def as_int32(array: Any) -> Any:
-        return array.view(np.int32)
+    def as_uint32(array: Any) -> Any:
+        return array.view(np.uint32)
+
+    def cluster_arrive() -> None:
+        simulator.cluster_arrive()
+
+    cluster_arrive_relaxed = cluster_arrive
+
+    def cluster_wait() -> None:
+        simulator.cluster_wait()
+
+    def of_block(array: Any, block: int) -> Any:
+        return simulator.of_block(array, int(block))
 
     def exp2(value: Any) -> Any:
         with np.errstate(all="ignore"):
@@ -111,7 +134,9 @@ else:
     quotient = Deferred("numba_moe.runtime.intrinsics", "quotient")
     present = Deferred("numba_moe.runtime.intrinsics", "present")
     atomic_add = Deferred("numba_moe.runtime.intrinsics", "atomic_add")
+    atomic_or = Deferred("numba_moe.runtime.intrinsics", "atomic_or")
     load_words = Deferred("numba_moe.runtime.intrinsics", "load_words")
+    store_words = Deferred("numba_moe.runtime.intrinsics", "store_words")
     load_float = Deferred("numba_moe.runtime.intrinsics", "load_float")
     load_floats = Deferred("numba_moe.runtime.intrinsics", "load_floats")
     store_float = Deferred("numba_moe.runtime.intrinsics", "store_float")
@@ -123,8 +148,24 @@ else:
     square_root = Deferred("numba_moe.runtime.intrinsics", "square_root")
     larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
-    as_int32 = Deferred("numba_moe.runtime.intrinsics", "as_int32")
+    cluster_arrive = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive")
+    cluster_arrive_relaxed = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive_relaxed")
+    cluster_wait = Deferred("numba_moe.runtime.intrinsics", "cluster_wait")
+    of_block = Deferred("numba_moe.runtime.intrinsics", "of_block")
+    as_uint32 = Deferred("numba_moe.runtime.intrinsics", "as_uint32")
     tail = Deferred("numba_moe.runtime.intrinsics", "tail")
+
+
+def reciprocal_of(divisor: int) -> tuple[int, int]:
+    """Return what `divided` takes for a divisor."""
+    shift = 31 + (divisor - 1).bit_length()
+    return (1 << shift) // divisor + 1, shift
+
+
+@cuda.jit(device=True)
+def divided(number, reciprocal, shift):
+    """Divide an int32 that is not negative by the divisor of `reciprocal_of`, in a tenth of the time of a division."""
+    return int32((int64(number) * reciprocal) >> shift)
 
 
 @cuda.jit(device=True)
@@ -185,16 +226,23 @@ def warp_inclusive_sum(value, dtype):
 @cuda.jit(device=True)
 def block_sums(value, warp_sums, dtype):
     """Sum `value` over this and all lower threads, and over the block; warp_sums: shared [32] of that dtype."""
-    warp = cuda.threadIdx.x >> 5
+    warp = int32(cuda.threadIdx.x >> 5)
+    warps = int32(cuda.blockDim.x >> 5)
     value = warp_inclusive_sum(value, dtype)
     if cuda.laneid == WARP - 1:
         warp_sums[warp] = value
     cuda.syncthreads()
     of_warp = dtype(0)
-    if cuda.laneid < cuda.blockDim.x >> 5:
+    if cuda.laneid < warps:
         of_warp = warp_sums[cuda.laneid]
-    upto = warp_inclusive_sum(of_warp, dtype)
-    total = cuda.shfl_sync(ALL_LANES, upto, WARP - 1)
+    upto = of_warp
+    distance = int32(1)
+    while distance < warps:
+        below = cuda.shfl_up_sync(ALL_LANES, upto, distance)
+        if cuda.laneid >= distance:
+            upto = dtype(upto + below)
+        distance = int32(distance << 1)
+    total = cuda.shfl_sync(ALL_LANES, upto, warps - 1)
     before = cuda.shfl_sync(ALL_LANES, dtype(upto - of_warp), warp)
     cuda.syncthreads()
     return dtype(value + before), total

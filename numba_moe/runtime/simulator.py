@@ -18,6 +18,9 @@ import torch
 
 ENABLED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 _ALL_LANES = 0xFFFFFFFF
+_POISON = 0x5A
+# Blocks that are simulated together, each of whose threads is a thread of Python's.
+MOST_IN_CLUSTER = 4
 _running = False
 
 
@@ -59,28 +62,42 @@ class Pointer:
         return int(value) if isinstance(value, np.integer) else value
 
     def words(self, index: int) -> Any:
-        """Return 16 bytes from an element on as four int32."""
+        """Return the 16 bytes from an element on, as an array of int32."""
         width = 16 // self.dtype.itemsize
-        if index % width:
-            raise IndexError(f"index {index} is not a multiple of 16 bytes")
         self._check(index)
         self._check(index + width - 1)
-        return tuple(map(int, self._memory[index : index + width].view(np.int32)))
+        return _words(self._memory, index)
 
     def __setitem__(self, index: int, value: Any) -> None:
         self._check(index)
         self._memory[index] = value
 
 
-def launch(kernel: Any, blocks: int, threads: int, arguments: tuple[Any, ...], shared_bytes: int) -> None:
-    """Run a kernel in the simulator on CPU tensors."""
-    kernel[blocks, threads, 0, shared_bytes](*[Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+def _words(memory: Any, index: int) -> Any:
+    width = 16 // memory.dtype.itemsize
+    if index % width:
+        raise IndexError(f"index {index} is not a multiple of 16 bytes")
+    return memory[index : index + width].view(np.int32)
+
+
+def words(array: Any, index: int) -> Any:
+    """Return 16 bytes of device or shared memory from an element on, as an array of int32 that can be written."""
+    return array.words(index) if isinstance(array, Pointer) else _words(array, int(index))
+
+
+def launch(
+    kernel: Any, arguments: tuple[Any, ...], blocks: int, threads: int, shared_bytes: int = 0, one_cluster: bool = False
+) -> None:
+    """Run a kernel in the simulator on CPU tensors, its blocks one after another unless they are one cluster."""
+    pointers = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    _Block.together = one_cluster
+    kernel[blocks, threads, 0, shared_bytes](*pointers)
 
 
 if ENABLED:
     import numba.cuda
     from numba.cuda.simulator import kernel as _kernel
-    from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
+    from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule, FakeCUDAShared
 
     class _Aborted(BaseException):
         """Ends a simulated thread after another one of its block failed."""
@@ -96,14 +113,16 @@ if ENABLED:
             self.turn.acquire()
             self.start()
 
-        def play(self, program: Callable[[], None], block: "_Block", block_idx: Any, thread_idx: Any) -> None:
+        def play(
+            self, program: Callable[[], None], block: "_Block", block_idx: Any, thread_idx: Any, shared: Any
+        ) -> None:
             """Take the part of one CUDA thread; it begins when its turn comes."""
-            self._program, self._manager = program, block
+            self._program, self._manager, self.shared, self.block = program, block, shared, block_idx[0]
             self.blockIdx, self.threadIdx = Dim3(*block_idx), Dim3(*thread_idx)
             across, up, _ = block._block_dim
             self.thread_id = thread_idx[0] + across * (thread_idx[1] + up * thread_idx[2])
             self.received: dict[int, Any] = {}
-            self.ended = False
+            self.ended = self.arrived = False
 
         def run(self) -> None:
             if hasattr(os, "sched_setaffinity"):  # threads that take turns hand over faster on one processor
@@ -122,23 +141,35 @@ if ENABLED:
                 self.ended = True
                 block = self._manager
                 self.idle.append(self)
-                block.leave(failure)
+                block.leave(self, failure)
 
         def syncthreads(self) -> None:
-            self._manager.meet(self, "block", lambda: self._manager.alive, None)
+            self._manager.meet(self, ("block", self.block), lambda: self._manager.alive[self.block], None)
 
     class _Block(_kernel.BlockManager):
-        """Runs one block; its methods are called by whichever simulated thread has the turn."""
+        """Runs one block, or a cluster of them; its methods are called by whichever simulated thread has the turn."""
+
+        together = False
 
         def run(self, grid_point: tuple[int, ...], *arguments: Any) -> None:
+            points = [grid_point]
+            if self.together:
+                if any(grid_point):
+                    return  # with the first block
+                points = list(np.ndindex(*self._grid_dim))
+            context = _kernel._get_kernel_context()
             self.threads = []
-            for point in np.ndindex(*self._block_dim):
-                thread = _Thread.idle.pop() if _Thread.idle else _Thread()
-                thread.play(lambda: self._f(*arguments), self, grid_point, point)
-                self.threads.append(thread)
+            self.shared = {}
+            for block in points:
+                self.shared[block[0]] = shared = FakeCUDAShared(context._shared._dynshared_size)
+                shared._dynshared[:] = _POISON
+                for point in np.ndindex(*self._block_dim):
+                    thread = _Thread.idle.pop() if _Thread.idle else _Thread()
+                    thread.play(lambda: self._f(*arguments), self, block, point, shared)
+                    self.threads.append(thread)
             self._ready = list(self.threads)
-            self.alive = len(self.threads)
-            self._random = random.Random(self.alive)
+            self.alive = {block[0]: len(self.threads) // len(points) for block in points}
+            self._random = random.Random(len(self.threads))
             self._waiting: dict[Any, dict[_Thread, Any]] = {}
             self._failure: BaseException | None = None
             self._done = threading.Event()
@@ -163,17 +194,21 @@ if ENABLED:
                 self.begin()
             return thread.received
 
-        def leave(self, failure: BaseException | None) -> None:
+        def leave(self, thread: _Thread, failure: BaseException | None) -> None:
             """Count out a thread that ended, and let another one run."""
-            self.alive -= 1
+            self.alive[thread.block] -= 1
             if self._failure is not None:
                 return
             if failure is not None:
                 self._fail(failure)
                 return
-            if len(self._waiting.get("block", ())) == self.alive > 0:
-                self._release("block")
+            for place, alive in ((("block", thread.block), self.alive[thread.block]), ("cluster", self.all_alive())):
+                if len(self._waiting.get(place, ())) == alive > 0:
+                    self._release(place)
             self._hand_over()
+
+        def all_alive(self) -> int:
+            return sum(self.alive.values())
 
         def _release(self, place: Any) -> None:
             group = self._waiting.pop(place)
@@ -208,8 +243,30 @@ if ENABLED:
         warp, lane = divmod(thread.thread_id, 32)
         if not mask >> lane & 1:
             raise RuntimeError(f"lane {lane} calls a warp operation whose mask {mask:#x} leaves it out")
-        values = thread._manager.meet(thread, (warp, mask), lambda: bin(mask).count("1"), value)
+        values = thread._manager.meet(thread, (thread.block, warp, mask), lambda: bin(mask).count("1"), value)
         return {thread_id % 32: given for thread_id, given in values.items()}, lane
+
+    def cluster_arrive() -> None:
+        """Say that this thread came to a barrier of its cluster."""
+        thread: Any = threading.current_thread()
+        if thread.arrived:
+            raise RuntimeError("a thread arrives at a barrier of its cluster again and has not waited there")
+        thread.arrived = True
+
+    def cluster_wait() -> None:
+        """Wait until all threads of the cluster came; here even until they wait, which CUDA does not ask for."""
+        thread: Any = threading.current_thread()
+        if not thread.arrived:
+            raise RuntimeError("a thread waits at a barrier of its cluster where it has not arrived")
+        thread.arrived = False
+        thread._manager.meet(thread, "cluster", thread._manager.all_alive, None)
+
+    def of_block(array: Any, block: int) -> Any:
+        """Return what another block of the cluster has where this one has an array of dynamic shared memory."""
+        thread: Any = threading.current_thread()
+        mine, other = thread.shared._dynshared, thread._manager.shared[block]._dynshared
+        offset = array.__array_interface__["data"][0] - mine.__array_interface__["data"][0]
+        return other[offset : offset + array.nbytes].view(array.dtype)
 
     def _mask(lanes: Any) -> int:
         return sum(1 << lane for lane in lanes)
@@ -261,7 +318,7 @@ if ENABLED:
             return _mask(
                 thread.thread_id % 32
                 for thread in this._manager.threads
-                if thread.thread_id // 32 == warp and not thread.ended
+                if (thread.block, thread.thread_id // 32) == (this.block, warp) and not thread.ended
             )
 
     def _jit(function: Any = None, *, launch_bounds: int | None = None, **options: Any) -> Any:
@@ -270,6 +327,7 @@ if ENABLED:
 
     _simulated_jit, numba.cuda.jit = numba.cuda.jit, _jit
     _kernel.BlockManager = _Block
+    FakeCUDAModule.shared = property(lambda self: threading.current_thread().shared)  # type: ignore[attr-defined]
     for _name, _operation in vars(_WarpOperations).items():
         if not _name.startswith("__"):
             setattr(FakeCUDAModule, _name, _operation)

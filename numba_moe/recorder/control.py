@@ -249,8 +249,8 @@ class ExpertDistributionRecorder(Hooks):
             self._wait_for_device()
             self._apply()
             self._in_pass, self._pass_map, self._rows_of = True, len(self._maps) - 1, {}
-            limited = self._on and num_tokens is not None
-            if limited:
+            self._limited = self._on and num_tokens is not None
+            if self._limited:
                 self._flags[1].fill_(num_tokens)
         try:
             yield
@@ -260,7 +260,7 @@ class ExpertDistributionRecorder(Hooks):
                 self._in_pass = False
                 if self._on:
                     self._end_pass(number, used)
-                    if limited:
+                    if self._limited:
                         self._flags[1].fill_(checks.LARGEST_INT32)
                     self._note_work()
                 self._apply()

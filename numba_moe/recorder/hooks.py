@@ -19,6 +19,9 @@ from numba_moe.runtime.plans import layout
 
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
 PRIMARY = "primary"
+HERE = contextlib.nullcontext()
+# What torch.cuda.is_current_stream_capturing calls; absent from torch's CPU build.
+_is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 
 class Record(NamedTuple):
@@ -79,6 +82,7 @@ class Hooks:
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self._is_cuda = self.device.type == "cuda"
         self.rank, self.num_ranks = sums.place_in(process_group)
         places = physical_to_logical_map
         self._maps = [np.tile(np.arange(num_experts), (num_layers, 1)) if places is None else self._check_map(places)]
@@ -90,6 +94,7 @@ class Hooks:
         self._name, self._disabled, self._in_pass = PRIMARY, False, False
         self._pass_map = 0
         self._lock = threading.RLock()
+        self._limited = False  # whether the pass has fewer tokens than rows
         self._wanted = self._on = False  # what was asked for, and what the device goes by
         self._rows_of: dict[tuple[str, int], int] | None = None  # rows of this pass so far, by name and layer
         self._changed: Any = None
@@ -173,7 +178,8 @@ class Hooks:
                 _, rows, layouts = self._counter(name)
                 tables = layouts[layer], *self._flag_layouts
                 enabled, num_tokens = self._flags
-                count_into(topk_ids, rows[layer], enabled, num_tokens, first_row, tables)
+                past = first_row if capturing or self._limited else 0  # that matters where `num_tokens` says less
+                count_into(topk_ids, rows[layer], enabled, num_tokens, past, tables)
         if rows_of is not None:
             rows_of[key] = first_row + len(topk_ids)
 
@@ -191,7 +197,7 @@ class Hooks:
         if not isinstance(counts, torch.Tensor):
             if capturing:
                 raise RuntimeError("`counts` must be on the device while a graph is captured, got a list")
-            host = torch.tensor(counts, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            host = torch.tensor(counts, dtype=torch.int64, pin_memory=self._is_cuda)
             counts = host.to(self.device, non_blocking=True)
         length = len(counts)
         if first_slot is None:
@@ -227,11 +233,11 @@ class Hooks:
         return self._name if self.mode in ("per_pass", "per_token") else PRIMARY
 
     def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._is_cuda and _is_capturing()
 
     def _on_device(self) -> Any:
-        if self.device.type == "cpu" or torch._C._cuda_getDevice() == self.device.index:
-            return contextlib.nullcontext()
+        if not self._is_cuda or torch._C._cuda_getDevice() == self.device.index:
+            return HERE
         return torch.cuda.device(self.device)
 
     def _wait_for_device(self) -> None:
@@ -240,7 +246,7 @@ class Hooks:
             torch.cuda.current_stream(self.device).wait_event(self._changed)
 
     def _note_work(self) -> None:
-        if self.device.type == "cuda":
+        if self._is_cuda:
             self._changed = torch.cuda.current_stream(self.device).record_event()
 
     def _counter(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor], list[Any]]:

@@ -615,6 +615,14 @@ def _grid(num_slots: int, num_experts: int, most_in_cluster: int) -> Grid:
     return grid
 
 
+def _grid_to_count(num_slots: int, num_experts: int) -> Grid:
+    for items in (1, 4, 8):  # one block needs no zeros to add to
+        threads = -(-num_slots // (128 * items)) * 128
+        if threads <= block_threads(MOST_THREADS):
+            return _deal(1, max(128, threads), items, num_experts, False)
+    return _grid(num_slots, num_experts, 0)
+
+
 def _deal(blocks: int, threads: int, items: int, num_experts: int, counted: bool) -> Grid:
     stride = -(-num_experts // 8) * 8
     one_cluster = blocks > 1 and not counted
@@ -734,7 +742,7 @@ class CountPlan(NamedTuple):
 def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -> CountPlan:
     num_experts = checks.routing(topk_ids, num_experts, expert_map)
     num_slots = topk_ids.shape.numel()
-    grid = _grid(num_slots, num_experts, 0)
+    grid = _grid_to_count(num_slots, num_experts)
     where = (topk_ids.device, grid.blocks, grid.threads)
     ids = _choices(topk_ids, expert_map, grid)
     launch = Launch(count_slots, *where, (num_slots, num_experts, grid.stride, 0, 0), ids)

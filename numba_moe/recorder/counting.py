@@ -143,18 +143,11 @@ def _check_ids(topk_ids: Any) -> tuple[int, int]:
 
 
 @planned
-def plan_count(
-    topk_ids: Layout, counts: Layout, enabled: Layout | None, num_tokens: Layout | None, first_row: int
-) -> Launch:
+def plan_count(topk_ids: Layout, num_experts: int, first_row: int, where: torch.device) -> Launch:
     num_rows, top_k = _check_ids(topk_ids)
-    here = ("topk_ids", topk_ids)
-    checks.array("counts", counts, (torch.int64,), (1,), like=here)
-    for name, value in (("enabled", enabled), ("num_tokens", num_tokens)):
-        if value is not None:
-            checks.array(name, value, (torch.int32,), (1,), like=here)
-            checks.shape(name, value, (1,), "(1,)")
+    here = topk_ids.device
+    checks.holds("topk_ids", f"on the device of the counters, {where}", here == where, str(here))
     first_row = checks.integer("first_row", first_row, 0)
-    num_experts = counts.shape[0]
     checks.fits_int32("counts", num_experts, "the number of counters")
     blocks, threads = _grid(num_rows * top_k)
     in_shared = blocks > 1 and 4 * num_experts <= MOST_SHARED_BYTES
@@ -162,6 +155,17 @@ def plan_count(
     numbers = (num_rows, top_k, first_row, num_experts, num_in_shared)
     choices = {"topk_ids": topk_ids.dtype}
     return Launch(count_ids, topk_ids.device, blocks, threads, numbers, choices, 4 * num_in_shared)
+
+
+@planned
+def _check_counters(counts: Layout, enabled: Layout | None, num_tokens: Layout | None) -> int:
+    """Check what is counted into; return how many counters there are."""
+    checks.array("counts", counts, (torch.int64,), (1,))
+    for name, value in (("enabled", enabled), ("num_tokens", num_tokens)):
+        if value is not None:
+            checks.array(name, value, (torch.int32,), (1,), like=("counts", counts))
+            checks.shape(name, value, (1,), "(1,)")
+    return counts.shape[0]
 
 
 @planned
@@ -191,18 +195,6 @@ def plan_store(
     numbers = (num_rows, top_k, first_row, to_row, staging.shape[1], num_experts)
     choices = {"topk_ids": topk_ids.dtype, "topk_weights": topk_weights and topk_weights.dtype}
     return Launch(store_tokens, topk_ids.device, blocks, threads, numbers, choices)
-
-
-def count_into(
-    topk_ids: Any, counts: Any, enabled: Any, num_tokens: Any, first_row: int, tables: tuple[Any, Any, Any]
-) -> None:
-    """Do what `add_expert_counts` says; `tables` are the layouts of counts, enabled and num_tokens."""
-    launch = plan_count(layout(topk_ids), *tables, first_row)
-    if arrays.answered_by_reference(topk_ids):
-        options = {"counts": counts, "enabled": enabled, "num_tokens": num_tokens, "first_row": first_row}
-        arrays.by_reference(reference.add_expert_counts, topk_ids, **options)
-    else:
-        launch(topk_ids, enabled, num_tokens, counts)
 
 
 @arrays.public_writing("counts")
@@ -250,6 +242,12 @@ def add_expert_counts(
     >>> add_expert_counts(np.array([[0, 2], [2, -1]]), counts=counts, num_tokens=np.array([1], np.int32))
     array([12,  1,  4])
     """
-    tables = layout(counts), layout(enabled), layout(num_tokens)
-    count_into(topk_ids, counts, enabled, num_tokens, first_row, tables)
+    given = layout(topk_ids)
+    num_experts = _check_counters(layout(counts), layout(enabled), layout(num_tokens))
+    launch = plan_count(given, num_experts, first_row, counts.device)
+    if arrays.answered_by_reference(topk_ids):
+        options = {"counts": counts, "enabled": enabled, "num_tokens": num_tokens, "first_row": first_row}
+        arrays.by_reference(reference.add_expert_counts, topk_ids, **options)
+    else:
+        launch(topk_ids, enabled, num_tokens, counts)
     return counts

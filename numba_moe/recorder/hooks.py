@@ -12,7 +12,7 @@ import torch
 import torch.utils.dlpack
 
 from numba_moe.recorder import sums
-from numba_moe.recorder.counting import count_into, plan_add
+from numba_moe.recorder.counting import add_expert_counts, plan_add, plan_count
 from numba_moe.recorder.passes import CountRows, TokenStream
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.plans import layout
@@ -101,9 +101,8 @@ class Hooks:
         if mode is not None:
             state = torch.tensor([0, checks.LARGEST_INT32], dtype=torch.int32, device=self.device)
             self._flags = list(state.split(1))  # whether to record, and how many tokens
-            self._flag_layouts = layout(self._flags[0]), layout(self._flags[1])
             self._lasting: set[str] = set()  # names that captured graphs, or others, count for
-            self._counters: dict[str, tuple[torch.Tensor, list[torch.Tensor], list[Any]]] = {}
+            self._counters: dict[str, tuple[torch.Tensor, list[torch.Tensor]]] = {}
             self._streams: dict[str, TokenStream] = {}
             self._with_weights = False
             self._keeper = ThreadPoolExecutor(1, "numba-moe-recorder") if mode == "per_token" else None
@@ -175,13 +174,16 @@ class Hooks:
             if self.mode == "per_token":
                 self._store(name, layer, first_row, topk_ids, topk_weights, capturing)
             else:
-                _, rows, layouts = self._counter(name)
-                tables = layouts[layer], *self._flag_layouts
-                enabled, num_tokens = self._flags
                 past = first_row if capturing or self._limited else 0  # that matters where `num_tokens` says less
-                count_into(topk_ids, rows[layer], enabled, num_tokens, past, tables)
+                launch = plan_count(layout(topk_ids), self.num_slots, past, self.device)
+                enabled, num_tokens = self._flags
+                counts = self._counter(name)[1][layer]
+                if arrays.answered_by_reference(topk_ids):
+                    add_expert_counts(topk_ids, counts=counts, enabled=enabled, num_tokens=num_tokens, first_row=past)
+                else:
+                    launch(topk_ids, enabled, num_tokens, counts)
         if rows_of is not None:
-            rows_of[key] = first_row + len(topk_ids)
+            rows_of[key] = first_row + topk_ids.shape[0]
 
     def on_dispatch_counts(self, counts: Any, first_slot: int | None = None) -> None:
         """Record how many tokens a dispatcher brings to consecutive slots: a list, or an array on the device.
@@ -249,13 +251,12 @@ class Hooks:
         if self._is_cuda:
             self._changed = torch.cuda.current_stream(self.device).record_event()
 
-    def _counter(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor], list[Any]]:
-        """Return the counters of a name [L, P], and of each layer with its layout."""
+    def _counter(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the counters of a name [L, P], and of each layer."""
         if name not in self._counters:
             self._check_not_captured(name)
             counts = torch.zeros((self.num_layers, self.num_slots), dtype=torch.int64, device=self.device)
-            rows = list(counts.unbind())
-            self._counters[name] = counts, rows, [layout(row) for row in rows]
+            self._counters[name] = counts, list(counts.unbind())
         return self._counters[name]
 
     def _is_new(self, name: str) -> bool:

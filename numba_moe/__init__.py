@@ -13,6 +13,7 @@ _MODULE_OF = {
     "BumpAllocator": "runtime.workspace",
     "PermutedTokens": "permute",
     "RaggedMetadata": "ragged",
+    "RoutedTokens": "routing",
     "TopK": "gating",
     "align_sizes": "align",
     "batched_moe_align_block_size": "batched",
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "moe_lora_align_block_size": "lora",
     "moe_permute": "permute",
     "moe_unpermute": "permute",
+    "route": "routing",
     "select_experts": "gating.selection",
     "topk_raw": "gating",
     "topk_sigmoid": "gating",
@@ -54,6 +56,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.reference.gating import TopK as TopK
     from numba_moe.reference.permute import PermutedTokens as PermutedTokens
     from numba_moe.reference.ragged import RaggedMetadata as RaggedMetadata
+    from numba_moe.reference.routing import RoutedTokens as RoutedTokens
+    from numba_moe.routing import route as route
     from numba_moe.runtime.workspace import BumpAllocator as BumpAllocator
 
 

@@ -3,6 +3,7 @@
 Verification, tests and benchmarks all draw from here.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -550,6 +551,7 @@ def _option_edges() -> Iterator[Case]:
         ("many picks", 44, 34, {}),
     ):
         yield from (case for case in option_cases(name, 3, experts, top_k, **more) if case.name.endswith(some))
+    yield from _route_edges(some)
     many: dict[str, Any] = {"gating_output": floats(3, 40), "num_token_non_padded": np.array([2])}
     for scoring_func in SCORING:
         given_ids = integers(-3, 45, 3, 5)
@@ -568,6 +570,38 @@ def _option_edges() -> Iterator[Case]:
     for scoring_func in SCORING:
         arguments = {"gating_output": non_finite, "topk_ids": ids, "scoring_func": scoring_func, "softcap": 9.0}
         yield Case("weigh_experts", f"non-finite logits {scoring_func}", given(**arguments))
+
+
+def _route_edges(some: tuple[str, ...]) -> Iterator[Case]:
+    """Yield calls of gating and alignment at once, in one launch and in several."""
+    local = np.array([3, -1, 0, 1, 2**40, 2, -7, 4])
+    options: dict[str, dict[str, Any]] = {
+        "one token": {"gating_output": floats(1, 8)},
+        "no tokens": {"gating_output": floats(0, 8)},
+        "one expert": {"gating_output": floats(9, 1), "top_k": 1},
+        "more tokens than warps": {"gating_output": floats(35, 8)},
+        "more experts than threads": {"gating_output": floats(3, 200), "top_k": 9, "block_size": 16},
+        "several launches": {"gating_output": floats(70, 12), "top_k": 3, "block_size": 16},
+        "more experts than in one launch": {"gating_output": floats(2, 520)},
+        "strided bias": {"gating_output": floats(5, 8), "correction_bias": floats(8), "scoring_func": "sigmoid"},
+        "groups": {"gating_output": floats(5, 48), "num_expert_group": 8, "topk_group": 2, "top_k": 6},
+        "expert_map": {"expert_map": local.astype(np.int32), "inactive_expert_id": 0},
+        "ignore_invalid_experts": {"expert_map": local, "ignore_invalid_experts": True, "pad_sorted_ids": True},
+        "block_size 1": {"block_size": 1},
+        "non-finite logits": {"gating_output": np.array([[np.nan, 1, 2, 3], [np.inf, 1, -np.inf, 0]], np.float32)},
+    }
+    for name, option in options.items():
+        arguments = {"gating_output": floats(7, 8), "top_k": 2, "block_size": 4, "renormalize": True, **option}
+        yield Case("route", name, given(**arguments), strided="strided" in name)
+    more = ("int16", "int64", "is_padding", "hash", "counts")
+    for case in option_cases("options", 5, 24, 6):
+        if case.name.endswith((*some, *more)):
+            places = {"num_physical_experts": 32} if case.name.endswith(("hash", "many at once")) else {}
+            yield Case("route", case.name, functools.partial(_routed, case.arguments, places))
+
+
+def _routed(draw: Draw, places: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    return {**draw(rng), **places, "block_size": 4}
 
 
 def input_cases(path: Path, num_experts: int | None, top_k: int, block_size: int) -> Iterator[Case]:

@@ -30,6 +30,7 @@ from numba_moe.reference.recorder import (
     traffic_matrix,
     utilization,
 )
+from numba_moe.reference.routing import RoutedTokens, route
 from numba_moe.reference.selection import select_experts, weigh_experts
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "PermutedTokens",
     "RaggedMetadata",
     "RebalancedExperts",
+    "RoutedTokens",
     "TopK",
     "add_expert_counts",
     "balancedness",
@@ -57,6 +59,7 @@ __all__ = [
     "plan_migration",
     "rank_loads",
     "rebalance_experts",
+    "route",
     "select_experts",
     "topk_raw",
     "topk_sigmoid",

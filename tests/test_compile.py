@@ -35,6 +35,7 @@ def test_every_specialisation_compiles_to_ptx(compute_capability, without_simula
         "map_ids",
         "pair_slots",
         "place_slots",
+        "route_tokens",
         "scan_blocks",
         "scan_experts",
         "schedule_blocks",

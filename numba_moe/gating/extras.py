@@ -64,6 +64,13 @@ def store_id(topk_ids, slot, expert, id_bytes):
 
 
 @cuda.jit(device=True)
+def load_id(topk_ids, slot, id_bytes):
+    if id_bytes == 2:
+        return int64(as_int16(topk_ids)[slot])
+    return load_integer(topk_ids, slot, id_bytes)
+
+
+@cuda.jit(device=True)
 def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
     """Write an expert, or the place that its slot goes to, and count what is written.
 

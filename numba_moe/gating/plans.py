@@ -48,13 +48,18 @@ EXTRA_ARRAYS = 9
 
 
 class GatingPlan(NamedTuple):
-    """The results, the launch, whether it is of the kernel for rows of any size, and the group scores of that one."""
+    """The results, the launch, whether it is of the kernel for rows of any size, and the group scores of that one.
+
+    And the numbers and choices of the launch, for a kernel that does the same and more.
+    """
 
     topk_weights: arrays.Contiguous
     topk_ids: arrays.Contiguous
     choose: Launch
     in_memory: bool
     group_scores: arrays.Contiguous | None
+    numbers: tuple[float, ...]
+    choices: dict[str, Any]
 
 
 def in_vectors(gating_output: Layout, group_size: int) -> bool:
@@ -74,6 +79,7 @@ def _plan(
     group_picks: int = 1,
     routed_scaling_factor: float = 1.0,
     extras: Extras | None = None,
+    tiers: tuple[int, ...] = COLUMNS,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_tokens, num_experts = gating_output.shape
@@ -105,7 +111,7 @@ def _plan(
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
     many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts * (1 if num_expert_group == 1 else 2))
     group_scores = None
-    in_memory = lane_bits < 0 or COLUMNS[-1] << lane_bits < group_size or (num_expert_group > 1 and group_picks > 2)
+    in_memory = lane_bits < 0 or tiers[-1] << lane_bits < group_size or (num_expert_group > 1 and group_picks > 2)
     if in_memory:
         if num_expert_group > 1:
             group_scores = arrays.contiguous(torch.float32, num_tokens, num_expert_group)
@@ -114,7 +120,7 @@ def _plan(
         numbers: tuple[float, ...] = (*of_row, *rules, *groups, *last)
         kernel, where = memory.choose_from_memory, (device, *warps(num_tokens))
         choices: dict[str, Any] = {"gating_output": dtype, "extended": extended}
-    elif num_tokens >= many and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8):
+    elif tiers is COLUMNS and num_tokens >= many and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8):
         aligned = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
         whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
         mask = (1 << (num_experts - 1).bit_length()) - 1
@@ -125,7 +131,7 @@ def _plan(
         numbers = (*of_row, *rules, *groups, group_size, *of_keys, *last)
         kernel, choices = octets.choose_for_many, {"gating_output": dtype, "extended": extended}
     else:
-        columns = next(columns for columns in COLUMNS if columns << lane_bits >= group_size)
+        columns = next(columns for columns in tiers if columns << lane_bits >= group_size)
         aligned = vectors and columns >= 4
         ragged = num_experts != WARP * columns
         flags = (int(aligned), int(ragged), top_k, scoring, int(whole_softmax))
@@ -138,6 +144,8 @@ def _plan(
         Launch(kernel, *where, numbers, choices, num_absent=absent),
         in_memory,
         group_scores,
+        numbers,
+        choices,
     )
 
 
@@ -160,6 +168,7 @@ def plan_grouped(
     group_score: str | None,
     routed_scaling_factor: float,
     extras: Extras | None = None,
+    tiers: tuple[int, ...] = COLUMNS,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_experts = gating_output.shape[1]
@@ -181,4 +190,4 @@ def plan_grouped(
     picks = {"max": 1, "top2_sum": 2, "topk_sum": top_k // topk_group}[group_score]
     groups = (num_expert_group, topk_group, picks)
     rules = (top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor)
-    return _plan(gating_output, *rules, extras)
+    return _plan(gating_output, *rules, extras, tiers)

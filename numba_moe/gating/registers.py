@@ -245,58 +245,60 @@ def choose_one_by_one(ranks, columns, first, picks):
     return chosen
 
 
-@cuda.jit
-def choose_experts(
-    gating_output: FloatArray,
-    correction_bias: OptionalFloat32Array,
-    topk_weights: Float32Array,
-    topk_ids: Int32Array,
-    logit_bias: OptionalFloat32Array,
-    num_token_non_padded: OptionalSizedArray,
-    is_padding: OptionalFlags,
-    physical_map: OptionalInt32Array,
-    num_valid: OptionalInt32Array,
-    step: OptionalInt64Array,
-    counts: OptionalSizedArray,
-    counts_enabled: OptionalInt32Array,
-    identity_weights: OptionalFloat32Array,
-    num_tokens: Int32,
-    num_experts: Int32,
-    row_stride: Int64,
-    aligned: Int32,
-    ragged: Int32,
-    top_k: Int32,
-    scoring_func: Int32,
-    whole_softmax: Int32,
-    renormalize: Int32,
-    routed_scaling_factor: Float32,
-    num_expert_group: Int32,
-    topk_group: Int32,
-    group_picks: Int32,
-    group_size: Int32,
-    lane_bits: Int32,
-    softcap: Float32,
-    scalar_bytes: Int32,
-    id_bytes: Int32,
-    num_real: Int32,
-    zero_expert_id: Int32,
-    num_shared: Int32,
-    shared_factor: Float32,
-    num_rows: Int32,
-    width: Int32,
-    algorithm: Int32,
-    seed: Int64,
-    num_counts: Int32,
-    count_bytes: Int32,
-    columns: Columns,
-    extended: Extended,
+@cuda.jit(device=True)
+def choose_for_token(
+    token,
+    logits,
+    ranks,
+    scores,
+    gating_output,
+    correction_bias,
+    topk_weights,
+    topk_ids,
+    logit_bias,
+    num_token_non_padded,
+    is_padding,
+    physical_map,
+    num_valid,
+    step,
+    counts,
+    counts_enabled,
+    identity_weights,
+    num_tokens,
+    num_experts,
+    row_stride,
+    aligned,
+    ragged,
+    top_k,
+    scoring_func,
+    whole_softmax,
+    renormalize,
+    routed_scaling_factor,
+    num_expert_group,
+    topk_group,
+    group_picks,
+    group_size,
+    lane_bits,
+    softcap,
+    scalar_bytes,
+    id_bytes,
+    num_real,
+    zero_expert_id,
+    num_shared,
+    shared_factor,
+    num_rows,
+    width,
+    algorithm,
+    seed,
+    num_counts,
+    count_bytes,
+    columns,
+    extended,
 ):
-    # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
-    # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group, whose score is the
-    # best rank or the sum of the best two
-    token = warp_index()
-    if token >= num_tokens:
-        return
+    """Choose and weigh the experts of a token, for which the whole warp works.
+
+    logits, ranks and scores have `columns` elements of a lane's own; the rest are the parameters of `choose_experts`.
+    """
     ids = (id_bytes, num_real, zero_expert_id)
     dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
     counting = (counts, counts_enabled, num_counts, count_bytes)
@@ -307,7 +309,7 @@ def choose_experts(
         return
     group = int32(lane >> lane_bits)
     lanes = int32(1 << lane_bits)
-    in_group = int32((lane & (lanes - 1)) * columns)
+    in_group = int32(int32(lane & (lanes - 1)) * int32(columns))
     first = int32(group * group_size + in_group)
     count = int32(columns)
     if ragged:
@@ -315,8 +317,6 @@ def choose_experts(
         if group >= num_expert_group:
             count = int32(0)
     row = int64(token) * row_stride
-    logits = cuda.local.array(columns, float32)
-    ranks = cuda.local.array(columns, int32)
     load_row(gating_output, row + first, count, aligned, columns, logits)
     if extended:
         adjust(logits, columns, first, count, logit_bias, softcap)
@@ -342,7 +342,6 @@ def choose_experts(
         if group_picks == 1 or present(correction_bias):
             rank = score_group(ranks, count, columns, lanes, group_picks > 1)
         else:
-            scores = cuda.local.array(columns, int32)
             for column in range(columns):
                 scores[column] = order(logits[column])
             rank = score_group(scores, count, columns, lanes, True)
@@ -360,7 +359,7 @@ def choose_experts(
         best = cuda.local.array(4, int32)
         best_four(ranks, columns, first, best)
         key, picks, decided = pick_keys(ranks, columns, first, best, top_k)
-        chosen = int32((WARP * columns - 1) & ~key)
+        chosen = int32(int32(WARP * columns - 1) & ~key)
         rank = int32(LOWEST_ORDER)
         if lane < picks:
             logit = load_float(gating_output, row + chosen)
@@ -421,3 +420,108 @@ def choose_experts(
     if extended:
         rest = (num_slots, num_shared, shared_factor, topk_weights, topk_ids, identity_weights)
         write_rest(token, scale, weight_sum, identity, renormalize, rest, ids, dispatch, counting)
+
+
+@cuda.jit
+def choose_experts(
+    gating_output: FloatArray,
+    correction_bias: OptionalFloat32Array,
+    topk_weights: Float32Array,
+    topk_ids: Int32Array,
+    logit_bias: OptionalFloat32Array,
+    num_token_non_padded: OptionalSizedArray,
+    is_padding: OptionalFlags,
+    physical_map: OptionalInt32Array,
+    num_valid: OptionalInt32Array,
+    step: OptionalInt64Array,
+    counts: OptionalSizedArray,
+    counts_enabled: OptionalInt32Array,
+    identity_weights: OptionalFloat32Array,
+    num_tokens: Int32,
+    num_experts: Int32,
+    row_stride: Int64,
+    aligned: Int32,
+    ragged: Int32,
+    top_k: Int32,
+    scoring_func: Int32,
+    whole_softmax: Int32,
+    renormalize: Int32,
+    routed_scaling_factor: Float32,
+    num_expert_group: Int32,
+    topk_group: Int32,
+    group_picks: Int32,
+    group_size: Int32,
+    lane_bits: Int32,
+    softcap: Float32,
+    scalar_bytes: Int32,
+    id_bytes: Int32,
+    num_real: Int32,
+    zero_expert_id: Int32,
+    num_shared: Int32,
+    shared_factor: Float32,
+    num_rows: Int32,
+    width: Int32,
+    algorithm: Int32,
+    seed: Int64,
+    num_counts: Int32,
+    count_bytes: Int32,
+    columns: Columns,
+    extended: Extended,
+):
+    # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
+    # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group, whose score is the
+    # best rank or the sum of the best two
+    logits = cuda.local.array(columns, float32)
+    ranks = cuda.local.array(columns, int32)
+    scores = cuda.local.array(columns, int32)
+    token = warp_index()
+    if token < num_tokens:
+        choose_for_token(
+            token,
+            logits,
+            ranks,
+            scores,
+            gating_output,
+            correction_bias,
+            topk_weights,
+            topk_ids,
+            logit_bias,
+            num_token_non_padded,
+            is_padding,
+            physical_map,
+            num_valid,
+            step,
+            counts,
+            counts_enabled,
+            identity_weights,
+            num_tokens,
+            num_experts,
+            row_stride,
+            aligned,
+            ragged,
+            top_k,
+            scoring_func,
+            whole_softmax,
+            renormalize,
+            routed_scaling_factor,
+            num_expert_group,
+            topk_group,
+            group_picks,
+            group_size,
+            lane_bits,
+            softcap,
+            scalar_bytes,
+            id_bytes,
+            num_real,
+            zero_expert_id,
+            num_shared,
+            shared_factor,
+            num_rows,
+            width,
+            algorithm,
+            seed,
+            num_counts,
+            count_bytes,
+            columns,
+            extended,
+        )

@@ -12,6 +12,7 @@ from numba_moe.reference import selection as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.launch import Launch, warps
+from numba_moe.runtime.parameters import COLUMNS
 from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 
 BIAS_MODES = ("choice", "logits")
@@ -39,7 +40,13 @@ class Options(NamedTuple):
 NONE = Options()
 
 
-def _layouts(options: Options) -> Options:
+def options_of(*values: Any) -> Options:
+    """Return options; `NONE` itself if nothing is asked for, which takes no time to tell."""
+    options = new_tuple(Options, values)
+    return NONE if options == NONE else options
+
+
+def layouts(options: Options) -> Options:
     dispatch = options.dispatch
     if isinstance(dispatch, tuple):
         dispatch = tuple(map(layout, dispatch))
@@ -118,8 +125,7 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
     )
 
 
-@planned
-def _plan_selection(
+def plan_selection(
     gating_output: Layout,
     top_k: int,
     num_expert_group: int,
@@ -131,7 +137,9 @@ def _plan_selection(
     routed_scaling_factor: float,
     bias_mode: str,
     options: Options,
-) -> plans.GatingPlan:
+    tiers: tuple[int, ...] = COLUMNS,
+) -> tuple[plans.GatingPlan, plans.Extras]:
+    """Check everything about a selection, and plan it."""
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     top_k = checks.integer("top_k", top_k, 1)
     checks.choice("bias_mode", bias_mode, BIAS_MODES)
@@ -139,7 +147,13 @@ def _plan_selection(
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
     rules = (renormalize, scoring_func, correction_bias, group_score, factor)
     extras = extras._replace(bias_in_logits=bias_mode == "logits")
-    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, extras)
+    used = None if options == NONE and bias_mode == "choice" else extras
+    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
+
+
+@planned
+def _plan_selection(*arguments: Any) -> plans.GatingPlan:
+    return plan_selection(*arguments)[0]
 
 
 class WeighingPlan(NamedTuple):
@@ -196,7 +210,7 @@ def _plan_weighing(
     )
 
 
-def _arrays(options: Options) -> tuple[torch.Tensor | None, ...]:
+def extra_arrays(options: Options) -> tuple[torch.Tensor | None, ...]:
     """Return the arrays that kernels take last, but for the bias of logits."""
     physical_map, num_valid, _, _, step = options.dispatch or (None, None, None, None, None)
     padding = (options.num_token_non_padded, options.is_padding)
@@ -213,7 +227,7 @@ def _check_data(gating_output: torch.Tensor, options: Options) -> None:
     checks.logits("gating_output", gating_output.masked_fill(padded[:, None], 0))
 
 
-def _refuse_gradient(gating_output: torch.Tensor) -> None:
+def refuse_gradient(gating_output: torch.Tensor) -> None:
     wanted = gating_output.requires_grad and torch.is_grad_enabled()
     checks.holds("gating_output", "without a gradient for these options", not wanted, "one that requires it")
 
@@ -332,19 +346,16 @@ def select_experts(
     (array([[0, 3]]), array([1, 0, 0, 1]))
     """
     chosen = (gating_output, top_k, num_expert_group, topk_group, renormalize, scoring_func)
-    options = new_tuple(
-        Options,
-        (
-            *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
-            *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
-            *(dispatch, counts, counts_enabled, indices_dtype),
-        ),
+    options = options_of(
+        *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
+        *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
+        *(dispatch, counts, counts_enabled, indices_dtype),
     )
-    if bias_mode == "choice" and options == NONE:
+    if bias_mode == "choice" and options is NONE:
         return gating.choose_grouped(*chosen, correction_bias, group_score, routed_scaling_factor)
-    rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode, _layouts(options))
+    rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode, layouts(options))
     plan = _plan_selection(layout(gating_output), *chosen[1:], *rules)
-    _refuse_gradient(gating_output)
+    refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)
     if arrays.answered_by_reference(gating_output):
@@ -363,7 +374,7 @@ def select_experts(
             **named,
         )
     logit_bias, correction_bias = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
-    return gating.run_plan(plan, gating_output, correction_bias, (logit_bias, *_arrays(options)))
+    return gating.run_plan(plan, gating_output, correction_bias, (logit_bias, *extra_arrays(options)))
 
 
 @arrays.public_writing("identity_weights", "counts")
@@ -465,9 +476,9 @@ def weigh_experts(
         *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
         *(dispatch, counts, counts_enabled, indices_dtype),
     )
-    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), _layouts(options))
+    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), layouts(options))
     plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
-    _refuse_gradient(gating_output)
+    refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)
         checks.ids(topk_ids, gating_output.shape[1])
@@ -486,5 +497,5 @@ def weigh_experts(
     topk_weights = arrays.empty(*plan.topk_weights)
     written = arrays.empty(*plan.topk_ids)
     inputs = (gating_output, topk_ids, input_ids)
-    plan.weigh(*inputs, topk_weights, written, logit_bias, *_arrays(options))
+    plan.weigh(*inputs, topk_weights, written, logit_bias, *extra_arrays(options))
     return new_tuple(TopK, (topk_weights, written))

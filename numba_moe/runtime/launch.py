@@ -24,7 +24,7 @@ from cuda.bindings import driver
 from numba_moe.runtime import compile, simulator
 
 # Parameters of a kernel, at most; each has eight bytes of a thread's buffer.
-MOST_PARAMETERS = 48
+MOST_PARAMETERS = 64
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _compile_lock = threading.Lock()

@@ -49,6 +49,10 @@ Items = Annotated[int, CONSTANT, 1, 4, 8]
 COLUMNS = (1, 2, 4, 8, 16, 32)
 Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]
 
+# The same where gating and alignment are one kernel.
+ROUTE_COLUMNS = (4, 8, 16)
+RouteColumns = Annotated[int, CONSTANT, 4, 8, 16]
+
 # Whether gating does more than choose and weigh.
 Extended = Annotated[int, CONSTANT, 0, 1]
 

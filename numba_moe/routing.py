@@ -245,11 +245,10 @@ def route(
         *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
         *(dispatch, counts, counts_enabled, indices_dtype),
     )
-    given = options if options is NONE else layouts(options)
     aligning = (pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, num_physical_experts)
     alignment = new_tuple(Alignment, (block_size, layout(expert_map), *aligning))
     rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode)
-    plan = _plan_route(layout(gating_output), *chosen, *rules, given, alignment)
+    plan = _plan_route(layout(gating_output), *chosen, *rules, layouts(options), alignment)
     refuse_gradient(gating_output)
     if plan.route is None or checks.VALIDATE or arrays.answered_by_reference(gating_output):
         topk = select_experts(

@@ -38,21 +38,43 @@ class Options(NamedTuple):
 
 
 NONE = Options()
+NO_NUMBERS = (*NONE[:5], NONE.indices_dtype)
 
 
-def options_of(*values: Any) -> Options:
-    """Return options; `NONE` itself if nothing is asked for, which takes no time to tell."""
-    options = new_tuple(Options, values)
-    return NONE if options == NONE else options
+def options_of(
+    softcap: Any,
+    num_shared: Any,
+    on_output: Any,
+    num_zero: Any,
+    zero_expert_id: Any,
+    identity_weights: Any,
+    num_token_non_padded: Any,
+    is_padding: Any,
+    dispatch: Any,
+    counts: Any,
+    counts_enabled: Any,
+    indices_dtype: Any,
+) -> Options:
+    """Return options, or `NONE` if nothing is asked for: to compare tensors would take microseconds."""
+    if num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None:
+        numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id, indices_dtype)
+        if numbers == NO_NUMBERS:
+            return NONE
+    given = (identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype)
+    return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *given))
 
 
 def layouts(options: Options) -> Options:
-    dispatch = options.dispatch
+    """Return options with layouts of arrays."""
+    if options is NONE:
+        return options
+    softcap, num_shared, on_output, num_zero, zero_expert_id, *given, indices_dtype = options
+    identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled = given
     if isinstance(dispatch, tuple):
         dispatch = tuple(map(layout, dispatch))
-    names = ("identity_weights", "num_token_non_padded", "is_padding", "counts", "counts_enabled")
-    found = {name: layout(getattr(options, name)) for name in names}
-    return options._replace(dispatch=dispatch, **found)
+    padding = (layout(num_token_non_padded), layout(is_padding))
+    found = (layout(identity_weights), *padding, dispatch, layout(counts), layout(counts_enabled), indices_dtype)
+    return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *found))
 
 
 def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, options: Options) -> plans.Extras:
@@ -147,7 +169,7 @@ def plan_selection(
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
     rules = (renormalize, scoring_func, correction_bias, group_score, factor)
     extras = extras._replace(bias_in_logits=bias_mode == "logits")
-    used = None if options == NONE and bias_mode == "choice" else extras
+    used = None if options is NONE and bias_mode == "choice" else extras
     return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
 
 
@@ -471,7 +493,7 @@ def weigh_experts(
            [1.  , 0.  ]], dtype=float32), topk_ids=array([[ 2,  0],
            [ 1, -1]], dtype=int32))
     """
-    options = Options(
+    options = options_of(
         *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
         *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
         *(dispatch, counts, counts_enabled, indices_dtype),

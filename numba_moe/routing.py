@@ -241,9 +241,18 @@ def route(
     """
     chosen = (top_k, num_expert_group, topk_group, renormalize, scoring_func)
     options = options_of(
-        *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
-        *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
-        *(dispatch, counts, counts_enabled, indices_dtype),
+        softcap,
+        num_fused_shared_experts,
+        apply_routed_scaling_factor_on_output,
+        num_zero_experts,
+        zero_expert_id,
+        identity_weights,
+        num_token_non_padded,
+        is_padding,
+        dispatch,
+        counts,
+        counts_enabled,
+        indices_dtype,
     )
     aligning = (pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, num_physical_experts)
     alignment = new_tuple(Alignment, (block_size, layout(expert_map), *aligning))

@@ -11,7 +11,7 @@ def adjust(gating_output: np.ndarray, softcap: float = 0.0, logit_bias: np.ndarr
     """Return ``softcap * tanh(x / softcap) + bias`` in float32; logits that are not finite are not capped.
 
     >>> adjust(np.array([[0.0, 40.0, -np.inf]]), softcap=30.0, logit_bias=np.array([0.5, 0.0, 0.0]))
-    array([[ 0.5     , 26.101713,      -inf]], dtype=float32)
+    array([[ 0.5    , 26.10185,     -inf]], dtype=float32)
     """
     logits = gating_output.astype(np.float64)
     if softcap:

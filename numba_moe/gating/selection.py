@@ -367,16 +367,35 @@ def select_experts(
     >>> select_experts(logits, 2, counts=counts, indices_dtype="int64").topk_ids, counts
     (array([[0, 3]]), array([1, 0, 0, 1]))
     """
-    chosen = (gating_output, top_k, num_expert_group, topk_group, renormalize, scoring_func)
     options = options_of(
-        *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
-        *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
-        *(dispatch, counts, counts_enabled, indices_dtype),
+        softcap,
+        num_fused_shared_experts,
+        apply_routed_scaling_factor_on_output,
+        num_zero_experts,
+        zero_expert_id,
+        identity_weights,
+        num_token_non_padded,
+        is_padding,
+        dispatch,
+        counts,
+        counts_enabled,
+        indices_dtype,
     )
-    if bias_mode == "choice" and options is NONE:
-        return gating.choose_grouped(*chosen, correction_bias, group_score, routed_scaling_factor)
-    rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode, layouts(options))
-    plan = _plan_selection(layout(gating_output), *chosen[1:], *rules)
+    if options is NONE and bias_mode == "choice":
+        return gating.choose_grouped(
+            gating_output,
+            top_k,
+            num_expert_group,
+            topk_group,
+            renormalize,
+            scoring_func,
+            correction_bias,
+            group_score,
+            routed_scaling_factor,
+        )
+    groups = (num_expert_group, topk_group, renormalize, scoring_func, layout(correction_bias), group_score)
+    rules = (routed_scaling_factor, bias_mode, layouts(options))
+    plan = _plan_selection(layout(gating_output), top_k, *groups, *rules)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)

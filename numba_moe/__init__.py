@@ -15,6 +15,7 @@ _MODULE_OF = {
     "PermutedTokens": "permute",
     "RaggedMetadata": "ragged",
     "ReorderedSlots": "permute",
+    "RoutedTokens": "routing",
     "TopK": "gating",
     "align_sizes": "align",
     "batched_moe_align_block_size": "batched",
@@ -29,11 +30,13 @@ _MODULE_OF = {
     "moe_reorder": "permute",
     "moe_sum": "permute",
     "moe_unpermute": "permute",
-    "select_experts": "gating",
+    "route": "routing",
+    "select_experts": "gating.selection",
     "topk_raw": "gating",
     "topk_sigmoid": "gating",
     "topk_softmax": "gating",
     "topk_softplus_sqrt": "gating",
+    "weigh_experts": "gating.selection",
 }
 __all__ = sorted(_MODULE_OF)
 
@@ -44,11 +47,12 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.counting import count_tokens_per_expert as count_tokens_per_expert
     from numba_moe.counting import expert_offsets as expert_offsets
     from numba_moe.gating import grouped_topk as grouped_topk
-    from numba_moe.gating import select_experts as select_experts
     from numba_moe.gating import topk_raw as topk_raw
     from numba_moe.gating import topk_sigmoid as topk_sigmoid
     from numba_moe.gating import topk_softmax as topk_softmax
     from numba_moe.gating import topk_softplus_sqrt as topk_softplus_sqrt
+    from numba_moe.gating.selection import select_experts as select_experts
+    from numba_moe.gating.selection import weigh_experts as weigh_experts
     from numba_moe.lora import moe_lora_align_block_size as moe_lora_align_block_size
     from numba_moe.permute import moe_permute as moe_permute
     from numba_moe.permute import moe_permute_masked as moe_permute_masked
@@ -62,6 +66,8 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.reference.permute import PermutedTokens as PermutedTokens
     from numba_moe.reference.permute import ReorderedSlots as ReorderedSlots
     from numba_moe.reference.ragged import RaggedMetadata as RaggedMetadata
+    from numba_moe.reference.routing import RoutedTokens as RoutedTokens
+    from numba_moe.routing import route as route
     from numba_moe.runtime.workspace import BumpAllocator as BumpAllocator
 
 

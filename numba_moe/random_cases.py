@@ -231,7 +231,7 @@ def selection(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     rules = ["max", "top2_sum"] if top_k < topk_group else ["max", "top2_sum", "topk_sum"]
     drawn = logits(rng, slots(rng, limits) // max(8, num_experts), num_experts)
     scoring_func, renormalize = str(rng.choice(["softmax", "sigmoid", "softplus_sqrt", "raw"])), flag(rng)
-    return {
+    chosen = {
         # Where scores of both signs cancel, their sum has no digits left to divide by.
         "gating_output": np.abs(drawn) if scoring_func == "raw" and renormalize else drawn,
         "top_k": top_k,
@@ -242,6 +242,94 @@ def selection(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         "topk_group": topk_group,
         "group_score": str(rng.choice(rules)) if flag(rng) else None,
         "routed_scaling_factor": float(rng.choice([1, 2.5])),
+    }
+    if flag(rng):
+        return chosen
+    if scoring_func != "raw" and flag(rng):
+        chosen |= {"softcap": float(rng.choice([0, 3])), "bias_mode": str(rng.choice(["choice", "logits"]))}
+    # Rows that hang on the rounding of scores may choose, and so count, other experts.
+    biased = chosen["correction_bias"] is not None and chosen.get("bias_mode") != "logits"
+    exact = not (biased or chosen.get("softcap") or chosen["group_score"] in ("top2_sum", "topk_sum"))
+    return chosen | options(rng, len(drawn), num_experts, scoring_func != "raw", exact)
+
+
+def options(
+    rng: np.random.Generator, tokens: int, num_experts: int, positive: bool = True, exact: bool = True
+) -> dict[str, Any]:
+    """Draw what gating does besides choosing.
+
+    Weights are summed only where all are positive, and slots counted where ids are exact.
+    """
+    num_zero = number(rng, 0, num_experts - 1) if rng.random() < 0.2 else 0
+    num_shared = int(rng.choice([0, 0, 1, 3])) if positive else 0
+    drawn: dict[str, Any] = {
+        "num_fused_shared_experts": num_shared,
+        "apply_routed_scaling_factor_on_output": flag(rng),
+        "num_zero_experts": num_zero,
+        "zero_expert_id": int(rng.integers(-1, 1)),
+        "indices_dtype": str(rng.choice(["int32", "int64", "int16"])),
+    }
+    if flag(rng):
+        drawn["num_token_non_padded"] = np.array([number(rng, 0, tokens + 1)]).astype(dtype(rng))
+    if flag(rng):
+        drawn["is_padding"] = rng.random(tokens) < 0.3
+    known = num_experts - num_zero + num_shared
+    if flag(rng):
+        drawn["dispatch"] = tables(rng, known)
+    if exact and flag(rng):
+        drawn["counts"] = np.zeros(number(rng, 0, 2 * known), dtype(rng))
+        drawn["counts_enabled"] = rng.integers(0, 2, 1).astype(np.int32) if flag(rng) else None
+    if exact and positive and flag(rng):
+        drawn["identity_weights"] = np.zeros(tokens, np.float32)
+    return drawn
+
+
+def tables(rng: np.random.Generator, num_experts: int) -> tuple[Any, ...]:
+    """Draw the places of experts, and how to pick among them."""
+    algorithm = str(rng.choice(["static", "dynamic", "hash", "fake"]))
+    places = rng.integers(-1, 2 * num_experts, (num_experts, 3)).astype(np.int32)
+    if algorithm in ("static", "fake"):
+        return places[:, 0].copy(), None, algorithm, 0, None
+    step = rng.integers(-(2**63), 2**63 - 1, 1) if algorithm == "dynamic" else None
+    return places, rng.integers(0, 4, num_experts).astype(np.int32), algorithm, int(rng.integers(2**40)), step
+
+
+def given_experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    num_experts, top_k = number(rng, 1, limits.experts), number(rng, 1, 40)
+    drawn = logits(rng, slots(rng, limits) // max(8, num_experts), num_experts)
+    tokens, rows = len(drawn), number(rng, 0, 100)
+    by_table = flag(rng)
+    ids = rng.integers(-2, num_experts + 2, (rows if by_table else tokens, top_k))
+    return {
+        "gating_output": drawn,
+        "topk_ids": ids.astype(str(rng.choice(["int16", "int32", "int64"]))),
+        "input_ids": rng.integers(-1, rows + 1, tokens).astype(dtype(rng)) if by_table else None,
+        "scoring_func": str(rng.choice(["softmax", "sigmoid", "softplus_sqrt"])),
+        "renormalize": flag(rng),
+        "routed_scaling_factor": float(rng.choice([1, 2.5])),
+        "softcap": float(rng.choice([0, 3])),
+        "logit_bias": rng.standard_normal(num_experts).astype(np.float32) if flag(rng) else None,
+        **options(rng, tokens, num_experts),
+    }
+
+
+def decode(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """Draw gating and alignment at once, of few tokens as a rule."""
+    drawn = selection(rng, limits._replace(experts=min(600, limits.experts)))
+    tokens, num_experts = drawn["gating_output"].shape
+    few = min(tokens, number(rng, 0, 80)) if rng.random() < 0.9 else tokens
+    for name in ("gating_output", "is_padding", "identity_weights"):
+        if drawn.get(name) is not None:
+            drawn[name] = drawn[name][:few].copy()
+    sorted_by = num_experts - drawn.get("num_zero_experts", 0) + drawn.get("num_fused_shared_experts", 0)
+    if "dispatch" in drawn:
+        sorted_by = drawn["num_physical_experts"] = number(rng, 1, 2 * sorted_by)
+    return drawn | {
+        "block_size": int(rng.choice(BLOCK_SIZES)),
+        "expert_map": expert_map(rng, sorted_by),
+        "pad_sorted_ids": flag(rng),
+        "ignore_invalid_experts": flag(rng),
+        "inactive_expert_id": int(rng.integers(-1, 2)),
     }
 
 
@@ -258,6 +346,8 @@ DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_reorder": count,
     "moe_unpermute": unpermuted,
     "moe_sum": summed,
+    "weigh_experts": given_experts,
+    "route": decode,
 }
 
 

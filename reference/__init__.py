@@ -8,11 +8,10 @@ where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and 
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.batched import batched_moe_align_block_size
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
-from numba_moe.reference.dispatch import dispatch_ids
+from numba_moe.reference.dispatch import DispatchTables, dispatch_ids
 from numba_moe.reference.gating import (
     TopK,
     grouped_topk,
-    select_experts,
     topk_raw,
     topk_sigmoid,
     topk_softmax,
@@ -40,14 +39,18 @@ from numba_moe.reference.recorder import (
     traffic_matrix,
     utilization,
 )
+from numba_moe.reference.routing import RoutedTokens, route
+from numba_moe.reference.selection import select_experts, weigh_experts
 
 __all__ = [
     "AlignedBlocks",
+    "DispatchTables",
     "MaskedTokens",
     "PermutedTokens",
     "RaggedMetadata",
     "RebalancedExperts",
     "ReorderedSlots",
+    "RoutedTokens",
     "TopK",
     "add_expert_counts",
     "balancedness",
@@ -70,6 +73,7 @@ __all__ = [
     "plan_migration",
     "rank_loads",
     "rebalance_experts",
+    "route",
     "select_experts",
     "topk_raw",
     "topk_sigmoid",
@@ -77,4 +81,5 @@ __all__ = [
     "topk_softplus_sqrt",
     "traffic_matrix",
     "utilization",
+    "weigh_experts",
 ]

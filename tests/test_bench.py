@@ -164,6 +164,19 @@ def test_grouped_gating_of_a_peer():
     assert "weight (0, 0)" in grouped([0.5], [3], [3, -3, 1, 2])
 
 
+def test_gating_and_alignment_of_a_peer():
+    logits = np.random.default_rng(0).standard_normal((5, 12), np.float32)
+    given = {"gating_output": torch.from_numpy(logits), "top_k": 3, "block_size": 4, "renormalize": True}
+    expected = reference.route(logits, 3, 4, renormalize=True)
+    fault = contenders.OPS["route"].fault
+    topk, blocks = (tuple(map(torch.from_numpy, part)) for part in expected)
+    assert fault((topk, blocks), expected, given) == ""
+    assert "weight" in fault(((topk[0] * 1.1, topk[1]), blocks), expected, given)
+    assert "differ" in fault((topk, (blocks[0], blocks[1] + 1, blocks[2])), expected, given)
+    other = topk[0].flip(1), topk[1].flip(1)
+    assert fault((other, (blocks[0] * 0, blocks[1], blocks[2])), expected, given) == ""
+
+
 def test_torch_is_a_right_peer():
     logits = np.random.default_rng(0).standard_normal((50, 40), np.float32)
     bias = np.linspace(0, 1, 40, dtype=np.float32)
@@ -179,7 +192,7 @@ def test_torch_is_a_right_peer():
 
 def test_cases():
     every = bench.select_cases(parse())
-    assert len(every) == 12 + 3 * 4 + 4 + 6 + 5 + 5 + 9 * 2 * 2 + 7 * 2 + 3 * 4
+    assert len(every) == 12 + 3 * 4 + 4 + 6 + 5 + 5 + 10 * 2 * 2 + 7 * 2 + 8 * 2 + 3 * 4
     assert len({(case.op, case.name, case.dtype) for case in every}) == len(every)
     chosen = bench.select_cases(parse("--op", "moe_align*", "--shape", "16384x512", "--routing", "uniform,zipf"))
     assert [case.name for case in chosen] == [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe.placement import dispatch_ids
+from numba_moe.placement import DispatchTables, dispatch_ids
 from numba_moe.runtime import arrays, checks
 
 IDS = torch.zeros(4, 2, dtype=torch.int32)
@@ -81,6 +81,30 @@ BAD = {
     "a sum of no experts": (lambda: moe.grouped_topk(LOGITS, 1, 4, 2, group_score="topk_sum"), ValueError, "`top_k` must be at least topk_group = 2, got 1"),
     "selecting by unknown scores": (lambda: moe.select_experts(LOGITS, 2, scoring_func="tanh"), ValueError, "`scoring_func` must be one of .* got 'tanh'"),
     "selecting more than there are": (lambda: moe.select_experts(LOGITS, 9), ValueError, "`top_k` must be at most the 8 experts of 1 groups, got 9"),
+    "a negative cap": (lambda: moe.select_experts(LOGITS, 2, softcap=-1.0), ValueError, "`softcap` must be 0 or more, got -1.0"),
+    "an unknown use of the bias": (lambda: moe.select_experts(LOGITS, 2, bias_mode="both"), ValueError, "`bias_mode` must be one of 'choice', 'logits', got 'both'"),
+    "more zero experts than experts": (lambda: moe.select_experts(LOGITS, 2, num_zero_experts=9), ValueError, "`num_zero_experts` must be at most num_experts = 8, got 9"),
+    "shared weights over 0": (lambda: moe.select_experts(LOGITS, 2, num_fused_shared_experts=1, apply_routed_scaling_factor_on_output=False, routed_scaling_factor=0.0), ValueError, "`routed_scaling_factor` must be other than 0 .*, got 0.0"),
+    "identity of doubles": (lambda: moe.select_experts(LOGITS, 2, identity_weights=torch.zeros(4).double()), TypeError, "`identity_weights` must be of dtype float32, got float64"),
+    "identity of other tokens": (lambda: moe.select_experts(LOGITS, 2, identity_weights=torch.zeros(5)), ValueError, r"`identity_weights` must be of shape \(num_tokens,\) = \(4,\), got shape \(5,\)"),
+    "padding on the host": (lambda: moe.select_experts(LOGITS, 2, num_token_non_padded=3), TypeError, "`num_token_non_padded` must be of the same library as `gating_output`, got builtins.int"),
+    "two numbers of tokens": (lambda: moe.select_experts(LOGITS, 2, num_token_non_padded=INTS[:2]), ValueError, r"`num_token_non_padded` must be of shape \(\) or \(1,\) = \(1,\), got shape \(2,\)"),
+    "padding as numbers": (lambda: moe.select_experts(LOGITS, 2, is_padding=INTS[:4]), TypeError, "`is_padding` must be of dtype bool, got int32"),
+    "a table alone": (lambda: moe.select_experts(LOGITS, 2, dispatch=INTS[:8]), TypeError, "`dispatch` must be a tuple of 5 arrays, got Tensor"),
+    "a table of too few experts": (lambda: moe.select_experts(LOGITS, 2, dispatch=DispatchTables(INTS[:7])), ValueError, r"`len\(dispatch.physical_map\)` must be at least experts = 8, got 7"),
+    "a table without its counts": (lambda: moe.select_experts(LOGITS, 2, dispatch=DispatchTables(INTS.view(8, 8), algorithm="hash")), TypeError, "`num_valid` must be of the same library"),
+    "counts of chosen as floats": (lambda: moe.select_experts(LOGITS, 2, counts=LOGITS[0]), TypeError, "`counts` must be of dtype int32 or int64, got float32"),
+    "a flag of int64": (lambda: moe.select_experts(LOGITS, 2, counts_enabled=INTS[:1].long()), TypeError, "`counts_enabled` must be of dtype int32, got int64"),
+    "ids of another dtype": (lambda: moe.select_experts(LOGITS, 2, indices_dtype=torch.uint8), ValueError, "`indices_dtype` must be one of 'int32', 'int64', 'int16', got 'uint8'"),
+    "ids too narrow": (lambda: moe.select_experts(torch.zeros(1, 2**15 + 1), 2, indices_dtype="int16"), ValueError, "`indices_dtype` must be wide enough for expert 32768, got int16"),
+    "options and a gradient": (lambda: moe.select_experts(LOGITS.clone().requires_grad_(), 2, softcap=3.0), ValueError, "`gating_output` must be without a gradient for these options, got one that requires it"),
+    "given ids of floats": (lambda: moe.weigh_experts(LOGITS, LOGITS), TypeError, "`topk_ids` must be of dtype int32 or int64 or int16, got float32"),
+    "given ids of other tokens": (lambda: moe.weigh_experts(LOGITS, IDS[:3]), ValueError, r"`topk_ids` must be of shape \(num_tokens, top_k\) = \(4, 2\), got shape \(3, 2\)"),
+    "token ids of other tokens": (lambda: moe.weigh_experts(LOGITS, IDS, input_ids=INTS[:3]), ValueError, r"`input_ids` must be of shape \(num_tokens,\) = \(4,\), got shape \(3,\)"),
+    "a short bias of logits": (lambda: moe.weigh_experts(LOGITS, IDS, logit_bias=torch.zeros(7)), ValueError, r"`logit_bias` must be of shape \(num_experts,\) = \(8,\), got shape \(7,\)"),
+    "routing to blocks of 0": (lambda: moe.route(LOGITS, 2, 0), ValueError, "`block_size` must be at least 1, got 0"),
+    "routing by a short map": (lambda: moe.route(LOGITS, 2, 4, expert_map=INTS[:7]), ValueError, r"`expert_map` must be of shape \(experts that slots are sorted by,\) = \(8,\), got shape \(7,\)"),
+    "routing to unknown places": (lambda: moe.route(LOGITS, 2, 4, dispatch=DispatchTables(INTS)), ValueError, "`num_physical_experts` must be given with `dispatch`, and with it alone, got None"),
     "raw scores of doubles": (lambda: moe.topk_raw(LOGITS.double(), 2), TypeError, "`gating_output` must be of dtype float32 or float16 or bfloat16, got float64"),
     "softplus of rank 1": (lambda: moe.topk_softplus_sqrt(LOGITS[0], 2), ValueError, "`gating_output` must be of 2 dimensions"),
     "doubles that require a gradient": (lambda: moe.topk_softmax(LOGITS.double().requires_grad_(), 2), TypeError, "`gating_output` must be of dtype"),

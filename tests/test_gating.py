@@ -9,6 +9,7 @@ import torch
 import numba_moe as moe
 from numba_moe import cases, reference, testing, verification
 from numba_moe.gating import plans as gating_plans
+from numba_moe.recorder import ExpertDistributionRecorder
 from numba_moe.runtime import plans, simulator
 
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
@@ -100,3 +101,91 @@ def test_one_lane_has_all_the_best(kernel):
     logits[:, 72:80] += 20.0  # neighbours, that lie with one lane
     assert_as_reference("topk_softmax", logits, 8, True)
     assert_as_reference("topk_sigmoid", logits, 8)
+
+
+def test_llama_4_weighs_by_the_sigmoid_of_the_chosen_logit(kernel):
+    logits = np.random.default_rng(4).standard_normal((MANY, 16), np.float32)
+    result = run("select_experts", logits, 1, scoring_func="sigmoid")
+    assert np.array_equal(testing.to_numpy(result.topk_ids)[:, 0], logits.argmax(axis=1))
+    best = torch.from_numpy(logits.max(axis=1))
+    assert not testing.compare(result.topk_weights[:, 0], torch.sigmoid(best).numpy()).mismatches
+
+
+def test_recorded_experts_weigh_what_they_did(kernel):
+    logits = np.random.default_rng(5).standard_normal((MANY, 40), np.float32)
+    options = {"renormalize": True, "softcap": 8.0, "routed_scaling_factor": 2.0}
+    chosen = run("select_experts", logits, 5, **options, indices_dtype="int16")
+    again = run("weigh_experts", logits, testing.to_numpy(chosen.topk_ids), **options, indices_dtype="int16")
+    assert torch.equal(chosen.topk_ids, again.topk_ids)
+    assert not testing.compare(again.topk_weights, testing.to_numpy(chosen.topk_weights)).mismatches
+
+
+def test_tables_send_as_dispatch_does(kernel):
+    rng = np.random.default_rng(6)
+    logits = rng.standard_normal((MANY, 24), np.float32)
+    physical_map, num_valid = rng.integers(0, 40, (24, 3)).astype(np.int32), rng.integers(1, 4, 24).astype(np.int32)
+    step = np.array([7])
+    ids = reference.select_experts(logits, 4).topk_ids
+    for algorithm, draws in (("hash", None), ("dynamic", step)):
+        counts = torch.zeros(40, dtype=torch.int64, device="cuda" if ON_GPU else "cpu")
+        tables = reference.DispatchTables(
+            *(torch.from_numpy(part).to(counts.device) for part in (physical_map, num_valid)),
+            *(algorithm, 3, None if draws is None else torch.from_numpy(draws).to(counts.device)),
+        )
+        result = run("select_experts", logits, 4, dispatch=tables, counts=counts)
+        rules = {"algorithm": algorithm, "seed": 3, "step": draws}
+        wanted = reference.dispatch_ids(ids, physical_map, num_valid, **rules)
+        assert np.array_equal(testing.to_numpy(result.topk_ids), wanted)
+        assert counts.tolist() == np.bincount(wanted.ravel(), minlength=40).tolist()
+
+
+def test_a_recorder_counts_by_gating():
+    recorder = ExpertDistributionRecorder(2, 16, mode="stat", device="cuda" if ON_GPU else "cpu")
+    logits = np.random.default_rng(7).standard_normal((MANY, 16), np.float32)
+    counting = {"counts": recorder.layer_counts(1), "counts_enabled": recorder.enabled}
+    run("select_experts", logits, 3, **counting)
+    assert recorder.layer_counts(1).sum() == 0
+    recorder.start_record()
+    ids = run("select_experts", logits, 3, **counting).topk_ids
+    assert recorder.layer_counts(1).tolist() == np.bincount(testing.to_numpy(ids).ravel(), minlength=16).tolist()
+
+
+@pytest.mark.parametrize("top_k", [3, 33])
+def test_rows_of_any_size(top_k):
+    rng = np.random.default_rng(top_k)
+    tied = rng.integers(0, 4, (2, 1030)).astype(np.float32)
+    rising = np.sort(rng.standard_normal((2, 1030), np.float32), axis=1)  # each is better than all before
+    for logits in (tied, rising, -tied, rising[:, ::-1].copy()):
+        assert_as_reference("topk_softmax", logits, top_k, True)
+        assert_as_reference("topk_sigmoid", logits, top_k)
+
+
+@pytest.mark.gpu
+def test_a_graph_reads_padding_tables_and_flags_at_each_replay():
+    logits = torch.randn(8, 32, device="cuda")
+    real, enabled = torch.tensor([8], device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    table, counts = (
+        torch.arange(32, dtype=torch.int32, device="cuda"),
+        torch.zeros(32, dtype=torch.int32, device="cuda"),
+    )
+    options = {"num_token_non_padded": real, "counts": counts, "counts_enabled": enabled}
+
+    def call():
+        tables = reference.DispatchTables(table)
+        return moe.route(logits, 4, 8, dispatch=tables, num_physical_experts=32, **options)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        topk, blocks = call()
+    real.fill_(3)
+    enabled.fill_(1)
+    table.copy_(31 - table)
+    graph.replay()
+    ids = topk.topk_ids.cpu()
+    assert (ids[3:] == -1).all()
+    assert (ids[:3] >= 0).all()
+    assert counts.tolist() == np.bincount(ids[:3].flatten(), minlength=32).tolist()
+    wanted = reference.moe_align_block_size(ids.numpy(), 8, 32)
+    for part, expected in zip(blocks, wanted, strict=True):
+        assert np.array_equal(part.cpu().numpy(), expected)

@@ -60,6 +60,17 @@ GATING_SHAPES = (  # tokens, experts, top_k
     (16384, 256, 8),
     (16384, 512, 10),
     (65536, 128, 8),
+    (4096, 2048, 8),
+)
+ROUTE_SHAPES = (  # tokens, experts, top_k, block_size
+    (1, 64, 2, 16),
+    (1, 256, 8, 16),
+    (8, 256, 8, 16),
+    (16, 256, 8, 16),
+    (32, 256, 8, 16),
+    (64, 256, 8, 16),
+    (64, 128, 8, 16),
+    (512, 256, 8, 64),
 )
 PERMUTE_SHAPES = ((1, 7168, 256, 8), (64, 7168, 256, 8), (4096, 7168, 256, 8), (16384, 2048, 128, 8))  # hidden second
 GROUPED_TOKENS = (1, 16, 64, 512, 4096, 16384, 65536)
@@ -485,6 +496,37 @@ def combine_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> s
     return testing.compare(result, expected).message
 
 
+def route_cases() -> Iterator[Case]:
+    for (tokens, experts, top_k, block_size), dtype in itertools.product(ROUTE_SHAPES, DTYPES):
+        logits = floats(tokens, experts, dtype=dtype)
+        arguments = given(gating_output=logits, top_k=top_k, block_size=block_size, renormalize=True)
+        yield Case("route", f"{tokens}x{experts} top {top_k} block {block_size}", arguments, dtype)
+
+
+def route_peers(gating_output: torch.Tensor, top_k: int, block_size: int, renormalize: bool) -> Iterator[Contender]:
+    """Yield each peer's gating and then its alignment."""
+    ids = torch.zeros(gating_output.shape[0], top_k, dtype=torch.int32, device=gating_output.device)
+    aligns = {peer.name for peer in align_peers(ids, block_size, gating_output.shape[1])}
+
+    def call(peer: Contender) -> Any:
+        topk = peer.call()
+        blocks = {other.name: other.call for other in align_peers(topk[1], block_size, gating_output.shape[1])}
+        return topk, blocks[peer.name]()
+
+    for peer in gating_peers("softmax", gating_output, top_k, renormalize):
+        if peer.name in aligns:
+            yield peer._replace(call=functools.partial(call, peer))
+
+
+def route_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    """Look at the blocks where the same experts were chosen in the same order; others have other blocks."""
+    topk, blocks = result
+    fault = gating_fault("softmax", topk, expected.topk, arguments)
+    if fault or (testing.to_numpy(topk[1]) != expected.topk.topk_ids).any():
+        return fault
+    return align_fault(blocks, expected.blocks, arguments)
+
+
 OPS = {
     "moe_align_block_size": Op(align_cases, align_peers, align_fault),
     "count_tokens_per_expert": Op(count_cases, count_peers, count_fault),
@@ -505,6 +547,7 @@ OPS = {
         functools.partial(gating_fault, "sigmoid"),
     ),
     "grouped_topk": Op(lambda routings: grouped_cases(), grouped_peers, functools.partial(gating_fault, "sigmoid")),
+    "route": Op(lambda routings: route_cases(), route_peers, route_fault),
 }
 
 

@@ -91,8 +91,13 @@ def copy_bandwidth() -> float:
 
 def bytes_moved(arguments: Mapping[str, Any], result: Any) -> int:
     """Return the bytes that an op cannot avoid: each input read once, each output written once."""
-    outputs = result if isinstance(result, tuple) else (result,)
-    return sum(part.nbytes for part in (*arguments.values(), *outputs) if isinstance(part, torch.Tensor))
+
+    def size(value: Any) -> int:
+        if isinstance(value, tuple):
+            return sum(map(size, value))
+        return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+    return size(tuple(arguments.values())) + size(result)
 
 
 def fault_of(case: Case, name: str, result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:

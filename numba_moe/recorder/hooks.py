@@ -140,7 +140,8 @@ class Hooks:
     def layer_counts(self, layer: int | None = None) -> torch.Tensor:
         """Return the counter of a layer, the current one by default: int64 [P] on the device, to which others may add.
 
-        Who counts there must go by `enabled`, and must not call `on_select_experts` for the same slots.
+        Who counts there must go by `enabled`, and must not call `on_select_experts` for the same slots. Gating does, in
+        its own launch, with ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
         """
         if self.mode not in MODES[:3]:
             raise RuntimeError(f"`layer_counts` must be asked of a mode that counts, got {self.mode!r}")

@@ -104,6 +104,15 @@ def _kind(array: Any) -> _Kind | None:
     return None
 
 
+def _each(convert: Callable[[Any], Any], result: Any) -> Any:
+    """Convert a result, or each of the arrays in named tuples of them; None stays."""
+    if result is None:
+        return None
+    if isinstance(result, tuple):
+        return type(result)(*(_each(convert, part) for part in result))
+    return convert(result)
+
+
 def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[P, R]:
     """Let a function of torch tensors take and return arrays of any library.
 
@@ -147,11 +156,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
         if not isinstance(tensor, torch.Tensor):
             return function(*positional, **named)
         with kind.calling(array, tensor):
-            result: Any = function(*positional, **named)
-            if isinstance(result, tuple):
-                parts: Any = [None if part is None else kind.unwrap(part) for part in result]
-                return cast(R, type(result)(*parts))
-            return cast(R, kind.unwrap(result))
+            return cast(R, _each(kind.unwrap, function(*positional, **named)))
 
     return call
 
@@ -197,7 +202,4 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
     result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})
-    if isinstance(result, tuple):
-        parts: Any = [None if part is None else torch.from_numpy(part) for part in result]
-        return type(result)(*parts)
-    return torch.from_numpy(result)
+    return _each(torch.from_numpy, result)

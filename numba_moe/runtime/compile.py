@@ -18,16 +18,10 @@ from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
 
 KERNEL_MODULES = (
-    *("batched", "counting", "gating.backward", "gating.memory", "gating.octets", "gating.registers"),
-    *(
-        "lora",
-        "permute.backward",
-        "permute.layouts",
-        "permute.rows",
-        "placement.dispatch",
-        "ragged",
-        "recorder.counting",
-    ),
+    *("batched", "counting", "gating.backward", "gating.given", "gating.memory"),
+    *("gating.octets", "gating.registers", "gating.routing", "lora"),
+    *("permute.backward", "permute.layouts", "permute.rows"),
+    *("placement.dispatch", "ragged", "recorder.counting"),
 )
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024

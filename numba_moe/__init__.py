@@ -25,6 +25,7 @@ _MODULE_OF = {
     "moe_permute": "permute",
     "moe_unpermute": "permute",
     "select_experts": "gating",
+    "set_log_level": "runtime.observe",
     "topk_raw": "gating",
     "topk_sigmoid": "gating",
     "topk_softmax": "gating",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.reference.gating import TopK as TopK
     from numba_moe.reference.permute import PermutedTokens as PermutedTokens
     from numba_moe.reference.ragged import RaggedMetadata as RaggedMetadata
+    from numba_moe.runtime.observe import set_log_level as set_log_level
     from numba_moe.runtime.workspace import BumpAllocator as BumpAllocator
 
 

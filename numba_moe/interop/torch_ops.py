@@ -149,8 +149,8 @@ def writing_name(name: str) -> str:
 
 def _function(name: str) -> Callable[..., Any]:
     """Return a public function as it is for tensors of the current device."""
-    found: Callable[..., Any] = getattr(importlib.import_module(f"numba_moe.{OPS[name].module}"), name)
-    return inspect.unwrap(found)
+    function: Callable[..., Any] = getattr(importlib.import_module(f"numba_moe.{OPS[name].module}"), name).__wrapped__
+    return function
 
 
 def _result_type(function: Callable[..., Any]) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from numba_moe.runtime import checks, simulator
+from numba_moe.runtime import checks, observe, simulator
 
 # Together 26 ns, as long as isinstance(array, torch.Tensor) alone takes (Xeon, torch 2.13): so much do eager calls pay.
 Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
@@ -112,6 +112,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     Its first array, which is its first parameter annotated `Any`, decides which, and the function runs with its device
     as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written.
     """
+    function = observe.named(function)
     parameters = inspect.signature(function).parameters
     annotated = (name for name, parameter in parameters.items() if parameter.annotation is Any)
     first = next(annotated, next(iter(parameters)))

@@ -251,8 +251,8 @@ def prepare_fault(ours: Any, theirs: Any, about: Mapping[str, Any]) -> str:
 
 def prepare_as_registered(*args: Any) -> None:
     """Call ours with the arguments in the op's order, where offsets of scales come third."""
-    ids, offsets, scales, sizes1, sizes2, tokens, rows, *sizes = args
-    sglang.prepare_moe_input(ids, offsets, sizes1, sizes2, tokens, rows, *sizes[:3], scales)
+    ids, offsets, scales, sizes1, sizes2, tokens, rows, experts, n, k = args
+    sglang.prepare_moe_input(ids, offsets, sizes1, sizes2, tokens, rows, experts, n, k, scales)
 
 
 PAIRS = (

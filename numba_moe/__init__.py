@@ -26,10 +26,12 @@ _MODULE_OF = {
     "moe_unpermute": "permute",
     "select_experts": "gating",
     "set_log_level": "runtime.observe",
+    "select_experts": "gating.selection",
     "topk_raw": "gating",
     "topk_sigmoid": "gating",
     "topk_softmax": "gating",
     "topk_softplus_sqrt": "gating",
+    "weigh_experts": "gating.selection",
 }
 __all__ = sorted(_MODULE_OF)
 
@@ -40,11 +42,12 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.counting import count_tokens_per_expert as count_tokens_per_expert
     from numba_moe.counting import expert_offsets as expert_offsets
     from numba_moe.gating import grouped_topk as grouped_topk
-    from numba_moe.gating import select_experts as select_experts
     from numba_moe.gating import topk_raw as topk_raw
     from numba_moe.gating import topk_sigmoid as topk_sigmoid
     from numba_moe.gating import topk_softmax as topk_softmax
     from numba_moe.gating import topk_softplus_sqrt as topk_softplus_sqrt
+    from numba_moe.gating.selection import select_experts as select_experts
+    from numba_moe.gating.selection import weigh_experts as weigh_experts
     from numba_moe.lora import moe_lora_align_block_size as moe_lora_align_block_size
     from numba_moe.permute import moe_permute as moe_permute
     from numba_moe.permute import moe_unpermute as moe_unpermute

@@ -213,6 +213,7 @@ def edge_cases() -> Iterator[Case]:
     yield from _recording_edges()
     yield from _gating_edges()
     yield from _selection_edges()
+    yield from _option_edges()
     for dtype in DTYPES:
         yield permute_case(f"strided rows {dtype}", 9, 4, 2, 33, dtype, strided=True)
         yield unpermute_case(f"strided rows {dtype}", 9, 2, 33, dtype, strided=True)
@@ -475,6 +476,98 @@ def _selection_edges() -> Iterator[Case]:
         yield Case(
             "select_experts", f"{name} softplus_sqrt bias", given(**(biased | {"scoring_func": "softplus_sqrt"}))
         )
+
+
+def option_cases(name: str, tokens: int, experts: int, top_k: int, **more: Any) -> Iterator[Case]:
+    """Yield selections with each of the options besides choosing and weighing, and with many at once."""
+    slots = experts + experts // 4 + 2
+    places = integers(0, slots, experts + 2)
+    replicas, num_valid = integers(-1, slots, experts + 2, 3), integers(0, 4, experts + 2)
+    half = np.array([tokens // 2])
+    flags = np.arange(tokens) % 3 == 1
+    enabled, disabled = np.array([7], np.int32), np.array([0], np.int32)
+    shared = {"num_fused_shared_experts": 2, "routed_scaling_factor": 2.5}
+    zero = {"num_zero_experts": experts // 2, "identity_weights": zeros(tokens, dtype="float32")}
+    options: dict[str, dict[str, Any]] = {
+        "counts": {"counts": zeros(experts)},
+        "counts int64 on": {"counts": zeros(experts, dtype="int64"), "counts_enabled": enabled},
+        "counts off": {"counts": zeros(experts), "counts_enabled": disabled},
+        "fewer counters than experts": {"counts": zeros(3)},
+        "padding int64": {"num_token_non_padded": half, "counts": zeros(experts)},
+        "padding int32 scalar": {"num_token_non_padded": half.astype(np.int32).reshape(())},
+        "is_padding": {"is_padding": flags, "num_token_non_padded": half + 1},
+        "ids int64": {"indices_dtype": "int64"},
+        "ids int16": {"indices_dtype": "int16"},
+        "softcap": {"softcap": 3.0},
+        "softcap renormalize": {"softcap": 0.5, "renormalize": True},
+        "bias in logits": {"correction_bias": floats(experts), "bias_mode": "logits"},
+        "bias in capped logits": {
+            "correction_bias": floats(experts),
+            "bias_mode": "logits",
+            "softcap": 5.0,
+            "renormalize": True,
+        },
+        "shared experts": shared,
+        "shared experts scaled later": {**shared, "apply_routed_scaling_factor_on_output": False},
+        "shared experts renormalize": {**shared, "renormalize": True},
+        "shared experts renormalize scaled later": {
+            **shared,
+            "renormalize": True,
+            "apply_routed_scaling_factor_on_output": False,
+        },
+        "zero experts": zero,
+        "zero experts as 0": {**zero, "zero_expert_id": 0, "renormalize": True, "counts": zeros(experts)},
+        "static": {"dispatch": lambda rng: (places(rng), None, "static", 0, None), "counts": zeros(slots)},
+        "fake": {"dispatch": lambda rng: (places(rng), None, "fake", 0, None)},
+        "hash": {"dispatch": lambda rng: (replicas(rng), num_valid(rng), "hash", 0, None), "counts": zeros(slots)},
+        "dynamic": {
+            "dispatch": lambda rng: (replicas(rng), num_valid(rng), "dynamic", 5, np.array([1 << 32 | 3])),
+            "indices_dtype": "int16",
+        },
+        "many at once": {
+            **shared,
+            **zero,
+            "dispatch": lambda rng: (places(rng), None, "static", 0, None),
+            "counts": zeros(slots, dtype="int64"),
+            "num_token_non_padded": half.astype(np.int32),
+            "indices_dtype": "int64",
+            "softcap": 20.0,
+        },
+    }
+    for label, option in options.items():
+        arguments = {"gating_output": floats(tokens, experts), "top_k": top_k, **more, **option}
+        yield Case("select_experts", f"{name} {label}", given(**arguments))
+
+
+def _option_edges() -> Iterator[Case]:
+    some = ("softcap", "bias in logits", "shared experts", "zero experts as 0", "many at once")
+    groups = {"num_expert_group": 4, "topk_group": 2, "scoring_func": "sigmoid", "group_score": "top2_sum"}
+    yield from option_cases("softmax", 5, 24, 6)
+    yield from option_cases("groups", 5, 24, 6, **groups)
+    yield from (case for case in option_cases("no tokens", 0, 8, 2) if case.name.endswith(some))
+    for name, experts, top_k, more in (
+        ("many groups", 66, 6, {"num_expert_group": 33, "topk_group": 11}),
+        ("many picks", 44, 34, {}),
+    ):
+        yield from (case for case in option_cases(name, 3, experts, top_k, **more) if case.name.endswith(some))
+    many: dict[str, Any] = {"gating_output": floats(3, 40), "num_token_non_padded": np.array([2])}
+    for scoring_func in SCORING:
+        given_ids = integers(-3, 45, 3, 5)
+        arguments = {**many, "topk_ids": given_ids, "scoring_func": scoring_func, "counts": zeros(40)}
+        yield Case("weigh_experts", f"{scoring_func}", given(**arguments))
+        yield Case("weigh_experts", f"{scoring_func} renormalize", given(**arguments, renormalize=True))
+    table = {"topk_ids": integers(0, 40, 9, 36), "input_ids": np.array([8, 9, -1]), "scoring_func": "softplus_sqrt"}
+    yield Case("weigh_experts", "table", given(**(many | table), routed_scaling_factor=2.5))
+    short = {"topk_ids": lambda rng: integers(0, 40, 3, 2)(rng).astype(np.int16), "softcap": 2.0}
+    yield Case("weigh_experts", "int16", given(**(many | short), logit_bias=floats(40), num_fused_shared_experts=1))
+    zero = {"topk_ids": integers(0, 40, 3, 6), "num_zero_experts": 20, "identity_weights": zeros(3, dtype="float32")}
+    yield Case("weigh_experts", "zero experts", given(**(many | zero)))
+    yield Case("weigh_experts", "no tokens", given(gating_output=floats(0, 4), topk_ids=integers(0, 4, 0, 2)))
+    non_finite = np.array([[np.nan, 1, 2], [np.inf, 0, 1], [-np.inf] * 3, [1, -np.inf, 3]], np.float32)
+    ids = np.array([[1, 2], [0, 1], [0, 1], [1, 2]])
+    for scoring_func in SCORING:
+        arguments = {"gating_output": non_finite, "topk_ids": ids, "scoring_func": scoring_func, "softcap": 9.0}
+        yield Case("weigh_experts", f"non-finite logits {scoring_func}", given(**arguments))
 
 
 def input_cases(path: Path, num_experts: int | None, top_k: int, block_size: int) -> Iterator[Case]:

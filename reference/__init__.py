@@ -8,11 +8,10 @@ where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and 
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.batched import batched_moe_align_block_size
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
-from numba_moe.reference.dispatch import dispatch_ids
+from numba_moe.reference.dispatch import DispatchTables, dispatch_ids
 from numba_moe.reference.gating import (
     TopK,
     grouped_topk,
-    select_experts,
     topk_raw,
     topk_sigmoid,
     topk_softmax,
@@ -31,9 +30,11 @@ from numba_moe.reference.recorder import (
     traffic_matrix,
     utilization,
 )
+from numba_moe.reference.selection import select_experts, weigh_experts
 
 __all__ = [
     "AlignedBlocks",
+    "DispatchTables",
     "PermutedTokens",
     "RaggedMetadata",
     "RebalancedExperts",
@@ -63,4 +64,5 @@ __all__ = [
     "topk_softplus_sqrt",
     "traffic_matrix",
     "utilization",
+    "weigh_experts",
 ]

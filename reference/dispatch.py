@@ -3,7 +3,7 @@
 Anything with the maps of an `ExpertLocation` is a location here.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,16 @@ KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 HASH_MULTIPLIER = 2654435769
 WORD = 0xFFFFFFFF
+
+
+class DispatchTables(NamedTuple):
+    """What `dispatch_ids` takes beside ids, under the same names: gating takes it whole."""
+
+    physical_map: Any
+    num_valid: Any = None
+    algorithm: str = "static"
+    seed: int = 0
+    step: Any = None
 
 
 def philox(counter: Any, key: Any) -> tuple[np.ndarray, ...]:

@@ -271,6 +271,21 @@ def grouped_topk(
     >>> grouped_topk(logits, 1, 2, 1, scoring_func="sigmoid", group_score="max").topk_ids
     array([[0]], dtype=int32)
     """
+    groups = (num_expert_group, topk_group, group_score)
+    scores, topk_ids = choose_in_groups(gating_output, top_k, scoring_func, correction_bias, *groups)
+    return weigh(scores, topk_ids, renormalize, routed_scaling_factor)
+
+
+def choose_in_groups(
+    gating_output: np.ndarray,
+    top_k: int,
+    scoring_func: str,
+    correction_bias: np.ndarray | None,
+    num_expert_group: int,
+    topk_group: int,
+    group_score: str | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores of all experts, and the chosen ones."""
     scores, ranks = score_and_rank(gating_output, scoring_func, correction_bias)
     picks = group_picks(group_score, top_k, topk_group, correction_bias)
     group_scores = score_groups(scores, ranks, num_expert_group, correction_bias, picks)
@@ -281,8 +296,7 @@ def grouped_topk(
     eligible = np.repeat(chosen, ranks.shape[1] // num_expert_group, axis=1)
     by_rank = best(ranks, ranks.shape[1])
     outside = ~np.take_along_axis(eligible, by_rank, axis=1)
-    topk_ids = np.take_along_axis(by_rank, np.argsort(outside, axis=1, kind="stable")[:, :top_k], axis=1)
-    return weigh(scores, topk_ids, renormalize, routed_scaling_factor)
+    return scores, np.take_along_axis(by_rank, np.argsort(outside, axis=1, kind="stable")[:, :top_k], axis=1)
 
 
 def group_picks(group_score: str | None, top_k: int, topk_group: int, correction_bias: np.ndarray | None) -> int:
@@ -305,36 +319,6 @@ def score_groups(
     best_of_group = np.argsort(-ranks, axis=2, kind="stable")[:, :, :picks]
     sums = np.take_along_axis(values, best_of_group, axis=2).sum(axis=2, dtype=np.float32)
     return np.where(np.isnan(sums), -np.inf, sums)
-
-
-def select_experts(
-    gating_output: np.ndarray,
-    top_k: int,
-    *,
-    scoring_func: str = "softmax",
-    renormalize: bool = False,
-    correction_bias: np.ndarray | None = None,
-    num_expert_group: int = 1,
-    topk_group: int = 1,
-    group_score: str | None = None,
-    routed_scaling_factor: float = 1.0,
-) -> TopK:
-    """Choose the experts of each token, with every option of every kind of gating by its name.
-
-    Parameters and result are those of `grouped_topk`; one group, unless told otherwise, is as good as none.
-
-    Examples
-    --------
-    >>> select_experts(np.array([[3.0, -3.0, 1.0, 2.0]]), 2, scoring_func="raw", routed_scaling_factor=0.5)
-    TopK(topk_weights=array([[1.5, 1. ]], dtype=float32), topk_ids=array([[0, 3]], dtype=int32))
-    """
-    return grouped_topk(
-        *(gating_output, top_k, num_expert_group, topk_group, renormalize),
-        scoring_func=scoring_func,
-        correction_bias=correction_bias,
-        group_score=group_score,
-        routed_scaling_factor=routed_scaling_factor,
-    )
 
 
 def slopes(logits: np.ndarray, scoring_func: str) -> np.ndarray:

@@ -13,14 +13,19 @@ from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.plans import layout, new_tuple
 
 
-def _choose(plan: GatingPlan, gating_output: torch.Tensor, correction_bias: torch.Tensor | None) -> TopK:
+def run_plan(
+    plan: GatingPlan,
+    gating_output: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    extras: tuple[torch.Tensor | None, ...] = (),
+) -> TopK:
     topk_weights = arrays.empty(*plan.topk_weights)
     topk_ids = arrays.empty(*plan.topk_ids)
     if not plan.in_memory:
-        plan.choose(gating_output, correction_bias, topk_weights, topk_ids)
+        plan.choose(gating_output, correction_bias, topk_weights, topk_ids, *extras)
     else:
         scores = arrays.empty(*plan.group_scores) if plan.group_scores else None
-        plan.choose(gating_output, correction_bias, scores, topk_weights, topk_ids)
+        plan.choose(gating_output, correction_bias, scores, topk_weights, topk_ids, *extras)
     return new_tuple(TopK, (topk_weights, topk_ids))
 
 
@@ -35,10 +40,10 @@ def _topk(scoring_func: str, gating_output: Any, top_k: int, renormalize: bool, 
     if arrays.answered_by_reference(gating_output):
         function = getattr(reference, f"topk_{scoring_func}")
         return arrays.by_reference(function, gating_output, top_k, renormalize, correction_bias)
-    return _choose(plan, gating_output, correction_bias)
+    return run_plan(plan, gating_output, correction_bias)
 
 
-def _grouped(
+def choose_grouped(
     gating_output: Any,
     top_k: int,
     num_expert_group: int,
@@ -64,7 +69,7 @@ def _grouped(
         checks.logits("gating_output", gating_output)
     in_graph = gating_output.requires_grad and torch.is_grad_enabled()
     if not in_graph and not arrays.answered_by_reference(gating_output):
-        return _choose(plan, gating_output, correction_bias)
+        return run_plan(plan, gating_output, correction_bias)
     options = {
         "top_k": top_k,
         "num_expert_group": num_expert_group,
@@ -76,7 +81,7 @@ def _grouped(
         "routed_scaling_factor": routed_scaling_factor,
     }
     if in_graph:
-        choose = functools.partial(_grouped, **options)
+        choose = functools.partial(choose_grouped, **options)
         return differentiable(choose, gating_output, scoring_func, renormalize, routed_scaling_factor)
     return arrays.by_reference(reference.grouped_topk, gating_output, **options)
 
@@ -326,84 +331,7 @@ def grouped_topk(
     >>> grouped_topk(logits, 1, 2, 1, scoring_func="sigmoid", group_score="max").topk_ids
     array([[0]], dtype=int32)
     """
-    return _grouped(
-        gating_output,
-        top_k,
-        num_expert_group,
-        topk_group,
-        renormalize,
-        scoring_func,
-        correction_bias,
-        group_score,
-        routed_scaling_factor,
-    )
-
-
-@arrays.public
-def select_experts(
-    gating_output: Any,
-    top_k: int,
-    *,
-    scoring_func: str = "softmax",
-    renormalize: bool = False,
-    correction_bias: Any = None,
-    num_expert_group: int = 1,
-    topk_group: int = 1,
-    group_score: str | None = None,
-    routed_scaling_factor: float = 1.0,
-) -> TopK:
-    """Choose the experts of each token, with every option of every kind of gating by its name.
-
-    Parameters
-    ----------
-    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The router's logits; rows may be strided.
-    top_k : int
-        Experts per token, at most those of `topk_group` groups.
-    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
-        How logits become scores.
-    renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is not positive).
-    correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice of groups and experts alone; the weights stay the scores.
-    num_expert_group : int
-        Number of groups, of which `topk_group` are chosen first; consecutive experts form a group, all of one size.
-    topk_group : int
-        Groups per token.
-    group_score : {"max", "top2_sum", "topk_sum"}, optional
-        As in `grouped_topk`; without a meaning where there is one group.
-    routed_scaling_factor : float
-        Multiplies the weights, after renormalising.
-
-    Returns
-    -------
-    TopK
-        topk_weights : float32 [num_tokens, top_k], best first. topk_ids : int32 of the same shape, distinct in
-        each row.
-
-    Raises
-    ------
-    TypeError
-        Wrong kind of array or dtype.
-    ValueError
-        Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
-        than there are, unknown `scoring_func` or `group_score`.
-
-    Notes
-    -----
-    The lower group and the lower expert win a tie. Runs on the caller's current stream without synchronising,
-    captures into CUDA graphs, allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum" of
-    more than two, also one float32 per token and group). The weights have a gradient by logits that require one, of
-    first order; the bias has none.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> logits = np.array([[3, -3, 1, 2]], np.float32)
-    >>> select_experts(logits, 2, scoring_func="raw", renormalize=True)
-    TopK(topk_weights=array([[0.6, 0.4]], dtype=float32), topk_ids=array([[0, 3]], dtype=int32))
-    """
-    return _grouped(
+    return choose_grouped(
         gating_output,
         top_k,
         num_expert_group,

@@ -1,76 +1,194 @@
-"""Top-k of rows of any size: the row is read again for each pick."""
+"""Top-k of rows of any size: a warp streams its row and keeps the best in its lanes.
 
+Lane i holds the i-th best key so far, a key being a rank and an id upside down. Few experts are above the last of those
+wanted: after n of random ones the next is with a chance of top_k / n. Those that are, are inserted one by one.
+More than 32 picks take a stream each 32, of the keys below the last one that was picked.
+"""
+
+from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_rest
+from numba_moe.gating.octets import load_eight
 from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, rank_of, score_of, weight_of
-from numba_moe.runtime.dialect import cuda, float32, int64
+from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
+    Extended,
     Float32,
     Float32Array,
     FloatArray,
     Int32,
     Int32Array,
     Int64,
+    OptionalFlags,
     OptionalFloat32Array,
+    OptionalInt32Array,
+    OptionalInt64Array,
+    OptionalSizedArray,
 )
 from numba_moe.runtime.primitives import (
+    ALL_LANES,
     HIGHEST_KEY,
-    LARGEST_FLOAT,
+    INFINITY,
     LOWEST_KEY,
     NEGATIVE_INFINITY,
     WARP,
     choice_key,
-    chosen_index,
+    count_lanes,
+    divide,
     exp,
+    larger,
     load_float,
+    order,
     present,
-    store_float,
     warp_index,
     warp_max,
     warp_sum,
 )
 
+# Experts that a warp reads at a time, eight to a lane.
+STEP = 8 * WARP
+LAST_ID = 0x7FFFFFFF
+
 
 @cuda.jit(device=True)
-def softmax_from_memory(gating_output, row, num_experts):
+def load_logits(gating_output, row, expert, end, aligned, adjusting, logits):
+    """Read the logits of eight experts, adjusted; -inf from `end` on."""
+    extended, logit_bias, softcap = adjusting
+    load_eight(gating_output, row + expert, end - expert, aligned, logits)
+    if extended:
+        adjust(logits, 8, expert, end - expert, logit_bias, softcap)
+
+
+@cuda.jit(device=True)
+def load_logit(gating_output, row, expert, adjusting):
+    extended, logit_bias, softcap = adjusting
+    logit = load_float(gating_output, row + expert)
+    if extended:
+        logit = adjusted(logit, expert, logit_bias, softcap)
+    return logit
+
+
+@cuda.jit(device=True)
+def softmax_from_memory(gating_output, row, num_experts, aligned, adjusting):
     """Return the largest logit of a row and the sum of exponentials; a sum of 0 if the row has no softmax."""
+    logits = cuda.local.array(8, float32)
     peak = float32(NEGATIVE_INFINITY)
-    broken = 0
-    for expert in range(cuda.laneid, num_experts, WARP):
-        logit = load_float(gating_output, row + expert)
-        if logit > peak:
-            peak = logit
-        if not logit <= float32(LARGEST_FLOAT):  # NaN or +inf
-            broken = 1
-    peak = warp_max(peak)
-    broken = warp_max(broken)
     total = float32(0.0)
-    if broken == 0 and peak > float32(NEGATIVE_INFINITY):
-        for expert in range(cuda.laneid, num_experts, WARP):
-            total += exp(load_float(gating_output, row + expert) - peak)
-    return peak, warp_sum(total)
+    broken = False
+    expert = int32(8 * cuda.laneid)
+    while expert < num_experts:
+        load_logits(gating_output, row, expert, num_experts, aligned, adjusting, logits)
+        highest = peak
+        for i in range(8):
+            broken = broken or not logits[i] < float32(INFINITY)
+            highest = larger(highest, logits[i])
+        if highest > peak:
+            total *= exp(peak - highest)
+            peak = highest
+        if peak > float32(NEGATIVE_INFINITY):
+            for i in range(8):
+                total += exp(logits[i] - peak)
+        expert = int32(expert + STEP)
+    highest = warp_max(peak)
+    if cuda.ballot_sync(ALL_LANES, broken) != 0 or highest == float32(NEGATIVE_INFINITY):
+        return highest, float32(0.0)
+    if peak < highest:
+        total *= exp(peak - highest)
+    return highest, warp_sum(total)
 
 
 @cuda.jit(device=True)
-def score_group(gating_output, row, first, size, correction_bias, scoring_func, group_picks, peak, total):
+def sort_keys(key):
+    """Sort the warp's keys, highest first, in a bitonic network."""
+    lane = int32(cuda.laneid)
+    for level in range(1, 6):
+        for turn in range(level):
+            distance = int32(1 << (level - 1 - turn))
+            other = cuda.shfl_xor_sync(ALL_LANES, key, distance)
+            keeps_higher = (lane & distance == 0) == (lane & (1 << level) == 0)
+            key = max(key, other) if keeps_higher else min(key, other)
+    return key
+
+
+@cuda.jit(device=True)
+def insert(best, key):
+    """Insert a key, the same in all lanes, into the warp's sorted keys; the last one falls out."""
+    lane = int32(cuda.laneid)
+    place = count_lanes(cuda.ballot_sync(ALL_LANES, best > key))
+    before = cuda.shfl_up_sync(ALL_LANES, best, 1)
+    if lane == place:
+        best = key
+    elif lane > place:
+        best = before
+    return best
+
+
+@cuda.jit(device=True)
+def keep_best(gating_output, row, first, end, aligned, adjusting, rule, below, wanted, best):
+    """Return the warp's best keys after experts [first, end) too, and whether no logit is NaN or +inf.
+
+    Keys from `below` on do not count; no more than `wanted` keys need be right.
+    """
+    correction_bias, scoring_func, peak, total = rule
+    logits = cuda.local.array(8, float32)
+    following = cuda.local.array(8, float32)
+    lane = int32(cuda.laneid)
+    threshold = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
+    broken = False
+    base = int32(first)
+    load_logits(gating_output, row, base + 8 * lane, end, aligned, adjusting, following)
+    while base < end:
+        expert = int32(base + 8 * lane)
+        for i in range(8):
+            logits[i] = following[i]
+        load_logits(gating_output, row, expert + STEP, end, aligned, adjusting, following)
+        for i in range(8):
+            key = int64(LOWEST_KEY)
+            if expert + i < end:
+                broken = broken or not logits[i] < float32(INFINITY)
+                rank = order(rank_of(logits[i], expert + i, correction_bias, scoring_func, peak, total))
+                key = (int64(rank) << 32) | (LAST_ID - (expert + i))
+                if key >= below:
+                    key = int64(LOWEST_KEY)
+            votes = uint32(cuda.ballot_sync(ALL_LANES, key > threshold))
+            if i == 0 and threshold == LOWEST_KEY and cuda.shfl_sync(ALL_LANES, best, 0) == LOWEST_KEY:
+                best = sort_keys(key)
+                threshold = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
+                votes = uint32(0)
+            while votes != 0:
+                candidate = cuda.shfl_sync(ALL_LANES, key, cuda.ffs(votes) - 1)
+                if candidate > threshold:
+                    best = insert(best, candidate)
+                    threshold = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
+                votes = uint32(votes & (votes - 1))
+        base = int32(base + STEP)
+    return best, cuda.ballot_sync(ALL_LANES, broken) == 0
+
+
+@cuda.jit(device=True)
+def score_group(gating_output, row, first, size, aligned, adjusting, rule, group_picks):
     """Return the score of the group of experts [first, first + size): its best rank, or the sum of so many."""
-    group_value = float32(0.0)
-    last = int64(HIGHEST_KEY)
-    for _ in range(min(size, group_picks)):
-        key = int64(LOWEST_KEY)
-        for expert in range(first + cuda.laneid, first + size, WARP):
-            candidate = choice_key(
-                rank_of(load_float(gating_output, row + expert), expert, correction_bias, scoring_func, peak, total),
-                expert,
-            )
-            if candidate < last:
-                key = max(key, candidate)
-        last = warp_max(key)
-        best = chosen_index(last)
-        if group_picks == 1 or present(correction_bias):
-            value = rank_of(load_float(gating_output, row + best), best, correction_bias, scoring_func, peak, total)
-        else:
-            value = score_of(load_float(gating_output, row + best), scoring_func, peak, total)
-        group_value += value
-    return group_value
+    correction_bias, scoring_func, peak, total = rule
+    value = float32(0.0)
+    below = int64(HIGHEST_KEY)
+    picks = int32(min(size, group_picks))
+    while picks > 0:
+        wanted = int32(min(picks, WARP))
+        best, _ = keep_best(
+            *(gating_output, row, first, first + size, aligned, adjusting, rule, below, wanted, int64(LOWEST_KEY))
+        )
+        below = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
+        mine = float32(0.0)
+        if cuda.laneid < wanted:
+            expert = int32(LAST_ID - (best & LAST_ID))
+            logit = load_logit(gating_output, row, expert, adjusting)
+            if group_picks == 1 or present(correction_bias):
+                mine = rank_of(logit, expert, correction_bias, scoring_func, peak, total)
+            else:
+                mine = score_of(logit, scoring_func, peak, total)
+        if group_picks == 1:
+            return cuda.shfl_sync(ALL_LANES, mine, 0)
+        value += warp_sum(mine)
+        picks = int32(picks - wanted)
+    return value
 
 
 @cuda.jit(device=True)
@@ -87,6 +205,19 @@ def last_group_key(group_scores, row, num_expert_group, topk_group):
     return last
 
 
+@cuda.jit(device=True)
+def scale_weights(topk_weights, first_pick, top_k, weight_sum, renormalize, routed_scaling_factor):
+    """Scale the weights of a token, each by the lane that wrote it; return the factor."""
+    scale = float32(routed_scaling_factor)
+    if renormalize:
+        weight_sum = warp_sum(weight_sum)
+        if weight_sum > float32(SMALLEST_SUM):
+            scale = divide(scale, weight_sum)
+    for pick in range(cuda.laneid, top_k, WARP):
+        topk_weights[first_pick + pick] *= scale
+    return scale
+
+
 @cuda.jit
 def choose_from_memory(
     gating_output: FloatArray,
@@ -94,73 +225,119 @@ def choose_from_memory(
     group_scores: OptionalFloat32Array,
     topk_weights: Float32Array,
     topk_ids: Int32Array,
+    logit_bias: OptionalFloat32Array,
+    num_token_non_padded: OptionalSizedArray,
+    is_padding: OptionalFlags,
+    physical_map: OptionalInt32Array,
+    num_valid: OptionalInt32Array,
+    step: OptionalInt64Array,
+    counts: OptionalSizedArray,
+    counts_enabled: OptionalInt32Array,
+    identity_weights: OptionalFloat32Array,
     num_tokens: Int32,
     num_experts: Int32,
     row_stride: Int64,
+    aligned: Int32,
     top_k: Int32,
     scoring_func: Int32,
+    whole_softmax: Int32,
     renormalize: Int32,
     routed_scaling_factor: Float32,
     num_expert_group: Int32,
     topk_group: Int32,
     group_picks: Int32,
+    softcap: Float32,
+    scalar_bytes: Int32,
+    id_bytes: Int32,
+    num_real: Int32,
+    zero_expert_id: Int32,
+    num_shared: Int32,
+    shared_factor: Float32,
+    num_rows: Int32,
+    width: Int32,
+    algorithm: Int32,
+    seed: Int64,
+    num_counts: Int32,
+    count_bytes: Int32,
+    extended: Extended,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts],
-    # group_scores [num_tokens, num_expert_group], topk_weights and topk_ids [num_tokens, top_k]; a warp
-    # per token, which reads its row again for each pick
+    # group_scores [num_tokens, num_expert_group], topk_weights and topk_ids [num_tokens, top_k]; a warp per token
     token = warp_index()
     if token >= num_tokens:
         return
-    lane = cuda.laneid
+    ids = (id_bytes, num_real, zero_expert_id)
+    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
+    counting = (counts, counts_enabled, num_counts, count_bytes)
+    num_slots = int32(top_k + num_shared if extended else top_k)
+    lane = int32(cuda.laneid)
+    if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+        write_nothing(token, lane, WARP, num_slots, topk_weights, topk_ids, ids, identity_weights)
+        return
     row = int64(token) * row_stride
+    adjusting = (extended, logit_bias, softcap)
     peak = float32(0.0)
-    total = float32(0.0)
-    if scoring_func == SOFTMAX:
-        peak, total = softmax_from_memory(gating_output, row, num_experts)
+    total = float32(1.0)
+    if whole_softmax:
+        peak, total = softmax_from_memory(gating_output, row, num_experts, aligned, adjusting)
+    rule = (correction_bias, scoring_func, peak, total)
 
     groups = int64(token) * num_expert_group
-    group_size = num_experts // num_expert_group
+    group_size = int32(num_experts // num_expert_group)
     last_group = int64(LOWEST_KEY)
     if present(group_scores):
         for group in range(num_expert_group):
-            first = group * group_size
-            value = score_group(
-                gating_output, row, first, group_size, correction_bias, scoring_func, group_picks, peak, total
-            )
+            where = (gating_output, row, int32(group * group_size), group_size, aligned)
+            value = score_group(*where, adjusting, rule, group_picks)
             if lane == 0:
                 group_scores[groups + group] = value
         cuda.syncwarp()
         last_group = last_group_key(group_scores, groups, num_expert_group, topk_group)
 
-    first_pick = int64(token) * top_k
-    last = int64(HIGHEST_KEY)
+    first_pick = int64(token) * num_slots
+    below = int64(HIGHEST_KEY)
     weight_sum = float32(0.0)
-    for pick in range(top_k):
-        key = int64(LOWEST_KEY)
-        for expert in range(lane, num_experts, WARP):
+    identity = float32(0.0)
+    base = int32(0)
+    while base < top_k:
+        wanted = int32(min(top_k - base, WARP))
+        best = int64(LOWEST_KEY)
+        usable = True
+        for group in range(num_expert_group):
             eligible = True
             if present(group_scores):
-                group = expert // group_size
                 eligible = choice_key(group_scores[groups + group], group) >= last_group
             if eligible:
-                candidate = choice_key(
-                    rank_of(
-                        load_float(gating_output, row + expert), expert, correction_bias, scoring_func, peak, total
-                    ),
-                    expert,
-                )
-                if candidate < last:
-                    key = max(key, candidate)
-        last = warp_max(key)
-        chosen = chosen_index(last)
-        weight = weight_of(load_float(gating_output, row + chosen), scoring_func, peak, total)
-        weight_sum += weight
-        if lane == pick % WARP:
-            topk_ids[first_pick + pick] = chosen
-            store_float(topk_weights, first_pick + pick, weight)
+                where = (gating_output, row, int32(group * group_size), int32((group + 1) * group_size), aligned)
+                best, finite = keep_best(*where, adjusting, rule, below, wanted, best)
+                usable = usable and finite
+        below = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
+        chosen = int32(LAST_ID - (best & LAST_ID))
+        if scoring_func == SOFTMAX and not whole_softmax and (not usable or total == float32(0.0)):
+            chosen = int32(base + lane)  # all experts of a row without a softmax have rank 0
+            total = float32(0.0)
+        logit = float32(NEGATIVE_INFINITY)
+        if lane < wanted:
+            logit = load_logit(gating_output, row, chosen, adjusting)
+        if scoring_func == SOFTMAX and not whole_softmax and base == 0:
+            peak = cuda.shfl_sync(ALL_LANES, logit, 0)
+            if peak == float32(NEGATIVE_INFINITY):
+                total = float32(0.0)
+        if lane < wanted:
+            slot = first_pick + (base + lane)
+            weight = weight_of(logit, scoring_func, peak, total)
+            weight_sum += weight
+            if extended:
+                write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
+                if chosen >= num_real:
+                    identity += weight
+                    weight = float32(0.0)
+            else:
+                topk_ids[slot] = chosen
+            topk_weights[slot] = weight
+        base = int32(base + WARP)
 
-    scale = float32(routed_scaling_factor)
-    if renormalize and weight_sum > float32(SMALLEST_SUM):
-        scale = scale / weight_sum
-    for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
-        topk_weights[first_pick + pick] *= scale
+    scale = scale_weights(topk_weights, first_pick, top_k, weight_sum, renormalize, routed_scaling_factor)
+    if extended:
+        rest = (num_slots, num_shared, shared_factor, topk_weights, topk_ids, identity_weights)
+        write_rest(token, scale, weight_sum, identity, renormalize, rest, ids, dispatch, counting)

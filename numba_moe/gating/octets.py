@@ -8,17 +8,23 @@ Picks whose keys have the same upper bits are then ordered by rank. If some expe
 of the last pick, the warp looks through the row for all that have them.
 """
 
+from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_shared
 from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
 from numba_moe.gating.rows import SIGMOID, SMALLEST_SUM, SOFTMAX, lower_infinity, rank_of, score_all, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
+    Extended,
     Float32,
     Float32Array,
     FloatArray,
     Int32,
     Int32Array,
     Int64,
+    OptionalFlags,
     OptionalFloat32Array,
+    OptionalInt32Array,
+    OptionalInt64Array,
+    OptionalSizedArray,
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
@@ -70,7 +76,7 @@ def in_octet(predicate):
 
 
 @cuda.jit(device=True)
-def softmax_of_octet(gating_output, start, first, end, step, aligned):
+def softmax_of_octet(gating_output, start, first, end, step, aligned, extended, logit_bias, softcap):
     """Return the largest logit of the octet's row and the sum of exponentials; 0 if the row has no softmax."""
     logits = cuda.local.array(8, float32)
     peak = float32(NEGATIVE_INFINITY)
@@ -78,6 +84,8 @@ def softmax_of_octet(gating_output, start, first, end, step, aligned):
     at = first
     while at < end:
         load_eight(gating_output, start + at, end - at, aligned, logits)
+        if extended:
+            adjust(logits, 8, at, end - at, logit_bias, softcap)
         for i in range(8):
             broken = broken or not logits[i] < float32(INFINITY)
             peak = larger(peak, logits[i])
@@ -91,6 +99,8 @@ def softmax_of_octet(gating_output, start, first, end, step, aligned):
         at = end
     while at < end:
         load_eight(gating_output, start + at, end - at, aligned, logits)
+        if extended:
+            adjust(logits, 8, at, end - at, logit_bias, softcap)
         for i in range(8):
             total += exp(logits[i] - peak)
         at = int32(at + step)
@@ -152,6 +162,9 @@ def choose_at_edge(
     scoring_func,
     peak,
     total,
+    extended,
+    logit_bias,
+    softcap,
 ):
     """Return in lane i, for i < wanted, the i-th best of a row's experts whose keys have the upper bits of `edge`.
 
@@ -165,7 +178,10 @@ def choose_at_edge(
         for base in range(0, num_experts, 8 * 32):
             for i in range(8):
                 expert = int32(base + 32 * i + cuda.laneid)
-                logits[i] = load_float(gating_output, row + min(expert, int32(num_experts - 1)))
+                expert = min(expert, int32(num_experts - 1))
+                logits[i] = load_float(gating_output, row + expert)
+                if extended:
+                    logits[i] = adjusted(logits[i], expert, logit_bias, softcap)
             for i in range(8):
                 expert = int32(base + 32 * i + cuda.laneid)
                 if expert < num_experts and (groups >> (quotient(expert, group_size) * lanes)) & 1:
@@ -185,6 +201,15 @@ def choose_for_many(
     correction_bias: OptionalFloat32Array,
     topk_weights: Float32Array,
     topk_ids: Int32Array,
+    logit_bias: OptionalFloat32Array,
+    num_token_non_padded: OptionalSizedArray,
+    is_padding: OptionalFlags,
+    physical_map: OptionalInt32Array,
+    num_valid: OptionalInt32Array,
+    step: OptionalInt64Array,
+    counts: OptionalSizedArray,
+    counts_enabled: OptionalInt32Array,
+    identity_weights: OptionalFloat32Array,
     num_tokens: Int32,
     num_experts: Int32,
     row_stride: Int64,
@@ -201,6 +226,20 @@ def choose_for_many(
     lane_bits: Int32,
     mask: Int32,
     exact: Int32,
+    softcap: Float32,
+    scalar_bytes: Int32,
+    id_bytes: Int32,
+    num_real: Int32,
+    zero_expert_id: Int32,
+    num_shared: Int32,
+    shared_factor: Float32,
+    num_rows: Int32,
+    width: Int32,
+    algorithm: Int32,
+    seed: Int64,
+    num_counts: Int32,
+    count_bytes: Int32,
+    extended: Extended,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
     # and topk_ids [num_tokens, top_k]; eight lanes a token, 1 << lane_bits of them a group,
@@ -218,13 +257,13 @@ def choose_for_many(
     origin = int32((member >> lane_bits) * group_size)
     first = int32(origin + (member & (lanes - 1)) * 8)
     end = int32(origin + group_size)
-    step = int32(lanes * 8)
+    stride = int32(lanes * 8)
     row = int64(token) * row_stride
 
     peak = float32(0.0)
     total = float32(1.0)
     if whole_softmax:
-        peak, total = softmax_of_octet(gating_output, row, first, end, step, aligned)
+        peak, total = softmax_of_octet(gating_output, row, first, end, stride, aligned, extended, logit_bias, softcap)
     logits = cuda.local.array(8, float32)
     biases = cuda.local.array(8, float32)
     keys = cuda.local.array(8, int32)
@@ -238,6 +277,8 @@ def choose_for_many(
     while at < end:
         count = int32(end - at)
         load_eight(gating_output, row + at, count, aligned, logits)
+        if extended:
+            adjust(logits, 8, at, count, logit_bias, softcap)
         if scoring_func > SIGMOID:
             lower_infinity(logits, 8)
         for i in range(8):
@@ -277,7 +318,7 @@ def choose_for_many(
             if not exact:
                 left_out = max(left_out, highest_left_out(best, keys))
             keep_best_eight(best, keys)
-        at = int32(at + step)
+        at = int32(at + stride)
     offers = first < end
     if num_expert_group > 1:
         chosen_group = in_best_groups(highest, second, group_picks > 1, lanes, topk_group)
@@ -302,6 +343,8 @@ def choose_for_many(
     logit = float32(NEGATIVE_INFINITY)
     if key > int32(LOWEST_ORDER | mask):
         logit = load_float(gating_output, row + chosen)
+        if extended:
+            logit = adjusted(logit, chosen, logit_bias, softcap)
     if not exact:
         rank = int32(LOWEST_ORDER)
         if key > int32(LOWEST_ORDER | mask):
@@ -323,11 +366,14 @@ def choose_for_many(
                 *(gating_output, correction_bias, cuda.shfl_sync(ALL_LANES, row, source)),
                 *(edge, mask, int32(top_k - sure), groups >> source, num_experts, group_size, lanes),
                 *(scoring_func, cuda.shfl_sync(ALL_LANES, peak, source), cuda.shfl_sync(ALL_LANES, total, source)),
+                *(extended, logit_bias, softcap),
             )
             found = cuda.shfl_sync(ALL_LANES, found, (member - sure) & 7)
             if lane & 24 == source and member >= sure:
                 chosen = found
                 logit = load_float(gating_output, row + chosen)
+                if extended:
+                    logit = adjusted(logit, chosen, logit_bias, softcap)
             votes = uint32(votes & (votes - 1))
 
     is_pick = member < top_k
@@ -348,7 +394,34 @@ def choose_for_many(
             weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
         if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
-    if is_pick and exists:
-        slot = int64(token) * top_k + member
-        topk_ids[slot] = chosen
-        topk_weights[slot] = weight * scale
+    if not extended:
+        if is_pick and exists:
+            slot = int64(token) * top_k + member
+            topk_ids[slot] = chosen
+            topk_weights[slot] = weight * scale
+        return
+    ids = (id_bytes, num_real, zero_expert_id)
+    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
+    counting = (counts, counts_enabled, num_counts, count_bytes)
+    num_slots = int32(top_k + num_shared)
+    is_zero = is_pick and chosen >= num_real
+    shared = weight
+    identity = weight if is_zero else float32(0.0)
+    for distance in (1, 2, 4):
+        shared += cuda.shfl_xor_sync(ALL_LANES, shared, distance)
+        identity += cuda.shfl_xor_sync(ALL_LANES, identity, distance)
+    if not exists:
+        return
+    if is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+        write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
+        return
+    if is_pick:
+        slot = int64(token) * num_slots + member
+        write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
+        topk_weights[slot] = float32(0.0) if is_zero else weight * scale
+    if renormalize:
+        shared = float32(1.0)
+    where = (token, member, LANES, num_slots, num_shared, shared * shared_factor, topk_weights, topk_ids)
+    write_shared(*where, ids, dispatch, counting)
+    if member == 0 and present(identity_weights):
+        identity_weights[token] = identity * scale

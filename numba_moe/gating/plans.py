@@ -20,6 +20,33 @@ MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 16
 
 
+class Extras(NamedTuple):
+    """What a call asks for besides choosing and weighing, of which an array is there or not; see `extras`."""
+
+    softcap: float = 0.0
+    bias_in_logits: bool = False
+    scalar_bytes: int = 0
+    id_dtype: torch.dtype = torch.int32
+    num_zero_experts: int = 0
+    zero_expert_id: int = -1
+    num_shared: int = 0
+    shared_factor: float = 1.0
+    table: tuple[int, ...] = (0, 0, 0, 0)  # rows and columns, the algorithm and its seed
+    num_counts: int = 0
+    count_bytes: int = 0
+
+    def numbers(self, num_experts: int) -> tuple[float, ...]:
+        """Return what the kernels take last."""
+        num_real = num_experts - self.num_zero_experts
+        ids = (self.id_dtype.itemsize, num_real, self.zero_expert_id, self.num_shared, self.shared_factor)
+        return (self.softcap, self.scalar_bytes, *ids, *self.table, self.num_counts, self.count_bytes)
+
+
+NO_EXTRAS = Extras()
+# The kernels' arrays for extras.
+EXTRA_ARRAYS = 9
+
+
 class GatingPlan(NamedTuple):
     """The results, the launch, whether it is of the kernel for rows of any size, and the group scores of that one."""
 
@@ -28,6 +55,12 @@ class GatingPlan(NamedTuple):
     choose: Launch
     in_memory: bool
     group_scores: arrays.Contiguous | None
+
+
+def in_vectors(gating_output: Layout, group_size: int) -> bool:
+    """Whether the logits of every group can be read four at a time."""
+    stride = gating_output.shape[1] if gating_output.strides is None else gating_output.strides[0]
+    return not (group_size % 4 or stride % 4 or gating_output.address % (4 * gating_output.dtype.itemsize))
 
 
 def _plan(
@@ -40,13 +73,15 @@ def _plan(
     topk_group: int = 1,
     group_picks: int = 1,
     routed_scaling_factor: float = 1.0,
+    extras: Extras | None = None,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_tokens, num_experts = gating_output.shape
     checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
     top_k = checks.integer("top_k", top_k, 1, num_experts, f"num_experts = {num_experts}")
     checks.boolean("renormalize", renormalize)
-    checks.fits_int32("gating_output", num_tokens * top_k, "num_tokens * top_k")
+    num_slots = top_k + (0 if extras is None else extras.num_shared)
+    checks.fits_int32("gating_output", num_tokens * num_slots, "num_tokens * top_k")
     if correction_bias is not None:
         like = ("gating_output", gating_output)
         checks.array("correction_bias", correction_bias, (torch.float32,), (1,), like=like)
@@ -58,10 +93,15 @@ def _plan(
     scoring = SCORING.index(scoring_func)
     rules = (int(renormalize), float(routed_scaling_factor))
     groups = (num_expert_group, topk_group, group_picks)
+    extended = int(extras is not None)
+    extra = NO_EXTRAS if extras is None else extras
+    biased = correction_bias is not None and not extra.bias_in_logits
+    last = extra.numbers(num_experts)
+    absent = 0 if extended else EXTRA_ARRAYS
     # Weights that sum to one, and a choice by logits, do without the sum of all exponentials.
-    by_scores = correction_bias is not None or (num_expert_group > 1 and group_picks > 1)
+    by_scores = biased or (num_expert_group > 1 and group_picks > 1)
     whole_softmax = scoring_func == "softmax" and (by_scores or not renormalize)
-    vectors = not (group_size % 4 or stride % 4 or gating_output.address % (4 * dtype.itemsize))
+    vectors = in_vectors(gating_output, group_size)
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
     many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts * (1 if num_expert_group == 1 else 2))
     group_scores = None
@@ -69,30 +109,33 @@ def _plan(
     if in_memory:
         if num_expert_group > 1:
             group_scores = arrays.contiguous(torch.float32, num_tokens, num_expert_group)
-        numbers: tuple[float, ...] = (*sizes, top_k, scoring, *rules, *groups)
-        choose = Launch(memory.choose_from_memory, device, *warps(num_tokens), numbers, {"gating_output": dtype})
+        whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
+        of_row = (*sizes, int(vectors), top_k, scoring, int(whole_softmax))
+        numbers: tuple[float, ...] = (*of_row, *rules, *groups, *last)
+        kernel, where = memory.choose_from_memory, (device, *warps(num_tokens))
+        choices: dict[str, Any] = {"gating_output": dtype, "extended": extended}
     elif num_tokens >= many and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8):
-        aligned = vectors and (correction_bias is None or correction_bias.address == 0)
+        aligned = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
         whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
         mask = (1 << (num_experts - 1).bit_length()) - 1
-        exact = correction_bias is None and dtype.itemsize == 2
+        exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
         of_row = (*sizes, int(aligned), top_k, scoring, int(whole_softmax))
         of_keys = ((octets.LANES // num_expert_group).bit_length() - 1, mask, int(exact))
         where = (device, *warps(-(-num_tokens * octets.LANES // WARP)))
-        numbers = (*of_row, *rules, *groups, group_size, *of_keys)
-        choose = Launch(octets.choose_for_many, *where, numbers, {"gating_output": dtype})
+        numbers = (*of_row, *rules, *groups, group_size, *of_keys, *last)
+        kernel, choices = octets.choose_for_many, {"gating_output": dtype, "extended": extended}
     else:
         columns = next(columns for columns in COLUMNS if columns << lane_bits >= group_size)
         aligned = vectors and columns >= 4
         ragged = num_experts != WARP * columns
         flags = (int(aligned), int(ragged), top_k, scoring, int(whole_softmax))
-        numbers = (*sizes, *flags, *rules, *groups, group_size, lane_bits)
-        choices: dict[str, Any] = {"gating_output": dtype, "columns": columns}
-        choose = Launch(registers.choose_experts, device, *warps(num_tokens), numbers, choices)
+        numbers = (*sizes, *flags, *rules, *groups, group_size, lane_bits, *last)
+        kernel, where = registers.choose_experts, (device, *warps(num_tokens))
+        choices = {"gating_output": dtype, "columns": columns, "extended": extended}
     return GatingPlan(
-        arrays.contiguous(torch.float32, num_tokens, top_k),
-        arrays.contiguous(torch.int32, num_tokens, top_k),
-        choose,
+        arrays.contiguous(torch.float32, num_tokens, num_slots),
+        arrays.contiguous(extra.id_dtype, num_tokens, num_slots),
+        Launch(kernel, *where, numbers, choices, num_absent=absent),
         in_memory,
         group_scores,
     )
@@ -116,6 +159,7 @@ def plan_grouped(
     correction_bias: Layout | None,
     group_score: str | None,
     routed_scaling_factor: float,
+    extras: Extras | None = None,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_experts = gating_output.shape[1]
@@ -128,11 +172,13 @@ def plan_grouped(
     top_k = checks.integer("top_k", top_k, 1, eligible, f"the {eligible} experts of {topk_group} groups")
     checks.choice("scoring_func", scoring_func, SCORING)
     if group_score is None:
-        group_score = "max" if correction_bias is None else "top2_sum"
+        moves_choice = correction_bias is not None and not (extras is not None and extras.bias_in_logits)
+        group_score = "top2_sum" if moves_choice else "max"
     checks.choice("group_score", group_score, GROUP_SCORES)
     if group_score == "topk_sum":
         checks.at_least("top_k", top_k, topk_group, "topk_group")
     checks.number("routed_scaling_factor", routed_scaling_factor)
     picks = {"max": 1, "top2_sum": 2, "topk_sum": top_k // topk_group}[group_score]
     groups = (num_expert_group, topk_group, picks)
-    return _plan(*(gating_output, top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor))
+    rules = (top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor)
+    return _plan(gating_output, *rules, extras)

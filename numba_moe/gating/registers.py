@@ -13,18 +13,24 @@ More than 31 picks, or more experts than that with the same upper bits, go by ra
 Experts rank by their logits, or by score + bias where there is a correction bias.
 """
 
+from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_rest
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
 from numba_moe.gating.rows import SIGMOID, SMALLEST_SUM, SOFTMAX, lower_infinity, rank_of, score_all, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.parameters import (
     Columns,
+    Extended,
     Float32,
     Float32Array,
     FloatArray,
     Int32,
     Int32Array,
     Int64,
+    OptionalFlags,
     OptionalFloat32Array,
+    OptionalInt32Array,
+    OptionalInt64Array,
+    OptionalSizedArray,
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
@@ -245,6 +251,15 @@ def choose_experts(
     correction_bias: OptionalFloat32Array,
     topk_weights: Float32Array,
     topk_ids: Int32Array,
+    logit_bias: OptionalFloat32Array,
+    num_token_non_padded: OptionalSizedArray,
+    is_padding: OptionalFlags,
+    physical_map: OptionalInt32Array,
+    num_valid: OptionalInt32Array,
+    step: OptionalInt64Array,
+    counts: OptionalSizedArray,
+    counts_enabled: OptionalInt32Array,
+    identity_weights: OptionalFloat32Array,
     num_tokens: Int32,
     num_experts: Int32,
     row_stride: Int64,
@@ -260,7 +275,21 @@ def choose_experts(
     group_picks: Int32,
     group_size: Int32,
     lane_bits: Int32,
+    softcap: Float32,
+    scalar_bytes: Int32,
+    id_bytes: Int32,
+    num_real: Int32,
+    zero_expert_id: Int32,
+    num_shared: Int32,
+    shared_factor: Float32,
+    num_rows: Int32,
+    width: Int32,
+    algorithm: Int32,
+    seed: Int64,
+    num_counts: Int32,
+    count_bytes: Int32,
     columns: Columns,
+    extended: Extended,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
     # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group, whose score is the
@@ -268,7 +297,14 @@ def choose_experts(
     token = warp_index()
     if token >= num_tokens:
         return
+    ids = (id_bytes, num_real, zero_expert_id)
+    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
+    counting = (counts, counts_enabled, num_counts, count_bytes)
+    num_slots = int32(top_k + num_shared if extended else top_k)
     lane = int32(cuda.laneid)
+    if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+        write_nothing(token, lane, WARP, num_slots, topk_weights, topk_ids, ids, identity_weights)
+        return
     group = int32(lane >> lane_bits)
     lanes = int32(1 << lane_bits)
     in_group = int32((lane & (lanes - 1)) * columns)
@@ -282,6 +318,8 @@ def choose_experts(
     logits = cuda.local.array(columns, float32)
     ranks = cuda.local.array(columns, int32)
     load_row(gating_output, row + first, count, aligned, columns, logits)
+    if extended:
+        adjust(logits, columns, first, count, logit_bias, softcap)
     peak = float32(0.0)
     total = float32(1.0)
     if scoring_func == SOFTMAX:
@@ -326,6 +364,8 @@ def choose_experts(
         rank = int32(LOWEST_ORDER)
         if lane < picks:
             logit = load_float(gating_output, row + chosen)
+            if extended:
+                logit = adjusted(logit, chosen, logit_bias, softcap)
             rank = order(rank_of(logit, chosen, correction_bias, scoring_func, peak, total))
         next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
         if cuda.ballot_sync(ALL_LANES, lane + 1 < picks and rank < next_rank) != 0:
@@ -333,9 +373,10 @@ def choose_experts(
             chosen = cuda.shfl_sync(ALL_LANES, chosen, source)
             logit = cuda.shfl_sync(ALL_LANES, logit, source)
 
-    first_pick = int64(token) * top_k
+    first_pick = int64(token) * num_slots
     weight_sum = float32(0.0)
     weight = float32(0.0)
+    identity = float32(0.0)
     base = int32(0)
     while base < top_k:
         is_mine = base + lane < top_k
@@ -343,6 +384,8 @@ def choose_experts(
             chosen = choose_one_by_one(ranks, columns, first, int32(min(top_k - base, WARP)))
             if is_mine:
                 logit = load_float(gating_output, row + chosen)
+                if extended:
+                    logit = adjusted(logit, chosen, logit_bias, softcap)
         if scoring_func == SOFTMAX and not whole_softmax and base == 0:
             peak = cuda.shfl_sync(ALL_LANES, logit, 0)
             if peak == float32(NEGATIVE_INFINITY):
@@ -350,10 +393,19 @@ def choose_experts(
         weight = float32(0.0)
         if is_mine:
             weight = weight_of(logit, scoring_func, peak, total)
-            topk_ids[first_pick + (base + lane)] = chosen
+            slot = first_pick + (base + lane)
+            if extended:
+                write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
+            else:
+                topk_ids[slot] = chosen
+            if top_k > WARP:
+                topk_weights[slot] = weight
+        weight_sum += weight
+        if extended and is_mine and chosen >= num_real:
+            identity += weight
+            weight = float32(0.0)
             if top_k > WARP:
                 topk_weights[first_pick + (base + lane)] = weight
-        weight_sum += weight
         base = int32(base + WARP)
 
     scale = float32(routed_scaling_factor)
@@ -366,3 +418,6 @@ def choose_experts(
             topk_weights[first_pick + pick] *= scale
     elif lane < top_k:
         topk_weights[first_pick + lane] = weight * scale
+    if extended:
+        rest = (num_slots, num_shared, shared_factor, topk_weights, topk_ids, identity_weights)
+        write_rest(token, scale, weight_sum, identity, renormalize, rest, ids, dispatch, counting)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 _MODULE_OF = {
     "CorruptedWeightsError": "numba_moe.placement.migration",
+    "DispatchTables": "numba_moe.reference.dispatch",
     "ExpertDispatch": "numba_moe.placement.dispatch",
     "ExpertLocation": "numba_moe.placement.location",
     "RebalancedExperts": "numba_moe.reference.rebalance",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from numba_moe.placement.rebalance import rank_loads as rank_loads
     from numba_moe.placement.rebalance import rebalance_experts as rebalance_experts
     from numba_moe.placement.simulation import simulate as simulate
+    from numba_moe.reference.dispatch import DispatchTables as DispatchTables
     from numba_moe.reference.rebalance import RebalancedExperts as RebalancedExperts
 
 

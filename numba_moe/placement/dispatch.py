@@ -15,6 +15,7 @@ import torch
 from numba_moe.counting import fill
 from numba_moe.placement.location import ExpertLocation, check_location
 from numba_moe.reference import dispatch as reference
+from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.compile import MOST_SHARED_BYTES
 from numba_moe.runtime.dialect import cuda, int32, int64, uint32, uint64
@@ -156,7 +157,7 @@ def _check_need(
 
 
 @planned
-def _plan(
+def plan_dispatch(
     topk_ids: Layout,
     physical_map: Layout,
     num_valid: Layout | None,
@@ -274,7 +275,7 @@ def dispatch_ids(
     array([1, 2, 1, 1], dtype=int32)
     """
     tables = layout(topk_ids), layout(physical_map), layout(num_valid)
-    result, launch = _plan(*tables, algorithm, seed, layout(step), layout(counts), layout(out))
+    result, launch = plan_dispatch(*tables, algorithm, seed, layout(step), layout(counts), layout(out))
     if checks.VALIDATE and algorithm != "fake":
         checks.ids(topk_ids, physical_map.shape[0])
     if arrays.answered_by_reference(topk_ids):
@@ -373,6 +374,11 @@ class ExpertDispatch:
         physical_map, num_valid, step = self._layers[layer]
         rules = {"algorithm": self.algorithm, "seed": self._key, "step": step}
         return dispatch_ids(topk_ids, physical_map, num_valid, counts=counts, out=out, **rules)
+
+    def tables(self, layer: int) -> DispatchTables:
+        """Return what gating takes as `dispatch` to send the slots of a layer on in its own launch."""
+        physical_map, num_valid, step = self._layers[layer]
+        return DispatchTables(physical_map, num_valid, self.algorithm, self._key, step)
 
     def advance(self) -> None:
         """Let "dynamic" draw anew from here on: call it once for each forward pass, inside a captured graph too."""

@@ -20,7 +20,8 @@ from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
 
 KERNEL_MODULES = (
-    *("batched", "counting", "gating.backward", "gating.memory", "gating.octets", "gating.registers"),
+    *("batched", "counting", "gating.backward", "gating.given", "gating.memory"),
+    *("gating.octets", "gating.registers"),
     *("lora", "permute", "placement.dispatch", "ragged", "recorder.counting"),
 )
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.

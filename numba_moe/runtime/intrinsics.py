@@ -43,14 +43,22 @@ def tail(typingctx: Any, array: Any, elements: Any) -> Any:
     return array(array, types.int64), codegen
 
 
-@intrinsic
-def as_int32(typingctx: Any, array: Any) -> Any:
-    """Take plain memory as int32."""
+def _memory_as(dtype: Any) -> Any:
+    """Return an intrinsic that takes plain memory as that of another integer type."""
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(32).as_pointer())
+    @intrinsic
+    def function(typingctx: Any, array: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], ir.IntType(dtype.bitwidth).as_pointer())
 
-    return types.CPointer(types.int32)(array), codegen
+        return types.CPointer(dtype)(array), codegen
+
+    return function
+
+
+as_int16 = _memory_as(types.int16)
+as_int32 = _memory_as(types.int32)
+as_int64 = _memory_as(types.int64)
 
 
 @intrinsic

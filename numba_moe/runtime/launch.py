@@ -24,7 +24,7 @@ from cuda.bindings import driver
 from numba_moe.runtime import compile, simulator
 
 # Parameters of a kernel, at most; each has eight bytes of a thread's buffer.
-MOST_PARAMETERS = 32
+MOST_PARAMETERS = 48
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _compile_lock = threading.Lock()
@@ -71,6 +71,8 @@ class Launch:
         By name: the dtype of each array that may have several (None for an absent one), the value of each constant.
     shared_bytes
         Dynamic shared memory of a block, at most compile.MOST_SHARED_BYTES.
+    num_absent
+        How many of the kernel's last arrays are absent and not given in a call, so that a call takes no time for them.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Launch:
         numbers: Sequence[int | float],
         choices: Mapping[str, torch.dtype | int | None] | None = None,
         shared_bytes: int = 0,
+        num_absent: int = 0,
     ) -> None:
         self._kernel, self._blocks, self._threads = kernel, blocks, threads
         self._numbers, self._shared_bytes, self._device = tuple(numbers), shared_bytes, device.index
@@ -89,8 +92,9 @@ class Launch:
         self._specialisation = compile.specialisation_for(kernel, names)
         self._constants = tuple(choice for choice in self._specialisation if isinstance(choice, int))
         num_arrays, number_formats = compile.formats(kernel)
-        self._number_bytes = struct.pack(f"<{number_formats}", *numbers)
-        self._pack = struct.Struct(f"<{num_arrays}Q{len(self._number_bytes)}s").pack_into
+        self._number_bytes = bytes(8 * num_absent) + struct.pack(f"<{number_formats}", *numbers)
+        self._pack = struct.Struct(f"<{num_arrays - num_absent}Q{len(self._number_bytes)}s").pack_into
+        self._absent = (None,) * num_absent
         self._configured: dict[int, Any] = {}  # by stream
 
     def __call__(self, *arrays: torch.Tensor | None) -> None:
@@ -117,7 +121,7 @@ class Launch:
 
     def _simulate(self, *arrays: torch.Tensor | None) -> None:
         if self._blocks:
-            arguments = (*arrays, *self._numbers, *self._constants)
+            arguments = (*arrays, *self._absent, *self._numbers, *self._constants)
             simulator.launch(self._kernel, self._blocks, self._threads, arguments, self._shared_bytes)
 
     if simulator.ENABLED:

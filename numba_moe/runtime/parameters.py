@@ -23,6 +23,7 @@ Int64 = Annotated[int, "int64"]
 Float32 = Annotated[float, "float32"]
 
 Ids = Annotated[Any, "int32", "int64"]
+AnyIds = Annotated[Any, "int32", "int64", "int16"]
 OptionalIds = Annotated[Any, "int32", "int64", None]
 Int16Array = Annotated[Any, "int16"]
 OptionalInt16Array = Annotated[Any, "int16", None]
@@ -36,12 +37,20 @@ FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
 OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
 Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
 
+OptionalFlags = Annotated[Any, "uint8", None]
+# Integers whose size a number says: to compile a kernel for each would be many kernels for little.
+SizedArray = Annotated[Any, "int32"]
+OptionalSizedArray = Annotated[Any, "int32", None]
+
 # Slots of one thread in the counting sort.
 Items = Annotated[int, CONSTANT, 1, 4, 8]
 
 # Experts of one lane in gating: each tier serves up to 32 times as many experts.
 COLUMNS = (1, 2, 4, 8, 16, 32)
 Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]
+
+# Whether gating does more than choose and weigh.
+Extended = Annotated[int, CONSTANT, 0, 1]
 
 # bfloat16 travels as its 16 bits: primitives.load_float and store_float convert it.
 ELEMENT_TYPES = {"bfloat16": "uint16"}

@@ -35,7 +35,10 @@ warp_highest: Any
 divide: Any
 larger: Any
 tail: Any
+as_int16: Any
 as_int32: Any
+as_int64: Any
+tanh: Any
 exp2: Any
 reciprocal: Any
 square_root: Any
@@ -93,8 +96,17 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def tail(array: Any, elements: int) -> Any:
         return array[elements:]
 
+    def as_int16(array: Any) -> Any:
+        return array  # which knows its own dtype
+
     def as_int32(array: Any) -> Any:
         return array.view(np.int32)
+
+    def as_int64(array: Any) -> Any:
+        return array
+
+    def tanh(value: Any) -> Any:
+        return np.tanh(np.float32(value))
 
     def exp2(value: Any) -> Any:
         with np.errstate(all="ignore"):
@@ -123,7 +135,10 @@ else:
     square_root = Deferred("numba_moe.runtime.intrinsics", "square_root")
     larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
+    as_int16 = Deferred("numba_moe.runtime.intrinsics", "as_int16")
     as_int32 = Deferred("numba_moe.runtime.intrinsics", "as_int32")
+    as_int64 = Deferred("numba_moe.runtime.intrinsics", "as_int64")
+    tanh = Deferred("numba.cuda.libdevice", "tanhf")
     tail = Deferred("numba_moe.runtime.intrinsics", "tail")
 
 

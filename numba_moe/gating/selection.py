@@ -1,0 +1,490 @@
+"""Gating with everything around it in its one launch: other logits, other ids, padding, counts; and given experts."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from numba_moe import gating
+from numba_moe.gating import given, plans
+from numba_moe.gating.rows import SCORING
+from numba_moe.placement.dispatch import ALGORITHMS, plan_dispatch
+from numba_moe.reference import selection as reference
+from numba_moe.reference.gating import TopK
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.launch import Launch, warps
+from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
+
+BIAS_MODES = ("choice", "logits")
+ID_DTYPES = {"int32": torch.int32, "int64": torch.int64, "int16": torch.int16}
+GIVEN_IDS = (torch.int32, torch.int64, torch.int16)
+
+
+class Options(NamedTuple):
+    """What is asked for besides choosing and weighing; arrays, or their layouts."""
+
+    softcap: Any = 0.0
+    num_fused_shared_experts: Any = 0
+    apply_routed_scaling_factor_on_output: Any = True
+    num_zero_experts: Any = 0
+    zero_expert_id: Any = -1
+    identity_weights: Any = None
+    num_token_non_padded: Any = None
+    is_padding: Any = None
+    dispatch: Any = None
+    counts: Any = None
+    counts_enabled: Any = None
+    indices_dtype: Any = "int32"
+
+
+NONE = Options()
+
+
+def _layouts(options: Options) -> Options:
+    dispatch = options.dispatch
+    if isinstance(dispatch, tuple):
+        dispatch = tuple(map(layout, dispatch))
+    names = ("identity_weights", "num_token_non_padded", "is_padding", "counts", "counts_enabled")
+    found = {name: layout(getattr(options, name)) for name in names}
+    return options._replace(dispatch=dispatch, **found)
+
+
+def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, options: Options) -> plans.Extras:
+    """Check options, and return what of them kernels are told."""
+    like = ("gating_output", gating_output)
+    num_tokens, num_experts = gating_output.shape
+    checks.number("softcap", options.softcap)
+    checks.holds("softcap", "0 or more", options.softcap >= 0, options.softcap)
+    num_shared = checks.integer("num_fused_shared_experts", options.num_fused_shared_experts, 0)
+    on_output = options.apply_routed_scaling_factor_on_output
+    checks.boolean("apply_routed_scaling_factor_on_output", on_output)
+    checks.number("routed_scaling_factor", routed_scaling_factor)
+    divides = bool(num_shared) and not on_output
+    checks.holds(
+        "routed_scaling_factor",
+        "other than 0 where shared experts' weights are divided by it",
+        not divides or routed_scaling_factor != 0,
+        routed_scaling_factor,
+    )
+    limit = f"num_experts = {num_experts}"
+    num_zero = checks.integer("num_zero_experts", options.num_zero_experts, 0, num_experts, limit)
+    zero_expert_id = checks.integer("zero_expert_id", options.zero_expert_id, -1)
+    if options.identity_weights is not None:
+        checks.array("identity_weights", options.identity_weights, (torch.float32,), (1,), like=like)
+        checks.shape("identity_weights", options.identity_weights, (num_tokens,), "(num_tokens,)")
+    scalar_bytes = 0
+    if options.num_token_non_padded is not None:
+        checks.array("num_token_non_padded", options.num_token_non_padded, checks.IDS, (0, 1), like=like)
+        one = (1,) * len(options.num_token_non_padded.shape)
+        checks.shape("num_token_non_padded", options.num_token_non_padded, one, "() or (1,)")
+        scalar_bytes = options.num_token_non_padded.dtype.itemsize
+    if options.is_padding is not None:
+        checks.array("is_padding", options.is_padding, (torch.bool,), (1,), like=like)
+        checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
+    table = (0, 0, 0, 0)
+    if options.dispatch is not None:
+        checks.tuple_of("dispatch", options.dispatch, 5)
+        physical_map, num_valid, algorithm, seed, step = options.dispatch
+        ids = Layout(torch.Size((num_tokens, top_k + num_shared)), torch.int32, gating_output.device, None, 0)
+        plan_dispatch(ids, physical_map, num_valid, algorithm, seed, step, None, None)
+        num_rows = physical_map.shape[0]
+        if algorithm != "fake":
+            checks.at_least("len(dispatch.physical_map)", num_rows, num_experts - num_zero + num_shared, "experts")
+        table = (num_rows, physical_map.shape.numel() // num_rows, ALGORITHMS.index(algorithm), seed)
+    num_counts = count_bytes = 0
+    if options.counts is not None:
+        checks.array("counts", options.counts, checks.IDS, (1,), like=like)
+        num_counts, count_bytes = options.counts.shape[0], options.counts.dtype.itemsize
+        checks.fits_int32("counts", num_counts, "the number of counters")
+    if options.counts_enabled is not None:
+        checks.array("counts_enabled", options.counts_enabled, (torch.int32,), (1,), like=like)
+        checks.shape("counts_enabled", options.counts_enabled, (1,), "(1,)")
+    name = str(options.indices_dtype).removeprefix("torch.")
+    checks.choice("indices_dtype", name, tuple(ID_DTYPES))
+    largest = num_experts - num_zero + num_shared - 1
+    fits = name != "int16" or largest < 2**15
+    checks.holds("indices_dtype", f"wide enough for expert {largest}", fits, name)
+    shared_factor = 1.0 / routed_scaling_factor if divides else 1.0
+    return plans.Extras(
+        softcap=float(options.softcap),
+        scalar_bytes=scalar_bytes,
+        id_dtype=ID_DTYPES[name],
+        num_zero_experts=num_zero,
+        zero_expert_id=zero_expert_id,
+        num_shared=num_shared,
+        shared_factor=shared_factor,
+        table=table,
+        num_counts=num_counts,
+        count_bytes=count_bytes,
+    )
+
+
+@planned
+def _plan_selection(
+    gating_output: Layout,
+    top_k: int,
+    num_expert_group: int,
+    topk_group: int,
+    renormalize: bool,
+    scoring_func: str,
+    correction_bias: Layout | None,
+    group_score: str | None,
+    routed_scaling_factor: float,
+    bias_mode: str,
+    options: Options,
+) -> plans.GatingPlan:
+    checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
+    top_k = checks.integer("top_k", top_k, 1)
+    checks.choice("bias_mode", bias_mode, BIAS_MODES)
+    extras = _check(gating_output, top_k, routed_scaling_factor, options)
+    factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
+    rules = (renormalize, scoring_func, correction_bias, group_score, factor)
+    extras = extras._replace(bias_in_logits=bias_mode == "logits")
+    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, extras)
+
+
+class WeighingPlan(NamedTuple):
+    """The results, and the launch."""
+
+    topk_weights: arrays.Contiguous
+    topk_ids: arrays.Contiguous
+    weigh: Launch
+
+
+@planned
+def _plan_weighing(
+    gating_output: Layout,
+    topk_ids: Layout,
+    input_ids: Layout | None,
+    scoring_func: str,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    logit_bias: Layout | None,
+    options: Options,
+) -> WeighingPlan:
+    checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
+    like = ("gating_output", gating_output)
+    num_tokens, num_experts = gating_output.shape
+    checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
+    checks.array("topk_ids", topk_ids, GIVEN_IDS, (2,), like=like)
+    num_given, top_k = topk_ids.shape
+    checks.integer("top_k (columns of `topk_ids`)", top_k, 1)
+    checks.fits_int32("topk_ids", num_given, "the number of rows")
+    if input_ids is not None:
+        checks.array("input_ids", input_ids, checks.IDS, (1,), like=like)
+        checks.shape("input_ids", input_ids, (num_tokens,), "(num_tokens,)")
+    else:
+        checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
+    checks.choice("scoring_func", scoring_func, SCORING)
+    checks.boolean("renormalize", renormalize)
+    if logit_bias is not None:
+        checks.array("logit_bias", logit_bias, (torch.float32,), (1,), like=like)
+        checks.shape("logit_bias", logit_bias, (num_experts,), "(num_experts,)")
+    extras = _check(gating_output, top_k, routed_scaling_factor, options)
+    num_slots = top_k + extras.num_shared
+    checks.fits_int32("gating_output", num_tokens * num_slots, "num_tokens * top_k")
+    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
+    aligned = plans.in_vectors(gating_output, num_experts)
+    sizes = (num_tokens, num_experts, stride, int(aligned), num_given, input_ids.dtype.itemsize if input_ids else 0)
+    factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
+    rules = (top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
+    numbers = (*sizes, *rules, *extras.numbers(num_experts))
+    choices = {"gating_output": gating_output.dtype, "given_ids": topk_ids.dtype}
+    return WeighingPlan(
+        arrays.contiguous(torch.float32, num_tokens, num_slots),
+        arrays.contiguous(extras.id_dtype, num_tokens, num_slots),
+        Launch(given.weigh_given, gating_output.device, *warps(num_tokens), numbers, choices),
+    )
+
+
+def _arrays(options: Options) -> tuple[torch.Tensor | None, ...]:
+    """Return the arrays that kernels take last, but for the bias of logits."""
+    physical_map, num_valid, _, _, step = options.dispatch or (None, None, None, None, None)
+    padding = (options.num_token_non_padded, options.is_padding)
+    counting = (options.counts, options.counts_enabled)
+    return (*padding, physical_map, num_valid, step, *counting, options.identity_weights)
+
+
+def _check_data(gating_output: torch.Tensor, options: Options) -> None:
+    padded = torch.zeros(len(gating_output), dtype=torch.bool, device=gating_output.device)
+    if options.num_token_non_padded is not None:
+        padded |= torch.arange(len(gating_output), device=padded.device) >= options.num_token_non_padded
+    if options.is_padding is not None:
+        padded |= options.is_padding
+    checks.logits("gating_output", gating_output.masked_fill(padded[:, None], 0))
+
+
+def _refuse_gradient(gating_output: torch.Tensor) -> None:
+    wanted = gating_output.requires_grad and torch.is_grad_enabled()
+    checks.holds("gating_output", "without a gradient for these options", not wanted, "one that requires it")
+
+
+@arrays.public_writing("identity_weights", "counts")
+def select_experts(
+    gating_output: Any,
+    top_k: int,
+    *,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    correction_bias: Any = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    group_score: str | None = None,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    bias_mode: str = "choice",
+    num_fused_shared_experts: int = 0,
+    apply_routed_scaling_factor_on_output: bool = True,
+    num_zero_experts: int = 0,
+    zero_expert_id: int = -1,
+    identity_weights: Any = None,
+    num_token_non_padded: Any = None,
+    is_padding: Any = None,
+    dispatch: Any = None,
+    counts: Any = None,
+    counts_enabled: Any = None,
+    indices_dtype: Any = "int32",
+) -> TopK:
+    """Choose the experts of each token, with every option of every kind of gating by its name.
+
+    Parameters
+    ----------
+    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
+        The router's logits; rows may be strided.
+    top_k : int
+        Experts per token, at most those of `topk_group` groups.
+    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
+        How logits become scores.
+    renormalize : bool
+        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+    correction_bias : array of float32, shape [num_experts], optional
+        Added to the scores for the choice of groups and experts alone; the weights stay the scores.
+    num_expert_group : int
+        Number of groups, of which `topk_group` are chosen first; consecutive experts form a group, all of one size.
+    topk_group : int
+        Groups per token.
+    group_score : {"max", "top2_sum", "topk_sum"}, optional
+        As in `grouped_topk`; without a meaning where there is one group.
+    routed_scaling_factor : float
+        Multiplies the weights, after renormalising.
+    softcap : float
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 for none.
+    bias_mode : {"choice", "logits"}
+        "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
+        is in the weights, as SGLang has it for softmax.
+    num_fused_shared_experts : int
+        So many slots more for each token, behind the others, of experts num_real, num_real + 1, ..., where num_real is
+        num_experts less the zero experts. They weigh the sum of the token's scores, or 1 if renormalised.
+    apply_routed_scaling_factor_on_output : bool
+        Multiply the weights by the factor. Otherwise the caller multiplies what the layer computes by it, so shared
+        experts weigh their part divided by it.
+    num_zero_experts : int
+        So many of the last experts give a token back as it is: their slots get `zero_expert_id` and weight 0.
+    zero_expert_id : int
+        What stands for them: -1, or an expert that is computed in vain, as vLLM has it with 0.
+    identity_weights : array of float32, shape [num_tokens], optional
+        Written: what the zero experts of each token weigh.
+    num_token_non_padded : array of int32 or int64, shape [1] or [], optional
+        On the device: tokens from there on are padding, with ids -1 and weights 0.
+    is_padding : array of bool, shape [num_tokens], optional
+        Which tokens are padding.
+    dispatch : DispatchTables, optional
+        Returned are physical ids: what `placement.dispatch_ids` makes of the ids with these arguments;
+        `ExpertDispatch.tables` has them for a layer. Zero experts have no place.
+    counts : array of int32 or int64, shape [any], optional
+        Written: 1 is added for each slot at the id that is returned, if there is such a counter. Padding and zero
+        experts are not counted.
+    counts_enabled : array of int32, shape [1], optional
+        0 on the device: nothing is counted.
+    indices_dtype : {"int32", "int64", "int16"}
+        Of `topk_ids`; a dtype of that name will do.
+
+    Returns
+    -------
+    TopK
+        topk_weights : float32 [num_tokens, top_k + num_fused_shared_experts], best first, then shared experts.
+        topk_ids : of the same shape, distinct in each row but for what stands for no expert.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
+        than there are, unknown names, logits that require a gradient with one of the options from `softcap` on.
+
+    Notes
+    -----
+    The lower group and the lower expert win a tie. Capped logits, and those with a bias, are compared as float32. One
+    launch on the caller's current stream, without synchronising, that captures into CUDA graphs: padding, tables and
+    flags are read on the device. Allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum" of
+    more than two, also one float32 per token and group). The weights have a gradient by logits that require one, of
+    first order; the bias has none.
+    A recorder's counts come along with ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> logits = np.array([[3, -3, 1, 2]], np.float32)
+    >>> select_experts(logits, 2, scoring_func="raw", renormalize=True)
+    TopK(topk_weights=array([[0.6, 0.4]], dtype=float32), topk_ids=array([[0, 3]], dtype=int32))
+    >>> counts = np.zeros(4, np.int64)
+    >>> select_experts(logits, 2, counts=counts, indices_dtype="int64").topk_ids, counts
+    (array([[0, 3]]), array([1, 0, 0, 1]))
+    """
+    chosen = (gating_output, top_k, num_expert_group, topk_group, renormalize, scoring_func)
+    options = new_tuple(
+        Options,
+        (
+            *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
+            *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
+            *(dispatch, counts, counts_enabled, indices_dtype),
+        ),
+    )
+    if bias_mode == "choice" and options == NONE:
+        return gating.choose_grouped(*chosen, correction_bias, group_score, routed_scaling_factor)
+    rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode, _layouts(options))
+    plan = _plan_selection(layout(gating_output), *chosen[1:], *rules)
+    _refuse_gradient(gating_output)
+    if checks.VALIDATE:
+        _check_data(gating_output, options)
+    if arrays.answered_by_reference(gating_output):
+        named = options._replace(indices_dtype=str(indices_dtype).removeprefix("torch."))._asdict()
+        return arrays.by_reference(
+            reference.select_experts,
+            *(gating_output, top_k),
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            correction_bias=correction_bias,
+            num_expert_group=num_expert_group,
+            topk_group=topk_group,
+            group_score=group_score,
+            routed_scaling_factor=routed_scaling_factor,
+            bias_mode=bias_mode,
+            **named,
+        )
+    logit_bias, correction_bias = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
+    return gating.run_plan(plan, gating_output, correction_bias, (logit_bias, *_arrays(options)))
+
+
+@arrays.public_writing("identity_weights", "counts")
+def weigh_experts(
+    gating_output: Any,
+    topk_ids: Any,
+    *,
+    input_ids: Any = None,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    logit_bias: Any = None,
+    num_fused_shared_experts: int = 0,
+    apply_routed_scaling_factor_on_output: bool = True,
+    num_zero_experts: int = 0,
+    zero_expert_id: int = -1,
+    identity_weights: Any = None,
+    num_token_non_padded: Any = None,
+    is_padding: Any = None,
+    dispatch: Any = None,
+    counts: Any = None,
+    counts_enabled: Any = None,
+    indices_dtype: Any = "int32",
+) -> TopK:
+    """Weigh experts that are chosen already: recorded ones, or those that a table has for a token's id.
+
+    Parameters
+    ----------
+    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
+        The router's logits; rows may be strided.
+    topk_ids : array of int32, int64 or int16, shape [num_tokens, top_k]
+        The experts; ids outside ``[0, num_experts)`` become -1 and weigh 0.
+    input_ids : array of int32 or int64, shape [num_tokens], optional
+        `topk_ids` is then a table [any, top_k] of which each token takes the row that is its id (hash routing). A token
+        whose row is not there has no experts.
+    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
+        How logits become scores.
+    renormalize : bool
+        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+    routed_scaling_factor : float
+        Multiplies the weights, after renormalising.
+    softcap : float
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 for none.
+    logit_bias : array of float32, shape [num_experts], optional
+        Added to the logits, after the cap.
+    num_fused_shared_experts : int
+        As in `select_experts`, and so are the parameters below.
+    apply_routed_scaling_factor_on_output : bool
+        Whether weights are multiplied by the factor here.
+    num_zero_experts : int
+        So many of the last experts give a token back as it is.
+    zero_expert_id : int
+        What stands for them.
+    identity_weights : array of float32, shape [num_tokens], optional
+        Written: what the zero experts of each token weigh.
+    num_token_non_padded : array of int32 or int64, shape [1] or [], optional
+        On the device: tokens from there on are padding.
+    is_padding : array of bool, shape [num_tokens], optional
+        Which tokens are padding.
+    dispatch : DispatchTables, optional
+        How ids become physical ids.
+    counts : array of int32 or int64, shape [any], optional
+        Written: 1 is added for each slot at the id that is returned.
+    counts_enabled : array of int32, shape [1], optional
+        0 on the device: nothing is counted.
+    indices_dtype : {"int32", "int64", "int16"}
+        Of the ids that are returned.
+
+    Returns
+    -------
+    TopK
+        topk_weights : float32 [num_tokens, top_k + num_fused_shared_experts]. topk_ids : of the same shape, in the
+        order in which they are given.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, unknown names, logits that require a gradient.
+
+    Notes
+    -----
+    One launch on the caller's current stream, without synchronising; captures into CUDA graphs; allocates the results
+    only.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> logits = np.array([[3, -3, 1, 2], [1, 1, 2, 0]], np.float32)
+    >>> weigh_experts(logits, np.array([[2, 0], [1, -1]]), scoring_func="raw", renormalize=True)
+    TopK(topk_weights=array([[0.25, 0.75],
+           [1.  , 0.  ]], dtype=float32), topk_ids=array([[ 2,  0],
+           [ 1, -1]], dtype=int32))
+    """
+    options = Options(
+        *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
+        *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
+        *(dispatch, counts, counts_enabled, indices_dtype),
+    )
+    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), _layouts(options))
+    plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
+    _refuse_gradient(gating_output)
+    if checks.VALIDATE:
+        _check_data(gating_output, options)
+        checks.ids(topk_ids, gating_output.shape[1])
+    if arrays.answered_by_reference(gating_output):
+        named = options._replace(indices_dtype=str(indices_dtype).removeprefix("torch."))._asdict()
+        return arrays.by_reference(
+            reference.weigh_experts,
+            *(gating_output, topk_ids),
+            input_ids=input_ids,
+            scoring_func=scoring_func,
+            renormalize=renormalize,
+            routed_scaling_factor=routed_scaling_factor,
+            logit_bias=logit_bias,
+            **named,
+        )
+    topk_weights = arrays.empty(*plan.topk_weights)
+    written = arrays.empty(*plan.topk_ids)
+    inputs = (gating_output, topk_ids, input_ids)
+    plan.weigh(*inputs, topk_weights, written, logit_bias, *_arrays(options))
+    return new_tuple(TopK, (topk_weights, written))

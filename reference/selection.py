@@ -1,0 +1,232 @@
+"""Gating with everything around it: other logits, other ids, padding, counts; and the weights of given experts."""
+
+from typing import Any
+
+import numpy as np
+from numba_moe.reference.dispatch import dispatch_ids
+from numba_moe.reference.gating import SCORING, TopK, choose_in_groups, weights_of
+
+
+def adjust(gating_output: np.ndarray, softcap: float = 0.0, logit_bias: np.ndarray | None = None) -> np.ndarray:
+    """Return ``softcap * tanh(x / softcap) + bias`` in float32; logits that are not finite are not capped.
+
+    >>> adjust(np.array([[0.0, 40.0, -np.inf]]), softcap=30.0, logit_bias=np.array([0.5, 0.0, 0.0]))
+    array([[ 0.5     , 26.101713,      -inf]], dtype=float32)
+    """
+    logits = gating_output.astype(np.float64)
+    if softcap:
+        logits = np.where(np.isfinite(logits), softcap * np.tanh(logits / softcap), logits)
+    logits = logits.astype(np.float32)
+    return logits if logit_bias is None else logits + logit_bias.astype(np.float32)
+
+
+def select_experts(
+    gating_output: np.ndarray,
+    top_k: int,
+    *,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    correction_bias: np.ndarray | None = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    group_score: str | None = None,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    bias_mode: str = "choice",
+    num_fused_shared_experts: int = 0,
+    apply_routed_scaling_factor_on_output: bool = True,
+    num_zero_experts: int = 0,
+    zero_expert_id: int = -1,
+    identity_weights: np.ndarray | None = None,
+    num_token_non_padded: np.ndarray | None = None,
+    is_padding: np.ndarray | None = None,
+    dispatch: Any = None,
+    counts: np.ndarray | None = None,
+    counts_enabled: np.ndarray | None = None,
+    indices_dtype: Any = "int32",
+) -> TopK:
+    """Choose the experts of each token, with every option of every kind of gating by its name.
+
+    Parameters up to `routed_scaling_factor`, and result, are those of `grouped_topk`; one group, unless told otherwise,
+    is as good as none.
+
+    Parameters
+    ----------
+    softcap
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 for none.
+    bias_mode
+        "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
+        is in the weights.
+    num_fused_shared_experts
+        So many slots more for each token, of experts num_real, num_real + 1, ..., where num_real is what there is
+        besides zero experts. They weigh the sum of the token's scores, or 1 if renormalised.
+    apply_routed_scaling_factor_on_output
+        Multiply weights by the factor; otherwise whoever uses them multiplies by it what comes of them, so shared
+        experts weigh their part divided by it.
+    num_zero_experts
+        So many of the last experts give a token back as it is: their slots get `zero_expert_id` and weight 0.
+    zero_expert_id
+        What stands for them.
+    identity_weights
+        float32 [num_tokens], written: what the zero experts of each token weigh.
+    num_token_non_padded
+        An integer [1] or []: tokens from there on are padding.
+    is_padding
+        bool [num_tokens]. Tokens of padding have ids -1 and weights 0.
+    dispatch
+        A `DispatchTables`: what `dispatch_ids` makes of the ids is returned. Zero experts have no place.
+    counts
+        int32 or int64, written: 1 is added for each slot at the id that is returned, if it is one of `counts`.
+        Padding and zero experts are not counted.
+    counts_enabled
+        int32 [1]: if 0, nothing is counted.
+    indices_dtype
+        "int32", "int64" or "int16": of the ids.
+
+    Examples
+    --------
+    >>> logits = np.array([[3.0, -3.0, 1.0, 2.0], [0.0, 1.0, 0.0, 0.0]])
+    >>> counts = np.zeros(5, np.int32)
+    >>> weights, ids = select_experts(
+    ...     logits, 2, scoring_func="raw", renormalize=True, num_fused_shared_experts=1, counts=counts
+    ... )
+    >>> ids
+    array([[0, 3, 4],
+           [1, 0, 4]], dtype=int32)
+    >>> weights
+    array([[0.6, 0.4, 1. ],
+           [1. , 0. , 1. ]], dtype=float32)
+    >>> counts
+    array([2, 1, 0, 1, 2], dtype=int32)
+    """
+    logit_bias, choice_bias = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
+    logits = gating_output
+    if softcap or logit_bias is not None:
+        logits = adjust(gating_output, softcap, logit_bias)
+    groups = (num_expert_group, topk_group, group_score)
+    scores, topk_ids = choose_in_groups(logits, top_k, scoring_func, choice_bias, *groups)
+    return send(
+        *(scores, topk_ids, renormalize, routed_scaling_factor),
+        *(num_fused_shared_experts, apply_routed_scaling_factor_on_output),
+        *(num_zero_experts, zero_expert_id, identity_weights),
+        *(num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype),
+    )
+
+
+def weigh_experts(
+    gating_output: np.ndarray,
+    topk_ids: np.ndarray,
+    *,
+    input_ids: np.ndarray | None = None,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    logit_bias: np.ndarray | None = None,
+    num_fused_shared_experts: int = 0,
+    apply_routed_scaling_factor_on_output: bool = True,
+    num_zero_experts: int = 0,
+    zero_expert_id: int = -1,
+    identity_weights: np.ndarray | None = None,
+    num_token_non_padded: np.ndarray | None = None,
+    is_padding: np.ndarray | None = None,
+    dispatch: Any = None,
+    counts: np.ndarray | None = None,
+    counts_enabled: np.ndarray | None = None,
+    indices_dtype: Any = "int32",
+) -> TopK:
+    """Weigh experts that are chosen already: recorded ones, or those that a table has for a token's id.
+
+    The parameters not listed here, and the result, are those of `select_experts`.
+
+    Parameters
+    ----------
+    gating_output
+        float32 or float16 [num_tokens, num_experts], the router's logits.
+    topk_ids
+        int16, int32 or int64 [num_tokens, top_k], the experts; ids outside ``[0, num_experts)`` become -1 and weigh 0.
+    input_ids
+        int32 or int64 [num_tokens]: `topk_ids` is a table then, of which each token takes this row; a token whose row
+        is not there has no experts.
+    logit_bias
+        float32 [num_experts], added to the logits.
+
+    Examples
+    --------
+    Experts by the token's id, as DeepSeek-V4 chooses them in its first layers:
+
+    >>> table = np.array([[0, 1], [2, 0], [1, 2]])
+    >>> logits = np.log(np.array([[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]]))
+    >>> weigh_experts(logits, table, input_ids=np.array([2, 1])).topk_ids
+    array([[1, 2],
+           [2, 0]], dtype=int32)
+    >>> weigh_experts(logits, table, input_ids=np.array([2, 1]), renormalize=True).topk_weights.round(4)
+    array([[0.6667, 0.3333],
+           [0.5   , 0.5   ]], dtype=float32)
+    """
+    if input_ids is not None:
+        known = (input_ids >= 0) & (input_ids < len(topk_ids))
+        topk_ids = np.where(known[:, None], np.append(topk_ids, [[-1] * topk_ids.shape[1]], 0)[input_ids * known], -1)
+    logits = adjust(gating_output, softcap, logit_bias) if softcap or logit_bias is not None else gating_output
+    scores = SCORING[scoring_func](logits.astype(np.float64))
+    unknown = (topk_ids < 0) | (topk_ids >= scores.shape[1])
+    scores = np.append(scores, np.zeros((len(scores), 1)), axis=1)  # of the expert -1
+    return send(
+        *(scores, np.where(unknown, -1, topk_ids), renormalize, routed_scaling_factor),
+        *(num_fused_shared_experts, apply_routed_scaling_factor_on_output),
+        *(num_zero_experts + 1, zero_expert_id, identity_weights),
+        *(num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype),
+    )
+
+
+def send(
+    scores: np.ndarray,
+    topk_ids: np.ndarray,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    num_fused_shared_experts: int,
+    apply_routed_scaling_factor_on_output: bool,
+    num_not_real: int,
+    zero_expert_id: int,
+    identity_weights: np.ndarray | None,
+    num_token_non_padded: np.ndarray | None,
+    is_padding: np.ndarray | None,
+    dispatch: Any,
+    counts: np.ndarray | None,
+    counts_enabled: np.ndarray | None,
+    indices_dtype: Any,
+) -> TopK:
+    """Return the weights of chosen experts, and the ids under which they are known where tokens are sent."""
+    topk_ids = topk_ids.astype(np.int64)
+    num_tokens = len(topk_ids)
+    num_real = scores.shape[1] - num_not_real
+    weights = weights_of(scores, topk_ids, renormalize)
+    shared = np.ones(num_tokens) if renormalize else weights.sum(axis=1)
+    if apply_routed_scaling_factor_on_output:
+        weights = weights * routed_scaling_factor
+    elif num_fused_shared_experts:
+        shared = shared / routed_scaling_factor
+
+    padded = np.zeros(num_tokens, bool)
+    if num_token_non_padded is not None:
+        padded |= np.arange(num_tokens) >= num_token_non_padded.item()
+    if is_padding is not None:
+        padded |= is_padding
+    is_zero = topk_ids >= num_real
+    if identity_weights is not None:
+        identity_weights[:] = np.where(padded, 0.0, np.where(is_zero, weights, 0.0).sum(axis=1))
+
+    more = num_real + np.arange(num_fused_shared_experts)
+    weights = np.append(np.where(is_zero, 0.0, weights), np.outer(shared, np.ones(len(more))), axis=1)
+    topk_ids = np.append(np.where(is_zero, -1, topk_ids), np.tile(more, (num_tokens, 1)), axis=1)
+    weights[padded], topk_ids[padded] = 0.0, -1
+    if dispatch is not None:
+        physical_map, num_valid, algorithm, seed, step = dispatch
+        rules = {"algorithm": algorithm, "seed": seed, "step": step}
+        topk_ids = dispatch_ids(topk_ids, physical_map, num_valid, **rules)
+    if counts is not None and (counts_enabled is None or counts_enabled[0]):
+        counted = topk_ids[(topk_ids >= 0) & (topk_ids < len(counts))]
+        counts += np.bincount(counted, minlength=len(counts)).astype(counts.dtype)
+    of_zero = np.append(is_zero & ~padded[:, None], np.zeros((num_tokens, len(more)), bool), axis=1)
+    topk_ids = np.where(of_zero, zero_expert_id, topk_ids)
+    return TopK(weights.astype(np.float32), topk_ids.astype(np.dtype(indices_dtype)))

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 from numba_moe.runtime import cache, dialect
-from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
+from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
 
 KERNEL_MODULES = (
     *("batched", "counting", "gating.backward", "gating.given", "gating.memory"),
-    *("gating.octets", "gating.registers"),
-    *("lora", "permute", "placement.dispatch", "ragged", "recorder.counting"),
+    *("gating.octets", "gating.registers", "lora", "permute.backward", "permute.layouts"),
+    *("permute.rows", "placement.dispatch", "ragged", "recorder.counting"),
 )
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
@@ -63,12 +63,13 @@ def kernels() -> list[Any]:
 
 
 class Parameter(NamedTuple):
-    """What a parameter may be: dtypes of an array or number, or the values of a constant."""
+    """What a parameter may be: dtypes of an array or number, or the values of a constant; or an array like another."""
 
     name: str
     is_array: bool
     is_constant: bool
     options: tuple[Any, ...]
+    like: str | None = None
 
 
 @functools.cache
@@ -77,13 +78,16 @@ def _parameters(function: Any) -> tuple[Parameter, ...]:
     for name, parameter in inspect.signature(function).parameters.items():
         kind, *options = get_args(parameter.annotation)
         is_constant = options[0] == CONSTANT
-        found.append(Parameter(name, kind not in (int, float), is_constant, tuple(options[is_constant:])))
+        like = options[1] if options[0] == LIKE else None
+        options = options[2 if like else is_constant :]
+        found.append(Parameter(name, kind not in (int, float), is_constant, tuple(options), like))
     return tuple(found)
 
 
 def _varying(kernel: Any) -> list[Parameter]:
     """Return the parameters that a specialisation says something about."""
-    return [parameter for parameter in _parameters(kernel.py_func) if parameter.is_array or parameter.is_constant]
+    parameters = _parameters(kernel.py_func)
+    return [one for one in parameters if (one.is_array or one.is_constant) and one.like is None]
 
 
 def specialisations(kernel: Any) -> list[Specialisation]:
@@ -118,9 +122,10 @@ def formats(kernel: Any) -> tuple[int, str]:
 
 def chosen(kernel: Any, specialisation: Specialisation) -> Iterator[tuple[Parameter, str | int]]:
     """Yield every parameter with its dtype, or the value of a constant, in one specialisation."""
-    choices = iter(specialisation)
+    choices = dict(zip((parameter.name for parameter in _varying(kernel)), specialisation, strict=True))
     for parameter in _parameters(kernel.py_func):
-        yield parameter, next(choices) if parameter.is_array or parameter.is_constant else parameter.options[0]
+        name = parameter.like or parameter.name
+        yield parameter, choices[name] if name in choices else parameter.options[0]
 
 
 def signature(kernel: Any, specialisation: Specialisation) -> Any:

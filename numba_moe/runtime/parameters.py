@@ -11,12 +11,13 @@ argument may be absent, which the kernel asks by `present(array)`: it then is a 
 (Numba's own launch takes no None: by hand, give an array there.)
 
 A `Constant` parameter is a number that is known when the kernel is compiled, so that it can size a local array or
-unroll a loop; the launch names it by keyword.
+unroll a loop; the launch names it by keyword. A `LIKE` parameter is an array of the dtype of another one.
 """
 
 from typing import Annotated, Any
 
 CONSTANT = "constant"
+LIKE = "like"
 
 Int32 = Annotated[int, "int32"]
 Int64 = Annotated[int, "int64"]
@@ -35,7 +36,8 @@ Float32Array = Annotated[Any, "float32"]
 OptionalFloat32Array = Annotated[Any, "float32", None]
 FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
 OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
-Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
+# What rows are moved in, whatever they hold: words of 16 bytes are complex128 (see primitives.load_word).
+Words = Annotated[Any, "complex128", "int64", "int32", "int16", "uint8"]
 
 OptionalFlags = Annotated[Any, "uint8", None]
 # Integers whose size a number says: to compile a kernel for each would be many kernels for little.

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import numba_moe as moe
 from numba_moe import reference, verification
-from numba_moe.interop import torch_ops
+from numba_moe.interop import torch_ops, torch_results
 from numba_moe.placement import dispatch_ids
 from numba_moe.recorder import add_expert_counts
 from numba_moe.runtime import arrays
@@ -74,14 +74,35 @@ def calls(tokens, device):
     options = {"scoring_func": "sigmoid", "correction_bias": bias, "routed_scaling_factor": 2.5}
     yield OPS.grouped_topk, (wide(scores).requires_grad_(), TOP_K, 4, 2, True), {**options, "group_score": "max"}
     yield OPS.select_experts, (scores.bfloat16().requires_grad_(), TOP_K), {}
+    table = torch.arange(EXPERTS + 1, dtype=torch.int32, device=device)
+    counts = torch.zeros(EXPERTS, dtype=torch.int64, device=device)
+    options = {"num_fused_shared_experts": 1, "indices_dtype": "int64", "routed_scaling_factor": 2.5, "softcap": 3.0}
+    options |= {"num_token_non_padded": torch.tensor([tokens // 2], device=device), "renormalize": True}
+    routed = {"dispatch_physical_map": table, "scoring_func": "sigmoid", **options}
+    yield OPS.select_experts, (scores, TOP_K), {**options, "bias_mode": "logits", "correction_bias": bias}
+    zero = {"num_zero_experts": 2, "identity_weights": torch.zeros(tokens, device=device)}
+    yield OPS.select_experts_writing, (scores, TOP_K), {**routed, "counts": counts}
+    yield OPS.select_experts_writing, (scores, TOP_K), {**zero, "counts": None}
+    yield OPS.weigh_experts, (scores, chosen), {}
+    yield OPS.weigh_experts_writing, (scores, chosen), {**routed, "counts": counts, "counts_enabled": ints(1, device)}
     yield OPS.moe_permute, (rows, chosen, EXPERTS), {}
-    yield OPS.moe_permute, (wide(rows).bfloat16(), chosen, EXPERTS, half), {}
+    scaled = {"scales": torch.ones(tokens, 3, device=device), "alignment": 4}
+    yield OPS.moe_permute, (wide(rows).bfloat16().requires_grad_(), chosen, EXPERTS, half), scaled
+    yield OPS.moe_permute_masked, (rows, chosen, EXPERTS, 5), {}
+    masked = {"num_local_experts": 4, "scales": torch.ones(tokens, device=device)}
+    yield OPS.moe_permute_masked, (wide(rows).requires_grad_(), chosen, EXPERTS, 5, half), masked
+    yield OPS.moe_reorder, (chosen, EXPERTS, half), {}
+    triple = torch.randn(tokens, TOP_K, HIDDEN, device=device)
+    yield OPS.moe_sum, (triple,), {}
+    options = {"routed_scaling_factor": 2.0, "out_dtype": torch.float32}
+    yield OPS.moe_sum, (triple.bfloat16().requires_grad_(), chosen - 1), options
     inverse = torch.arange(tokens * TOP_K, dtype=torch.int32, device=device).view(tokens, TOP_K)
     weights = torch.full((tokens, TOP_K), 0.5, device=device)
     yield OPS.moe_unpermute, (wide(rows.repeat(TOP_K, 1)).half(), weights, inverse), {}
-    table, replicas = torch.arange(EXPERTS, dtype=torch.int32, device=device), half.int().view(-1, 2)
+    moved = rows.repeat(TOP_K, 1).requires_grad_(), weights.requires_grad_(), inverse
+    yield OPS.moe_unpermute, moved, {"routed_scaling_factor": 2.0, "out_dtype": torch.bfloat16}
+    replicas = half.int().view(-1, 2)
     yield OPS.dispatch_ids, (chosen, table), {}
-    counts = torch.zeros(EXPERTS, dtype=torch.int64, device=device)
     drawn = {"algorithm": "dynamic", "seed": 3, "step": torch.tensor([5], device=device)}
     few = chosen % len(replicas), replicas, ints(len(replicas), device, 2)
     yield OPS.dispatch_ids_out, few, {**drawn, "out": chosen.clone(), "counts": counts}
@@ -99,16 +120,20 @@ NAMES = sorted({name_of(op) for op, *_ in calls(1, "cpu")})
 
 def test_every_op_is_registered_with_its_names_and_defaults():
     assert set(torch_ops.OPS) == set(verification.OPS)
-    written = {name for op in torch_ops.OPS.values() for name in op.written}
-    for name in torch_ops.OPS:
-        signature = inspect.signature(torch_ops._function(name))
-        arguments = getattr(OPS, name).default._schema.arguments
-        wanted = [(p.name, p.default) for p in signature.parameters.values() if p.name not in written - {"counts"}]
-        found = [(a.name, a.default_value if a.has_default_value() else inspect.Parameter.empty) for a in arguments]
-        assert found == [pair for pair in wanted if pair[0] in {argument.name for argument in arguments}]
-        left_out = {pair[0] for pair in wanted} - {argument.name for argument in arguments}
-        assert left_out <= set(torch_ops.OPS[name].written)
-    assert {*torch_ops.OPS, "moe_align_block_size_out", "dispatch_ids_out"} == set(NAMES)
+    for name, op in torch_ops.OPS.items():
+        signature = inspect.signature(torch_ops._function(name)).parameters
+        wanted = {key: parameter.default for key, parameter in signature.items() if key != "dispatch"}
+        whole = getattr(OPS, torch_ops.writing_name(name) if op.out or op.written else name).default._schema.arguments
+        found = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in whole}
+        tables = {key for key in found if key.startswith("dispatch_")}
+        assert len(tables) == (5 if "dispatch" in signature else 0)
+        assert {key: found[key] for key in wanted if key != op.out} == {k: wanted[k] for k in wanted if k != op.out}
+        assert {a.name for a in whole if a.alias_info and a.alias_info.is_write} == {op.out, *op.written} - {""}
+        if torch_ops.writing_name(name) != name:
+            plain = {argument.name for argument in getattr(OPS, name).default._schema.arguments}
+            assert plain == found.keys() - {op.out, *op.written}
+    others = {torch_ops.writing_name(name) for name, op in torch_ops.OPS.items() if op.out or op.written}
+    assert {*torch_ops.OPS, *others} == set(NAMES)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -257,9 +282,9 @@ def test_sizes_for_symbols_are_those_of_the_reference(pad):
         for block_size in (1, 4, 7):
             for num_experts in (1, 8, 20):
                 sizes = (num_slots, block_size, num_experts, pad)
-                assert torch_ops.sorted_slots(*sizes) == reference.align.max_sorted_slots(*sizes)
+                assert torch_results.sorted_slots(*sizes) == reference.align.max_sorted_slots(*sizes)
         for num_slices in range(50):
-            assert torch_ops.scheduled_blocks(num_slices, num_slots) == reference.ragged.max_blocks(
+            assert torch_results.scheduled_blocks(num_slices, num_slots) == reference.ragged.max_blocks(
                 num_slices, num_slots
             )
 

@@ -3,148 +3,106 @@
 Nobody needs to import this module but a program that loads an exported one. A public function calls its op by itself
 where torch compiles, exports or traces with fake tensors, and then this is imported; eager calls pass it by.
 
-An op has the name, parameters and defaults of its function. Where the function can write memory that it is given, the
-op leaves those parameters out, and `<name>_out` beside it has them, the result first, and returns nothing.
+An op has the name, parameters and defaults of its function, but these. Where the function can write memory that it is
+given, the op leaves those parameters out, and another has them: `<name>_out`, whose result goes to what it is given,
+or `<name>_writing`, which returns new results as well. A result that a call has none of is an array of no elements.
+Dispatch tables come one by one, each behind `dispatch_`.
 """
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from numba_moe.gating.backward import gating_backward
-from numba_moe.reference.ragged import BLOCK_SIZES, schedule_shift
+from numba_moe.interop import torch_gradients, torch_results
+from numba_moe.permute.backward import permute_backward, unpermute_backward
+from numba_moe.reference.dispatch import DispatchTables
 
 LIBRARY = "numba_moe"
-# How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor.
+# How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor, but by these names.
 KINDS: dict[Any, str] = {int: "SymInt", bool: "bool", float: "float", str: "str", str | None: "str?"}
+KINDS |= {int | None: "SymInt?"}
+KINDS_BY_NAME = {"out_dtype": "ScalarType?", "indices_dtype": "str"}
+TABLES = [
+    table.replace(name=f"dispatch_{table.name}", default=None if table.default is table.empty else table.default)
+    for table in inspect.signature(DispatchTables).parameters.values()
+]
 TAGS = (
     torch.Tag.pt2_compliant_tag,
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),  # the former since torch 2.8
 )
+GATING_OPTIONS = ("identity_weights", "counts")
 
 
 class Op(NamedTuple):
     """What torch has to know of a public function beside its signature."""
 
     module: str
-    results: Callable[..., Any]  # tensors like its results, of its arguments, but for what they hold
-    written: tuple[str, ...] = ()  # the parameters that it writes, the result first
-
-
-def _int32(like: torch.Tensor, *shape: Any) -> torch.Tensor:
-    return like.new_empty(shape, dtype=torch.int32)
-
-
-def sorted_slots(num_slots: Any, block_size: Any, num_experts: Any, pad_sorted_ids: bool) -> Any:
-    """Return what the reference's `max_sorted_slots` does, for symbols too: without a comparison of them.
-
-    >>> sorted_slots(100, 16, 8, False), sorted_slots(100, 16, 8, True), sorted_slots(3, 16, 8, False)
-    (220, 224, 48)
-    """
-    length = num_slots + torch.sym_min(num_slots, num_experts) * (block_size - 1)
-    return -(-length // block_size) * block_size if pad_sorted_ids else length
-
-
-def scheduled_blocks(num_slices: Any, num_rows: Any) -> Any:
-    """Return what the reference's `max_blocks` does, for symbols too.
-
-    >>> scheduled_blocks(4, 159), scheduled_blocks(4, 3), scheduled_blocks(0, 9)
-    (13, 3, 0)
-    """
-    if isinstance(num_slices, int) and num_slices == 0:
-        return min(num_rows, 0)
-    return torch.sym_min(num_slices, num_rows) + torch.sym_max(num_rows - num_slices, 0) // BLOCK_SIZES[0]
-
-
-def _align(
-    topk_ids: torch.Tensor,
-    block_size: int,
-    num_experts: int,
-    expert_map: torch.Tensor | None = None,
-    pad_sorted_ids: bool = False,
-    *_: Any,
-    **__: Any,
-) -> Any:
-    length = sorted_slots(topk_ids.numel(), block_size, num_experts, pad_sorted_ids)
-    return tuple(_int32(topk_ids, size) for size in (length, -(-length // block_size), 1))
-
-
-def _batched(max_tokens_per_batch: int, block_size: int, expert_num_tokens: torch.Tensor) -> Any:
-    num_blocks = expert_num_tokens.shape[0] * -(-max_tokens_per_batch // block_size)
-    return tuple(_int32(expert_num_tokens, size) for size in (num_blocks * block_size, num_blocks, 1))
-
-
-def _lora(
-    topk_ids: torch.Tensor,
-    token_lora_mapping: torch.Tensor,
-    block_size: int,
-    num_experts: int,
-    max_loras: int,
-    adapter_enabled: torch.Tensor | None = None,
-    lora_ids: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    pad_sorted_ids: bool = False,
-    *_: Any,
-    **__: Any,
-) -> Any:
-    length = sorted_slots(topk_ids.numel(), block_size, num_experts, pad_sorted_ids)
-    shapes = (max_loras, length), (max_loras, -(-length // block_size)), (max_loras,)
-    return tuple(_int32(topk_ids, *shape) for shape in shapes)
-
-
-def _ragged(slice_sizes: torch.Tensor, num_rows: int) -> Any:
-    num_slices, kinds = slice_sizes.shape[0], len(BLOCK_SIZES)
-    dtype = torch.int32 if schedule_shift(num_slices, num_rows) == 16 else torch.int64
-    schedule = slice_sizes.new_empty((kinds, scheduled_blocks(num_slices, num_rows)), dtype=dtype)
-    shapes = (num_slices,), (num_slices + 1,), (kinds, num_slices + 1)
-    return *(_int32(slice_sizes, *shape) for shape in shapes), schedule
-
-
-def _choice(gating_output: torch.Tensor, top_k: int, *_: Any, **__: Any) -> Any:
-    shape = (gating_output.shape[0], top_k)
-    return gating_output.new_empty(shape, dtype=torch.float32), _int32(gating_output, *shape)
-
-
-def _permuted(hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, *_: Any) -> Any:
-    num_slots = topk_ids.numel()
-    return (
-        hidden_states.new_empty((num_slots, hidden_states.shape[1])),
-        hidden_states.new_empty(num_experts + 1, dtype=torch.int64),
-        _int32(topk_ids, num_slots),
-        _int32(topk_ids, *topk_ids.shape),
-    )
-
-
-def _dispatched(topk_ids: torch.Tensor, *_: Any, **__: Any) -> Any:
-    return topk_ids.new_empty(topk_ids.shape)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
+    results: Callable[..., Any]  # tensors like its results, of its arguments
+    out: str = ""  # the parameter that its result goes to
+    written: tuple[str, ...] = ()  # the others that it writes
+    absent: Mapping[str, str] = types.MappingProxyType({})  # results that there are only with an argument: which
 
 
 OPS: Mapping[str, Op] = {
-    "moe_align_block_size": Op("align", _align, ("out", "inv_sorted_idx", "counts", "workspace")),
-    "batched_moe_align_block_size": Op("batched", _batched),
-    "moe_lora_align_block_size": Op("lora", _lora),
-    "make_ragged_metadata": Op("ragged", _ragged),
-    "count_tokens_per_expert": Op("counting", lambda topk_ids, num_experts, *_: _int32(topk_ids, num_experts)),
-    "expert_offsets": Op("counting", lambda counts, *_: counts.new_empty(counts.shape[0] + 1, dtype=torch.int64)),
-    **dict.fromkeys(("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt", "topk_raw"), Op("gating", _choice)),
-    **dict.fromkeys(("grouped_topk", "select_experts"), Op("gating", _choice)),
-    "moe_permute": Op("permute", _permuted),
-    "moe_unpermute": Op("permute", lambda rows, weights, _: rows.new_empty((weights.shape[0], rows.shape[1]))),
-    "dispatch_ids": Op("placement.dispatch", _dispatched, ("out", "counts")),
-    "add_expert_counts": Op("recorder.counting", _nothing, ("counts",)),
+    "moe_align_block_size": Op("align", torch_results.align, "out", ("inv_sorted_idx", "counts", "workspace")),
+    "batched_moe_align_block_size": Op("batched", torch_results.batched),
+    "moe_lora_align_block_size": Op("lora", torch_results.lora),
+    "make_ragged_metadata": Op("ragged", torch_results.ragged),
+    "count_tokens_per_expert": Op("counting", torch_results.counts),
+    "expert_offsets": Op("counting", torch_results.offsets),
+    **dict.fromkeys(("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt"), Op("gating", torch_results.choice)),
+    **dict.fromkeys(("topk_raw", "grouped_topk"), Op("gating", torch_results.choice)),
+    "select_experts": Op("gating.selection", torch_results.selection, written=GATING_OPTIONS),
+    "weigh_experts": Op("gating.selection", torch_results.weighing, written=GATING_OPTIONS),
+    "moe_permute": Op(
+        "permute", torch_results.permuted, absent={"m_indices": "alignment", "permuted_scales": "scales"}
+    ),
+    "moe_permute_masked": Op("permute.layouts", torch_results.masked, absent={"permuted_scales": "scales"}),
+    "moe_reorder": Op("permute.layouts", torch_results.reordered),
+    "moe_unpermute": Op("permute", torch_results.combined),
+    "moe_sum": Op("permute", torch_results.summed),
+    "dispatch_ids": Op("placement.dispatch", torch_results.dispatched, "out", ("counts",)),
+    "add_expert_counts": Op("recorder.counting", torch_results.nothing, "counts"),
 }
 
 
+def _unpermute_backward(by_rows: bool, by_weights: bool, **given: Any) -> Any:
+    return unpermute_backward(**given, wanted=(by_rows, by_weights))
+
+
+BACKWARD: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
+    (
+        "gating_backward",
+        "(Tensor gating_output, Tensor topk_weights, Tensor topk_ids, Tensor grad_weights, str scoring_func,"
+        " bool renormalize, float routed_scaling_factor) -> Tensor",
+        gating_backward,
+        torch_results.choice_backward,
+    ),
+    (
+        "permute_backward",
+        "(Tensor inv_permuted_idx, Tensor grad) -> Tensor",
+        permute_backward,
+        torch_results.permuted_backward,
+    ),
+    (
+        "unpermute_backward",
+        "(Tensor permuted, Tensor topk_weights, Tensor inv_permuted_idx, Tensor grad, float routed_scaling_factor,"
+        " bool by_rows, bool by_weights) -> (Tensor, Tensor)",
+        _unpermute_backward,
+        torch_results.combined_backward,
+    ),
+)
+
+
 def writing_name(name: str) -> str:
-    """Return the name of the op that writes memory it is given; an op that does nothing else has its function's."""
-    return name if OPS[name].results is _nothing else f"{name}_out"
+    """Return the name of the op that writes memory it is given; one that does nothing else has its function's."""
+    op = OPS[name]
+    return name if op.results is torch_results.nothing else f"{name}_out" if op.out else f"{name}_writing"
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -159,71 +117,64 @@ def _result_type(function: Callable[..., Any]) -> Any:
     return annotation if hasattr(annotation, "_fields") else None
 
 
-def schema(name: str, function: Callable[..., Any], written: Sequence[str] = (), left_out: Sequence[str] = ()) -> str:
-    """Return the schema of an op with the parameters of a function; with `written` ones it returns nothing.
+def schema(name: str, function: Callable[..., Any], op: Op, writes: bool) -> str:
+    """Return the schema of an op: of the one that writes what it is given, or of the one that does not.
 
-    >>> schema("double", inspect.unwrap(importlib.import_module("numba_moe.counting").count_tokens_per_expert))
-    'double(Tensor topk_ids, SymInt num_experts, Tensor? expert_map=None) -> Tensor'
+    >>> schema("count", _function("count_tokens_per_expert"), OPS["count_tokens_per_expert"], writes=False)
+    'count(Tensor topk_ids, SymInt num_experts, Tensor? expert_map=None) -> Tensor'
     """
-    result = _result_type(function)
-    parameters = []
-    for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        if parameter.name in left_out:
-            continue
-        if written and parameter.kind is parameter.KEYWORD_ONLY and "*" not in parameters:
-            parameters.append("*")  # elsewhere not, as a tensor by keyword alone cannot be differentiated
-        kind, default = KINDS.get(parameter.annotation, "Tensor"), parameter.default
-        if parameter.name in written:
-            several = parameter.name == "out" and result is not None
-            kind = f"Tensor({chr(ord('a') + written.index(parameter.name))}!)" + "[]" * several
-            if parameter.name == written[0]:
-                default = parameter.empty
-        kind += "?" * (kind.startswith("Tensor") and default is None)
-        text = "" if default is parameter.empty else f'="{default}"' if isinstance(default, str) else f"={default}"
-        parameters.append(f"{kind} {parameter.name}{text}")
-    returns = "()" if written else "Tensor" if result is None else f"({', '.join(['Tensor'] * len(result._fields))})"
-    return f"{name}({', '.join(parameters)}) -> {returns}"
+    result, given = _result_type(function), [name for name in (op.out, *op.written) if name]
+    parameters: list[str] = []
+    for whole in inspect.signature(function, eval_str=True).parameters.values():
+        for parameter in TABLES if whole.name == "dispatch" else [whole]:
+            name_, default = parameter.name, parameter.default
+            if name_ in given and not writes:
+                continue
+            if writes and whole.kind is whole.KEYWORD_ONLY and "*" not in parameters:
+                parameters.append("*")  # elsewhere not, as a tensor by keyword alone cannot be differentiated
+            kind = KINDS_BY_NAME.get(name_) or KINDS.get(parameter.annotation, "Tensor")
+            if name_ in given:
+                kind = f"Tensor({chr(ord('a') + given.index(name_))}!)"
+            if name_ == op.out:
+                kind, default = kind + "[]" * (result is not None), parameter.empty
+            kind += "?" * (kind.startswith("Tensor") and default is None)
+            text = "" if default is parameter.empty else f'="{default}"' if isinstance(default, str) else f"={default}"
+            parameters.append(f"{kind} {name_}{text}")
+    returns = "Tensor" if result is None else f"({', '.join(['Tensor'] * len(result._fields))})"
+    return f"{name}({', '.join(parameters)}) -> {'()' if writes and op.out else returns}"
 
 
-def _run(function: Callable[..., Any], writes: bool) -> Callable[..., Any]:
-    """Return what torch calls for an op, on tensors with data."""
-    names = tuple(inspect.signature(function).parameters)
+def _gather_tables(given: dict[str, Any]) -> dict[str, Any]:
+    """Put dispatch tables together again."""
+    tables = {table.name: given.pop(table.name) for table in TABLES if table.name in given}
+    if tables.get(TABLES[0].name) is not None:
+        given["dispatch"] = DispatchTables(*tables.values())
+    return given
+
+
+def _register(name: str, text: str, function: Callable[..., Any], results: Callable[..., Any]) -> None:
+    """Register an op that a function computes, given tensors with data."""
+    torch.library.define(f"{LIBRARY}::{name}", text.removeprefix(name), tags=TAGS)
+    names = [argument.name for argument in getattr(torch.ops.numba_moe, name).default._schema.arguments]
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        return results(**dict(zip(names, args, strict=False)), **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get("out"), list):
-            kwargs["out"] = tuple(kwargs["out"])
-        with torch.cuda.device_of(next(value for value in args if isinstance(value, torch.Tensor))):
-            results = function(**dict(zip(names, args, strict=False)), **kwargs)
-        return None if writes else tuple(results) if isinstance(results, tuple) else results
-
-    return run
-
-
-def _register(name: str, text: str, run: Callable[..., Any], results: Callable[..., Any]) -> None:
-    torch.library.define(f"{LIBRARY}::{name}", text.removeprefix(name), tags=TAGS)
-    torch.library.impl(f"{LIBRARY}::{name}", ("cpu", "cuda"), run)
-    torch.library.register_fake(f"{LIBRARY}::{name}", results)
-
-
-def _differentiate(name: str, function: Callable[..., Any]) -> None:
-    """Give the weights of a gating op their gradient by the logits."""
-    signature = inspect.signature(function)
-
-    def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        arguments = dict(zip(signature.parameters, inputs, strict=True))
-        ctx.save_for_backward(inputs[0], *output)
-        ctx.rules = (
-            arguments.get("scoring_func", name.removeprefix("topk_")),
-            arguments["renormalize"],
-            arguments.get("routed_scaling_factor", 1.0),
+        given = _gather_tables(dict(zip(names, args, strict=False)) | kwargs)
+        if isinstance(given.get("out"), list):
+            given["out"] = tuple(given["out"])
+        first = next(value for value in args if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(first):
+            found = function(**given)
+        if text.endswith("()"):
+            return None
+        return (
+            tuple(first.new_empty(0) if part is None else part for part in found) if isinstance(found, tuple) else found
         )
-        ctx.others = len(inputs) - 1
 
-    def backward(ctx: Any, grad_weights: torch.Tensor, _: Any) -> Any:
-        grad = torch.ops.numba_moe.gating_backward(*ctx.saved_tensors, grad_weights, *ctx.rules)
-        return grad, *[None] * ctx.others
-
-    torch.library.register_autograd(f"{LIBRARY}::{name}", backward, setup_context=setup)
+    torch.library.impl(f"{LIBRARY}::{name}", ("cpu", "cuda"), run)
+    torch.library.register_fake(f"{LIBRARY}::{name}", fake)
 
 
 def _define() -> dict[str, Any]:
@@ -232,16 +183,15 @@ def _define() -> dict[str, Any]:
     for name, op in OPS.items():
         function = _function(name)
         types_of_results[name] = _result_type(function)
-        if writing_name(name) != name:
-            text = schema(name, function, left_out=op.written)
-            _register(name, text, _run(function, writes=False), op.results)
-        if op.written:
-            text = schema(writing_name(name), function, op.written)
-            _register(writing_name(name), text, _run(function, writes=True), _nothing)
-        if op.results is _choice:
-            _differentiate(name, function)
-    text = schema("gating_backward", gating_backward)
-    _register("gating_backward", text, gating_backward, lambda logits, *_: logits.new_empty(logits.shape))
+        other = writing_name(name)
+        if other != name:
+            _register(name, schema(name, function, op, writes=False), function, op.results)
+        if op.out or op.written:
+            results = torch_results.nothing if op.out else op.results
+            _register(other, schema(other, function, op, writes=True), function, results)
+    for name, text, function, results in BACKWARD:
+        _register(name, f"{name}{text}", function, results)
+    torch_gradients.register()
     return types_of_results
 
 
@@ -251,15 +201,31 @@ RESULT_TYPES = _define()
 def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call the op of a public function, with its arguments and results, through torch's dispatcher."""
     op = OPS[name]
-    given = {key: value for key, value in kwargs.items() if key not in op.written or value is not None}
-    if not any(key in given for key in op.written):
+    given = dict(kwargs)
+    tables = given.pop("dispatch", None)
+    if tables is not None:
+        given.update({f"dispatch_{field}": getattr(tables, field) for field in DispatchTables._fields})
+    if "indices_dtype" in given:
+        given["indices_dtype"] = str(given["indices_dtype"]).removeprefix("torch.")
+    if isinstance(given.get("out_dtype"), str):
+        given["out_dtype"] = getattr(torch, given["out_dtype"])
+    absent = [place for place, argument in op.absent.items() if given.get(argument) is None]
+    written = [key for key in (op.out, *op.written) if given.get(key) is not None]
+    for key in (op.out, *op.written):
+        if key not in written:
+            given.pop(key, None)
+    if not written:
         results = getattr(torch.ops.numba_moe, name)(*args, **given)
+    elif not op.out:
+        results = getattr(torch.ops.numba_moe, writing_name(name))(*args, **given)
     else:
-        result = op.written[0]
-        if result not in given:
-            given[result] = op.results(*args, **{key: given[key] for key in given if key not in op.written})
-        results = given[result]
+        if op.out not in given:
+            given[op.out] = op.results(*args, **given)
+        results = given[op.out]
         if isinstance(results, tuple):
-            given[result] = list(results)
+            given[op.out] = list(results)
         getattr(torch.ops.numba_moe, writing_name(name))(*args, **given)
-    return results if RESULT_TYPES[name] is None else RESULT_TYPES[name](*results)
+    if RESULT_TYPES[name] is None:
+        return results
+    found = RESULT_TYPES[name](*results)
+    return found._replace(**dict.fromkeys(absent)) if absent else found

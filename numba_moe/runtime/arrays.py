@@ -206,5 +206,5 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})
     if isinstance(result, tuple):
         parts: Any = [None if part is None else torch.from_numpy(part) for part in result]
-        return type(result)(*parts)
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     return torch.from_numpy(result)

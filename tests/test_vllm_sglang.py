@@ -159,6 +159,32 @@ def test_vllm_counts_of_local_experts():
     assert vllm.count_expert_num_tokens(IDS, 6, LOCAL).tolist() == [1, 3, 0, 0, 0, 0]
 
 
+def test_vllm_softplus_by_scores_and_by_a_table():
+    weights, ids = choice_memory()
+    vllm_ops.topk_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, True, 2.5, BIAS)
+    expected = moe.topk_softplus_sqrt(LOGITS, 2, True, BIAS)
+    assert torch.equal(ids, expected.topk_ids)
+    torch.testing.assert_close(weights, 2.5 * expected.topk_weights)
+    table, tokens = torch.tensor([[0, 1], [7, 3], [2, 5]]), torch.tensor([2, 0, 1, 1, 2])
+    vllm_ops.topk_hash_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, False, 2.0, None, tokens, table)
+    assert torch.equal(ids, table[tokens].int())
+    torch.testing.assert_close(weights, 2 * torch.nn.functional.softplus(LOGITS).sqrt().gather(1, table[tokens]))
+
+
+def test_sums_of_rows():
+    rows, out = torch.randn(4, 2, 16), torch.full((4, 16), torch.nan)
+    vllm_ops.moe_sum(rows, out)
+    torch.testing.assert_close(out, rows.sum(1))
+    vllm_ops.moe_sum(rows, out, IDS, LOCAL)
+    kept = torch.tensor([[True, True], [False, True], [False, False], [True, False]])
+    torch.testing.assert_close(out, torch.where(kept[..., None], rows, 0).sum(1))
+    sglang.moe_sum(rows, out)
+    torch.testing.assert_close(out, rows.sum(1))
+    half = out.half()
+    sglang.moe_sum_reduce(rows.half(), half, 2.5)
+    torch.testing.assert_close(half, 2.5 * rows.half().sum(1), atol=2e-3, rtol=2e-3)
+
+
 def test_sglang_aligns_with_a_bucket_for_no_expert():
     given = ints(8 + 5 * 3), ints(6), ints(1)
     sglang.moe_align_block_size(IDS, 5, 4, *given, ints(6), True)

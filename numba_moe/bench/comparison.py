@@ -191,6 +191,17 @@ def draw_unpermute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
     return Call((rows, weights, index, offset, shape.top_k, out), (5,), {})
 
 
+def draw_sum(*scale: float) -> Callable[[np.random.Generator, Shape, str], Call]:
+    """Return what draws calls that sum rows, with such a factor if the op takes one."""
+
+    def draw(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+        rows = logits(rng, shape.tokens * shape.top_k, 64, device, "float32").view(shape.tokens, shape.top_k, 64)
+        out = torch.full((shape.tokens, 64), torch.nan, device=device)
+        return Call((rows, out, *scale), (1,), {})
+
+    return draw
+
+
 def draw_prepare(rng: np.random.Generator, shape: Shape, device: str) -> Call:
     ids, experts = chosen(rng, shape, device), shape.experts
     written = (ints(device, experts + 1), ints(device, experts, 3), ints(device, experts, 3))
@@ -264,6 +275,9 @@ PAIRS = (
     Pair("_moe_C.grouped_topk", vllm_ops.grouped_topk, draw_grouped, choice_fault),
     Pair("_moe_C.moe_permute", vllm_ops.moe_permute, draw_permute, permute_fault),
     Pair("_moe_C.moe_unpermute", vllm_ops.moe_unpermute, draw_unpermute, sum_fault),
+    Pair("_moe_C.moe_sum", vllm_ops.moe_sum, draw_sum(), sum_fault),
+    Pair("sgl_kernel.moe_sum", sglang.moe_sum, draw_sum(), sum_fault),
+    Pair("sgl_kernel.moe_sum_reduce", sglang.moe_sum_reduce, draw_sum(2.5), sum_fault),
     Pair("sgl_kernel.moe_align_block_size", sglang.moe_align_block_size, draw_sglang_align, align_fault),
     Pair("sgl_kernel.topk_softmax", sglang.topk_softmax, draw_choice("softmax", False), choice_fault),
     Pair("sgl_kernel.topk_sigmoid", sglang.topk_sigmoid, draw_choice("sigmoid", False), choice_fault),

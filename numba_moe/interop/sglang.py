@@ -6,6 +6,7 @@ and groups are possible, outputs are written whole.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -42,11 +43,15 @@ def topk_softmax(
     correction_bias: torch.Tensor | None = None,
 ) -> None:
     """Choose experts by softmax scores of logits that are capped and biased first: both count in the weights."""
-    if moe_softcapping != 0:
-        gating_output = moe_softcapping * torch.tanh(gating_output.float() / moe_softcapping)
-    if correction_bias is not None:
-        gating_output = gating_output.float() + correction_bias
-    _write(numba_moe.topk_softmax(gating_output, topk_ids.shape[1], renormalize), topk_weights, topk_ids)
+    options: dict[str, Any] = {
+        "renormalize": renormalize,
+        "softcap": moe_softcapping,
+        "correction_bias": correction_bias,
+    }
+    mode = "choice" if correction_bias is None else "logits"
+    _write(
+        numba_moe.select_experts(gating_output, topk_ids.shape[1], bias_mode=mode, **options), topk_weights, topk_ids
+    )
 
 
 def topk_sigmoid(
@@ -76,23 +81,19 @@ def moe_fused_gate(
     The last `num_fused_shared_experts` of each token's `topk` are the shared experts, numbered behind the others. They
     weigh ``1 / routed_scaling_factor``, or 1 where all weights are scaled by it.
     """
-    num_routed = topk - num_fused_shared_experts
-    weights, ids = numba_moe.grouped_topk(
-        *(input_tensor, num_routed, num_expert_group, topk_group, True),
+    found = numba_moe.select_experts(
+        *(input_tensor, topk - num_fused_shared_experts),
         scoring_func="sigmoid",
+        renormalize=True,
         correction_bias=bias.float(),
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
         group_score="top2_sum",
-        routed_scaling_factor=routed_scaling_factor if apply_routed_scaling_factor_on_output else 1.0,
+        num_fused_shared_experts=num_fused_shared_experts,
+        routed_scaling_factor=routed_scaling_factor or 1.0,
+        apply_routed_scaling_factor_on_output=apply_routed_scaling_factor_on_output,
     )
-    if not num_fused_shared_experts:
-        return weights, ids
-    num_experts = input_tensor.shape[1]
-    shared_weight = 1.0 if apply_routed_scaling_factor_on_output else 1.0 / routed_scaling_factor
-    shared_ids = torch.arange(num_experts, num_experts + num_fused_shared_experts, dtype=torch.int32, device=ids.device)
-    padding = (0, num_fused_shared_experts)
-    ids = torch.nn.functional.pad(ids, padding)
-    ids[:, num_routed:] = shared_ids
-    return torch.nn.functional.pad(weights, padding, value=shared_weight), ids
+    return found.topk_weights, found.topk_ids
 
 
 def kimi_k2_moe_fused_gate(
@@ -113,6 +114,17 @@ def kimi_k2_moe_fused_gate(
         routed_scaling_factor=routed_scaling_factor if scaled else 1.0,
     )
     return found.topk_weights, found.topk_ids
+
+
+def moe_sum(input_tensor: torch.Tensor, output_tensor: torch.Tensor) -> None:
+    """Sum each token's rows."""
+    output_tensor.copy_(numba_moe.moe_sum(input_tensor, out_dtype=output_tensor.dtype))
+
+
+def moe_sum_reduce(input_tensor: torch.Tensor, output_tensor: torch.Tensor, routed_scaling_factor: float = 0) -> None:
+    """Sum each token's rows, and scale the sums."""
+    options: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": output_tensor.dtype}
+    output_tensor.copy_(numba_moe.moe_sum(input_tensor, **options))
 
 
 def prepare_moe_input(
@@ -156,7 +168,8 @@ def _write(found: numba_moe.TopK, topk_weights: torch.Tensor, topk_ids: torch.Te
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        *(moe_align_block_size, topk_softmax, topk_sigmoid, moe_fused_gate, kimi_k2_moe_fused_gate, prepare_moe_input),
+        *(moe_align_block_size, topk_softmax, topk_sigmoid, moe_fused_gate, kimi_k2_moe_fused_gate),
+        *(moe_sum, moe_sum_reduce, prepare_moe_input),
     )
 }
 PATCH = Patch(["sgl_kernel", "sglang"], {"sgl_kernel.moe": FUNCTIONS})

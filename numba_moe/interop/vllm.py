@@ -51,12 +51,13 @@ def fused_topk(
 ) -> Blocks:
     """Choose experts by softmax or sigmoid scores; the third result numbers the slots column by column."""
     _same_tokens(hidden_states, gating_output)
-    function = {"softmax": numba_moe.topk_softmax, "sigmoid": numba_moe.topk_sigmoid}.get(scoring_func)
-    if function is None:
+    if scoring_func not in ("softmax", "sigmoid"):
         raise ValueError(f"Unsupported scoring function: {scoring_func}")
-    topk_weights, topk_ids = function(gating_output, topk, renormalize)
-    topk_ids = topk_ids if indices_type is None else topk_ids.to(indices_type)
-    return topk_weights, topk_ids, vllm_ops.slot_numbers(topk_ids)
+    as_int32 = indices_type in (None, torch.uint32)
+    options: dict[str, Any] = {"renormalize": renormalize, "indices_dtype": torch.int32 if as_int32 else indices_type}
+    found = numba_moe.select_experts(gating_output, topk, scoring_func=scoring_func, **options)
+    topk_ids = found.topk_ids.view(torch.uint32) if indices_type == torch.uint32 else found.topk_ids
+    return found.topk_weights, topk_ids, vllm_ops.slot_numbers(topk_ids)
 
 
 def grouped_topk(
@@ -93,20 +94,16 @@ def moe_permute(
     permuted_hidden_states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copy rows into expert order; scales of rows go with them. Slots of other ranks have row -1, their rows are 0."""
-    bits = hidden_states.element_size() == 1  # rows are moved and not read, so two such numbers pass for one
-    rows = hidden_states.view(torch.float16) if bits else hidden_states
-    rows, offset, permuted_idx, inv_permuted_idx = numba_moe.moe_permute(
-        rows, signed_ids(topk_ids), n_expert, expert_map
-    )
-    rows = rows.view(hidden_states.dtype)
+    scales = a1q_scale if a1q_scale is not None and a1q_scale.dim() > 1 else None
+    ids = signed_ids(topk_ids)
+    found = numba_moe.moe_permute(hidden_states, ids, n_expert, expert_map, scales=scales)
+    rows, offset = found.permuted_hidden_states, found.expert_first_token_offset
     if permuted_hidden_states is not None:
         rows = permuted_hidden_states.copy_(rows)
     if n_local_expert != -1:
         offset = offset[: n_local_expert + 1]
-    if a1q_scale is not None and a1q_scale.dim() > 1:
-        last = max(topk_ids.numel() - 1, 0)
-        a1q_scale = a1q_scale[permuted_idx.clamp(max=last) // topk_ids.shape[1]]
-    return rows, a1q_scale, offset, inv_permuted_idx.flatten(), permuted_idx
+    a1q_scale = a1q_scale if scales is None else found.permuted_scales
+    return rows, a1q_scale, offset, found.inv_permuted_idx.flatten(), found.permuted_idx
 
 
 def moe_unpermute(

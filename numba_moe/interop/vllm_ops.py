@@ -4,6 +4,7 @@ Arguments behind those of release 0.21 are of later ones. `numba_moe.interop.vll
 """
 
 import types
+from typing import Any
 
 import torch
 
@@ -100,18 +101,11 @@ def moe_lora_align_block_size(
 
 
 def _write_choice(
-    found: numba_moe.TopK,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    token_expert_indices: torch.Tensor,
-    is_padding: torch.Tensor | None,
+    found: numba_moe.TopK, topk_weights: torch.Tensor, topk_ids: torch.Tensor, token_expert_indices: torch.Tensor
 ) -> None:
     topk_weights.copy_(found.topk_weights)
     topk_ids.copy_(found.topk_ids)
     token_expert_indices.copy_(slot_numbers(topk_ids))
-    if is_padding is not None:
-        topk_weights.masked_fill_(is_padding[:, None], 0.0)
-        topk_ids.masked_fill_(is_padding[:, None], -1)
 
 
 def topk_softmax(
@@ -125,8 +119,9 @@ def topk_softmax(
 ) -> None:
     """Choose experts by softmax scores; rows that `is_padding` marks get id -1 and weight 0."""
     bias = float32_bias(e_score_correction_bias)
-    found = numba_moe.topk_softmax(gating_output, topk_ids.shape[1], renormalize, bias)
-    _write_choice(found, topk_weights, topk_ids, token_expert_indices, is_padding)
+    options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": bias, "is_padding": is_padding}
+    found = numba_moe.select_experts(gating_output, topk_ids.shape[1], **options)
+    _write_choice(found, topk_weights, topk_ids, token_expert_indices)
 
 
 def topk_sigmoid(
@@ -140,8 +135,49 @@ def topk_sigmoid(
 ) -> None:
     """Choose experts by sigmoid scores; rows that `is_padding` marks get id -1 and weight 0."""
     bias = float32_bias(e_score_correction_bias)
-    found = numba_moe.topk_sigmoid(gating_output, topk_ids.shape[1], renormalize, bias)
-    _write_choice(found, topk_weights, topk_ids, token_expert_indices, is_padding)
+    options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": bias, "is_padding": is_padding}
+    found = numba_moe.select_experts(gating_output, topk_ids.shape[1], scoring_func="sigmoid", **options)
+    _write_choice(found, topk_weights, topk_ids, token_expert_indices)
+
+
+def topk_hash_softplus_sqrt(
+    topk_weights: torch.Tensor,
+    topk_indices: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    gating_output: torch.Tensor,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: torch.Tensor | None = None,
+    input_tokens: torch.Tensor | None = None,
+    hash_indices_table: torch.Tensor | None = None,
+) -> None:
+    """Choose experts by the square roots of softplus scores, or weigh those that a table has for each input token."""
+    options: dict[str, Any] = {"renormalize": renormalize, "routed_scaling_factor": routed_scaling_factor}
+    if input_tokens is not None and hash_indices_table is not None:
+        table = hash_indices_table.contiguous()
+        found = numba_moe.weigh_experts(
+            gating_output, table, input_ids=input_tokens, scoring_func="softplus_sqrt", **options
+        )
+    else:
+        options["correction_bias"] = float32_bias(e_score_correction_bias)
+        top_k = topk_indices.shape[1]
+        found = numba_moe.select_experts(gating_output, top_k, scoring_func="softplus_sqrt", **options)
+    _write_choice(found, topk_weights, topk_indices, token_expert_indices)
+
+
+topk_softplus_sqrt = topk_hash_softplus_sqrt  # what `torch.ops._moe_C` calls it
+
+
+def moe_sum(
+    input: torch.Tensor,
+    output: torch.Tensor,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+) -> None:
+    """Sum each token's rows; those of ids below 0, or that the map sends there, add nothing."""
+    if topk_ids is not None and expert_map is not None:
+        topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0).long()].to(topk_ids.dtype))
+    output.copy_(numba_moe.moe_sum(input, topk_ids, out_dtype=output.dtype))
 
 
 def grouped_topk(
@@ -206,5 +242,5 @@ def moe_unpermute(
 # What of this is in `vllm._custom_ops`, by the same name and with the same arguments.
 OF_CUSTOM_OPS = (
     *("moe_align_block_size", "batched_moe_align_block_size", "moe_lora_align_block_size"),
-    *("topk_softmax", "topk_sigmoid", "grouped_topk"),
+    *("topk_softmax", "topk_sigmoid", "topk_hash_softplus_sqrt", "grouped_topk", "moe_sum"),
 )

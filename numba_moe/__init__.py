@@ -40,6 +40,7 @@ _MODULE_OF = {
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
+    from numba_moe import reference as reference  # which mypy otherwise loses where modules import each other
     from numba_moe.align import align_sizes as align_sizes
     from numba_moe.align import moe_align_block_size as moe_align_block_size
     from numba_moe.batched import batched_moe_align_block_size as batched_moe_align_block_size

@@ -32,6 +32,7 @@ _MODULE_OF = {
     "moe_unpermute": "permute",
     "route": "routing",
     "select_experts": "gating.selection",
+    "set_log_level": "runtime.observe",
     "topk_raw": "gating",
     "topk_sigmoid": "gating",
     "topk_softmax": "gating",
@@ -41,6 +42,7 @@ _MODULE_OF = {
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
+    from numba_moe import reference as reference  # which mypy otherwise loses where modules import each other
     from numba_moe.align import align_sizes as align_sizes
     from numba_moe.align import moe_align_block_size as moe_align_block_size
     from numba_moe.batched import batched_moe_align_block_size as batched_moe_align_block_size
@@ -68,6 +70,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.reference.ragged import RaggedMetadata as RaggedMetadata
     from numba_moe.reference.routing import RoutedTokens as RoutedTokens
     from numba_moe.routing import route as route
+    from numba_moe.runtime.observe import set_log_level as set_log_level
     from numba_moe.runtime.workspace import BumpAllocator as BumpAllocator
 
 

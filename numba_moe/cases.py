@@ -225,10 +225,10 @@ def edge_cases() -> Iterator[Case]:
     yield from _recording_edges()
     yield from _gating_edges()
     yield from _selection_edges()
+    yield from _option_edges()
 
 
 def _permuting_edges() -> Iterator[Case]:
-    yield from _option_edges()
     for dtype in DTYPES:
         for hidden in (33, 48):  # the latter allows 16 bytes at a time
             yield permute_case(f"strided rows of {hidden} {dtype}", 9, 4, 2, hidden, dtype, strided=True)

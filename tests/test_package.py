@@ -17,7 +17,14 @@ ROOT = Path(__file__).parents[1]
 FUNCTIONS = {
     name: package for package in (numba_moe, placement, recorder) for name in package.__all__ if name[0].islower()
 }
-TOOLS = {"align_sizes", "load", "migrate", "migrate_in_chunks", "simulate"}  # they serve ops, or use what ops compute
+TOOLS = {
+    "align_sizes",
+    "load",
+    "migrate",
+    "migrate_in_chunks",
+    "set_log_level",
+    "simulate",
+}  # they serve ops, or use what ops compute
 OPS = {name: package for name, package in FUNCTIONS.items() if name not in TOOLS}
 
 

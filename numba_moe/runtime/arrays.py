@@ -18,8 +18,10 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from numba_moe.runtime import checks, simulator
+from numba_moe.runtime import checks, observe, simulator
 
+# Together 26 ns, as long as isinstance(array, torch.Tensor) alone takes (Xeon, torch 2.13): so much do eager calls pay.
+Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from torch's CPU build
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,11 +107,12 @@ def _kind(array: Any) -> _Kind | None:
 
 
 def _each(convert: Callable[[Any], Any], result: Any) -> Any:
-    """Convert a result, or each of the arrays in named tuples of them; None stays."""
+    """Convert a result, or each of the arrays in tuples of them; None stays."""
     if result is None:
         return None
     if isinstance(result, tuple):
-        return type(result)(*(_each(convert, part) for part in result))
+        parts = [_each(convert, part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     return convert(result)
 
 
@@ -119,6 +122,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     Its first array, which is its first parameter annotated `Any`, decides which, and the function runs with its device
     as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written.
     """
+    function = observe.named(function)
     parameters = inspect.signature(function).parameters
     annotated = (name for name, parameter in parameters.items() if parameter.annotation is Any)
     first = next(annotated, next(iter(parameters)))
@@ -127,12 +131,16 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         array = args[place] if len(args) > place else kwargs.get(first)
-        if isinstance(array, torch.Tensor):
+        if type(array) is Tensor and not is_traced():
             device = array.get_device()
             if device < 0 or device == _current_device():
                 return function(*args, **kwargs)
             with torch.cuda.device(device):
                 return function(*args, **kwargs)
+        if isinstance(array, Tensor):  # whatever torch.compile sees, fake tensors, parameters, others' subclasses
+            from numba_moe.interop import torch_ops  # which torch.compile does too, and so registers the ops
+
+            return cast(R, torch_ops.call(function.__name__, args, kwargs))
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be

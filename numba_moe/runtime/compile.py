@@ -9,7 +9,9 @@ import functools
 import importlib
 import inspect
 import itertools
+import logging
 import sys
+import time
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
@@ -38,6 +40,8 @@ WAIT = f"""{{
     griddepcontrol.wait;
 }}
 """
+
+_log = logging.getLogger(__name__)
 
 Specialisation = tuple[str | int, ...]
 
@@ -198,12 +202,15 @@ def compiled(kernel: Any, specialisation: Specialisation, compute_capability: tu
     entry = cache.read(path) if cached else None
     if entry is not None:
         statistics["read"] += 1
+        _log.debug("Read %s%s for %s", name, specialisation, arch)
         return entry
     from cuda.core import Program, ProgramOptions
 
+    begin = time.perf_counter()
     code = ptx(kernel, specialisation, compute_capability)
     cubin = Program(code, "ptx", ProgramOptions(arch=arch)).compile("cubin")
     statistics["compiled"] += 1
+    _log.debug("Compiled %s%s for %s in %.1f s", name, specialisation, arch, time.perf_counter() - begin)
     entry = cache.Entry(name, specialisation, arch, entry_name(code), bytes(cubin.code))
     if cached:
         cache.write(path, entry)

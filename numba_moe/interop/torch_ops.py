@@ -1,0 +1,254 @@
+"""The ops under `torch.ops.numba_moe`, for torch.compile, torch.export and whatever else asks torch's dispatcher.
+
+Nobody needs to import this module but a program that loads an exported one. A public function calls its op by itself
+where torch compiles, exports or traces with fake tensors, and then this is imported; eager calls pass it by.
+
+An op has the name, parameters and defaults of its function, but these. Where the function can write memory that it is
+given, the op leaves those parameters out, and another has them: `<name>_out`, whose result goes to what it is given,
+or `<name>_writing`, which returns new results as well. A result that a call has none of is an array of no elements.
+Dispatch tables come one by one, each behind `dispatch_`.
+"""
+
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from numba_moe.gating.backward import gating_backward
+from numba_moe.interop import torch_gradients, torch_results
+from numba_moe.permute.backward import permute_backward, unpermute_backward
+from numba_moe.reference.dispatch import DispatchTables
+
+LIBRARY = "numba_moe"
+# How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor, but by these names.
+KINDS: dict[Any, str] = {int: "SymInt", bool: "bool", float: "float", str: "str", str | None: "str?"}
+KINDS |= {int | None: "SymInt?"}
+KINDS_BY_NAME = {"out_dtype": "ScalarType?", "indices_dtype": "str"}
+TABLES = [
+    table.replace(name=f"dispatch_{table.name}", default=None if table.default is table.empty else table.default)
+    for table in inspect.signature(DispatchTables).parameters.values()
+]
+TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),  # the former since torch 2.8
+)
+GATING_OPTIONS = ("identity_weights", "counts")
+
+
+class Op(NamedTuple):
+    """What torch has to know of a public function beside its signature."""
+
+    module: str
+    results: Callable[..., Any]  # tensors like its results, of its arguments
+    out: str = ""  # the parameter that its result goes to
+    written: tuple[str, ...] = ()  # the others that it writes
+    absent: Mapping[str, str] = types.MappingProxyType({})  # results that there are only with an argument: which
+
+
+OPS: Mapping[str, Op] = {
+    "moe_align_block_size": Op("align", torch_results.align, "out", ("inv_sorted_idx", "counts", "workspace")),
+    "batched_moe_align_block_size": Op("batched", torch_results.batched),
+    "moe_lora_align_block_size": Op("lora", torch_results.lora),
+    "make_ragged_metadata": Op("ragged", torch_results.ragged),
+    "count_tokens_per_expert": Op("counting", torch_results.counts),
+    "expert_offsets": Op("counting", torch_results.offsets),
+    **dict.fromkeys(("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt"), Op("gating", torch_results.choice)),
+    **dict.fromkeys(("topk_raw", "grouped_topk"), Op("gating", torch_results.choice)),
+    "select_experts": Op("gating.selection", torch_results.selection, written=GATING_OPTIONS),
+    "weigh_experts": Op("gating.selection", torch_results.weighing, written=GATING_OPTIONS),
+    "route": Op("routing", torch_results.routed, written=GATING_OPTIONS),
+    "moe_permute": Op(
+        "permute", torch_results.permuted, absent={"m_indices": "alignment", "permuted_scales": "scales"}
+    ),
+    "moe_permute_masked": Op("permute.layouts", torch_results.masked, absent={"permuted_scales": "scales"}),
+    "moe_reorder": Op("permute.layouts", torch_results.reordered),
+    "moe_unpermute": Op("permute", torch_results.combined),
+    "moe_sum": Op("permute", torch_results.summed),
+    "dispatch_ids": Op("placement.dispatch", torch_results.dispatched, "out", ("counts",)),
+    "add_expert_counts": Op("recorder.counting", torch_results.nothing, "counts"),
+}
+
+
+def _unpermute_backward(by_rows: bool, by_weights: bool, **given: Any) -> Any:
+    return unpermute_backward(**given, wanted=(by_rows, by_weights))
+
+
+BACKWARD: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
+    (
+        "gating_backward",
+        "(Tensor gating_output, Tensor topk_weights, Tensor topk_ids, Tensor grad_weights, str scoring_func,"
+        " bool renormalize, float routed_scaling_factor) -> Tensor",
+        gating_backward,
+        torch_results.choice_backward,
+    ),
+    (
+        "permute_backward",
+        "(Tensor inv_permuted_idx, Tensor grad) -> Tensor",
+        permute_backward,
+        torch_results.permuted_backward,
+    ),
+    (
+        "unpermute_backward",
+        "(Tensor permuted, Tensor topk_weights, Tensor inv_permuted_idx, Tensor grad, float routed_scaling_factor,"
+        " bool by_rows, bool by_weights) -> (Tensor, Tensor)",
+        _unpermute_backward,
+        torch_results.combined_backward,
+    ),
+)
+
+
+def writing_name(name: str) -> str:
+    """Return the name of the op that writes memory it is given; one that does nothing else has its function's."""
+    op = OPS[name]
+    return name if op.results is torch_results.nothing else f"{name}_out" if op.out else f"{name}_writing"
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """Return a public function as it is for tensors of the current device."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"numba_moe.{OPS[name].module}"), name).__wrapped__
+    return function
+
+
+def _result_type(function: Callable[..., Any]) -> Any:
+    """Return the NamedTuple that a function returns, None if it returns a tensor."""
+    annotation = inspect.signature(function, eval_str=True).return_annotation
+    return annotation if hasattr(annotation, "_fields") else None
+
+
+def _parts(result: Any) -> list[Any]:
+    """Return the NamedTuples, or None for a tensor, that the fields of a NamedTuple are."""
+    kinds = inspect.get_annotations(result, eval_str=True).values()
+    return [kind if hasattr(kind, "_fields") else None for kind in kinds]
+
+
+def num_tensors(result: Any) -> int:
+    """Count the tensors of a NamedTuple, in which there may be others."""
+    return sum(1 if part is None else num_tensors(part) for part in _parts(result))
+
+
+def _flat(found: Any) -> list[Any]:
+    return [leaf for part in found for leaf in (_flat(part) if isinstance(part, tuple) else [part])]
+
+
+def _rebuild(result: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """Return a NamedTuple of the tensors of `_flat`."""
+    return result(*(next(tensors) if part is None else _rebuild(part, tensors) for part in _parts(result)))
+
+
+def schema(name: str, function: Callable[..., Any], op: Op, writes: bool) -> str:
+    """Return the schema of an op: of the one that writes what it is given, or of the one that does not.
+
+    >>> schema("count", _function("count_tokens_per_expert"), OPS["count_tokens_per_expert"], writes=False)
+    'count(Tensor topk_ids, SymInt num_experts, Tensor? expert_map=None) -> Tensor'
+    """
+    result, given = _result_type(function), [name for name in (op.out, *op.written) if name]
+    parameters: list[str] = []
+    for whole in inspect.signature(function, eval_str=True).parameters.values():
+        for parameter in TABLES if whole.name == "dispatch" else [whole]:
+            name_, default = parameter.name, parameter.default
+            if name_ in given and not writes:
+                continue
+            if writes and whole.kind is whole.KEYWORD_ONLY and "*" not in parameters:
+                parameters.append("*")  # elsewhere not, as a tensor by keyword alone cannot be differentiated
+            kind = KINDS_BY_NAME.get(name_) or KINDS.get(parameter.annotation, "Tensor")
+            if name_ in given:
+                kind = f"Tensor({chr(ord('a') + given.index(name_))}!)"
+            if name_ == op.out:
+                kind, default = kind + "[]" * (result is not None), parameter.empty
+            kind += "?" * (kind.startswith("Tensor") and default is None)
+            text = "" if default is parameter.empty else f'="{default}"' if isinstance(default, str) else f"={default}"
+            parameters.append(f"{kind} {name_}{text}")
+    returns = "Tensor" if result is None else f"({', '.join(['Tensor'] * num_tensors(result))})"
+    return f"{name}({', '.join(parameters)}) -> {'()' if writes and op.out else returns}"
+
+
+def _gather_tables(given: dict[str, Any]) -> dict[str, Any]:
+    """Put dispatch tables together again."""
+    tables = {table.name: given.pop(table.name) for table in TABLES if table.name in given}
+    if tables.get(TABLES[0].name) is not None:
+        given["dispatch"] = DispatchTables(*tables.values())
+    return given
+
+
+def _register(name: str, text: str, function: Callable[..., Any], results: Callable[..., Any]) -> None:
+    """Register an op that a function computes, given tensors with data."""
+    torch.library.define(f"{LIBRARY}::{name}", text.removeprefix(name), tags=TAGS)
+    names = [argument.name for argument in getattr(torch.ops.numba_moe, name).default._schema.arguments]
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        return results(**dict(zip(names, args, strict=False)), **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = _gather_tables(dict(zip(names, args, strict=False)) | kwargs)
+        if isinstance(given.get("out"), list):
+            given["out"] = tuple(given["out"])
+        first = next(value for value in args if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(first):
+            found = function(**given)
+        if text.endswith("()"):
+            return None
+        return (
+            tuple(first.new_empty(0) if part is None else part for part in _flat(found))
+            if isinstance(found, tuple)
+            else found
+        )
+
+    torch.library.impl(f"{LIBRARY}::{name}", ("cpu", "cuda"), run)
+    torch.library.register_fake(f"{LIBRARY}::{name}", fake)
+
+
+def _define() -> dict[str, Any]:
+    """Register all ops; return the types of their results."""
+    types_of_results: dict[str, Any] = {}
+    for name, op in OPS.items():
+        function = _function(name)
+        types_of_results[name] = _result_type(function)
+        other = writing_name(name)
+        if other != name:
+            _register(name, schema(name, function, op, writes=False), function, op.results)
+        if op.out or op.written:
+            results = torch_results.nothing if op.out else op.results
+            _register(other, schema(other, function, op, writes=True), function, results)
+    for name, text, function, results in BACKWARD:
+        _register(name, f"{name}{text}", function, results)
+    torch_gradients.register()
+    return types_of_results
+
+
+RESULT_TYPES = _define()
+
+
+def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call the op of a public function, with its arguments and results, through torch's dispatcher."""
+    op = OPS[name]
+    given = dict(kwargs)
+    tables = given.pop("dispatch", None)
+    if tables is not None:
+        given.update({f"dispatch_{field}": getattr(tables, field) for field in DispatchTables._fields})
+    if "indices_dtype" in given:
+        given["indices_dtype"] = str(given["indices_dtype"]).removeprefix("torch.")
+    if isinstance(given.get("out_dtype"), str):
+        given["out_dtype"] = getattr(torch, given["out_dtype"])
+    absent = [place for place, argument in op.absent.items() if given.get(argument) is None]
+    written = [key for key in (op.out, *op.written) if given.get(key) is not None]
+    for key in (op.out, *op.written):
+        if key not in written:
+            given.pop(key, None)
+    if not written:
+        results = getattr(torch.ops.numba_moe, name)(*args, **given)
+    elif not op.out:
+        results = getattr(torch.ops.numba_moe, writing_name(name))(*args, **given)
+    else:
+        if op.out not in given:
+            given[op.out] = op.results(*args, **given)
+        results = given[op.out]
+        if isinstance(results, tuple):
+            given[op.out] = list(results)
+        getattr(torch.ops.numba_moe, writing_name(name))(*args, **given)
+    if RESULT_TYPES[name] is None:
+        return results
+    found = _rebuild(RESULT_TYPES[name], iter(results))
+    return found._replace(**dict.fromkeys(absent)) if absent else found

@@ -1,0 +1,72 @@
+"""What the library says of itself: log messages, and ranges in profiles."""
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+# NUMBA_MOE_NVTX=1 names calls of public functions to NVTX, for Nsight Systems, and to torch's profiler.
+RANGES = os.environ.get("NUMBA_MOE_NVTX", "0") == "1"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def named(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function whose calls are ranges of its name in profiles, or itself where nobody asked for them."""
+    if not RANGES:
+        return function
+    name = f"numba_moe::{function.__name__}"
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
+        with torch.profiler.record_function(name), nvtx:
+            return function(*args, **kwargs)
+
+    return call
+
+
+def set_log_level(level: int | str) -> None:
+    """Choose what the library logs, and where nobody has set up logging, have it written to standard error.
+
+    Parameters
+    ----------
+    level : int or str
+        A level of `logging` or its name. "WARNING", as without this call: cache entries that are damaged. "INFO": also
+        what `interop` replaces, and why the cache is not written. "DEBUG": also every kernel that is compiled, with the
+        seconds that took, or read from the cache.
+
+    Returns
+    -------
+    None
+
+    Raises
+    ------
+    TypeError
+        Neither an integer nor a string.
+    ValueError
+        No name of a level.
+
+    Notes
+    -----
+    The logger is ``logging.getLogger("numba_moe")``.
+
+    Examples
+    --------
+    >>> import logging
+    >>> set_log_level("ERROR")
+    >>> logging.getLogger("numba_moe").isEnabledFor(logging.WARNING)
+    False
+    >>> set_log_level("WARNING")
+    """
+    logger = logging.getLogger("numba_moe")
+    logger.setLevel(level)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)

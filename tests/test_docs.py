@@ -1,0 +1,61 @@
+"""Pages run, are current, and docstrings keep numpydoc's rules."""
+
+import doctest
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from numpydoc.validate import validate
+
+import numba_moe
+from numba_moe import placement, recorder
+from numba_moe.interop import sglang, vllm
+
+ROOT = Path(__file__).parents[1]
+NAMES = [f"{package.__name__}.{name}" for package in (numba_moe, placement, recorder) for name in package.__all__]
+# Left out: an extended summary and other functions to see, where there is nothing to say; and that descriptions begin
+# with a capital letter and stand beside every result's type, as they may begin with the name of a field or dtype.
+LEFT_OUT = {"ES01", "SA01", "PR08", "RT03", "RT04"}
+# NamedTuples and exceptions are described where they are returned or raised.
+LEFT_OUT_OF_CLASSES = {"EX01", "PR01"}
+
+
+@pytest.fixture
+def peers():
+    """Put packages that hold what is replaced where imports look."""
+    for patch in (vllm.PATCH, sglang.PATCH):
+        for name, functions in patch._replacements.items():
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                module = types.ModuleType(".".join(parts[:depth]))
+                module.__path__ = []
+                sys.modules.setdefault(module.__name__, module)
+            vars(sys.modules[name]).update(dict.fromkeys(functions, print))
+    yield
+    torch._dynamo.reset()  # which otherwise outlives what a page defines
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel")]:
+        del sys.modules[name]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_recipes_run(peers):
+    page = ROOT / "docs" / "put-it-in.md"
+    test = doctest.DocTestParser().get_doctest(page.read_text(), {}, page.name, str(page), 0)
+    found = doctest.DocTestRunner().run(test, clear_globs=False)  # which torch's compiler holds on to
+    assert found.attempted > 10
+    assert found.failed == 0
+
+
+def test_the_api_page_is_current():
+    command = [sys.executable, str(ROOT / "scripts" / "make_api.py"), "--check"]
+    assert subprocess.run(command).returncode == 0, "run scripts/make_api.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_are_numpydocs(name):
+    value = getattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2])
+    allowed = LEFT_OUT | (LEFT_OUT_OF_CLASSES if isinstance(value, type) else set())
+    assert [error for error in validate(name)["errors"] if error[0] not in allowed] == []

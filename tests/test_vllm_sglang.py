@@ -1,0 +1,385 @@
+"""Functions of ours under the peers' names do what theirs do, and take their places in an installed peer."""
+
+import inspect
+import re
+import sys
+import types
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import numba_moe as moe
+from numba_moe import reference
+from numba_moe.interop import sglang, vllm, vllm_ops
+
+IDS = torch.tensor([[3, 1], [0, 3], [-1, 2], [3, 0]], dtype=torch.int32)
+LOGITS = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
+BIAS = torch.linspace(-0.3, 0.3, 8)
+ROWS = torch.arange(64, dtype=torch.float32).view(4, 16)
+LOCAL = torch.tensor([-1, 0, -1, 1], dtype=torch.int32)
+
+
+def ints(*shape):
+    return torch.full(shape, -77, dtype=torch.int32)
+
+
+def choice_memory():
+    return torch.full((5, 2), torch.nan), ints(5, 2)
+
+
+def test_vllm_aligns_with_its_arguments_and_tails():
+    found = vllm.moe_align_block_size(IDS, 4, 4, LOCAL, True)
+    expected = reference.moe_align_block_size(IDS.numpy(), 4, 4, LOCAL.numpy(), True)
+    assert type(found) is tuple
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+    found = vllm.moe_align_block_size(IDS.to(torch.uint32), 4, 4, ignore_invalid_experts=True, expert_map=LOCAL)
+    assert found[1].tolist() == [0, 1, -1, -1, -1]
+    batched = vllm.batched_moe_align_block_size(3, 2, torch.tensor([2, 0, 3]))
+    assert batched[1].tolist() == [0, 2, 2, -1, -1, -1]
+
+
+def test_vllm_op_of_alignment_groups_by_local_ids_in_given_memory(monkeypatch):
+    given = ints(20), ints(5), ints(1)
+    scatter = ints(8)
+    vllm_ops.moe_align_block_size(IDS, 4, 4, *given, LOCAL, scatter)
+    expected = reference.moe_align_block_size(IDS.numpy(), 4, 4, LOCAL.numpy(), True, True)
+    assert [part.tolist() for part in given] == [part.tolist() for part in expected]
+    assert scatter.tolist() == [0, 1, -1, 3, -1, -1, 6, -1]
+    monkeypatch.setattr(vllm_ops.settings, "inactive_expert_id", 0)
+    vllm_ops.moe_align_block_size(IDS, 4, 4, *given, LOCAL)
+    assert given[1].tolist() == [0, 1, 0, 0, 0]
+
+
+def test_vllm_op_of_batched_alignment():
+    given = ints(12), ints(6), ints(1)
+    vllm_ops.batched_moe_align_block_size(3, 2, torch.tensor([2, 0, 3]), *given)
+    expected = reference.batched_moe_align_block_size(3, 2, np.array([2, 0, 3]))
+    assert [part.tolist() for part in given] == [part.tolist() for part in expected]
+
+
+@pytest.mark.parametrize("spare", [0, 8])
+def test_vllm_op_of_adapters_writes_flat_arrays(spare):
+    mapping = torch.tensor([1, -1, 0, 1], dtype=torch.int32)
+    length = 8 + 4 * 3 + spare
+    given = ints(2 * length), ints(2 * (length // 4)), ints(2)
+    enabled, lora_ids = torch.ones(3, dtype=torch.int32), torch.tensor([-1, 0, 1], dtype=torch.int32)
+    vllm_ops.moe_lora_align_block_size(IDS, mapping, 4, 4, 2, length, length // 4, *given, enabled, lora_ids)
+    expected = reference.moe_lora_align_block_size(IDS.numpy(), mapping.numpy(), 4, 4, 2)
+    for part, wanted, padding in zip(given[:2], expected, (8, -1), strict=False):
+        wide = np.pad(wanted, ((0, 0), (0, part.numel() // 2 - wanted.shape[1])), constant_values=padding)
+        assert part.view(2, -1).tolist() == wide.tolist()
+    assert given[2].tolist() == expected.num_tokens_post_padded.tolist()
+
+
+def test_vllm_chooses_and_numbers_slots_by_column():
+    weights, ids, numbers = vllm.fused_topk(torch.zeros(5, 3), LOGITS, 2, True, indices_type=torch.int64)
+    expected = moe.topk_softmax(LOGITS, 2, True)
+    assert torch.equal(weights, expected.topk_weights)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, expected.topk_ids.long())
+    assert numbers.tolist() == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]
+    sigmoid = vllm.fused_topk(torch.zeros(5, 3), LOGITS, 2, False, scoring_func="sigmoid")
+    assert torch.equal(sigmoid[0], moe.topk_sigmoid(LOGITS, 2).topk_weights)
+    with pytest.raises(ValueError, match="Unsupported scoring function: relu"):
+        vllm.fused_topk(LOGITS, LOGITS, 2, True, scoring_func="relu")
+    with pytest.raises(ValueError, match="`gating_output` must be of as many tokens as `hidden_states`, 4, got 5"):
+        vllm.fused_topk(LOGITS[:4], LOGITS, 2, True)
+
+
+@pytest.mark.parametrize("op", ["topk_softmax", "topk_sigmoid"])
+def test_vllm_ops_of_gating_write_what_they_are_given(op):
+    weights, ids = choice_memory()
+    numbers = ints(5, 2)
+    padding = torch.tensor([False, True, False, False, False])
+    getattr(vllm_ops, op)(weights, ids, numbers, LOGITS, True, BIAS, is_padding=padding)
+    expected = getattr(moe, op)(LOGITS, 2, True, BIAS)
+    kept = ~padding
+    assert torch.equal(weights[kept], expected.topk_weights[kept])
+    assert torch.equal(ids[kept], expected.topk_ids[kept])
+    assert (ids[1].tolist(), weights[1].tolist()) == ([-1, -1], [0.0, 0.0])
+    assert numbers[:, 1].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_vllm_chooses_in_groups():
+    found = vllm.grouped_topk(LOGITS, LOGITS, 2, True, 4, 2, "sigmoid", 2.5, BIAS.double())
+    options = {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "correction_bias": BIAS}
+    expected = moe.grouped_topk(LOGITS, 2, 4, 2, True, **options)
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, vllm_ops.grouped_topk(LOGITS, 4, 2, 2, True, 2.5, BIAS, 1), expected))
+    raw = vllm_ops.grouped_topk(LOGITS.sigmoid(), 4, 2, 2, True, 2.5, BIAS)
+    assert torch.equal(raw[1], expected.topk_ids)
+    torch.testing.assert_close(raw[0], expected.topk_weights)
+    best = vllm.grouped_topk(LOGITS, LOGITS, 2, False, 4, 2)
+    assert all(map(torch.equal, best, moe.grouped_topk(LOGITS, 2, 4, 2, group_score="max")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_vllm_permutes_rows_and_their_scales_and_back(dtype):
+    rows = ROWS.to(dtype)
+    scale = torch.arange(4.0).view(4, 1)
+    permuted, scales, offset, inverse, index = vllm.moe_permute(rows, scale, IDS, 4, 2, LOCAL)
+    assert offset.tolist() == [0, 1, 4]
+    assert index.tolist() == [1, 0, 3, 6, 8, 8, 8, 8]
+    assert permuted.dtype == dtype
+    assert torch.equal(permuted[:4].float(), rows[[0, 0, 1, 3]].float())
+    assert scales[:4, 0].tolist() == [0.0, 0.0, 1.0, 3.0]
+    assert inverse.shape == (8,)
+    memory = torch.empty_like(permuted)
+    again = vllm.moe_permute(rows, torch.ones(1), IDS, 4, 2, LOCAL, memory)
+    assert again[0] is memory
+    assert again[1].shape == (1,)
+    if dtype != torch.float8_e4m3fn:
+        out = torch.full_like(rows, torch.nan)
+        vllm.moe_unpermute(out, permuted, torch.full((4, 2), 0.5), inverse)
+        weight = torch.tensor([1.0, 0.5, 0.0, 0.5])[:, None]  # slots of this rank's experts, halved
+        assert torch.equal(out, (ROWS * weight).to(dtype))
+
+
+def test_vllm_index_of_other_ranks_rows_is_left_out():
+    out = torch.empty(1, 16)
+    offset = torch.tensor([0, 1])
+    vllm.moe_unpermute(out, ROWS[:2], torch.ones(1, 2), torch.tensor([0, 1], dtype=torch.int32), offset)
+    assert torch.equal(out, ROWS[:1])
+
+
+def test_vllm_op_of_permuting_writes_what_it_is_given():
+    given = torch.full((8, 16), torch.nan), torch.full((3,), -7), ints(4, 2), ints(8)
+    vllm_ops.moe_permute(ROWS, IDS, None, LOCAL, 4, 2, 2, *given)
+    permuted, _, offset, inverse, index = vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL)
+    for part, wanted in zip(given, (permuted, offset, inverse.view(4, 2), index), strict=True):
+        assert torch.equal(part, wanted)
+
+
+def test_vllm_counts_of_local_experts():
+    assert vllm.count_expert_num_tokens(IDS, 4, None).tolist() == [2, 1, 1, 3]
+    assert vllm.count_expert_num_tokens(IDS, 2, LOCAL).tolist() == [1, 3]
+    assert vllm.count_expert_num_tokens(IDS, 6, LOCAL).tolist() == [1, 3, 0, 0, 0, 0]
+
+
+def test_vllm_softplus_by_scores_and_by_a_table():
+    weights, ids = choice_memory()
+    vllm_ops.topk_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, True, 2.5, BIAS)
+    expected = moe.topk_softplus_sqrt(LOGITS, 2, True, BIAS)
+    assert torch.equal(ids, expected.topk_ids)
+    torch.testing.assert_close(weights, 2.5 * expected.topk_weights)
+    table, tokens = torch.tensor([[0, 1], [7, 3], [2, 5]]), torch.tensor([2, 0, 1, 1, 2])
+    vllm_ops.topk_hash_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, False, 2.0, None, tokens, table)
+    assert torch.equal(ids, table[tokens].int())
+    torch.testing.assert_close(weights, 2 * torch.nn.functional.softplus(LOGITS).sqrt().gather(1, table[tokens]))
+
+
+def test_sums_of_rows():
+    rows, out = torch.randn(4, 2, 16), torch.full((4, 16), torch.nan)
+    vllm_ops.moe_sum(rows, out)
+    torch.testing.assert_close(out, rows.sum(1))
+    vllm_ops.moe_sum(rows, out, IDS, LOCAL)
+    kept = torch.tensor([[True, True], [False, True], [False, False], [True, False]])
+    torch.testing.assert_close(out, torch.where(kept[..., None], rows, 0).sum(1))
+    sglang.moe_sum(rows, out)
+    torch.testing.assert_close(out, rows.sum(1))
+    half = out.half()
+    sglang.moe_sum_reduce(rows.half(), half, 2.5)
+    torch.testing.assert_close(half, 2.5 * rows.half().sum(1), atol=2e-3, rtol=2e-3)
+
+
+def test_sglang_aligns_with_a_bucket_for_no_expert():
+    given = ints(8 + 5 * 3), ints(6), ints(1)
+    sglang.moe_align_block_size(IDS, 5, 4, *given, ints(6), True)
+    assert given[2].item() == 20
+    assert given[1].tolist() == [-1, 0, 1, 2, 3, -1]
+    assert given[0][:20].tolist() == [4, 8, 8, 8, 2, 7, 8, 8, 1, 8, 8, 8, 5, 8, 8, 8, 0, 3, 6, 8]
+
+
+def test_sglang_caps_and_biases_logits_before_a_softmax():
+    weights, ids = choice_memory()
+    sglang.topk_softmax(weights, ids, LOGITS.half(), False, 2.0, BIAS)
+    scores = torch.softmax(2 * torch.tanh(LOGITS.half().float() / 2) + BIAS, 1)
+    expected = scores.topk(2)
+    assert torch.equal(ids, expected.indices.int())
+    torch.testing.assert_close(weights, expected.values)
+    sglang.topk_softmax(weights, ids, LOGITS, True)
+    assert torch.equal(weights, moe.topk_softmax(LOGITS, 2, True).topk_weights)
+
+
+def test_sglang_sigmoid_bias_moves_the_choice_alone():
+    weights, ids = choice_memory()
+    sglang.topk_sigmoid(weights, ids, LOGITS, True, BIAS)
+    expected = moe.topk_sigmoid(LOGITS, 2, True, BIAS)
+    assert torch.equal(weights, expected.topk_weights)
+    assert torch.equal(ids, expected.topk_ids)
+
+
+@pytest.mark.parametrize("on_output", [False, True])
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_sglang_fused_gate(shared, on_output):
+    weights, ids = sglang.moe_fused_gate(LOGITS, BIAS, 4, 2, 2 + shared, shared, 2.5, on_output)
+    scores = LOGITS.sigmoid()
+    ranks = scores + BIAS
+    groups = ranks.view(5, 4, 2).sum(2).topk(2).indices
+    out = torch.ones(5, 4, dtype=torch.bool).scatter_(1, groups, False).repeat_interleave(2, 1)
+    chosen = ranks.masked_fill(out, -torch.inf).topk(2).indices
+    routed = scores.gather(1, chosen)
+    routed = torch.cat([routed, routed.sum(1, keepdim=True).repeat(1, shared) / 2.5], 1) / routed.sum(1, keepdim=True)
+    assert torch.equal(ids[:, :2], chosen.int())
+    assert ids[:, 2:].tolist() == [list(range(8, 8 + shared))] * 5
+    torch.testing.assert_close(weights, routed * (2.5 if on_output else 1.0))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_kimi_gate_scales_what_it_renormalises(renormalize):
+    weights, ids = sglang.kimi_k2_moe_fused_gate(LOGITS, BIAS.half(), 3, renormalize, 2.5, True)
+    expected = moe.topk_sigmoid(LOGITS, 3, renormalize, BIAS.half().float())
+    assert torch.equal(ids, expected.topk_ids)
+    torch.testing.assert_close(weights, expected.topk_weights * (2.5 if renormalize else 1.0))
+
+
+def test_sglang_input_of_grouped_gemms():
+    offsets, scales, first, second = ints(5), ints(5), ints(4, 3), ints(4, 3)
+    tokens, rows = ints(8), ints(8)
+    sglang.prepare_moe_input(IDS, offsets, first, second, tokens, rows, 4, 10, 32, scales)
+    assert offsets.tolist() == [0, 2, 3, 4, 7]
+    assert scales.tolist() == [0, 128, 256, 384, 512]
+    assert first.tolist() == [[2, 20, 32], [1, 20, 32], [1, 20, 32], [3, 20, 32]]
+    assert second.tolist() == [[2, 32, 10], [1, 32, 10], [1, 32, 10], [3, 32, 10]]
+    assert tokens.tolist() == [1, 3, 0, 2, 0, 1, 3, 4]
+    assert rows.tolist() == [4, 2, 0, 5, -1, 3, 6, 1]
+
+
+SIGNATURES = {
+    "moe_align_block_size": "topk_ids block_size num_experts expert_map pad_sorted_ids ignore_invalid_experts",
+    "batched_moe_align_block_size": "max_tokens_per_batch block_size expert_num_tokens",
+    "fused_topk": "hidden_states gating_output topk renormalize indices_type scoring_func",
+    "grouped_topk": "hidden_states gating_output topk renormalize num_expert_group topk_group scoring_func "
+    "routed_scaling_factor e_score_correction_bias",
+    "moe_permute": "hidden_states a1q_scale topk_ids n_expert n_local_expert expert_map permuted_hidden_states",
+    "moe_unpermute": "out permuted_hidden_states topk_weights inv_permuted_idx expert_first_token_offset",
+    "count_expert_num_tokens": "topk_ids num_local_experts expert_map",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_vllm_parameters(name):
+    assert list(inspect.signature(getattr(vllm, name)).parameters) == SIGNATURES[name].split()
+
+
+def module(name, **contents):
+    made = types.ModuleType(name)
+    vars(made).update(contents)
+    sys.modules[name] = made
+    parent, _, last = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], last, made)
+    return made
+
+
+def original(*args, **kwargs):
+    """Stand for whatever a peer has."""
+    return "the peer's"
+
+
+def other(*args, **kwargs):
+    return "something else"
+
+
+@pytest.fixture
+def peers():
+    """Put module trees with the peers' paths, and modules that import from them as theirs do, where imports look."""
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers", vllm.LAYERS, f"{vllm.LAYERS}.router"):
+        module(name, __path__=[])
+    for name, functions in vllm.PATCH._replacements.items():
+        module(name, other=other, **{key: types.FunctionType(original.__code__, {}, key) for key in functions})
+    align = sys.modules[f"{vllm.LAYERS}.moe_align_block_size"]
+    # a call site that imported a function by name, one that did under another name, and one of the ops' module
+    module(f"{vllm.LAYERS}.experts", moe_align_block_size=align.moe_align_block_size)
+    module(f"{vllm.LAYERS}.marlin", align=align.moe_align_block_size, ops=sys.modules["vllm._custom_ops"])
+    functions = {key: types.FunctionType(original.__code__, {}, key) for key in sglang.FUNCTIONS}
+    module("sgl_kernel", __path__=[], **functions)
+    module("sgl_kernel.moe", **functions)
+    module("sglang", sgl_align=functions["moe_align_block_size"])
+    yield sys.modules
+    vllm.unpatch()
+    sglang.unpatch()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel", "sglang")]:
+        del sys.modules[name]
+
+
+def contents(peers):
+    return {
+        (name, key): value
+        for name, found in peers.items()
+        if name.partition(".")[0] in ("vllm", "sgl_kernel", "sglang")
+        for key, value in vars(found).items()
+    }
+
+
+def test_patching_vllm_replaces_what_call_sites_hold_and_unpatching_restores_it(peers):
+    before = contents(peers)
+    replaced = vllm.patch()
+    assert f"{vllm.LAYERS}.utils.count_expert_num_tokens" in replaced
+    assert len(replaced) == sum(map(len, vllm.PATCH._replacements.values()))
+    experts, marlin = peers[f"{vllm.LAYERS}.experts"], peers[f"{vllm.LAYERS}.marlin"]
+    assert experts.moe_align_block_size is marlin.align is vllm.moe_align_block_size
+    assert marlin.ops.topk_softmax is vllm_ops.topk_softmax
+    assert peers[f"{vllm.LAYERS}.router.grouped_topk_router"].grouped_topk is vllm.grouped_topk
+    assert peers["vllm._custom_ops"].other is other
+    vllm.patch()  # again, which a plugin may do
+    assert experts.moe_align_block_size(IDS, 4, 4)[2].item() == 16
+    vllm.unpatch()
+    assert contents(peers) == before
+
+
+def test_patching_some_names_with_the_older_tail(peers):
+    before = contents(peers)
+    assert vllm.patch(["fused_topk", "moe_align_block_size"], inactive_expert_id=0) == [
+        f"{vllm.LAYERS}.moe_align_block_size.moe_align_block_size",
+        f"{vllm.LAYERS}.router.fused_topk_router.fused_topk",
+        "vllm._custom_ops.moe_align_block_size",
+    ]
+    assert peers[f"{vllm.LAYERS}.experts"].moe_align_block_size(IDS, 4, 4)[1].tolist() == [0, 1, 2, 3, 0]
+    assert peers[f"{vllm.LAYERS}.moe_permute_unpermute"].moe_permute.__name__ == "moe_permute"
+    assert peers[f"{vllm.LAYERS}.moe_permute_unpermute"].moe_permute() == "the peer's"
+    vllm.unpatch()
+    assert contents(peers) == before
+    assert vllm.moe_align_block_size(IDS, 4, 4)[1].tolist() == [0, 1, 2, 3, -1]
+
+
+def test_a_vllm_without_some_modules_is_patched_as_far_as_it_goes(peers):
+    del peers[f"{vllm.LAYERS}.router"], peers[f"{vllm.LAYERS}.router.fused_topk_router"]
+    del peers[f"{vllm.LAYERS}.router.grouped_topk_router"]
+    assert not any("router" in name for name in vllm.patch())
+
+
+def test_patching_what_is_not_there():
+    with pytest.raises(ImportError, match="vllm"):
+        vllm.patch()
+    with pytest.raises(ImportError, match="sgl_kernel"):
+        sglang.patch()
+
+
+def test_unknown_names(peers):
+    with pytest.raises(ValueError, match=r"`names` must be one of 'batched_moe_align_block_size', .*, got 'relu'"):
+        vllm.patch(["relu"])
+
+
+def test_patching_sglang(peers):
+    before = contents(peers)
+    assert len(sglang.patch()) == len(sglang.FUNCTIONS)
+    assert peers["sglang"].sgl_align is peers["sgl_kernel"].moe_align_block_size is sglang.moe_align_block_size
+    sglang.unpatch()
+    assert contents(peers) == before
+
+
+def test_the_plugin_patches_when_the_environment_asks(peers, monkeypatch):
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    group, name, value = re.search(r'entry-points."(.*)"]\n(\w+) = "(.*)"', text).groups()
+    assert (group, name) == ("vllm.general_plugins", "numba_moe")
+    plugin = EntryPoint(name, value, group).load()
+    monkeypatch.delenv("NUMBA_MOE_VLLM", raising=False)
+    before = contents(peers)
+    assert plugin() is None
+    assert contents(peers) == before
+    monkeypatch.setenv("NUMBA_MOE_VLLM", "1")
+    assert f"{vllm.LAYERS}.moe_align_block_size.moe_align_block_size" in plugin()

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 from numba_moe.runtime import cache, dialect
-from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES
+from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, SAME
 
 KERNEL_MODULES = (
-    *("batched", "counting", "gating.backward", "gating.memory", "gating.octets", "gating.registers"),
+    *("activation", "batched", "counting", "gating.backward", "gating.memory", "gating.octets", "gating.registers"),
     *("lora", "permute", "placement.dispatch", "ragged", "recorder.counting"),
 )
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
@@ -63,6 +63,7 @@ class Parameter(NamedTuple):
     name: str
     is_array: bool
     is_constant: bool
+    is_same: bool  # an array of the first one's dtype
     options: tuple[Any, ...]
 
 
@@ -71,14 +72,15 @@ def _parameters(function: Any) -> tuple[Parameter, ...]:
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind, *options = get_args(parameter.annotation)
-        is_constant = options[0] == CONSTANT
-        found.append(Parameter(name, kind not in (int, float), is_constant, tuple(options[is_constant:])))
+        is_constant, is_same = options[0] == CONSTANT, options[0] == SAME
+        rest = tuple(options[is_constant or is_same :])
+        found.append(Parameter(name, kind not in (int, float), is_constant, is_same, rest))
     return tuple(found)
 
 
 def _varying(kernel: Any) -> list[Parameter]:
     """Return the parameters that a specialisation says something about."""
-    return [parameter for parameter in _parameters(kernel.py_func) if parameter.is_array or parameter.is_constant]
+    return [p for p in _parameters(kernel.py_func) if (p.is_array or p.is_constant) and not p.is_same]
 
 
 def specialisations(kernel: Any) -> list[Specialisation]:
@@ -115,7 +117,10 @@ def chosen(kernel: Any, specialisation: Specialisation) -> Iterator[tuple[Parame
     """Yield every parameter with its dtype, or the value of a constant, in one specialisation."""
     choices = iter(specialisation)
     for parameter in _parameters(kernel.py_func):
-        yield parameter, next(choices) if parameter.is_array or parameter.is_constant else parameter.options[0]
+        if parameter.is_same:
+            yield parameter, specialisation[0]
+        else:
+            yield parameter, next(choices) if parameter.is_array or parameter.is_constant else parameter.options[0]
 
 
 def signature(kernel: Any, specialisation: Specialisation) -> Any:

@@ -10,6 +10,9 @@ Array parameters are flat: kernels index them with one integer. `None` among the
 argument may be absent, which the kernel asks by `present(array)`: it then is a null pointer of the first dtype.
 (Numba's own launch takes no None: by hand, give an array there.)
 
+`Same` stands for the dtype of the kernel's first array, so that arrays which always agree are not compiled for every
+combination.
+
 A `Constant` parameter is a number that is known when the kernel is compiled, so that it can size a local array or
 unroll a loop; the launch names it by keyword.
 """
@@ -17,6 +20,7 @@ unroll a loop; the launch names it by keyword.
 from typing import Annotated, Any
 
 CONSTANT = "constant"
+SAME = "same"
 
 Int32 = Annotated[int, "int32"]
 Int64 = Annotated[int, "int64"]
@@ -34,10 +38,15 @@ Float32Array = Annotated[Any, "float32"]
 OptionalFloat32Array = Annotated[Any, "float32", None]
 FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
 OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
+Same = Annotated[Any, SAME]
+OptionalSame = Annotated[Any, SAME, None]
 Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
 
 # Slots of one thread in the counting sort.
 Items = Annotated[int, CONSTANT, 1, 4, 8]
+
+# Columns of one lane in the activation: eight are 16 bytes of a two-byte dtype.
+Run = Annotated[int, CONSTANT, 1, 8]
 
 # Experts of one lane in gating: each tier serves up to 32 times as many experts.
 COLUMNS = (1, 2, 4, 8, 16, 32)

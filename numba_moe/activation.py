@@ -97,8 +97,8 @@ def add_run(array, first, values, items):
 @cuda.jit(device=True)
 def store_run(array, first, values, items):
     if items == RUN:
-        low = (values[0], values[1], values[2], values[3])
-        store_eight(array, first, low + (values[4], values[5], values[6], values[7]))
+        a, b, c, d = values[0], values[1], values[2], values[3]
+        store_eight(array, first, (a, b, c, d, values[4], values[5], values[6], values[7]))
     else:
         store_float(array, first, values[0])
 
@@ -141,10 +141,9 @@ def store_gate_up(array, row, column, width, kind, interleaved, gate, up, items)
     if kind == NONE:
         store_run(array, row + column, gate, items)
     elif interleaved and items == RUN:
-        low = (gate[0], up[0], gate[1], up[1])
-        store_eight(array, row + 2 * column, low + (gate[2], up[2], gate[3], up[3]))
-        low = (gate[4], up[4], gate[5], up[5])
-        store_eight(array, row + 2 * column + RUN, low + (gate[6], up[6], gate[7], up[7]))
+        first = row + 2 * column
+        store_eight(array, first, (gate[0], up[0], gate[1], up[1], gate[2], up[2], gate[3], up[3]))
+        store_eight(array, first + RUN, (gate[4], up[4], gate[5], up[5], gate[6], up[6], gate[7], up[7]))
     elif interleaved:
         store_float(array, row + 2 * column, gate[0])
         store_float(array, row + 2 * column + 1, up[0])
@@ -168,9 +167,8 @@ def load_biased(gate_up, offset, bias, row, column, num_rows, num_experts, width
     for item in range(items):
         gate[item] = float32(0.0)
         up[item] = float32(0.0)
-    if present(offset):
-        if row >= offset[num_experts]:
-            return False
+    if present(offset) and row >= offset[num_experts]:
+        return False
     row_width = int64(width) if kind == NONE else 2 * int64(width)
     add_gate_up(gate_up, row * row_width, column, width, kind, interleaved, gate, up, items)
     if present(bias):
@@ -367,7 +365,7 @@ def _plan(
     limit = math.inf if activation == "none" else rule.limit
     kind = (KINDS.index(activation), int(rule.interleaved), limit, rule.alpha, rule.shift)
     numbers = (num_rows, num_experts, width, segments, *kind)
-    choices = {"gate_up": gate_up.dtype, "items": items}
+    choices: dict[str, Any] = {"gate_up": gate_up.dtype, "items": items}
     sum_rows = None
     if bias is not None:
         wide = RUN if row_width % RUN == 0 else 1

@@ -135,13 +135,13 @@ class MoEBlock(torch.nn.Module):
             "group_score": group_score,
             "routed_scaling_factor": routed_scaling_factor,
         }
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.activation = activation
         self.router = Router(hidden, experts, top_k, correction_bias, options, **kind)
         self.gate_up_proj = _matrix(experts, 2 * width, hidden, **kind)
         self.down_proj = _matrix(experts, hidden, width, **kind)
-        zeros = (torch.zeros(experts, size, **kind) for size in (2 * width, hidden))
-        self.gate_up_bias, self.down_bias = map(torch.nn.Parameter, zeros) if bias else (None, None)
+        self.gate_up_bias = torch.nn.Parameter(torch.zeros(experts, 2 * width, **kind)) if bias else None
+        self.down_bias = torch.nn.Parameter(torch.zeros(experts, hidden, **kind)) if bias else None
         self.shared_gate_up = _matrix(2 * shared, hidden, **kind) if shared else None
         self.shared_down = _matrix(hidden, shared, **kind) if shared else None
 
@@ -149,9 +149,12 @@ class MoEBlock(torch.nn.Module):
         """Return the sum of what the experts of each token make of it: [..., hidden_size], as the input."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, ids = self.router(rows)
-        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
-        matrices = (self.gate_up_proj, self.down_proj)
-        combined = fused_experts(rows, *matrices, weights, ids, activation=self.activation, **biases)
+        combined = fused_experts(
+            *(rows, self.gate_up_proj, self.down_proj, weights, ids),
+            activation=self.activation,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
+        )
         if self.shared_gate_up is not None and self.shared_down is not None:
             shared = moe_activation(linear(rows, self.shared_gate_up), activation=self.activation)
             combined = combined + linear(shared, self.shared_down)

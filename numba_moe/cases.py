@@ -219,13 +219,11 @@ def model_cases(level: str) -> Iterator[Case]:
                 yield permute_case(f"{label} {dtype}", tokens, experts, top_k, hidden, dtype)
                 yield unpermute_case(f"{label} {dtype}", tokens, top_k, hidden, dtype)
             if tokens <= 512:  # the reference multiplies in float64
-                chosen = (tokens, top_k, ids(tokens, experts, top_k, "zipf"))
-                yield experts_case(f"{label} {dtype}", chosen, experts, 64, 32, dtype)
-            rows = reference.count_tokens_per_expert(
-                ids(tokens, experts, top_k, "zipf")(np.random.default_rng(0)), experts
-            )
+                drawn = (tokens, top_k, ids(tokens, experts, top_k, "zipf"))
+                yield experts_case(f"{label} {dtype}", drawn, experts, 64, 32, dtype)
+            sizes = counts(tokens, experts, top_k)(np.random.default_rng(0))
             if tokens <= 4096:
-                yield activation_case(f"{label} {dtype}", rows, 32 if level == "simulator" else 720, dtype)
+                yield activation_case(f"{label} {dtype}", sizes, 32 if level == "simulator" else 720, dtype)
 
 
 def gating_case(name: str, tokens: int, experts: int, top_k: int, groups: tuple[int, int] | None, dtype: str) -> Case:

@@ -52,8 +52,23 @@ def multiply_by_expert(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Te
 
 def _is_matrix_by_matrix(weights: Layout) -> bool:
     """Whether an array of matrices is contiguous, or the transpose of one that is."""
-    experts, height, width = weights.shape
+    _, height, width = weights.shape
     return weights.strides is None or weights.strides == (height * width, 1, height)
+
+
+def is_grouped(
+    hidden_states: Layout, gate_up_proj: Layout, down_proj: Layout, topk_ids: Layout, differentiable: bool
+) -> bool:
+    """Whether one grouped GEMM serves all experts without the host reading where their rows begin."""
+    dtype, device = hidden_states.dtype, hidden_states.device
+    if _grouped_mm is None or device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    major = torch.cuda.get_device_capability(device)[0]
+    if major not in GROUPED_ARCHITECTURES or (differentiable and major == WRONG_EMPTY_GRADIENTS):
+        return False
+    _, hidden, width = down_proj.shape
+    aligned = all(size * dtype.itemsize % ALIGNMENT == 0 for size in (hidden, width))
+    return aligned and gate_up_proj.address == down_proj.address == 0 and 0 not in (*topk_ids.shape, hidden, width)
 
 
 @planned
@@ -95,14 +110,7 @@ def _plan(
     checks.array("topk_weights", topk_weights, checks.FLOATS, (2,), like=like)
     checks.shape("topk_ids", topk_ids, (num_tokens, topk_ids.shape[1]), "(num_tokens, top_k)")
     checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "that of `topk_ids`")
-    device = hidden_states.device
-    grouped = _grouped_mm is not None and device.type == "cuda" and hidden_states.dtype == torch.bfloat16
-    if grouped:
-        major = torch.cuda.get_device_capability(device)[0]
-        grouped = major in GROUPED_ARCHITECTURES and not (differentiable and major == WRONG_EMPTY_GRADIENTS)
-        sizes = (hidden, width)
-        grouped &= all(size * hidden_states.dtype.itemsize % ALIGNMENT == 0 for size in sizes)
-        grouped &= gate_up_proj.address == down_proj.address == 0 and 0 not in (num_tokens, topk_ids.shape[1], *sizes)
+    grouped = is_grouped(hidden_states, gate_up_proj, down_proj, topk_ids, differentiable)
     return ExpertsPlan(num_experts, num_local, grouped)
 
 

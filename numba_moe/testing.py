@@ -19,7 +19,7 @@ TOLERANCES = {
     torch.float16: (2.0**-10, 1e-5),
     torch.bfloat16: (2.0**-7, 1e-5),
 }
-# How often fused_experts rounds between its GEMMs: each may add a unit of the largest in a row, where it cancels as well.
+# How often fused_experts rounds between its GEMMs: each may add an error of the largest of a row, whatever cancels there.
 EXPERT_ROUNDINGS = 4
 
 # Ops of gating, and the scores that each chooses by; None where an argument says which.

@@ -203,6 +203,8 @@ def sum_rows(rows: np.ndarray, expert_first_token_offset: np.ndarray) -> np.ndar
            [0.],
            [4.]])
     """
-    offset = expert_first_token_offset
-    sums = [rows[begin:end].sum(axis=0, dtype=np.float64) for begin, end in zip(offset[:-1], offset[1:], strict=True)]
-    return np.array(sums).reshape(len(offset) - 1, rows.shape[1]).astype(rows.dtype)
+    num_experts = len(expert_first_token_offset) - 1
+    sums = np.zeros((num_experts, rows.shape[1]))
+    for expert in range(num_experts):
+        sums[expert] = rows[slice(*expert_first_token_offset[expert : expert + 2])].sum(axis=0, dtype=np.float64)
+    return sums.astype(rows.dtype)

@@ -1,0 +1,1 @@
+"""The ops where other projects look for them."""

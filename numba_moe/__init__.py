@@ -12,8 +12,10 @@ _MODULE_OF = {
     "AlignedBlocks": "align",
     "BumpAllocator": "runtime.workspace",
     "MoEBlock": "block",
+    "MaskedTokens": "permute",
     "PermutedTokens": "permute",
     "RaggedMetadata": "ragged",
+    "ReorderedSlots": "permute",
     "TopK": "gating",
     "align_sizes": "align",
     "batched_moe_align_block_size": "batched",
@@ -26,6 +28,9 @@ _MODULE_OF = {
     "moe_align_block_size": "align",
     "moe_lora_align_block_size": "lora",
     "moe_permute": "permute",
+    "moe_permute_masked": "permute",
+    "moe_reorder": "permute",
+    "moe_sum": "permute",
     "moe_unpermute": "permute",
     "select_experts": "gating",
     "topk_raw": "gating",
@@ -52,11 +57,16 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.gating import topk_softplus_sqrt as topk_softplus_sqrt
     from numba_moe.lora import moe_lora_align_block_size as moe_lora_align_block_size
     from numba_moe.permute import moe_permute as moe_permute
+    from numba_moe.permute import moe_permute_masked as moe_permute_masked
+    from numba_moe.permute import moe_reorder as moe_reorder
+    from numba_moe.permute import moe_sum as moe_sum
     from numba_moe.permute import moe_unpermute as moe_unpermute
     from numba_moe.ragged import make_ragged_metadata as make_ragged_metadata
     from numba_moe.reference.align import AlignedBlocks as AlignedBlocks
     from numba_moe.reference.gating import TopK as TopK
+    from numba_moe.reference.permute import MaskedTokens as MaskedTokens
     from numba_moe.reference.permute import PermutedTokens as PermutedTokens
+    from numba_moe.reference.permute import ReorderedSlots as ReorderedSlots
     from numba_moe.reference.ragged import RaggedMetadata as RaggedMetadata
     from numba_moe.runtime.workspace import BumpAllocator as BumpAllocator
 

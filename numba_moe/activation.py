@@ -6,7 +6,7 @@ adds, comes from a binary search of the offsets. silu, the tanh form of gelu and
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -17,14 +17,13 @@ from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.launch import Launch, block_threads, warps
 from numba_moe.runtime.parameters import (
+    LIKE,
     Float32,
     FloatArray,
     Int32,
     Int64Array,
     OptionalInt64Array,
-    OptionalSame,
     Run,
-    Same,
 )
 from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
@@ -43,6 +42,8 @@ from numba_moe.runtime.primitives import (
     warp_index,
 )
 
+LikeRows = Annotated[Any, LIKE, "gate_up"]
+OptionalLikeRows = Annotated[Any, LIKE, "gate_up", None]
 KINDS = tuple(RULES)
 SILU, GELU, GELU_TANH, SWIGLU_OAI, NONE = range(len(KINDS))
 # gelu by tanh is gate * sigmoid(gate * (TANH_ALPHA + TANH_CUBIC * gate^2)).
@@ -181,8 +182,8 @@ def load_biased(gate_up, offset, bias, row, column, num_rows, num_experts, width
 def activate_rows(
     gate_up: FloatArray,
     offset: OptionalInt64Array,
-    bias: OptionalSame,
-    activated: Same,
+    bias: OptionalLikeRows,
+    activated: LikeRows,
     num_rows: Int32,
     num_experts: Int32,
     width: Int32,
@@ -221,9 +222,9 @@ def activate_rows(
 def differentiate_rows(
     gate_up: FloatArray,
     offset: OptionalInt64Array,
-    bias: OptionalSame,
-    grad_activated: Same,
-    grad_gate_up: Same,
+    bias: OptionalLikeRows,
+    grad_activated: LikeRows,
+    grad_gate_up: LikeRows,
     num_rows: Int32,
     num_experts: Int32,
     width: Int32,
@@ -274,16 +275,16 @@ def differentiate_rows(
 
 @cuda.jit
 def sum_expert_rows(
-    rows: FloatArray,
+    gate_up: FloatArray,
     offset: Int64Array,
-    sums: Same,
+    sums: LikeRows,
     num_rows: Int32,
     num_experts: Int32,
     width: Int32,
     segments: Int32,
     items: Run,
 ):
-    # rows [num_rows, width], offset [num_experts + 1], sums [num_experts, width]; a block per expert and 32 * items
+    # gate_up [num_rows, width], offset [num_experts + 1], sums [num_experts, width]; a block per expert and 32 * items
     # columns, of which a row has `segments`; its warps take turns in the expert's rows
     partial = flat(cuda.shared.array(SUM_FLOATS, float32))
     block = int32(cuda.blockIdx.x)
@@ -299,7 +300,7 @@ def sum_expert_rows(
         row = offset[expert] + warp
         end = min(offset[expert + 1], int64(num_rows))
         while row < end:
-            add_run(rows, row * width + column, total, items)
+            add_run(gate_up, row * width + column, total, items)
             row += num_warps
     for item in range(items):
         partial[(warp * WARP + cuda.laneid) * items + item] = total[item]
@@ -372,7 +373,7 @@ def _plan(
         parts = -(-row_width // (WARP * wide))
         sizes = (num_rows, num_experts, row_width, parts)
         place = (gate_up.device, num_experts * parts, block_threads(SUM_THREADS))
-        sum_rows = Launch(sum_expert_rows, *place, sizes, {"rows": gate_up.dtype, "items": wide})
+        sum_rows = Launch(sum_expert_rows, *place, sizes, {"gate_up": gate_up.dtype, "items": wide})
     return ActivationPlan(
         arrays.contiguous(gate_up.dtype, num_rows, width),
         Launch(activate_rows, *where, numbers, choices),

@@ -121,6 +121,11 @@ def integers(lowest: int, after: int, *shape: int) -> Draw:
     return lambda rng: rng.integers(lowest, after, shape).astype(np.int32)
 
 
+def integers_of(dtype: str, *shape: int) -> Draw:
+    """Return any integers of a dtype."""
+    return lambda rng: rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype)
+
+
 def zeros(*shape: int, dtype: str = "int32") -> Draw:
     """Return what makes an array that a call may write."""
     return lambda rng: np.zeros(shape, dtype)
@@ -149,6 +154,10 @@ def recording_case(name: str, topk_ids: Any, num_experts: int, **scalars: int) -
 def permute_case(name: str, tokens: int, experts: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
     rows, chosen = floats(tokens, hidden, dtype=dtype), ids(tokens, experts, top_k, "zipf")
     return Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=experts), dtype, **layout)
+
+
+def sum_case(name: str, tokens: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
+    return Case("moe_sum", name, given(hidden_states=floats(tokens, top_k, hidden, dtype=dtype)), dtype, **layout)
 
 
 def unpermute_case(name: str, tokens: int, top_k: int, hidden: int, dtype: str, **layout: Any) -> Case:
@@ -218,6 +227,7 @@ def model_cases(level: str) -> Iterator[Case]:
             if tokens * top_k * hidden <= LARGEST_ROWS:
                 yield permute_case(f"{label} {dtype}", tokens, experts, top_k, hidden, dtype)
                 yield unpermute_case(f"{label} {dtype}", tokens, top_k, hidden, dtype)
+                yield sum_case(f"{label} {dtype}", tokens, top_k, hidden, dtype)
             if tokens <= 512:  # the reference multiplies in float64
                 drawn = (tokens, top_k, ids(tokens, experts, top_k, "zipf"))
                 yield experts_case(f"{label} {dtype}", drawn, experts, 64, 32, dtype)
@@ -243,6 +253,7 @@ def gating_case(name: str, tokens: int, experts: int, top_k: int, groups: tuple[
 def edge_cases() -> Iterator[Case]:
     """Yield the cases that break kernels."""
     yield from _grouping_edges()
+    yield from _permuting_edges()
     yield from _written_edges()
     yield from _variant_edges()
     yield from _recording_edges()
@@ -250,14 +261,74 @@ def edge_cases() -> Iterator[Case]:
     yield from _selection_edges()
     yield from _expert_edges()
     yield from real_cases()
+
+
+def _permuting_edges() -> Iterator[Case]:
     for dtype in DTYPES:
-        yield permute_case(f"strided rows {dtype}", 9, 4, 2, 33, dtype, strided=True)
-        yield unpermute_case(f"strided rows {dtype}", 9, 2, 33, dtype, strided=True)
+        for hidden in (33, 48):  # the latter allows 16 bytes at a time
+            yield permute_case(f"strided rows of {hidden} {dtype}", 9, 4, 2, hidden, dtype, strided=True)
+            yield unpermute_case(f"strided rows of {hidden} {dtype}", 9, 2, hidden, dtype, strided=True)
+            yield sum_case(f"strided rows of {hidden} {dtype}", 9, 2, hidden, dtype, strided=True)
+    for top_k in (1, 5, 40):
+        yield permute_case(f"top {top_k}", 9, 64, top_k, 24, "bfloat16")
+        yield unpermute_case(f"top {top_k}", 9, top_k, 24, "bfloat16")
+        yield sum_case(f"top {top_k}", 9, top_k, 24, "bfloat16")
     yield permute_case("hidden 0", 9, 4, 2, 0, "float32")
     yield unpermute_case("zero tokens", 0, 2, 16, "float32")
     skipped = np.array([[0, -1, 5], [-1, -1, -1], [6, 2, 1], [3, 4, 2**31 - 1]], np.int32)
-    arguments = given(permuted=floats(6, 40), topk_weights=uniform(4, 3), inv_permuted_idx=skipped)
-    yield Case("moe_unpermute", "skipped slots", arguments)
+    indexed = {"permuted": floats(6, 40), "topk_weights": uniform(4, 3), "inv_permuted_idx": skipped}
+    yield Case("moe_unpermute", "skipped slots", given(**indexed))
+    yield Case("moe_unpermute", "scaled", given(**indexed, routed_scaling_factor=2.5))
+    for dtype, hidden in itertools.product(DTYPES, (33, 48)):
+        given_rows = {**indexed, "permuted": floats(6, hidden, dtype="float16")}
+        yield Case("moe_unpermute", f"{hidden} float16 to {dtype}", given(**given_rows, out_dtype=dtype), "float16")
+        rows = given(hidden_states=floats(5, 3, hidden), out_dtype=dtype, routed_scaling_factor=-0.5)
+        yield Case("moe_sum", f"{hidden} float32 to {dtype}", rows)
+    of_nan = floats(4, 3, 24)(np.random.default_rng(0))
+    of_nan[1, :2] = np.nan
+    for kind in (np.int32, np.int64):
+        padded = np.array([[7, 0, -1], [-1, -5, 2], [-1, -1, -1], [0, 0, 0]], kind)
+        yield Case("moe_sum", f"skipped slots of NaN {kind.__name__}", given(hidden_states=of_nan, topk_ids=padded))
+    yield Case("moe_sum", "no slots", given(hidden_states=floats(4, 0, 24)))
+
+    chosen = np.random.default_rng(0).integers(-1, 9, (30, 3)).astype(np.int32)
+    half = np.array([-1, 0, 1, -1, 2, -1, 3, -1])
+    options: dict[str, dict[str, Any]] = {
+        "alignment 1": {"alignment": 1},
+        "alignment 3": {"alignment": 3},
+        "alignment 16 and expert_map": {"alignment": 16, "expert_map": half},
+        "alignment 128": {"alignment": 128},
+        "padding left": {"alignment": 16, "zero_padding": False, "scales": floats(30, 4)},
+        "padding left and expert_map": {"expert_map": half, "zero_padding": False},
+        "scales": {"scales": floats(30, 7)},
+        "a scale a row": {"scales": floats(30), "alignment": 4},
+        "scales of bytes": {"scales": integers_of("uint8", 30, 3)},
+    }
+    batches: dict[str, dict[str, Any]] = {
+        "all rows": {"max_m": 30},
+        "rows beyond max_m": {"max_m": 5},
+        "one row": {"max_m": 1},
+        "many rows": {"max_m": 300},
+        "expert_map": {"max_m": 20, "expert_map": half, "num_local_experts": 4},
+        "fewer batches": {"max_m": 11, "num_local_experts": 3},
+        "padding left": {"max_m": 12, "zero_padding": False, "scales": floats(30, 4)},
+        "scales": {"max_m": 9, "scales": floats(30)},
+    }
+    for rows in (floats(30, 32), integers_of("uint8", 30, 19), integers_of("int8", 30, 48)):
+        kind = rows(np.random.default_rng(0)).dtype.name
+        routed = {"hidden_states": rows, "topk_ids": chosen, "num_experts": 8}
+        for name, option in options.items():
+            yield Case("moe_permute", f"several tiles {name} {kind}", given(**routed, **option))
+        for name, option in batches.items():
+            yield Case("moe_permute_masked", f"several tiles {name} {kind}", given(**routed, **option))
+    none = {"hidden_states": floats(0, 8), "topk_ids": np.zeros((0, 2), np.int32), "num_experts": 3}
+    yield Case("moe_permute", "zero tokens aligned", given(**none, alignment=16))
+    yield Case("moe_permute_masked", "zero tokens", given(**none, max_m=5))
+    narrow = given(hidden_states=floats(30, 0), topk_ids=chosen, num_experts=8, alignment=8)
+    yield Case("moe_permute", "hidden 0 aligned", narrow)
+    few = {"hidden_states": floats(1, 40), "topk_ids": np.array([[3, 200]]), "num_experts": 300}
+    yield Case("moe_permute", "fewer slots than experts", given(**few, alignment=128))
+    yield Case("moe_permute_masked", "fewer slots than experts", given(**few, max_m=2))
 
 
 def _grouping_edges() -> Iterator[Case]:
@@ -278,6 +349,7 @@ def _grouping_edges() -> Iterator[Case]:
         yield recording_case(name, chosen, 8)
         rows = floats(len(chosen), 20)
         yield Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=8))
+        yield Case("moe_reorder", name, given(topk_ids=chosen, num_experts=8))
 
     expert_map = np.array([-1, 0, 1, -1, 2, -1, 3, -1], np.int32)
     reverse = np.arange(8, dtype=np.int32)[::-1].copy()
@@ -303,6 +375,8 @@ def _grouping_edges() -> Iterator[Case]:
     rows = floats(len(chosen), 20)
     mapped = given(hidden_states=rows, topk_ids=chosen, num_experts=8, expert_map=expert_map)
     yield Case("moe_permute", "expert_map", mapped)
+    yield Case("moe_reorder", "expert_map", given(topk_ids=chosen, num_experts=8, expert_map=expert_map))
+    yield Case("moe_reorder", "one dimension", given(topk_ids=chosen.ravel(), num_experts=8))
     for name, tokens, experts, top_k in (
         ("one expert", 40, 1, 1),
         ("257 experts", 30, 257, 10),

@@ -204,7 +204,7 @@ def fused_experts(
         more = {"expert_map": expert_map, "gate_up_bias": gate_up_bias, "down_bias": down_bias, **options}
         arguments = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
         return arrays.by_reference(reference.fused_experts, *arguments, **more).to(hidden_states.dtype)
-    permuted = moe_permute(hidden_states, topk_ids, plan.num_experts, expert_map)
+    permuted = moe_permute(hidden_states, topk_ids, plan.num_experts, expert_map, zero_padding=False)
     offset = permuted.expert_first_token_offset
     if plan.num_local < plan.num_experts:
         offset = offset[: plan.num_local + 1]

@@ -22,7 +22,16 @@ from numba_moe.reference.gating import (
 )
 from numba_moe.reference.lora import moe_lora_align_block_size
 from numba_moe.reference.migration import plan_migration
-from numba_moe.reference.permute import PermutedTokens, moe_permute, moe_unpermute
+from numba_moe.reference.permute import (
+    MaskedTokens,
+    PermutedTokens,
+    ReorderedSlots,
+    moe_permute,
+    moe_permute_masked,
+    moe_reorder,
+    moe_sum,
+    moe_unpermute,
+)
 from numba_moe.reference.ragged import RaggedMetadata, make_ragged_metadata
 from numba_moe.reference.rebalance import RebalancedExperts, balancedness, rank_loads, rebalance_experts
 from numba_moe.reference.recorder import (
@@ -36,9 +45,11 @@ from numba_moe.reference.recorder import (
 
 __all__ = [
     "AlignedBlocks",
+    "MaskedTokens",
     "PermutedTokens",
     "RaggedMetadata",
     "RebalancedExperts",
+    "ReorderedSlots",
     "TopK",
     "add_expert_counts",
     "balancedness",
@@ -56,6 +67,9 @@ __all__ = [
     "moe_align_block_size",
     "moe_lora_align_block_size",
     "moe_permute",
+    "moe_permute_masked",
+    "moe_reorder",
+    "moe_sum",
     "moe_unpermute",
     "plan_migration",
     "rank_loads",

@@ -34,6 +34,8 @@ def test_every_specialisation_compiles_to_ptx(compute_capability, without_simula
         "differentiate_weights",
         "fill_batches",
         "gather_rows",
+        "invert_index",
+        "lay_out_rows",
         "map_ids",
         "pair_slots",
         "place_slots",

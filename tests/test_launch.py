@@ -26,7 +26,7 @@ def whole_block(hidden, logits):
     blocks = moe.moe_align_block_size(ids, 16, logits.shape[1])
     permuted = moe.moe_permute(hidden, ids, logits.shape[1])
     combined = moe.moe_unpermute(permuted.permuted_hidden_states, weights, permuted.inv_permuted_idx)
-    return (weights, ids, *blocks, *permuted, combined)
+    return (weights, ids, *blocks, *permuted[:5], combined)
 
 
 def test_a_graph_replays_with_new_inputs():

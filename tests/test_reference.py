@@ -262,28 +262,61 @@ def test_masked_experts_come_last():
 
 
 @settings(deadline=None)
-@given(ids=ROUTINGS.filter(lambda ids: ids.shape[1] > 0))
-def test_permute_and_unpermute_by_loops(ids):
-    num_experts = 6
-    rows = np.arange(ids.shape[0] * 2, dtype=np.float32).reshape(-1, 2)
-    permuted, offsets, permuted_idx, inv_permuted_idx = reference.moe_permute(rows, ids, num_experts)
-    flat = ids.ravel().tolist()
-    row = 0
+@given(ids=ROUTINGS.filter(lambda ids: ids.shape[1] > 0), alignment=st.none() | st.integers(1, 5), data=st.data())
+def test_permute_and_unpermute_by_loops(ids, alignment, data):
+    num_experts, step = 6, alignment or 1
+    expert_map = data.draw(st.none() | hnp.arrays(np.int32, num_experts, elements=st.integers(-1, num_experts - 1)))
+    rows = np.arange(ids.shape[0] * 2, dtype=np.float32).reshape(-1, 2) + 1
+    got = reference.moe_permute(rows, ids, num_experts, expert_map, scales=rows[:, 0], alignment=alignment)
+    known = [-1 if not 0 <= e < num_experts else e if expert_map is None else expert_map[e] for e in ids.ravel()]
+    slots, experts = [], []
     for expert in range(num_experts):
-        assert offsets[expert] == row
-        for slot, given_id in enumerate(flat):
-            if given_id == expert:
-                assert permuted_idx[row] == slot
-                assert inv_permuted_idx.ravel()[slot] == row
-                assert permuted[row].tolist() == rows[slot // ids.shape[1]].tolist()
-                row += 1
-    assert offsets[num_experts] == row
-    assert (permuted_idx[row:] == ids.size).all()
-    assert (permuted[row:] == 0).all()
-    kept = (ids >= 0) & (ids < num_experts)
-    assert ((inv_permuted_idx >= 0) == kept).all()
-    combined = reference.moe_unpermute(permuted, np.ones(ids.shape, np.float32), inv_permuted_idx)
-    assert combined.tolist() == (rows * kept.sum(1, keepdims=True)).tolist()
+        assert got.expert_first_token_offset[expert] == len(slots)
+        mine = [slot for slot, chosen in enumerate(known) if chosen == expert]
+        padding = -len(mine) % step
+        assert got.counts[expert] == len(mine)
+        slots += mine + [ids.size] * padding
+        experts += [expert] * len(mine) + [-1] * padding
+    assert got.expert_first_token_offset[num_experts] == len(slots)
+    unused = len(got.permuted_idx) - len(slots)
+    assert got.permuted_idx.tolist() == slots + [ids.size] * unused
+    assert (got.m_indices is None) == (alignment is None)
+    assert alignment is None or got.m_indices.tolist() == experts + [-1] * unused
+    moved = [rows[slot // ids.shape[1]].tolist() if slot < ids.size else [0, 0] for slot in got.permuted_idx]
+    assert got.permuted_hidden_states.tolist() == moved
+    assert got.permuted_scales.tolist() == [row[0] for row in moved]
+    kept = (np.array(known) >= 0).reshape(ids.shape)
+    assert ((got.inv_permuted_idx >= 0) == kept).all()
+    assert (got.permuted_idx[got.inv_permuted_idx[kept]] == np.flatnonzero(kept)).all()
+    combined = reference.moe_unpermute(
+        got.permuted_hidden_states, np.ones(ids.shape, np.float32), got.inv_permuted_idx, routed_scaling_factor=2.0
+    )
+    assert combined.tolist() == (2 * rows * kept.sum(1, keepdims=True)).tolist()
+    by_slot = np.repeat(rows, ids.shape[1], axis=0).reshape(*ids.shape, 2)
+    assert reference.moe_sum(by_slot, np.where(kept, 0, -1), routed_scaling_factor=2.0).tolist() == combined.tolist()
+    reordered = reference.moe_reorder(ids, num_experts, expert_map)
+    if alignment is None:
+        assert reordered.src2dst.tolist() == got.inv_permuted_idx.ravel().tolist()
+        assert reordered.reorder_topk_ids.tolist() == experts + [-1] * unused
+        assert reordered.seg_indptr.tolist() == got.expert_first_token_offset.tolist()
+
+
+@settings(deadline=None)
+@given(ids=ROUTINGS.filter(lambda ids: ids.shape[1] > 0), max_m=st.integers(1, 9), batches=st.integers(1, 6))
+def test_batches_by_loops(ids, max_m, batches):
+    rows = np.arange(len(ids), dtype=np.float32)[:, None] + 1
+    got = reference.moe_permute_masked(rows, ids, 6, max_m, num_local_experts=batches, scales=rows)
+    inverse = np.full(ids.size, -1)
+    for expert in range(batches):
+        mine = [slot for slot, chosen in enumerate(ids.ravel()) if chosen == expert][:max_m]
+        unused = max_m - len(mine)
+        assert got.masked_m[expert] == len(mine)
+        assert got.permuted_idx[expert].tolist() == mine + [ids.size] * unused
+        moved = [[slot // ids.shape[1] + 1] for slot in mine] + [[0]] * unused
+        assert got.permuted_hidden_states[expert].tolist() == got.permuted_scales[expert].tolist() == moved
+        inverse[mine] = expert * max_m + np.arange(len(mine))
+    assert got.inv_permuted_idx.ravel().tolist() == inverse.tolist()
+    assert {part.dtype.name for part in got[1:4]} == {"int32"}
 
 
 def test_unpermute_rounds_once():

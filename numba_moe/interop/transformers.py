@@ -65,7 +65,8 @@ def find_gate(experts: torch.nn.Module) -> Gate | None:
     numbers = _numbers(experts)
     spread = torch.linspace(-6, 6, 96).reshape(12, 8) * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1])
     rows = torch.cat([spread, spread * max([1.0, *numbers])])  # past every limit, on both sides
-    wanted = experts._apply_gate(rows)
+    own: Any = experts._apply_gate
+    wanted = own(rows)
     for gate in _candidates(numbers):
         found = moe_activation(rows, **gate._asdict())
         if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=SAME, atol=SAME):
@@ -96,8 +97,8 @@ def experts_forward(
     if gate is None or self.has_post_expert_norm:
         combined = _with_own_gate(self, rows, up, down, weights, ids, up_bias, down_bias)
     else:
-        biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
-        combined = fused_experts(rows, up, down, weights, ids, **gate._asdict(), **biases)
+        options: dict[str, Any] = {"gate_up_bias": up_bias, "down_bias": down_bias, **gate._asdict()}
+        combined = fused_experts(rows, up, down, weights, ids, **options)
     return combined.to(hidden_states.dtype)
 
 

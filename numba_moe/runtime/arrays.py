@@ -149,7 +149,8 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
         with kind.calling(array, tensor):
             result: Any = function(*positional, **named)
             if isinstance(result, tuple):
-                return cast(R, type(result)(*map(kind.unwrap, result)))
+                parts: Any = [None if part is None else kind.unwrap(part) for part in result]
+                return cast(R, type(result)(*parts))
             return cast(R, kind.unwrap(result))
 
     return call
@@ -197,5 +198,6 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
     result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})
     if isinstance(result, tuple):
-        return type(result)(*map(torch.from_numpy, result))
+        parts: Any = [None if part is None else torch.from_numpy(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     return torch.from_numpy(result)

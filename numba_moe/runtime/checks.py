@@ -21,6 +21,7 @@ LARGEST_INT32 = 2**31 - 1
 VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -65,6 +66,19 @@ def number(argument: str, value: Any) -> None:
 def choice(argument: str, value: Any, options: Sequence[str]) -> None:
     if value not in options:
         _wrong_value(argument, "one of " + ", ".join(map(repr, options)), repr(value))
+
+
+def dtype(argument: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -> torch.dtype:
+    """Return a torch dtype, given by itself or by its name, that is one of some."""
+    found = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype):
+        rule = "a torch dtype or the name of one"
+        if isinstance(value, str):
+            _wrong_value(argument, rule, repr(value))
+        _wrong_type(argument, rule, type(value).__name__)
+    if dtypes is not None and found not in dtypes:
+        _wrong_value(argument, "one of " + ", ".join(map(_name, dtypes)), _name(found))
+    return found
 
 
 def array(

@@ -15,11 +15,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 from numba_moe.runtime import cache, dialect
-from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, SAME
+from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
 
 KERNEL_MODULES = (
     *("activation", "batched", "counting", "gating.backward", "gating.memory", "gating.octets", "gating.registers"),
-    *("lora", "permute", "placement.dispatch", "ragged", "recorder.counting"),
+    *(
+        "lora",
+        "permute.backward",
+        "permute.layouts",
+        "permute.rows",
+        "placement.dispatch",
+        "ragged",
+        "recorder.counting",
+    ),
 )
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
@@ -58,13 +66,13 @@ def kernels() -> list[Any]:
 
 
 class Parameter(NamedTuple):
-    """What a parameter may be: dtypes of an array or number, or the values of a constant."""
+    """What a parameter may be: dtypes of an array or number, or the values of a constant; or an array like another."""
 
     name: str
     is_array: bool
     is_constant: bool
-    is_same: bool  # an array of the first one's dtype
     options: tuple[Any, ...]
+    like: str | None = None
 
 
 @functools.cache
@@ -72,15 +80,17 @@ def _parameters(function: Any) -> tuple[Parameter, ...]:
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind, *options = get_args(parameter.annotation)
-        is_constant, is_same = options[0] == CONSTANT, options[0] == SAME
-        rest = tuple(options[is_constant or is_same :])
-        found.append(Parameter(name, kind not in (int, float), is_constant, is_same, rest))
+        is_constant = options[0] == CONSTANT
+        like = options[1] if options[0] == LIKE else None
+        options = options[2 if like else is_constant :]
+        found.append(Parameter(name, kind not in (int, float), is_constant, tuple(options), like))
     return tuple(found)
 
 
 def _varying(kernel: Any) -> list[Parameter]:
     """Return the parameters that a specialisation says something about."""
-    return [p for p in _parameters(kernel.py_func) if (p.is_array or p.is_constant) and not p.is_same]
+    parameters = _parameters(kernel.py_func)
+    return [one for one in parameters if (one.is_array or one.is_constant) and one.like is None]
 
 
 def specialisations(kernel: Any) -> list[Specialisation]:
@@ -115,12 +125,10 @@ def formats(kernel: Any) -> tuple[int, str]:
 
 def chosen(kernel: Any, specialisation: Specialisation) -> Iterator[tuple[Parameter, str | int]]:
     """Yield every parameter with its dtype, or the value of a constant, in one specialisation."""
-    choices = iter(specialisation)
+    choices = dict(zip((parameter.name for parameter in _varying(kernel)), specialisation, strict=True))
     for parameter in _parameters(kernel.py_func):
-        if parameter.is_same:
-            yield parameter, specialisation[0]
-        else:
-            yield parameter, next(choices) if parameter.is_array or parameter.is_constant else parameter.options[0]
+        name = parameter.like or parameter.name
+        yield parameter, choices[name] if name in choices else parameter.options[0]
 
 
 def signature(kernel: Any, specialisation: Specialisation) -> Any:

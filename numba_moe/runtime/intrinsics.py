@@ -23,6 +23,23 @@ def _as_float32(builder: Any, dtype: Any, value: Any) -> Any:
     return builder.bitcast(value, ir.FloatType())
 
 
+def _floats(builder: Any, dtype: Any, vector: Any, count: int) -> list[Any]:
+    """Convert a vector of words to as many float32."""
+    elements = builder.bitcast(vector, ir.VectorType(ir.IntType(dtype.bitwidth), count))
+    lanes = [builder.extract_element(elements, ir.Constant(ir.IntType(32), lane)) for lane in range(count)]
+    return [_as_float32(builder, dtype, lane) for lane in lanes]
+
+
+def _bits_of_float32(builder: Any, dtype: Any, value: Any) -> Any:
+    """Round a float32 to nearest even as a float32, float16 or bfloat16, and return its bits."""
+    if dtype == types.float16:
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+    if dtype == types.uint16:
+        convert = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
+        return builder.call(ir.InlineAsm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f"), [value])
+    return builder.bitcast(value, ir.IntType(32))
+
+
 @intrinsic
 def flat(typingctx: Any, array: Any) -> Any:
     """Take an array in shared memory as plain memory: Numba would let every index also count from the end."""
@@ -226,18 +243,153 @@ square_root = _of_float32("sqrt.approx.ftz.f32")
 
 
 @intrinsic
+def load_word(typingctx: Any, array: Any, index: Any) -> Any:
+    """Read a word of 1 to 16 bytes at once; its address must be a multiple of its size.
+
+    Words of 16 bytes travel as complex128, for which Numba itself would read 8 bytes twice.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments)
+        if signature.return_type != types.complex128:
+            return builder.load(address)
+        halves = ir.VectorType(ir.IntType(64), 2)
+        vector = builder.load(builder.bitcast(address, halves.as_pointer()), align=16)
+        word = ir.Constant(context.get_value_type(types.complex128), ir.Undefined)
+        for half in range(2):
+            bits = builder.extract_element(vector, ir.Constant(ir.IntType(32), half))
+            word = builder.insert_value(word, builder.bitcast(bits, ir.DoubleType()), half)
+        return word
+
+    return array.dtype(array, types.int64), codegen
+
+
+@intrinsic
+def store_word(typingctx: Any, array: Any, index: Any, word: Any) -> Any:
+    """Write what `load_word` read, at once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        word = arguments[2]
+        if signature.args[2] != types.complex128:
+            builder.store(word, address)
+            return context.get_dummy_value()
+        vector = ir.Constant(ir.VectorType(ir.IntType(64), 2), ir.Undefined)
+        for half in range(2):
+            bits = builder.bitcast(builder.extract_value(word, half), ir.IntType(64))
+            vector = builder.insert_element(vector, bits, ir.Constant(ir.IntType(32), half))
+        builder.store(vector, builder.bitcast(address, vector.type.as_pointer()), align=16)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), codegen
+
+
+@intrinsic
+def clear_word(typingctx: Any, array: Any, index: Any) -> Any:
+    """Write a word of zeros."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments)
+        size = array.dtype.bitwidth // 8
+        bits = ir.IntType(8 * size) if size < 16 else ir.VectorType(ir.IntType(64), 2)
+        builder.store(ir.Constant(bits, None), builder.bitcast(address, bits.as_pointer()), align=size)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
+def floats_of(typingctx: Any, array: Any, words: Any) -> Any:
+    """Take 16 bytes, given as four int32, as the four or eight floats of an array of that dtype."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        dtype, count = signature.args[0].dtype, signature.return_type.count
+        vector = ir.Constant(ir.VectorType(ir.IntType(32), 4), ir.Undefined)
+        for lane in range(4):
+            word = builder.extract_value(arguments[1], lane)
+            vector = builder.insert_element(vector, word, ir.Constant(ir.IntType(32), lane))
+        return context.make_tuple(builder, signature.return_type, _floats(builder, dtype, vector, count))
+
+    return types.UniTuple(types.float32, 128 // array.dtype.bitwidth)(array, types.UniTuple(types.int32, 4)), codegen
+
+
+@intrinsic
+def load_like(typingctx: Any, array: Any, index: Any, other: Any) -> Any:
+    """Read at once as many floats as 16 bytes of another array hold; the address as for `store_floats`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        dtype, count = signature.args[0].dtype, signature.return_type.count
+        words = count * dtype.bitwidth // 32
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        address = builder.bitcast(address, ir.VectorType(ir.IntType(32), words).as_pointer())
+        floats = _floats(builder, dtype, builder.load(address, align=min(16, 4 * words)), count)
+        return context.make_tuple(builder, signature.return_type, floats)
+
+    return types.UniTuple(types.float32, 128 // other.dtype.bitwidth)(array, types.int64, other), codegen
+
+
+@intrinsic
+def add_scaled(typingctx: Any, totals: Any, factor: Any, floats: Any) -> Any:
+    """Add to each of a tuple of float32 the product of a factor and its partner, rounded once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        totals, factor, floats = arguments
+        sums = [
+            builder.fma(factor, builder.extract_value(floats, lane), builder.extract_value(totals, lane))
+            for lane in range(signature.return_type.count)
+        ]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return totals(totals, types.float32, totals), codegen
+
+
+@intrinsic
+def dot(typingctx: Any, left: Any, right: Any) -> Any:
+    """Sum the products of two tuples of float32, from the first on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total = ir.Constant(ir.FloatType(), 0.0)
+        for lane in range(signature.args[0].count):
+            total = builder.fma(*(builder.extract_value(floats, lane) for floats in arguments), total)
+        return total
+
+    return types.float32(left, left), codegen
+
+
+@intrinsic
+def store_floats(typingctx: Any, array: Any, index: Any, floats: Any) -> Any:
+    """Write four or eight float32 at once, rounded; the address must be a multiple of their size, or of 16 bytes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        dtype, values = signature.args[0].dtype, arguments[2]
+        bits = [
+            _bits_of_float32(builder, dtype, builder.extract_value(values, lane))
+            for lane in range(signature.args[2].count)
+        ]
+        if dtype.bitwidth == 16:  # in pairs, or LLVM would write eight of them as twice four
+            pairs = [
+                [builder.zext(half, ir.IntType(32)) for half in pair]
+                for pair in zip(bits[::2], bits[1::2], strict=True)
+            ]
+            bits = [builder.or_(low, builder.shl(high, ir.Constant(high.type, 16))) for low, high in pairs]
+        vector = ir.Constant(ir.VectorType(ir.IntType(32), len(bits)), ir.Undefined)
+        for lane, word in enumerate(bits):
+            vector = builder.insert_element(vector, word, ir.Constant(ir.IntType(32), lane))
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(vector, builder.bitcast(address, vector.type.as_pointer()), align=min(16, 4 * len(bits)))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, floats), codegen
+
+
+@intrinsic
 def store_float(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """Write a float32 to an element of a float32, float16 or bfloat16 array, rounded to nearest even."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        dtype = signature.args[0].dtype
-        value = arguments[2]
-        if dtype == types.float16:
-            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        elif dtype == types.uint16:
-            convert = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
-            value = builder.call(ir.InlineAsm(convert, "cvt.rn.bf16.f32 $0, $1;", "=h,f"), [value])
-        builder.store(value, _address(context, builder, signature.args[0], *arguments[:2]))
+        value = _bits_of_float32(builder, signature.args[0].dtype, arguments[2])
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(value, builder.bitcast(address, value.type.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.float32), codegen

@@ -10,17 +10,14 @@ Array parameters are flat: kernels index them with one integer. `None` among the
 argument may be absent, which the kernel asks by `present(array)`: it then is a null pointer of the first dtype.
 (Numba's own launch takes no None: by hand, give an array there.)
 
-`Same` stands for the dtype of the kernel's first array, so that arrays which always agree are not compiled for every
-combination.
-
 A `Constant` parameter is a number that is known when the kernel is compiled, so that it can size a local array or
-unroll a loop; the launch names it by keyword.
+unroll a loop; the launch names it by keyword. A `LIKE` parameter is an array of the dtype of another one.
 """
 
 from typing import Annotated, Any
 
 CONSTANT = "constant"
-SAME = "same"
+LIKE = "like"
 
 Int32 = Annotated[int, "int32"]
 Int64 = Annotated[int, "int64"]
@@ -38,9 +35,8 @@ Float32Array = Annotated[Any, "float32"]
 OptionalFloat32Array = Annotated[Any, "float32", None]
 FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
 OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
-Same = Annotated[Any, SAME]
-OptionalSame = Annotated[Any, SAME, None]
-Words = Annotated[Any, "int64", "int32", "int16", "uint8"]
+# What rows are moved in, whatever they hold: words of 16 bytes are complex128 (see primitives.load_word).
+Words = Annotated[Any, "complex128", "int64", "int32", "int16", "uint8"]
 
 # Slots of one thread in the counting sort.
 Items = Annotated[int, CONSTANT, 1, 4, 8]

@@ -27,6 +27,14 @@ quotient: Any
 present: Any
 atomic_add: Any
 load_words: Any
+load_word: Any
+store_word: Any
+clear_word: Any
+floats_of: Any
+load_like: Any
+add_scaled: Any
+dot: Any
+store_floats: Any
 load_float: Any
 load_floats: Any
 load_eight: Any
@@ -60,9 +68,45 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def load_words(array: Any, index: int) -> Any:
         return array.words(index)
 
+    def load_word(array: Any, index: int) -> Any:
+        return array[index]
+
+    def store_word(array: Any, index: int, word: Any) -> None:
+        array[index] = word
+
+    def clear_word(array: Any, index: int) -> None:
+        array[index] = 0
+
+    def floats_of(array: Any, words: Any) -> Any:
+        elements = np.array(words, np.int32).view(array.dtype)
+        return tuple(load_float(elements, lane) for lane in range(len(elements)))
+
+    def load_like(array: Any, index: int, other: Any) -> Any:
+        count = 16 // other.dtype.itemsize
+        if index % count:
+            raise IndexError(f"index {index} is not a multiple of {count} elements")
+        return tuple(load_float(array, index + lane) for lane in range(count))
+
+    def add_scaled(totals: Any, factor: Any, floats: Any) -> Any:
+        with np.errstate(all="ignore"):
+            products = (float(factor) * float(value) for value in floats)
+            return tuple(np.float32(total + product) for total, product in zip(totals, products, strict=True))
+
+    def dot(left: Any, right: Any) -> Any:
+        total = np.float32(0.0)
+        for factor, value in zip(left, right, strict=True):
+            (total,) = add_scaled((total,), factor, (value,))
+        return total
+
+    def store_floats(array: Any, index: int, floats: Any) -> None:
+        if index % len(floats):
+            raise IndexError(f"index {index} is not a multiple of {len(floats)} elements")
+        for lane, value in enumerate(floats):
+            store_float(array, index + lane, value)
+
     def load_float(array: Any, index: int) -> Any:
         value = array[index]
-        return np.uint32(value << 16).view(np.float32) if array.dtype == np.uint16 else np.float32(value)
+        return np.uint32(int(value) << 16).view(np.float32) if array.dtype == np.uint16 else np.float32(value)
 
     def load_floats(array: Any, index: int) -> Any:
         if index % 4:
@@ -128,6 +172,14 @@ else:
     present = Deferred("numba_moe.runtime.intrinsics", "present")
     atomic_add = Deferred("numba_moe.runtime.intrinsics", "atomic_add")
     load_words = Deferred("numba_moe.runtime.intrinsics", "load_words")
+    load_word = Deferred("numba_moe.runtime.intrinsics", "load_word")
+    store_word = Deferred("numba_moe.runtime.intrinsics", "store_word")
+    clear_word = Deferred("numba_moe.runtime.intrinsics", "clear_word")
+    floats_of = Deferred("numba_moe.runtime.intrinsics", "floats_of")
+    load_like = Deferred("numba_moe.runtime.intrinsics", "load_like")
+    add_scaled = Deferred("numba_moe.runtime.intrinsics", "add_scaled")
+    dot = Deferred("numba_moe.runtime.intrinsics", "dot")
+    store_floats = Deferred("numba_moe.runtime.intrinsics", "store_floats")
     load_float = Deferred("numba_moe.runtime.intrinsics", "load_float")
     load_floats = Deferred("numba_moe.runtime.intrinsics", "load_floats")
     load_eight = Deferred("numba_moe.runtime.intrinsics", "load_eight")

@@ -83,7 +83,7 @@ class BumpAllocator:
         self, size: int, dtype: torch.dtype | str, device: torch.device | str | int, *, alignment: int = 16
     ) -> None:
         self.size = checks.integer("size", size, 1, sys.maxsize)
-        dtype, device = _dtype(dtype), _device(device)
+        dtype, device = checks.dtype("dtype", dtype), _device(device)
         alignment = checks.integer("alignment", alignment, 1)
         if alignment & (alignment - 1):
             raise ValueError(f"`alignment` must be a power of two, got {alignment}")
@@ -159,15 +159,6 @@ class BumpAllocator:
         [7, 7]
         """
         self.used = 0
-
-
-def _dtype(dtype: Any) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if isinstance(found, torch.dtype):
-        return found
-    if isinstance(dtype, str):
-        raise ValueError(f"`dtype` must be a torch dtype or the name of one, got {dtype!r}")
-    raise TypeError(f"`dtype` must be a torch dtype or the name of one, got {type(dtype).__name__}")
 
 
 def _device(device: Any) -> torch.device:

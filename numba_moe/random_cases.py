@@ -154,6 +154,65 @@ def ragged(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     return {"slice_sizes": sizes, "num_rows": int(np.maximum(sizes, 0).sum()) + spare}
 
 
+def payload(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Draw rows of floats or of bytes."""
+    if rng.random() < 0.3:
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.standard_normal(shape, np.float32).astype(rng.choice(["float32", "float16"]))
+
+
+def permuting(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits)
+    tokens, num_experts = len(drawn["topk_ids"]), drawn["num_experts"]
+    width = number(rng, 0, 64)
+    return drawn | {
+        "hidden_states": payload(rng, tokens, width * int(rng.choice([1, 8]))),
+        "expert_map": expert_map(rng, num_experts),
+        "scales": payload(rng, *(tokens, number(rng, 0, 9))[: int(rng.integers(1, 3))]) if flag(rng) else None,
+        "zero_padding": flag(rng),
+    }
+
+
+def permuted(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    alignment = int(rng.choice([1, 3, 16, 128])) if flag(rng) else None
+    # The most experts and alignment would be a quarter of a million rows of padding.
+    few = limits if alignment is None or alignment < 16 else limits._replace(experts=min(256, limits.experts))
+    return permuting(rng, few) | {"alignment": alignment}
+
+
+def masked(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = permuting(rng, limits._replace(slots=limits.slots // 4, experts=min(256, limits.experts)))
+    batches = number(rng, 1, drawn["num_experts"]) if flag(rng) else None
+    return drawn | {"max_m": number(rng, 1, 200), "num_local_experts": batches}
+
+
+def unpermuted(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    top_k, width = number(rng, 1, 40), number(rng, 0, 64) * int(rng.choice([1, 8]))
+    tokens = slots(rng, limits) // top_k
+    num_rows = tokens * top_k + number(rng, 0, 100)
+    index = rng.permutation(num_rows)[: tokens * top_k].astype(np.int32)
+    invalid = rng.random(index.size) < rng.choice([0, 0.02, 0.5])
+    index[invalid] = rng.choice([*NO_EXPERT, num_rows], index.size)[invalid]
+    kind = rng.choice(["float32", "float16"])
+    return {
+        "permuted": rng.standard_normal((num_rows, width), np.float32).astype(kind),
+        "topk_weights": rng.random((tokens, top_k), np.float32).astype(kind),
+        "inv_permuted_idx": index.reshape(tokens, top_k),
+        "routed_scaling_factor": float(rng.choice([1, 2.5])),
+        "out_dtype": "float32" if flag(rng) else None,
+    }
+
+
+def summed(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits)
+    width = number(rng, 0, 64) * int(rng.choice([1, 8]))
+    return {
+        "hidden_states": rng.standard_normal((*drawn["topk_ids"].shape, width), np.float32),
+        "topk_ids": drawn["topk_ids"] if flag(rng) else None,
+        "routed_scaling_factor": float(rng.choice([1, 2.5])),
+    }
+
+
 def logits(rng: np.random.Generator, tokens: int, num_experts: int) -> np.ndarray:
     """Draw logits: with ties or without, with some that are not finite or without."""
     drawn = rng.standard_normal((tokens, num_experts)) * rng.choice([1, 5])
@@ -242,6 +301,11 @@ DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_lora_align_block_size": lora,
     "make_ragged_metadata": ragged,
     "select_experts": selection,
+    "moe_permute": permuted,
+    "moe_permute_masked": masked,
+    "moe_reorder": count,
+    "moe_unpermute": unpermuted,
+    "moe_sum": summed,
     "moe_activation": activation,
     "fused_experts": experts,
 }

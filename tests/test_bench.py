@@ -179,7 +179,7 @@ def test_torch_is_a_right_peer():
 
 def test_cases():
     every = bench.select_cases(parse())
-    assert len(every) == 12 + 3 * 4 + 4 + 6 + 5 + 5 + 9 * 2 * 2 + 7 * 2
+    assert len(every) == 12 + 3 * 4 + 4 + 6 + 5 + 5 + 9 * 2 * 2 + 7 * 2 + 3 * 4
     assert len({(case.op, case.name, case.dtype) for case in every}) == len(every)
     chosen = bench.select_cases(parse("--op", "moe_align*", "--shape", "16384x512", "--routing", "uniform,zipf"))
     assert [case.name for case in chosen] == [
@@ -400,3 +400,32 @@ def test_end_to_end(tmp_path, capsys):
         assert 0 < row.copy_fraction < 10
     assert bench.run(parse(*options, "--compare", str(path))) == 0
     assert "old device us" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_permuted_rows():
+    ids = np.array([[1, 0], [-1, 1], [1, 0]], np.int32)
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    expected = reference.moe_permute(rows, ids, 2)
+    arguments = {"hidden_states": torch.from_numpy(rows), "topk_ids": torch.from_numpy(ids), "num_experts": 2}
+
+    def fault(order, swap=(), offset=(0, 2, 5)):
+        slots = torch.tensor([*order, 6], dtype=torch.int32)
+        moved = arguments["hidden_states"][slots.clamp(max=5) // 2]
+        moved[list(swap)] = moved[list(swap)[::-1]]
+        inverse = torch.full((6,), -1)
+        inverse[slots[:5].long()] = torch.arange(5)
+        return contenders.permute_fault((moved, torch.tensor(offset), slots, inverse.view(3, 2)), expected, arguments)
+
+    assert fault([1, 5, 0, 3, 4]) == ""
+    assert fault([5, 1, 4, 0, 3]) == "", "any order inside an expert"
+    assert fault([1, 0, 5, 3, 4]) == "the slots of an expert differ"
+    assert fault([1, 5, 0, 3, 4], swap=(0, 1)) == "a row is not that of its slot"
+    assert fault([1, 5, 0, 3, 4], offset=(0, 1, 5)) == "the offsets of the experts differ"
+
+
+def test_what_is_wrong_with_sums():
+    rows = torch.ones(3, 2, 4, dtype=torch.bfloat16)
+    expected = reference.moe_sum(rows.float().numpy())
+    (torch_sum,) = (peer.call for peer in contenders.OPS["moe_sum"].peers(rows) if peer.name == "torch")
+    assert contenders.combine_fault(torch_sum(), expected, {}) == ""
+    assert contenders.combine_fault(1.1 * torch_sum(), expected, {}).startswith("first at (0, 0): got")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from numba_moe import align_sizes, reference, testing
-from numba_moe.cases import Case, align_out, counts, empty, floats, given, ids
+from numba_moe.cases import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 
 OURS = "numba_moe"
@@ -61,6 +61,7 @@ GATING_SHAPES = (  # tokens, experts, top_k
     (16384, 512, 10),
     (65536, 128, 8),
 )
+PERMUTE_SHAPES = ((1, 7168, 256, 8), (64, 7168, 256, 8), (4096, 7168, 256, 8), (16384, 2048, 128, 8))  # hidden second
 GROUPED_TOKENS = (1, 16, 64, 512, 4096, 16384, 65536)
 DTYPES = ("float32", "bfloat16")
 
@@ -392,12 +393,107 @@ def gating_fault(scoring_func: str, result: Any, expected: Any, arguments: Mappi
     return ""
 
 
+def permute_cases(routings: Sequence[str]) -> Iterator[Case]:
+    for (tokens, hidden, experts, top_k), routing in itertools.product(PERMUTE_SHAPES, routings):
+        rows, chosen = floats(tokens, hidden, dtype="bfloat16"), ids(tokens, experts, top_k, routing)
+        arguments = given(hidden_states=rows, topk_ids=chosen, num_experts=experts)
+        yield Case("moe_permute", f"{tokens}x{hidden} of {experts} top {top_k} {routing}", arguments, "bfloat16")
+
+
+def permute_peers(hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> Iterator[Contender]:
+    (num_tokens, hidden), top_k = hidden_states.shape, topk_ids.shape[1]
+    num_slots = topk_ids.numel()
+
+    def vllm() -> Any:
+        def make(function: Any, *args: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return function(*args, dtype=dtype, device=topk_ids.device)
+
+        rows = make(torch.empty, (num_slots, hidden), dtype=hidden_states.dtype)
+        offset = make(torch.empty, num_experts + 1, dtype=torch.int64)
+        inverse = make(torch.empty, (num_tokens, top_k))
+        slots = make(torch.full, (num_slots,), num_slots)
+        each_slot = make(torch.arange, 0, num_slots).reshape(num_tokens, top_k)
+        sizes = (num_experts, num_experts, top_k)
+        torch.ops._moe_C.moe_permute(hidden_states, topk_ids, each_slot, None, *sizes, rows, offset, inverse, slots)
+        return rows, offset, slots, inverse
+
+    yield Contender("vllm", vllm, "_moe_C.moe_permute")
+
+
+def permute_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    """Check that rows are those of their slots; peers order the slots of an expert as they like."""
+    rows, offset, slots, inverse = result[:4]
+    if testing.to_numpy(offset).tolist() != expected.expert_first_token_offset.tolist():
+        return "the offsets of the experts differ"
+    experts = np.repeat(np.arange(len(expected.counts)), expected.counts)
+    used = len(experts)
+    got, want = (
+        part[:used][np.lexsort((part[:used], experts))] for part in (slots.cpu().numpy(), expected.permuted_idx)
+    )
+    if not np.array_equal(got, want):
+        return "the slots of an expert differ"
+    slots = slots[:used].long()
+    if not torch.equal(rows[:used], arguments["hidden_states"][slots // arguments["topk_ids"].shape[1]]):
+        return "a row is not that of its slot"
+    if not torch.equal(inverse.flatten()[slots].long(), torch.arange(used, device=slots.device)):
+        return "the inverse index differs"
+    return ""
+
+
+def unpermute_cases() -> Iterator[Case]:
+    for tokens, hidden, _, top_k in PERMUTE_SHAPES:
+        arguments = given(
+            permuted=floats(tokens * top_k, hidden, dtype="bfloat16"),
+            topk_weights=uniform(tokens, top_k),
+            inv_permuted_idx=permutation(tokens, top_k),
+        )
+        yield Case("moe_unpermute", f"{tokens}x{hidden} top {top_k}", arguments, "bfloat16")
+
+
+def unpermute_peers(
+    permuted: torch.Tensor, topk_weights: torch.Tensor, inv_permuted_idx: torch.Tensor
+) -> Iterator[Contender]:
+    (num_tokens, top_k), hidden = topk_weights.shape, permuted.shape[1]
+
+    def vllm() -> Any:
+        out = torch.empty(num_tokens, hidden, dtype=permuted.dtype, device=permuted.device)
+        unpermute = torch.ops._moe_C.moe_unpermute
+        unpermute(permuted, topk_weights, inv_permuted_idx.flatten(), None, top_k, out)
+        return out
+
+    yield Contender("vllm", vllm, "_moe_C.moe_unpermute")
+
+
+def sum_cases() -> Iterator[Case]:
+    for tokens, hidden, _, top_k in PERMUTE_SHAPES:
+        arguments = given(hidden_states=floats(tokens, top_k, hidden, dtype="bfloat16"))
+        yield Case("moe_sum", f"{tokens}x{hidden} top {top_k}", arguments, "bfloat16")
+
+
+def sum_peers(hidden_states: torch.Tensor) -> Iterator[Contender]:
+    def of(add: Callable[..., Any], *numbers: float) -> Any:
+        out = torch.empty_like(hidden_states[:, 0], memory_format=torch.contiguous_format)
+        add(hidden_states, out, *numbers)
+        return out
+
+    yield Contender("vllm", lambda: of(torch.ops._moe_C.moe_sum), "_moe_C.moe_sum")
+    yield Contender("sglang", lambda: of(torch.ops.sgl_kernel.moe_sum_reduce, 1.0), "sgl_kernel.moe_sum_reduce")
+    yield Contender("torch", lambda: hidden_states.sum(1))
+
+
+def combine_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
+    return testing.compare(result, expected).message
+
+
 OPS = {
     "moe_align_block_size": Op(align_cases, align_peers, align_fault),
     "count_tokens_per_expert": Op(count_cases, count_peers, count_fault),
     "batched_moe_align_block_size": Op(batched_cases, batched_peers, align_fault),
     "moe_lora_align_block_size": Op(lora_cases, lora_peers, lora_fault),
     "make_ragged_metadata": Op(ragged_cases, no_peers, align_fault),
+    "moe_permute": Op(permute_cases, permute_peers, permute_fault),
+    "moe_unpermute": Op(lambda routings: unpermute_cases(), unpermute_peers, combine_fault),
+    "moe_sum": Op(lambda routings: sum_cases(), sum_peers, combine_fault),
     "topk_softmax": Op(
         lambda routings: gating_cases("topk_softmax"),
         functools.partial(gating_peers, "softmax"),

@@ -112,7 +112,8 @@ def measure(case: Case, peers: Sequence[str], copy_bytes_per_us: float) -> Itera
     payload = next(iter(arguments))  # has a row a token, or for each expert
     if case.dtype is not None:
         arguments[payload] = arguments[payload].to(getattr(torch, case.dtype))
-    row = Row(case.op, case.name, len(arguments[payload]), str(arguments[payload].dtype).removeprefix("torch."), OURS)
+    tokens = len(arguments.get("topk_weights", arguments[payload]))  # of rows in expert order there are more
+    row = Row(case.op, case.name, tokens, str(arguments[payload].dtype).removeprefix("torch."), OURS)
     op = getattr(numba_moe, case.op)
     bound = inspect.signature(op).bind(**arguments)  # positional where that is how one calls
     ours = Contender(OURS, functools.partial(op, *bound.args, **bound.kwargs))

@@ -14,7 +14,7 @@ from numba_moe.runtime import checks
 
 
 def _matrix(*shape: int, **kind: Any) -> torch.nn.Parameter:
-    """Return weights drawn as those of torch.nn.Linear, whose inputs are the last dimension."""
+    """Draw weights as torch.nn.Linear does, whose inputs are the last dimension."""
     weights = torch.empty(*shape, **kind)
     bound = 1 / math.sqrt(shape[-1])
     return torch.nn.Parameter(torch.nn.init.uniform_(weights, -bound, bound))
@@ -88,7 +88,7 @@ class MoEBlock(torch.nn.Module):
     -----
     Parameters are named ``router.weight`` [num_experts, hidden], ``gate_up_proj`` [num_experts, 2 * width, hidden],
     ``down_proj`` [num_experts, hidden, width], ``gate_up_bias``, ``down_bias``, ``shared_gate_up`` and ``shared_down``.
-    A forward hook on ``router`` sees which experts are chosen.
+    A forward hook on ``router`` sees which experts are chosen. Under ``torch.autocast`` all GEMMs are of its dtype.
 
     Examples
     --------
@@ -148,12 +148,19 @@ class MoEBlock(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the sum of what the experts of each token make of it: [..., hidden_size], as the input."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        rows = rows.to(dtype)
         weights, ids = self.router(rows)
+        gate_up_bias, down_bias = (
+            None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias)
+        )
         combined = fused_experts(
-            *(rows, self.gate_up_proj, self.down_proj, weights, ids),
+            *(rows, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), weights, ids),
             activation=self.activation,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
         )
         if self.shared_gate_up is not None and self.shared_down is not None:
             shared = moe_activation(linear(rows, self.shared_gate_up), activation=self.activation)

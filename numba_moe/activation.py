@@ -446,8 +446,8 @@ def moe_activation(
     gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
         Contiguous; rows in expert order.
     expert_first_token_offset : array of int64, shape [num_experts + 1], optional
-        Rows of expert e are ``offset[e]`` up to ``offset[e + 1]``, of the first from 0 on; rows from the last on are not
-        in use. Without it all are.
+        Rows of expert e are ``offset[e]`` up to ``offset[e + 1]``, of the first from 0 on; rows from the last on are
+        not in use. Without it all are.
     bias : array of the dtype of `gate_up`, shape [num_experts, 2 * width], optional
         Added first; takes offsets.
     activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai", "none"}

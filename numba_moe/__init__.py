@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "AlignedBlocks": "align",
     "BumpAllocator": "runtime.workspace",
+    "MoEBlock": "block",
     "MaskedTokens": "permute",
     "PermutedTokens": "permute",
     "RaggedMetadata": "ragged",
@@ -21,8 +22,10 @@ _MODULE_OF = {
     "batched_moe_align_block_size": "batched",
     "count_tokens_per_expert": "counting",
     "expert_offsets": "counting",
+    "fused_experts": "experts",
     "grouped_topk": "gating",
     "make_ragged_metadata": "ragged",
+    "moe_activation": "activation",
     "moe_align_block_size": "align",
     "moe_lora_align_block_size": "lora",
     "moe_permute": "permute",
@@ -43,11 +46,14 @@ __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
     from numba_moe import reference as reference  # which mypy otherwise loses where modules import each other
+    from numba_moe.activation import moe_activation as moe_activation
     from numba_moe.align import align_sizes as align_sizes
     from numba_moe.align import moe_align_block_size as moe_align_block_size
     from numba_moe.batched import batched_moe_align_block_size as batched_moe_align_block_size
+    from numba_moe.block import MoEBlock as MoEBlock
     from numba_moe.counting import count_tokens_per_expert as count_tokens_per_expert
     from numba_moe.counting import expert_offsets as expert_offsets
+    from numba_moe.experts import fused_experts as fused_experts
     from numba_moe.gating import grouped_topk as grouped_topk
     from numba_moe.gating import topk_raw as topk_raw
     from numba_moe.gating import topk_sigmoid as topk_sigmoid

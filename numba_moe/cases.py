@@ -61,6 +61,8 @@ GROUPED = (
 DISPATCH = ("static", "dynamic", "hash", "fake")
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_BATCH = 2048  # rows of an expert in batched alignment
+# Routing of the tiny model that scripts/train_tiny_moe.py trains, where the repository is at hand.
+REAL_ROUTING = Path(__file__).parents[1] / "tests" / "data" / "tiny_moe_routing.npz"
 LARGEST_ROWS = 1 << 28  # elements of the permuted rows of one case: the reference holds them in float64
 
 
@@ -168,6 +170,33 @@ def unpermute_case(name: str, tokens: int, top_k: int, hidden: int, dtype: str, 
     return Case("moe_unpermute", name, arguments, dtype, **layout)
 
 
+def activation_case(name: str, sizes: Any, width: int, dtype: str, spare: int = 0, **options: Any) -> Case:
+    """Return the activation of rows of so many for each expert, with a bias, and of some that are not in use."""
+    offset = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    columns = width if options.get("activation") == "none" else 2 * width
+    rows = floats(int(offset[-1]) + spare, columns, dtype=dtype, scale=4.0)
+    biased = {"expert_first_token_offset": offset, "bias": floats(len(sizes), columns, dtype=dtype)}
+    return Case("moe_activation", name, given(gate_up=rows, **{**biased, **options}), dtype)
+
+
+def experts_case(
+    name: str, chosen: Any, local: int, hidden: int, width: int, dtype: str, bias: bool = False, **options: Any
+) -> Case:
+    """Return the feed-forward of tokens with ids of [num_tokens, top_k], or drawn so, through `local` experts."""
+    tokens, top_k = chosen.shape if isinstance(chosen, np.ndarray) else chosen[:2]
+    biases = {"gate_up_bias": (local, 2 * width), "down_bias": (local, hidden)} if bias else {}
+    arguments = given(
+        hidden_states=floats(tokens, hidden, dtype=dtype),
+        gate_up_proj=floats(local, 2 * width, hidden, dtype=dtype, scale=2.0 ** -(hidden.bit_length() // 2)),
+        down_proj=floats(local, hidden, width, dtype=dtype, scale=2.0 ** -(width.bit_length() // 2)),
+        topk_weights=uniform(tokens, top_k),
+        topk_ids=chosen if isinstance(chosen, np.ndarray) else chosen[2],
+        **{name: floats(*shape, dtype=dtype) for name, shape in biases.items()},
+        **options,
+    )
+    return Case("fused_experts", name, arguments, dtype)
+
+
 def model_cases(level: str) -> Iterator[Case]:
     """Yield the cases shaped like published models, with the token counts of a level of `TOKENS`."""
     for number, (name, experts, top_k, model_hidden, groups) in enumerate(MODELS):
@@ -200,6 +229,12 @@ def model_cases(level: str) -> Iterator[Case]:
                 yield permute_case(f"{label} {dtype}", tokens, experts, top_k, hidden, dtype)
                 yield unpermute_case(f"{label} {dtype}", tokens, top_k, hidden, dtype)
                 yield sum_case(f"{label} {dtype}", tokens, top_k, hidden, dtype)
+            if tokens <= 512:  # the reference multiplies in float64
+                drawn = (tokens, top_k, ids(tokens, experts, top_k, "zipf"))
+                yield experts_case(f"{label} {dtype}", drawn, experts, 64, 32, dtype)
+            sizes = counts(tokens, experts, top_k)(np.random.default_rng(0))
+            if tokens <= 4096:
+                yield activation_case(f"{label} {dtype}", sizes, 32 if level == "simulator" else 720, dtype)
 
 
 def gating_case(name: str, tokens: int, experts: int, top_k: int, groups: tuple[int, int] | None, dtype: str) -> Case:
@@ -226,6 +261,8 @@ def edge_cases() -> Iterator[Case]:
     yield from _gating_edges()
     yield from _selection_edges()
     yield from _option_edges()
+    yield from _expert_edges()
+    yield from real_cases()
 
 
 def _permuting_edges() -> Iterator[Case]:
@@ -676,6 +713,69 @@ def _route_edges(some: tuple[str, ...]) -> Iterator[Case]:
 
 def _routed(draw: Draw, places: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
     return {**draw(rng), **places, "block_size": 4}
+
+
+def _expert_edges() -> Iterator[Case]:
+    activations: dict[str, dict[str, Any]] = {
+        "silu": {"activation": "silu"},
+        "silu alpha": {"activation": "silu", "alpha": 0.5},
+        "silu limit": {"activation": "silu", "limit": 1.5},
+        "silu interleaved": {"activation": "silu", "interleaved": True},
+        "gelu": {"activation": "gelu"},
+        "gelu_tanh": {"activation": "gelu_tanh"},
+        "swiglu_oai": {"activation": "swiglu_oai"},
+        "swiglu_oai in halves": {"activation": "swiglu_oai", "interleaved": False, "limit": 3, "alpha": 1.5},
+    }
+    sizes = np.array([2, 0, 5, 0, 0, 1, 3, 0])
+    plain: dict[str, Any] = {"bias": None, "expert_first_token_offset": None}
+    for number, (name, options) in enumerate({**activations, "none": {"activation": "none"}}.items()):
+        for step, width in enumerate((16, 40, 5)):
+            dtype = DTYPES[(number + step) % len(DTYPES)]
+            yield activation_case(f"{name} width {width} {dtype}", sizes, width, dtype, spare=2, **options)
+        yield activation_case(f"{name} no bias", sizes, 24, "float32", spare=1, bias=None, **options)
+        yield activation_case(f"{name} no offsets", sizes, 24, "float32", **plain, **options)
+    yield activation_case("several runs of columns", sizes, 300, "bfloat16", spare=1)
+    yield activation_case("several aligned runs of columns", sizes, 520, "float16", spare=1)
+    yield activation_case("300 experts", np.arange(300) % 2, 3, "float32")
+    yield activation_case("no rows", np.zeros(4, np.int32), 8, "float32")
+    yield activation_case("no rows in use", np.zeros(4, np.int32), 8, "float32", spare=3)
+    yield activation_case("no columns", sizes, 0, "float32")
+    wild = np.array([[200.0, -200.0, 1e12, -1e12, 0.0, -0.0, 9.0, np.nan] + [2.0, -2.0] * 4], np.float32)
+    for name, options in activations.items():
+        yield Case("moe_activation", f"large gates {name}", given(gate_up=wild, **{**options, "interleaved": False}))
+
+    skipping = np.array([[3, 1], [-1, -1], [7, 3], [0, 9], [-1, 2]], np.int32)
+    for number, (name, options) in enumerate(activations.items()):
+        dtype = DTYPES[number % len(DTYPES)]
+        yield experts_case(f"{name} bias {dtype}", skipping, 8, 24, 16, dtype, bias=True, **options)
+    yield experts_case("int64 ids past int32", np.array([[2**32 + 1, 2], [-(2**40), 0]]), 3, 8, 8, "float32")
+    yield experts_case("zero tokens", np.zeros((0, 2), np.int32), 3, 8, 8, "float32")
+    yield experts_case("one expert", np.zeros((5, 1), np.int32), 1, 8, 8, "bfloat16")
+    yield experts_case("odd sizes", skipping, 8, 7, 5, "float32", bias=True)
+    yield experts_case("all ids -1", np.full((4, 2), -1, np.int32), 3, 8, 8, "bfloat16", bias=True)
+    expert_map = np.array([-1, 0, 1, -1, 2, -1, 3, -1])
+    options = {"expert_map": expert_map, "bias": True}
+    yield experts_case("expert_map", skipping, 4, 16, 8, "float32", **options)
+    yield experts_case("expert_map bfloat16", skipping, 4, 16, 8, "bfloat16", **options)
+    yield experts_case("expert_map of no expert", skipping, 4, 8, 8, "float32", expert_map=np.full(8, -1, np.int32))
+
+
+def real_cases() -> Iterator[Case]:
+    """Yield routing that a trained model chose, of its first and last step, where the file with it is at hand."""
+    if not REAL_ROUTING.exists():
+        return
+    with np.load(REAL_ROUTING, allow_pickle=False) as trace:
+        num_experts, steps = int(trace["num_experts"]), trace["topk_ids"].astype(np.int32)
+    for step, layer in itertools.product((0, len(steps) - 1), range(steps.shape[1])):
+        chosen, label = np.ascontiguousarray(steps[step, layer]), f"real routing step {step} layer {layer}"
+        for block_size in (16, 64):
+            arguments = given(topk_ids=chosen, block_size=block_size, num_experts=num_experts)
+            yield Case("moe_align_block_size", f"{label} block {block_size}", arguments)
+        yield Case("count_tokens_per_expert", label, given(topk_ids=chosen, num_experts=num_experts))
+        rows = floats(len(chosen), 24, dtype="bfloat16")
+        arguments = given(hidden_states=rows, topk_ids=chosen, num_experts=num_experts)
+        yield Case("moe_permute", label, arguments, "bfloat16")
+        yield experts_case(label, chosen, num_experts, 24, 16, "bfloat16")
 
 
 def input_cases(path: Path, num_experts: int | None, top_k: int, block_size: int) -> Iterator[Case]:

@@ -333,6 +333,54 @@ def decode(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     }
 
 
+def activation(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    sizes = np.append(rows(rng, limits._replace(slots=limits.slots // 16)), 1)
+    offset = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    kind = str(rng.choice(["silu", "gelu", "gelu_tanh", "swiglu_oai", "none"]))
+    columns = number(rng, 0, 100) * int(rng.choice([1, 8])) * (1 if kind == "none" else 2)
+    drawn = (3 * rng.standard_normal((offset[-1] + number(rng, 0, 9), columns))).astype(
+        rng.choice(["float32", "float16"])
+    )
+    drawn[rng.random(drawn.shape) < 0.01] *= 20
+    return {
+        "gate_up": drawn,
+        "expert_first_token_offset": offset,
+        "bias": rng.standard_normal((len(sizes), columns)).astype(drawn.dtype) if flag(rng) else None,
+        "activation": kind,
+        "interleaved": bool(flag(rng)) if flag(rng) else None,
+        "limit": float(rng.choice([0.5, 7])) if flag(rng) else None,
+        "alpha": float(rng.choice([0.5, 1.702])) if flag(rng) else None,
+    }
+
+
+def experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits._replace(slots=min(limits.slots, 2**13), experts=min(limits.experts, 256)))
+    ids, num_experts = drawn["topk_ids"], drawn.pop("num_experts")
+    local = num_experts
+    if flag(rng):
+        local = number(rng, 1, num_experts)
+        places = np.full(num_experts, -1)
+        places[rng.permutation(num_experts)[:local]] = rng.permutation(local)
+        drawn["expert_map"] = places.astype(dtype(rng))
+    hidden, width = (number(rng, 1, 24) * int(rng.choice([1, 8])) for _ in range(2))
+    kind = rng.choice(["float32", "float16"])
+
+    def normal(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / max(1, shape[-1]) ** 0.5).astype(kind)
+
+    drawn |= {
+        "hidden_states": (rng.standard_normal((len(ids), hidden))).astype(kind),
+        "gate_up_proj": normal(local, 2 * width, hidden),
+        "down_proj": normal(local, hidden, width),
+        "topk_weights": rng.random(ids.shape, np.float32),
+        "activation": str(rng.choice(["silu", "gelu", "gelu_tanh", "swiglu_oai"])),
+        "limit": float(rng.choice([0.5, 7])) if flag(rng) else None,
+    }
+    if flag(rng):
+        drawn |= {"gate_up_bias": normal(local, 2 * width), "down_bias": normal(local, hidden)}
+    return drawn
+
+
 DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_align_block_size": align,
     "count_tokens_per_expert": count,
@@ -348,6 +396,8 @@ DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_sum": summed,
     "weigh_experts": given_experts,
     "route": decode,
+    "moe_activation": activation,
+    "fused_experts": experts,
 }
 
 

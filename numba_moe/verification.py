@@ -25,7 +25,10 @@ from numba_moe import placement, recorder, reference, testing
 from numba_moe.cases import Case, edge_cases, input_cases, model_cases
 from numba_moe.runtime import cache, simulator
 
-PAYLOADS = ("gating_output", "hidden_states", "permuted")  # whose dtype and layout a case chooses
+PAYLOADS = (  # whose dtype and layout a case chooses
+    *("gating_output", "hidden_states", "permuted", "gate_up", "bias"),
+    *("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"),
+)
 PACKAGES = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
 SCRATCH = "workspace"  # what a kernel leaves there is its own affair
 WRITTEN_FLOATS = ("identity_weights",)  # compared as results are

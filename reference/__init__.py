@@ -5,10 +5,12 @@ where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and 
 `recorder` says what counts of chosen experts mean. README.md beside this file has the contract.
 """
 
+from numba_moe.reference.activation import moe_activation
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.batched import batched_moe_align_block_size
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
 from numba_moe.reference.dispatch import DispatchTables, dispatch_ids
+from numba_moe.reference.experts import fused_experts
 from numba_moe.reference.gating import (
     TopK,
     grouped_topk,
@@ -60,9 +62,11 @@ __all__ = [
     "dispatch_ids",
     "expert_entropy",
     "expert_offsets",
+    "fused_experts",
     "grouped_topk",
     "logical_counts",
     "make_ragged_metadata",
+    "moe_activation",
     "moe_align_block_size",
     "moe_lora_align_block_size",
     "moe_permute",

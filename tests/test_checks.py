@@ -12,6 +12,7 @@ IDS = torch.zeros(4, 2, dtype=torch.int32)
 LOGITS = torch.zeros(4, 8)
 ROWS = torch.zeros(4, 16)
 WEIGHTS = torch.zeros(4, 2)
+UP, DOWN = torch.zeros(8, 8, 16), torch.zeros(8, 16, 4)
 INTS = torch.zeros(64, dtype=torch.int32)
 MANY = torch.zeros(2**15 + 1, dtype=torch.int32)
 FROZEN = np.frombuffer(bytes(32), np.int32)
@@ -130,6 +131,29 @@ BAD = {
     "a dtype as a number": (lambda: moe.moe_unpermute(ROWS, WEIGHTS, IDS, out_dtype=32), TypeError, "`out_dtype` must be a torch dtype or the name of one, got int"),
     "a combination's factor as text": (lambda: moe.moe_unpermute(ROWS, WEIGHTS, IDS, routed_scaling_factor="2"), TypeError, "`routed_scaling_factor` must be a number, got str"),
     "weights of another shape": (lambda: moe.moe_unpermute(ROWS, WEIGHTS[:3], IDS), ValueError, r"`inv_permuted_idx` must be of shape that of `topk_weights` = \(3, 2\), got shape \(4, 2\)"),
+    "an unknown activation": (lambda: moe.moe_activation(ROWS, activation="relu"), ValueError, "`activation` must be one of 'silu', .* got 'relu'"),
+    "gates of integers": (lambda: moe.moe_activation(IDS), TypeError, "`gate_up` must be of dtype"),
+    "half a pair": (lambda: moe.moe_activation(ROWS[:, :5].contiguous()), ValueError, "`gate_up` must be of an even number of columns, got 5"),
+    "strided gates": (lambda: moe.moe_activation(ROWS[:, :4]), ValueError, "`gate_up` must be contiguous"),
+    "a bias without offsets": (lambda: moe.moe_activation(ROWS, None, ROWS), ValueError, "`bias` must be None without `expert_first_token_offset`, got an array"),
+    "offsets of int32": (lambda: moe.moe_activation(ROWS, INTS[:3]), TypeError, "`expert_first_token_offset` must be of dtype int64, got int32"),
+    "offsets of no expert": (lambda: moe.moe_activation(ROWS, INTS[:1].long()), ValueError, r"`len\(expert_first_token_offset\)` must be at least num_experts \+ 1 = 2, got 1"),
+    "biases of other experts": (lambda: moe.moe_activation(ROWS, INTS[:3].long(), ROWS), ValueError, r"`bias` must be of shape \(num_experts, columns of `gate_up`\) = \(2, 16\), got shape \(4, 16\)"),
+    "a bias of another dtype": (lambda: moe.moe_activation(ROWS, INTS[:5].long(), ROWS.half()), TypeError, "`bias` must be of dtype float32, got float16"),
+    "a limit of 0": (lambda: moe.moe_activation(ROWS, limit=0), ValueError, "`limit` must be above 0, got 0"),
+    "a limit as text": (lambda: moe.moe_activation(ROWS, limit="7"), TypeError, "`limit` must be a number, got str"),
+    "interleaved as a number": (lambda: moe.moe_activation(ROWS, interleaved=1), TypeError, "`interleaved` must be True or False, got 1"),
+    "experts without an activation": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS, activation="none"), ValueError, "`activation` must be one of .* got 'none'"),
+    "experts of rank 2": (lambda: moe.fused_experts(ROWS, UP[0], DOWN, WEIGHTS, IDS), ValueError, "`gate_up_proj` must be of 3 dimensions"),
+    "experts of another dtype": (lambda: moe.fused_experts(ROWS, UP.half(), DOWN, WEIGHTS, IDS), TypeError, "`gate_up_proj` must be of dtype float32, got float16"),
+    "strided experts": (lambda: moe.fused_experts(ROWS, UP[::2], DOWN[::2], WEIGHTS, IDS), ValueError, "`gate_up_proj` must be contiguous, or the transpose of what is, got strides"),
+    "experts of another width": (lambda: moe.fused_experts(ROWS, UP, DOWN[:, :, :3].contiguous(), WEIGHTS, IDS), ValueError, r"`gate_up_proj` must be of shape \(num_experts, 2 \* width, hidden\) = \(8, 6, 16\)"),
+    "a bias of another width": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS, down_bias=ROWS), ValueError, r"`down_bias` must be of shape \(num_experts, columns of its matrix\) = \(8, 16\), got shape \(4, 16\)"),
+    "a map of too few experts": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS, expert_map=TABLE[:7]), ValueError, r"`len\(expert_map\)` must be at least the experts of `down_proj` = 8, got 7"),
+    "ids of fewer tokens": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS[:3]), ValueError, r"`topk_ids` must be of shape \(num_tokens, top_k\) = \(4, 2\), got shape \(3, 2\)"),
+    "weights of fewer tokens": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS[:3], IDS), ValueError, r"`topk_weights` must be of shape that of `topk_ids` = \(4, 2\), got shape \(3, 2\)"),
+    "a block of too few experts": (lambda: moe.MoEBlock(8, 8, 2, 3), ValueError, "`top_k` must be at most num_experts = 2, got 3"),
+    "a block of an unknown activation": (lambda: moe.MoEBlock(8, 8, 4, 2, activation="relu"), ValueError, "`activation` must be one of 'silu', .* got 'relu'"),
     "dispatch by an unknown algorithm": (lambda: dispatch_ids(IDS, TABLE, algorithm="lp"), ValueError, "`algorithm` must be one of 'static', 'dynamic', 'hash', 'fake', got 'lp'"),
     "a table of int64": (lambda: dispatch_ids(IDS, TABLE.long()), TypeError, "`physical_map` must be of dtype int32, got int64"),
     "a table of replicas without a choice": (lambda: dispatch_ids(IDS, TABLE[None]), ValueError, r"`physical_map` must be of 1 dimensions, got shape \(1, 8\)"),

@@ -82,6 +82,7 @@ def test_reference_uses_numpy_alone():
         imported = set(re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE))
         assert {name for name in imported if not name.startswith("numba_moe.reference")} <= {
             "collections.abc",
+            "math",
             "numpy",
             "typing",
         }

@@ -103,6 +103,11 @@ def calls(tokens, device):
     yield OPS.moe_unpermute, (wide(rows.repeat(TOP_K, 1)).half(), weights, inverse), {}
     moved = rows.repeat(TOP_K, 1).requires_grad_(), weights.requires_grad_(), inverse
     yield OPS.moe_unpermute, moved, {"routed_scaling_factor": 2.0, "out_dtype": torch.bfloat16}
+    offset = torch.tensor([0, tokens // 2, tokens], device=device)
+    options = {"activation": "swiglu_oai", "limit": 3.0}
+    yield OPS.moe_activation, (rows[:, :6].contiguous(),), {}
+    bias = torch.ones(2, 6, device=device, requires_grad=True)
+    yield OPS.moe_activation, (rows[:, :6].clone().requires_grad_(), offset, bias), options
     replicas = half.int().view(-1, 2)
     yield OPS.dispatch_ids, (chosen, table), {}
     drawn = {"algorithm": "dynamic", "seed": 3, "step": torch.tensor([5], device=device)}
@@ -121,7 +126,7 @@ NAMES = sorted({name_of(op) for op, *_ in calls(1, "cpu")})
 
 
 def test_every_op_is_registered_with_its_names_and_defaults():
-    assert set(torch_ops.OPS) == set(verification.OPS)
+    assert {*torch_ops.OPS, "fused_experts"} == set(verification.OPS)  # whose steps are ops
     for name, op in torch_ops.OPS.items():
         signature = inspect.signature(torch_ops._function(name)).parameters
         wanted = {key: parameter.default for key, parameter in signature.items() if key != "dispatch"}
@@ -205,6 +210,30 @@ def test_weights_have_their_gradient_when_compiled(dynamic, device):
     torch.compile(loss, fullgraph=True, dynamic=dynamic)(compiled).backward()
     loss(eager).backward()
     torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_moe_block_compiles_whole_with_its_gradients(bias, device):
+    torch.manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rule = {"renormalize": True, "bias": bias, "shared_size": 8, "activation": "swiglu_oai" if bias else "silu"}
+    layer = moe.MoEBlock(16, 8, EXPERTS, TOP_K, device=device, dtype=dtype, **rule)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    parameters = list(layer.parameters())
+    for tokens in (7, 12, 5):
+        rows = torch.randn(tokens, 16, device=device, dtype=dtype, requires_grad=True)
+        found, expected = compiled(rows), layer(rows)
+        torch.testing.assert_close(found, expected)
+        cotangent = torch.randn_like(expected)
+        gradients = (torch.autograd.grad(result, (rows, *parameters), cotangent) for result in (found, expected))
+        for got, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, wanted, **({} if device == "cpu" else {"rtol": 0.05, "atol": 0.05}))
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(layer)(rows)
+    assert explained.graph_break_count == 0
+    assert explained.graph_count == 1
 
 
 class Block(torch.nn.Module):

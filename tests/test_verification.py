@@ -105,9 +105,18 @@ FAULTS = {
         "atomic_add(in_block, expert, 2)",
     ),
     "recorded when off": ("recorder.counting", "count_ids", "if is_off(enabled):", "if not is_off(enabled):"),
+    "bias of another expert": (
+        "activation",
+        "activate_rows",
+        "row, column, num_rows, num",
+        "row * 0, column, num_rows, num",
+    ),
+    "no shift": ("activation", "activate_rows", "(y + shift)", "y"),
+    "unused rows left": ("activation", "activate_rows", "store_run(", "if used: store_run("),
     "padding miscounted": ("counting", "place_slots", "total + block_size - 1", "total + block_size"),
 }
 OPS_OF = {
+    "activation": ["moe_activation", "fused_experts"],
     "align": ["moe_align_block_size"],
     "batched": ["batched_moe_align_block_size"],
     "counting": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
@@ -135,7 +144,11 @@ def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
     monkeypatch.setattr(home, kernel, wrong)
     plans.forget()
     request.addfinalizer(plans.forget)
-    chosen = [c for c in CASES if c.op in OPS_OF[module] and c.name.split()[0] in ("OLMoE", "several", "-1", "skipped")]
+    chosen = [
+        c
+        for c in CASES
+        if c.op in OPS_OF[module] and c.name.split()[0] in ("OLMoE", "several", "-1", "skipped", "swiglu_oai")
+    ]
     assert chosen
     outcomes = [verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in chosen]
     assert not all(outcome.passed for outcome in outcomes), fault

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.gating.backward import gating_backward
-from numba_moe.interop import torch_gradients, torch_results
+from numba_moe.interop import torch_experts, torch_gradients, torch_results
 from numba_moe.permute.backward import permute_backward, unpermute_backward
 from numba_moe.reference.dispatch import DispatchTables
 
 LIBRARY = "numba_moe"
 # How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor, but by these names.
 KINDS: dict[Any, str] = {int: "SymInt", bool: "bool", float: "float", str: "str", str | None: "str?"}
-KINDS |= {int | None: "SymInt?"}
+KINDS |= {int | None: "SymInt?", bool | None: "bool?", float | None: "float?"}
 KINDS_BY_NAME = {"out_dtype": "ScalarType?", "indices_dtype": "str"}
 TABLES = [
     table.replace(name=f"dispatch_{table.name}", default=None if table.default is table.empty else table.default)
@@ -67,6 +67,7 @@ OPS: Mapping[str, Op] = {
     "moe_reorder": Op("permute.layouts", torch_results.reordered),
     "moe_unpermute": Op("permute", torch_results.combined),
     "moe_sum": Op("permute", torch_results.summed),
+    "moe_activation": Op("activation", torch_results.activated),
     "dispatch_ids": Op("placement.dispatch", torch_results.dispatched, "out", ("counts",)),
     "add_expert_counts": Op("recorder.counting", torch_results.nothing, "counts"),
 }
@@ -76,7 +77,7 @@ def _unpermute_backward(by_rows: bool, by_weights: bool, **given: Any) -> Any:
     return unpermute_backward(**given, wanted=(by_rows, by_weights))
 
 
-BACKWARD: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
+BACKWARD: tuple[torch_experts.Step, ...] = (
     (
         "gating_backward",
         "(Tensor gating_output, Tensor topk_weights, Tensor topk_ids, Tensor grad_weights, str scoring_func,"
@@ -212,9 +213,10 @@ def _define() -> dict[str, Any]:
         if op.out or op.written:
             results = torch_results.nothing if op.out else op.results
             _register(other, schema(other, function, op, writes=True), function, results)
-    for name, text, function, results in BACKWARD:
+    for name, text, function, results in (*BACKWARD, *torch_experts.STEPS):
         _register(name, f"{name}{text}", function, results)
     torch_gradients.register()
+    torch_experts.register_gradients()
     return types_of_results
 
 
@@ -223,6 +225,8 @@ RESULT_TYPES = _define()
 
 def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call the op of a public function, with its arguments and results, through torch's dispatcher."""
+    if name == "fused_experts":
+        return torch_experts.fused_experts(*args, **kwargs)
     op = OPS[name]
     given = dict(kwargs)
     tables = given.pop("dispatch", None)

@@ -20,7 +20,7 @@ from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
 
 KERNEL_MODULES = (
-    *("batched", "counting", "gating.backward", "gating.given", "gating.memory"),
+    *("activation", "batched", "counting", "gating.backward", "gating.given", "gating.memory"),
     *("gating.octets", "gating.registers", "gating.routing", "lora"),
     *("permute.backward", "permute.layouts", "permute.rows"),
     *("placement.dispatch", "ragged", "recorder.counting"),

@@ -180,6 +180,69 @@ def load_floats(typingctx: Any, array: Any, index: Any) -> Any:
     return types.UniTuple(types.float32, 4)(array, types.int64), codegen
 
 
+WORD = ir.IntType(32)
+FOUR_WORDS = ir.VectorType(WORD, 4)
+
+
+def _floats_of(builder: Any, dtype: Any, word: Any) -> list[Any]:
+    """Return the float32 that a word of 32 bits holds, or its two float16 or bfloat16, as float32."""
+    if dtype == types.float32:
+        return [builder.bitcast(word, ir.FloatType())]
+    if dtype == types.uint16:
+        halves = [builder.shl(word, ir.Constant(WORD, 16)), builder.and_(word, ir.Constant(WORD, 0xFFFF0000))]
+        return [builder.bitcast(half, ir.FloatType()) for half in halves]
+    pair = builder.bitcast(word, ir.VectorType(ir.HalfType(), 2))
+    return [builder.fpext(builder.extract_element(pair, ir.Constant(WORD, i)), ir.FloatType()) for i in range(2)]
+
+
+def _word_of(builder: Any, dtype: Any, floats: list[Any]) -> Any:
+    """Return the word of 32 bits of one float32, or of two rounded to float16 or bfloat16."""
+    if dtype == types.float32:
+        return builder.bitcast(floats[0], WORD)
+    kind = "bf16x2" if dtype == types.uint16 else "f16x2"
+    convert = ir.FunctionType(WORD, [ir.FloatType(), ir.FloatType()])
+    # the first operand becomes the upper half
+    return builder.call(ir.InlineAsm(convert, f"cvt.rn.{kind}.f32 $0, $1, $2;", "=r,f,f"), floats[::-1])
+
+
+@intrinsic
+def load_eight(typingctx: Any, array: Any, index: Any) -> Any:
+    """Read eight elements of a float array as float32, 16 bytes at a time; the address must be a multiple of 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        dtype = signature.args[0].dtype
+        address = builder.bitcast(_address(context, builder, signature.args[0], *arguments), FOUR_WORDS.as_pointer())
+        floats: list[Any] = []
+        for part in range(dtype.bitwidth // 16):
+            words = builder.load(builder.gep(address, [ir.Constant(WORD, part)]), align=16)
+            for i in range(4):
+                floats += _floats_of(builder, dtype, builder.extract_element(words, ir.Constant(WORD, i)))
+        return context.make_tuple(builder, signature.return_type, floats)
+
+    return types.UniTuple(types.float32, 8)(array, types.int64), codegen
+
+
+@intrinsic
+def store_eight(typingctx: Any, array: Any, index: Any, values: Any) -> Any:
+    """Write eight float32 to a float array, 16 bytes at a time; the address must be a multiple of 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        dtype = signature.args[0].dtype
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        address = builder.bitcast(address, FOUR_WORDS.as_pointer())
+        floats = [builder.extract_value(arguments[2], i) for i in range(8)]
+        of_word = 32 // dtype.bitwidth
+        words = [_word_of(builder, dtype, floats[i : i + of_word]) for i in range(0, 8, of_word)]
+        for part in range(len(words) // 4):
+            vector = ir.Constant(FOUR_WORDS, ir.Undefined)
+            for i in range(4):
+                vector = builder.insert_element(vector, words[4 * part + i], ir.Constant(WORD, i))
+            builder.store(vector, builder.gep(address, [ir.Constant(WORD, part)]), align=16)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.UniTuple(types.float32, 8)), codegen
+
+
 @intrinsic
 def warp_highest(typingctx: Any, value: Any) -> Any:
     """Return the highest int32 of the warp in every lane."""

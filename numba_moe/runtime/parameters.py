@@ -47,6 +47,9 @@ OptionalSizedArray = Annotated[Any, "int32", None]
 # Slots of one thread in the counting sort.
 Items = Annotated[int, CONSTANT, 1, 4, 8]
 
+# Columns of one lane in the activation: eight are 16 bytes of a two-byte dtype.
+Run = Annotated[int, CONSTANT, 1, 8]
+
 # Experts of one lane in gating: each tier serves up to 32 times as many experts.
 COLUMNS = (1, 2, 4, 8, 16, 32)
 Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]

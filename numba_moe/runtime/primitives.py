@@ -3,6 +3,7 @@
 A warp function must be reached by all 32 lanes of the warp.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,10 @@ dot: Any
 store_floats: Any
 load_float: Any
 load_floats: Any
+load_eight: Any
 store_float: Any
+store_eight: Any
+erfc: Any
 float_as_int: Any
 int_as_float: Any
 warp_highest: Any
@@ -124,6 +128,18 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
             raise IndexError(f"index {index} is not a multiple of four elements")
         return tuple(load_float(array, index + lane) for lane in range(4))
 
+    def load_eight(array: Any, index: int) -> Any:
+        array.words(index)  # refuses an address that is no multiple of 16
+        return tuple(load_float(array, index + lane) for lane in range(8))
+
+    def store_eight(array: Any, index: int, values: Any) -> None:
+        array.words(index)
+        for lane in range(8):
+            store_float(array, index + lane, values[lane])
+
+    def erfc(value: Any) -> Any:
+        return np.float32(math.erfc(value))
+
     def store_float(array: Any, index: int, value: Any) -> None:
         if array.dtype == np.uint16:
             bits = int(np.float32(value).view(np.uint32))
@@ -203,7 +219,10 @@ else:
     store_floats = Deferred("numba_moe.runtime.intrinsics", "store_floats")
     load_float = Deferred("numba_moe.runtime.intrinsics", "load_float")
     load_floats = Deferred("numba_moe.runtime.intrinsics", "load_floats")
+    load_eight = Deferred("numba_moe.runtime.intrinsics", "load_eight")
     store_float = Deferred("numba_moe.runtime.intrinsics", "store_float")
+    store_eight = Deferred("numba_moe.runtime.intrinsics", "store_eight")
+    erfc = Deferred("numba.cuda.libdevice", "erfcf")
     float_as_int = Deferred("numba.cuda.libdevice", "float_as_int")
     int_as_float = Deferred("numba.cuda.libdevice", "int_as_float")
     warp_highest = Deferred("numba_moe.runtime.intrinsics", "warp_highest")

@@ -1,0 +1,178 @@
+"""A feed-forward block of experts as a torch module: router, experts, shared expert."""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from numba_moe.activation import KINDS, moe_activation
+from numba_moe.experts import fused_experts
+from numba_moe.gating.selection import select_experts
+from numba_moe.reference.gating import SCORING, TopK
+from numba_moe.runtime import checks
+
+
+def _matrix(*shape: int, **kind: Any) -> torch.nn.Parameter:
+    """Draw weights as torch.nn.Linear does, whose inputs are the last dimension."""
+    weights = torch.empty(*shape, **kind)
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.nn.Parameter(torch.nn.init.uniform_(weights, -bound, bound))
+
+
+class Router(torch.nn.Module):
+    """The choice of experts for each token, from its hidden state.
+
+    Its weight has shape [num_experts, hidden_size]; `correction_bias`, float32 [num_experts], is a buffer that moves
+    the choice and not the weights, for balancing without a loss. `options` are those of `select_experts`.
+    """
+
+    correction_bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        correction_bias: bool,
+        options: dict[str, Any],
+        **kind: Any,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.options = top_k, options
+        self.weight = _matrix(num_experts, hidden_size, **kind)
+        bias = torch.zeros(num_experts, dtype=torch.float32, device=kind["device"]) if correction_bias else None
+        self.register_buffer("correction_bias", bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> TopK:
+        logits = linear(hidden_states, self.weight)
+        return select_experts(logits, self.top_k, correction_bias=self.correction_bias, **self.options)
+
+
+class MoEBlock(torch.nn.Module):
+    """A feed-forward block of experts, of which each token visits `top_k`; it trains, on a GPU and on the CPU.
+
+    Parameters
+    ----------
+    hidden_size : int
+        Columns of the input and the output.
+    intermediate_size : int
+        Columns between the two matrices of an expert.
+    num_experts : int
+        Experts in all.
+    top_k : int
+        Experts of each token.
+    activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai"}
+        As in `fused_experts`.
+    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
+        How experts are chosen and weighted: this and the next five as in `select_experts`.
+    renormalize : bool
+        Whether the weights of a token sum to 1.
+    num_expert_group : int
+        Groups of experts.
+    topk_group : int
+        Groups of each token.
+    group_score : {"max", "top2_sum", "topk_sum"}, optional
+        What the groups of a token are chosen by.
+    routed_scaling_factor : float
+        Multiplies the weights.
+    correction_bias : bool
+        The router has a buffer `correction_bias` that moves the choice; zeros at first.
+    bias : bool
+        Both matrices of the experts have biases; zeros at first.
+    shared_size : int
+        Columns between the matrices of an expert that every token visits; 0 for none.
+    device : torch.device, optional
+        Where parameters are.
+    dtype : torch.dtype, optional
+        float32, float16 or bfloat16, that of all parameters and of the input.
+
+    Raises
+    ------
+    TypeError
+        Not an integer.
+    ValueError
+        A size below 1, more experts for a token than there are, an unknown activation or `scoring_func`.
+
+    Notes
+    -----
+    Parameters are named ``router.weight`` [num_experts, hidden], ``gate_up_proj`` [num_experts, 2 * width, hidden],
+    ``down_proj`` [num_experts, hidden, width], ``gate_up_bias``, ``down_bias``, ``shared_gate_up`` and ``shared_down``.
+    A forward hook on ``router`` sees which experts are chosen. Under ``torch.autocast`` all GEMMs are of its dtype.
+
+    Examples
+    --------
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> block = MoEBlock(16, 8, num_experts=4, top_k=2, renormalize=True, shared_size=8)
+    >>> block(torch.randn(3, 5, 16)).shape
+    torch.Size([3, 5, 16])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: str = "silu",
+        scoring_func: str = "softmax",
+        renormalize: bool = False,
+        num_expert_group: int = 1,
+        topk_group: int = 1,
+        group_score: str | None = None,
+        routed_scaling_factor: float = 1.0,
+        correction_bias: bool = False,
+        bias: bool = False,
+        shared_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = checks.integer("hidden_size", hidden_size, 1)
+        width = checks.integer("intermediate_size", intermediate_size, 1)
+        experts = checks.integer("num_experts", num_experts, 1)
+        top_k = checks.integer("top_k", top_k, 1, experts, f"num_experts = {experts}")
+        shared = checks.integer("shared_size", shared_size, 0)
+        checks.choice("activation", activation, KINDS[:-1])
+        checks.choice("scoring_func", scoring_func, tuple(SCORING))
+        options = {
+            "scoring_func": scoring_func,
+            "renormalize": renormalize,
+            "num_expert_group": num_expert_group,
+            "topk_group": topk_group,
+            "group_score": group_score,
+            "routed_scaling_factor": routed_scaling_factor,
+        }
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.activation = activation
+        self.router = Router(hidden, experts, top_k, correction_bias, options, **kind)
+        self.gate_up_proj = _matrix(experts, 2 * width, hidden, **kind)
+        self.down_proj = _matrix(experts, hidden, width, **kind)
+        self.gate_up_bias = torch.nn.Parameter(torch.zeros(experts, 2 * width, **kind)) if bias else None
+        self.down_bias = torch.nn.Parameter(torch.zeros(experts, hidden, **kind)) if bias else None
+        self.shared_gate_up = _matrix(2 * shared, hidden, **kind) if shared else None
+        self.shared_down = _matrix(hidden, shared, **kind) if shared else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the sum of what the experts of each token make of it: [..., hidden_size], as the input."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        dtype = rows.dtype
+        if torch.is_autocast_enabled(rows.device.type):
+            dtype = torch.get_autocast_dtype(rows.device.type)
+        rows = rows.to(dtype)
+        weights, ids = self.router(rows)
+        gate_up_bias, down_bias = (
+            None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias)
+        )
+        combined = fused_experts(
+            *(rows, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), weights, ids),
+            activation=self.activation,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+        )
+        if self.shared_gate_up is not None and self.shared_down is not None:
+            shared = moe_activation(linear(rows, self.shared_gate_up), activation=self.activation)
+            combined = combined + linear(shared, self.shared_down)
+        return combined.reshape(hidden_states.shape)

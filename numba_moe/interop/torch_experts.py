@@ -1,0 +1,123 @@
+"""`fused_experts` where torch compiles: its steps, each an op, so that the compiler sees torch's and ours alike.
+
+GEMMs by expert are ops of their own, which choose between one grouped GEMM and one for each expert when they run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from numba_moe.activation import activation_backward
+from numba_moe.experts import ALIGNMENT, compose, has_grouped, multiply_by_expert, outer_by_expert
+
+OPS = torch.ops.numba_moe
+
+
+def _is_grouped(differentiable: bool, *matrices: torch.Tensor) -> bool:
+    first = matrices[0]
+    aligned = all(
+        matrix.data_ptr() % ALIGNMENT == 0
+        and all(size * matrix.dtype.itemsize % ALIGNMENT == 0 for size in matrix.shape[-2:])
+        for matrix in matrices
+        if matrix.ndim == 3
+    )
+    wide = all(matrix.numel() and matrix.shape[-1] * matrix.dtype.itemsize % ALIGNMENT == 0 for matrix in matrices)
+    return aligned and wide and has_grouped(first.dtype, first.device, differentiable)
+
+
+def _multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return multiply_by_expert(rows, weights, ends, _is_grouped(False, rows, weights))
+
+
+def _outer(grad: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return outer_by_expert(grad, rows, ends, _is_grouped(True, grad, rows))
+
+
+def _activation_backward(
+    gate_up: torch.Tensor,
+    grad_activated: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    of_bias: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    by_rows, by_bias = activation_backward(gate_up, grad_activated, offset, bias, of_bias, **options)
+    return by_rows, by_rows.new_empty(0) if by_bias is None else by_bias
+
+
+def _product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty((rows.shape[0], weights.shape[1]))
+
+
+def _outer_product(grad: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty((ends.shape[0], grad.shape[1], rows.shape[1]))
+
+
+def _differentiated(gate_up: torch.Tensor, *, bias: torch.Tensor | None, of_bias: bool, **_: Any) -> Any:
+    return torch.empty_like(gate_up), torch.empty_like(bias) if of_bias and bias is not None else gate_up.new_empty(0)
+
+
+# Name, schema, what computes it, and tensors like its results.
+Step = tuple[str, str, Callable[..., Any], Callable[..., Any]]
+STEPS: tuple[Step, ...] = (
+    ("multiply_by_expert", "(Tensor rows, Tensor weights, Tensor ends) -> Tensor", _multiply, _product),
+    ("outer_by_expert", "(Tensor grad, Tensor rows, Tensor ends) -> Tensor", _outer, _outer_product),
+    (
+        "activation_backward",
+        "(Tensor gate_up, Tensor grad_activated, Tensor? offset, Tensor? bias, str activation, bool? interleaved,"
+        " float? limit, float? alpha, bool of_bias) -> (Tensor, Tensor)",
+        _activation_backward,
+        _differentiated,
+    ),
+)
+
+
+def register_gradients() -> None:
+    """Give the products their gradients by rows and weights, and activations theirs by rows and bias."""
+
+    def setup_product(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def of_product(ctx: Any, grad: torch.Tensor) -> Any:
+        rows, weights, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        by_rows, by_weights, _ = ctx.needs_input_grad
+        return (
+            OPS.multiply_by_expert(grad, weights.transpose(1, 2), ends) if by_rows else None,
+            OPS.outer_by_expert(grad, rows, ends) if by_weights else None,
+            None,
+        )
+
+    def setup_activation(ctx: Any, inputs: Any, output: Any) -> None:
+        gate_up, offset, bias, *ctx.options = inputs
+        ctx.save_for_backward(gate_up, offset, bias)
+        ctx.of_bias = bias is not None and bias.requires_grad
+
+    def of_activation(ctx: Any, grad: torch.Tensor) -> Any:
+        gate_up, offset, bias = ctx.saved_tensors
+        by_rows, by_bias = OPS.activation_backward(gate_up, grad, offset, bias, *ctx.options, ctx.of_bias)
+        return by_rows, None, by_bias if ctx.of_bias else None, *[None] * len(ctx.options)
+
+    library = torch.library
+    library.register_autograd("numba_moe::multiply_by_expert", of_product, setup_context=setup_product)
+    library.register_autograd("numba_moe::moe_activation", of_activation, setup_context=setup_activation)
+
+
+def fused_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Return the public function's result, by ops; each checks its own arguments when it runs."""
+    num_experts = down_proj.shape[0] if expert_map is None else expert_map.shape[0]
+    matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    choice = (topk_weights, topk_ids, expert_map)
+    return compose(hidden_states, *matrices, *choice, num_experts, options, OPS.multiply_by_expert)

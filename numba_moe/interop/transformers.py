@@ -1,0 +1,149 @@
+"""Experts of Hugging Face transformers (version 5) that run on `numba_moe.fused_experts`.
+
+transformers looks up how experts run by name. `register` adds one; a model is then told to use it, when it is made or
+later::
+
+    numba_moe.interop.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="numba_moe")
+    model.set_experts_implementation("numba_moe")
+
+Which of our activations stands for a model's own is found by trying them on some numbers, once for each of its
+modules. If none does, its own runs between our permutation and torch's GEMMs.
+"""
+
+import itertools
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from numba_moe.activation import moe_activation
+from numba_moe.experts import fused_experts, is_grouped, multiply_by_expert
+from numba_moe.permute import moe_permute, moe_unpermute
+from numba_moe.reference.activation import RULES
+from numba_moe.runtime.plans import layout
+
+NAME = "numba_moe"
+# How near an activation's float32 results must be to the module's own to stand for them.
+SAME = 1e-5
+LARGEST_LIMIT = 1000
+_gates: weakref.WeakKeyDictionary[torch.nn.Module, "Gate | None"] = weakref.WeakKeyDictionary()
+
+
+class Gate(NamedTuple):
+    """Arguments of `fused_experts` that do what a module's own gate does."""
+
+    activation: str
+    interleaved: bool
+    limit: float | None
+    alpha: float | None
+
+
+def _numbers(experts: torch.nn.Module) -> list[float]:
+    """Return the numbers among a module's attributes, of which some may be limits and factors."""
+    values = vars(experts).values()
+    return sorted({float(value) for value in values if type(value) in (int, float) and 0 < value <= LARGEST_LIMIT})
+
+
+def _candidates(numbers: list[float]) -> Iterator[Gate]:
+    kinds = (name for name in RULES if name != "none")
+    for choice in itertools.product(kinds, (False, True), (math.inf, None, *numbers), (None, *numbers)):
+        yield Gate(*choice)
+
+
+@torch.no_grad()
+def find_gate(experts: torch.nn.Module) -> Gate | None:
+    """Return the arguments that make `fused_experts` do what a module does between its matrices, None if none do.
+
+    They are tried on the CPU, so nothing waits for a device; a module whose activation has parameters keeps it.
+    """
+    act_fn = getattr(experts, "act_fn", None)
+    if not experts.has_gate or (isinstance(act_fn, torch.nn.Module) and any(True for _ in act_fn.parameters())):
+        return None
+    numbers = _numbers(experts)
+    spread = torch.linspace(-6, 6, 96).reshape(12, 8) * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1])
+    rows = torch.cat([spread, spread * max([1.0, *numbers])])  # past every limit, on both sides
+    own: Any = experts._apply_gate
+    wanted = own(rows)
+    for gate in _candidates(numbers):
+        found = moe_activation(rows, **gate._asdict())
+        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=SAME, atol=SAME):
+            return gate
+    return None
+
+
+def _gate_of(experts: torch.nn.Module) -> Gate | None:
+    try:
+        return _gates[experts]
+    except KeyError:
+        return _gates.setdefault(experts, find_gate(experts))
+
+
+def experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Run the experts of a transformers module; ids from its number of experts on are other ranks' and add nothing."""
+    up, down = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
+    up_bias = down_bias = None
+    if self.has_bias:
+        up_bias, down_bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias
+    if self.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    rows, ids = hidden_states.to(up.dtype), top_k_index.contiguous()  # autocast leaves them in other dtypes
+    weights = top_k_weights.contiguous()
+    gate = _gate_of(self)
+    if gate is None or self.has_post_expert_norm:
+        combined = _with_own_gate(self, rows, up, down, weights, ids, up_bias, down_bias)
+    else:
+        options: dict[str, Any] = {"gate_up_bias": up_bias, "down_bias": down_bias, **gate._asdict()}
+        combined = fused_experts(rows, up, down, weights, ids, **options)
+    return combined.to(hidden_states.dtype)
+
+
+def _with_own_gate(
+    self: Any,
+    hidden_states: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what `fused_experts` would, with what the module has between and after its matrices."""
+    permuted = moe_permute(hidden_states, topk_ids, len(up))
+    offset = permuted.expert_first_token_offset
+    ends = offset[1:].to(torch.int32)
+    grouped = is_grouped(layout(hidden_states), layout(up), layout(down), layout(topk_ids), torch.is_grad_enabled())
+    unused = torch.arange(topk_ids.numel(), device=offset.device).unsqueeze(1) >= offset[-1]
+
+    def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = multiply_by_expert(rows, weights, ends, grouped).masked_fill(unused, 0)
+        return rows if bias is None else moe_activation(rows, offset, bias, activation="none")
+
+    rows = multiply(permuted.permuted_hidden_states, up, up_bias)
+    rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+    rows = multiply(rows, down, down_bias)
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx)
+
+
+def register(name: str = NAME) -> None:
+    """Make an experts implementation of this name valid for every transformers model whose experts have a choice.
+
+    Parameters
+    ----------
+    name : str
+        What models are given as ``experts_implementation``.
+
+    Raises
+    ------
+    ImportError
+        transformers is not installed, or is older than version 5.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)

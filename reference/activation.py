@@ -1,0 +1,210 @@
+"""What experts do between their two matrices: bias, gate, activation."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Rule(NamedTuple):
+    """How gates and ups lie in a row and what is done to them first; see `moe_activation`."""
+
+    interleaved: bool
+    limit: float
+    alpha: float
+    shift: float
+
+
+RULES = {
+    "silu": Rule(False, math.inf, 1.0, 0.0),
+    "gelu": Rule(False, math.inf, 1.0, 0.0),
+    "gelu_tanh": Rule(False, math.inf, 1.0, 0.0),
+    "swiglu_oai": Rule(True, 7.0, 1.702, 1.0),
+    "none": Rule(False, math.inf, 1.0, 0.0),
+}
+
+
+def rule_of(activation: str, interleaved: bool | None, limit: float | None, alpha: float | None) -> Rule:
+    """Return the rule of an activation with what is given in place of its defaults.
+
+    >>> rule_of("swiglu_oai", None, 5.0, None)
+    Rule(interleaved=True, limit=5.0, alpha=1.702, shift=1.0)
+    """
+    rule = RULES[activation]
+    given = {"interleaved": interleaved, "limit": limit, "alpha": alpha}
+    return rule._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return 1 / (1 + exp(-x)), without overflow."""
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
+
+
+def normal_cdf(x: np.ndarray) -> np.ndarray:
+    """Return the share of a normal distribution below x.
+
+    >>> normal_cdf(np.array([0.0, 1.0])).round(4)
+    array([0.5   , 0.8413])
+    """
+    return 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x * math.sqrt(0.5))
+
+
+def curve(gate: np.ndarray, activation: str, alpha: float) -> np.ndarray:
+    """Return the activation of gates."""
+    if activation == "gelu":
+        return gate * normal_cdf(gate)
+    if activation == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    return gate * sigmoid(alpha * gate)
+
+
+def slope(gate: np.ndarray, activation: str, alpha: float) -> np.ndarray:
+    """Return the derivative of `curve` by the gate."""
+    if activation == "gelu":
+        return normal_cdf(gate) + gate * np.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
+    if activation == "gelu_tanh":
+        tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+        inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
+        return 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * inner
+    share = sigmoid(alpha * gate)
+    return share + alpha * gate * share * (1 - share)
+
+
+def biased_rows(
+    gate_up: np.ndarray, expert_first_token_offset: np.ndarray | None, bias: np.ndarray | None
+) -> np.ndarray:
+    """Return the rows in use, in float64, each with the bias of its expert."""
+    if expert_first_token_offset is None:
+        return gate_up.astype(np.float64)
+    rows = gate_up[: expert_first_token_offset[-1]].astype(np.float64)
+    if bias is not None:
+        rows += np.repeat(bias, np.diff(expert_first_token_offset), axis=0)
+    return rows
+
+
+def halves(rows: np.ndarray, interleaved: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return views of the gates and of the ups in rows of both."""
+    if interleaved:
+        return rows[:, 0::2], rows[:, 1::2]
+    width = rows.shape[1] // 2
+    return rows[:, :width], rows[:, width:]
+
+
+def moe_activation(
+    gate_up: np.ndarray,
+    expert_first_token_offset: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    activation: str = "silu",
+    interleaved: bool | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+) -> np.ndarray:
+    """Add the bias of each row's expert, apply the activation to the gates, and multiply by the ups.
+
+    Parameters
+    ----------
+    gate_up
+        float32 or float16 [num_rows, 2 * width], rows in expert order.
+    expert_first_token_offset
+        int64 [num_experts + 1]: rows of expert e are ``offset[e]`` up to ``offset[e + 1]``, rows from the last on are
+        not in use. Without it all are.
+    bias
+        float [num_experts, 2 * width], added first; takes offsets.
+    activation
+        "silu": ``gate * sigmoid(alpha * gate)``; "gelu", by the error function; "gelu_tanh", its approximation;
+        "swiglu_oai", as silu, and the up is taken plus 1; "none": the rows plus their bias, which have no halves.
+    interleaved
+        A row holds gate, up, gate, up, ..., not all gates before all ups. By default that of "swiglu_oai" alone.
+    limit
+        Gates are at most this, ups at most this in magnitude; 7 by default for "swiglu_oai", none for the others.
+    alpha
+        Of "silu" and "swiglu_oai"; 1 and 1.702 by default.
+
+    Returns
+    -------
+    np.ndarray
+        [num_rows, width] in the dtype of `gate_up` (as wide as `gate_up` for "none"), zeros in rows not in use.
+
+    Examples
+    --------
+    >>> rows = np.array([[0.0, 2.0, 10.0, 20.0]], np.float32)
+    >>> moe_activation(rows).round(3)
+    array([[ 0.   , 35.232]], dtype=float32)
+    >>> moe_activation(rows, activation="swiglu_oai").round(3)
+    array([[ 0., 56.]], dtype=float32)
+    >>> moe_activation(rows, np.array([0, 0, 1]), np.array([[5.0] * 4, [1.0] * 4]), activation="none")
+    array([[ 1.,  3., 11., 21.]], dtype=float32)
+    """
+    rule = rule_of(activation, interleaved, limit, alpha)
+    rows = biased_rows(gate_up, expert_first_token_offset, bias)
+    if activation != "none":
+        gate, up = halves(rows, rule.interleaved)
+        up = np.clip(up, -rule.limit, rule.limit)
+        rows = curve(np.minimum(gate, rule.limit), activation, rule.alpha) * (up + rule.shift)
+    activated = np.zeros((len(gate_up), rows.shape[1]), gate_up.dtype)
+    activated[: len(rows)] = rows
+    return activated
+
+
+def moe_activation_backward(
+    gate_up: np.ndarray,
+    grad_activated: np.ndarray,
+    expert_first_token_offset: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    activation: str = "silu",
+    interleaved: bool | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+) -> np.ndarray:
+    """Return the gradient of a loss by `gate_up`, given that by the result of `moe_activation`.
+
+    Parameters
+    ----------
+    gate_up, expert_first_token_offset, bias, activation, interleaved, limit, alpha
+        As in `moe_activation`.
+    grad_activated
+        float [num_rows, width]; what it holds in rows not in use does not count.
+
+    Returns
+    -------
+    np.ndarray
+        Of the shape and dtype of `gate_up`, zeros in rows not in use. Its sums by expert are the gradient by the bias.
+
+    Examples
+    --------
+    >>> moe_activation_backward(np.array([[0.0, 10.0]]), np.array([[1.0]]))  # half of the up, nothing of the gate
+    array([[5., 0.]])
+    >>> moe_activation_backward(np.array([[0.0, 10.0]]), np.array([[1.0]]), limit=8.0)
+    array([[4., 0.]])
+    """
+    rule = rule_of(activation, interleaved, limit, alpha)
+    rows = biased_rows(gate_up, expert_first_token_offset, bias)
+    grad = grad_activated[: len(rows)].astype(np.float64)
+    grad_gate_up = np.zeros_like(gate_up)
+    if activation == "none":
+        grad_gate_up[: len(rows)] = grad
+        return grad_gate_up
+    gate, up = halves(rows, rule.interleaved)
+    grad_gate, grad_up = halves(grad_gate_up[: len(rows)], rule.interleaved)
+    lowered, clipped = np.minimum(gate, rule.limit), np.clip(up, -rule.limit, rule.limit)
+    by_gate = grad * slope(lowered, activation, rule.alpha) * (clipped + rule.shift)
+    grad_gate[:] = np.where(gate <= rule.limit, by_gate, 0.0)
+    grad_up[:] = np.where(np.abs(up) <= rule.limit, grad * curve(lowered, activation, rule.alpha), 0.0)
+    return grad_gate_up
+
+
+def sum_rows(rows: np.ndarray, expert_first_token_offset: np.ndarray) -> np.ndarray:
+    """Sum the rows of each expert.
+
+    >>> sum_rows(np.array([[1.0], [2.0], [4.0], [8.0]]), np.array([0, 2, 2, 3]))
+    array([[3.],
+           [0.],
+           [4.]])
+    """
+    num_experts = len(expert_first_token_offset) - 1
+    sums = np.zeros((num_experts, rows.shape[1]))
+    for expert in range(num_experts):
+        sums[expert] = rows[slice(*expert_first_token_offset[expert : expert + 2])].sum(axis=0, dtype=np.float64)
+    return sums.astype(rows.dtype)

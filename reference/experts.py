@@ -1,0 +1,89 @@
+"""The feed-forward networks of the experts, over all tokens: move rows, multiply, activate, multiply, combine."""
+
+import numpy as np
+from numba_moe.reference.activation import moe_activation
+from numba_moe.reference.permute import moe_permute, moe_unpermute
+
+
+def multiply_by_expert(
+    rows: np.ndarray, weights: np.ndarray, expert_first_token_offset: np.ndarray, bias: np.ndarray | None = None
+) -> np.ndarray:
+    """Multiply the rows of each expert by its matrix ``weights[e].T``, and add its bias; other rows become zeros.
+
+    >>> weights = np.array([[[1.0, 1.0]], [[0.0, 9.0]]])
+    >>> multiply_by_expert(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), weights, np.array([0, 1, 2]))
+    array([[ 3.],
+           [36.],
+           [ 0.]])
+    """
+    products = np.zeros((len(rows), weights.shape[1]))
+    for expert, weight in enumerate(weights):
+        own = slice(*expert_first_token_offset[expert : expert + 2])
+        products[own] = rows[own] @ weight.T.astype(np.float64)
+        if bias is not None:
+            products[own] += bias[expert]
+    return products
+
+
+def fused_experts(
+    hidden_states: np.ndarray,
+    gate_up_proj: np.ndarray,
+    down_proj: np.ndarray,
+    topk_weights: np.ndarray,
+    topk_ids: np.ndarray,
+    *,
+    activation: str = "silu",
+    expert_map: np.ndarray | None = None,
+    gate_up_bias: np.ndarray | None = None,
+    down_bias: np.ndarray | None = None,
+    interleaved: bool | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+) -> np.ndarray:
+    """Send each token through its experts and sum what they return, weighted.
+
+    Parameters
+    ----------
+    hidden_states
+        float32 or float16 [num_tokens, hidden].
+    gate_up_proj
+        float [num_experts, 2 * width, hidden], the first matrix of each expert of this rank.
+    down_proj
+        float [num_experts, hidden, width], the second.
+    topk_weights
+        float [num_tokens, top_k].
+    topk_ids
+        int32 or int64 [num_tokens, top_k]; ids that are no expert's add nothing.
+    activation, interleaved, limit, alpha
+        What lies between the matrices, as in `moe_activation`.
+    expert_map
+        int32 or int64, for each expert of all ranks its place in the matrices, or -1 for an expert of another rank,
+        which adds nothing.
+    gate_up_bias
+        float [num_experts, 2 * width], added after the first matrix.
+    down_bias
+        float [num_experts, hidden], added after the second.
+
+    Returns
+    -------
+    np.ndarray
+        [num_tokens, hidden] in the dtype of `hidden_states`.
+
+    Examples
+    --------
+    Expert 1 doubles what expert 0 does; the second token asks for neither:
+
+    >>> gate_up_proj = np.array([[[1.0], [1.0]], [[1.0], [2.0]]], np.float32)
+    >>> weights, ids = np.array([[0.5, 0.5], [1.0, 1.0]], np.float32), np.array([[0, 1], [-1, 2]])
+    >>> tokens = np.array([[20.0], [30.0]], np.float32)
+    >>> fused_experts(tokens, gate_up_proj, np.ones((2, 1, 1), np.float32), weights, ids)
+    array([[600.],
+           [  0.]], dtype=float32)
+    """
+    num_experts = len(gate_up_proj) if expert_map is None else len(expert_map)
+    permuted = moe_permute(hidden_states.astype(np.float64), topk_ids, num_experts, expert_map)
+    offset = permuted.expert_first_token_offset[: len(gate_up_proj) + 1]
+    rows = multiply_by_expert(permuted.permuted_hidden_states, gate_up_proj, offset, gate_up_bias)
+    rows = moe_activation(rows, offset, activation=activation, interleaved=interleaved, limit=limit, alpha=alpha)
+    rows = multiply_by_expert(rows, down_proj, offset, down_bias)
+    return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx).astype(hidden_states.dtype)

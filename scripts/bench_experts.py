@@ -1,0 +1,17 @@
+"""Time fused_experts beside transformers' grouped_mm implementation at the shapes of published layers; needs a GPU."""
+
+import argparse
+import sys
+
+from numba_moe.bench import experts
+
+
+def main() -> int:
+    """Return 1 if ours took longer anywhere."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    experts.add_arguments(parser)
+    return experts.run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""The activation between the matrices: the reference by finite differences and by torch, gradients by the reference."""
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from numba_moe.reference.activation import moe_activation_backward, sum_rows
+
+import numba_moe as moe
+from numba_moe import reference, testing
+from numba_moe.activation import KINDS, Activating
+from numba_moe.runtime import simulator
+
+ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
+DEVICE = "cuda" if ON_GPU else "cpu"
+OPTIONS = {
+    "silu": {"activation": "silu"},
+    "silu alpha": {"activation": "silu", "alpha": 0.5},
+    "silu limit": {"activation": "silu", "limit": 1.0},
+    "silu interleaved": {"activation": "silu", "interleaved": True},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "swiglu_oai": {"activation": "swiglu_oai"},
+    "swiglu_oai limit": {"activation": "swiglu_oai", "limit": 0.75, "interleaved": False},
+    "none": {"activation": "none"},
+}
+SIZES = np.array([3, 0, 6, 1, 0])
+OFFSET = np.concatenate([[0], np.cumsum(SIZES)])
+SPARE = 2
+
+
+def running():
+    return simulator.running() if simulator.ENABLED else contextlib.nullcontext()
+
+
+def by_torch(rows, activation, interleaved=None, limit=None, alpha=None):
+    """Return the activation of rows as a graph of torch's own functions."""
+    oai = activation == "swiglu_oai"
+    if activation == "none":
+        return rows
+    gate, up = (rows[:, ::2], rows[:, 1::2]) if (oai if interleaved is None else interleaved) else rows.chunk(2, dim=1)
+    limit = (7.0 if oai else math.inf) if limit is None else limit
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation.startswith("gelu"):
+        return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+    return gate * torch.sigmoid((alpha or (1.702 if oai else 1.0)) * gate) * (up + oai)
+
+
+def drawn(width, dtype="float32", seed=0):
+    """Draw rows, their biases and a gradient; rows that are not in use hold NaN."""
+    rng = np.random.default_rng(seed)
+    rows = testing.random_floats(rng, (OFFSET[-1] + SPARE, 2 * width), dtype)
+    rows[OFFSET[-1] :] = np.nan
+    bias = testing.random_floats(rng, (len(SIZES), 2 * width), dtype)
+    return rows, bias, rng
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_by_torch(name):
+    rows, bias, rng = drawn(6)
+    used = int(OFFSET[-1])
+    exact = torch.from_numpy(rows[:used].astype(np.float64)).requires_grad_()
+    biases = torch.from_numpy(bias.astype(np.float64)).requires_grad_()
+    wanted = by_torch(exact + biases.repeat_interleave(torch.from_numpy(SIZES), 0), **OPTIONS[name])
+    got = reference.moe_activation(rows.astype(np.float64), OFFSET, bias, **OPTIONS[name])
+    np.testing.assert_allclose(got[:used], wanted.detach().numpy(), rtol=1e-12, atol=1e-15)
+    assert not got[used:].any()
+    grad = rng.standard_normal(got.shape)
+    wanted.backward(torch.from_numpy(grad[:used]))
+    grad[used:] = np.nan
+    grad_rows = moe_activation_backward(rows.astype(np.float64), grad, OFFSET, bias, **OPTIONS[name])
+    np.testing.assert_allclose(grad_rows[:used], exact.grad.numpy(), rtol=1e-12, atol=1e-15)
+    assert not grad_rows[used:].any()
+    np.testing.assert_allclose(sum_rows(grad_rows, OFFSET), biases.grad.numpy(), rtol=1e-12, atol=1e-14)
+
+
+def assert_gradients_as_reference(width, dtype, options, seed=0):
+    rows, bias, rng = drawn(width, dtype, seed)
+    gate_up, biases = (testing.to_device(part, DEVICE, dtype).requires_grad_() for part in (rows, bias))
+    offset = torch.from_numpy(OFFSET).to(DEVICE)
+    with running(), testing.poisoned_memory():
+        activated = moe.moe_activation(gate_up, offset, biases, **options)
+        grad = testing.to_device(testing.random_floats(rng, tuple(activated.shape), dtype), DEVICE, dtype)
+        grad[OFFSET[-1] :] = torch.nan
+        found = torch.autograd.grad(activated, (gate_up, biases), grad, retain_graph=True)
+        again = torch.autograd.grad(activated, (gate_up, biases), grad)
+        (alone,) = torch.autograd.grad(moe.moe_activation(gate_up, offset, biases.detach(), **options), gate_up, grad)
+    for part, same in zip((*found, found[0]), (*again, alone), strict=True):
+        assert testing.to_numpy(part).tobytes() == testing.to_numpy(same).tobytes()
+    arguments = (rows, testing.to_numpy(grad), OFFSET, bias)
+    wanted = moe_activation_backward(*arguments, **options)
+    comparison = testing.compare(found[0], wanted)
+    assert not comparison.mismatches, comparison
+    # the bias' gradient is a sum of gradients that were rounded
+    comparison = testing.compare(found[1], sum_rows(testing.to_numpy(found[0]), OFFSET))
+    assert not comparison.mismatches, comparison
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("width", [8, 5])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_kernel_gradients_equal_the_reference(name, width, dtype):
+    assert_gradients_as_reference(width, dtype, OPTIONS[name])
+
+
+@pytest.mark.parametrize("width", [300, 264])
+def test_gradients_over_several_runs_of_columns(width):
+    assert_gradients_as_reference(width, "bfloat16", OPTIONS["swiglu_oai"])
+
+
+def test_gradients_without_offsets():
+    gate_up = testing.to_device(np.linspace(-3, 3, 32, dtype=np.float32).reshape(2, 16), DEVICE).requires_grad_()
+    with running():
+        moe.moe_activation(gate_up).sum().backward()
+    wanted = moe_activation_backward(testing.to_numpy(gate_up), np.ones((2, 8)))
+    assert not testing.compare(gate_up.grad, wanted).mismatches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_tensors_are_answered_by_the_reference(kind):
+    rows, bias, _ = drawn(4)
+    gate_up, biases = (torch.from_numpy(part).bfloat16().requires_grad_() for part in (rows, bias))
+    offset = torch.from_numpy(OFFSET)
+    activated = moe.moe_activation(gate_up, offset, biases, activation=kind)
+    assert activated.dtype == torch.bfloat16
+    activated.sum().backward()
+    assert gate_up.grad.dtype == biases.grad.dtype == torch.bfloat16
+    assert gate_up.grad.isfinite().all()
+    assert (biases.grad[[1, 4]] == 0).all()
+
+
+def test_a_strided_gradient():
+    gate_up = testing.to_device(drawn(8)[0][: OFFSET[-1]], DEVICE).requires_grad_()
+    grad = torch.ones(OFFSET[-1], 9, device=DEVICE)
+    with running():
+        activated = moe.moe_activation(gate_up)
+        (found,) = torch.autograd.grad(activated, gate_up, grad[:, 1:], retain_graph=True)
+        (flat,) = torch.autograd.grad(
+            activated, gate_up, grad.ravel()[1 : 1 + 8 * OFFSET[-1]].view(-1, 8), retain_graph=True
+        )
+        (wanted,) = torch.autograd.grad(activated, gate_up, torch.ones_like(activated))
+    assert torch.equal(found, wanted)
+    assert torch.equal(flat, wanted)
+
+
+def test_no_second_derivative():
+    gate_up = torch.ones(1, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(moe.moe_activation(gate_up).square().sum(), gate_up, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_graph_only_where_one_is_wanted():
+    gate_up = torch.ones(1, 4, requires_grad=True)
+    assert isinstance(moe.moe_activation(gate_up).grad_fn, Activating._backward_cls)
+    with torch.no_grad():
+        assert not moe.moe_activation(gate_up).requires_grad
+    assert not moe.moe_activation(gate_up.detach()).requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_kernel_by_torch_on_the_gpu(name, dtype):
+    sizes = torch.randint(0, 300, (128,), device="cuda")
+    offset = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    rows = (2 * torch.randn(int(offset[-1]), 1536, device="cuda")).to(getattr(torch, dtype)).requires_grad_()
+    bias = torch.randn(128, 1536, device="cuda", dtype=rows.dtype).requires_grad_()
+    activated = moe.moe_activation(rows, offset, bias, **OPTIONS[name])
+    grad = torch.randn_like(activated)
+    found = torch.autograd.grad(activated, (rows, bias), grad)
+    exact, biases = (part.detach().double().requires_grad_() for part in (rows, bias))
+    wanted = by_torch(exact + biases.repeat_interleave(sizes, 0), **OPTIONS[name])
+    assert not testing.compare(activated, testing.to_numpy(wanted)).mismatches
+    wanted.backward(grad.double())
+    assert not testing.compare(found[0], testing.to_numpy(exact.grad)).mismatches
+    sums = torch.zeros_like(biases).index_add_(
+        0, torch.arange(128, device="cuda").repeat_interleave(sizes), found[0].double()
+    )
+    comparison = testing.compare(found[1], testing.to_numpy(sums), roundings=1)
+    assert not comparison.mismatches, comparison

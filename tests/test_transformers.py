@@ -1,0 +1,235 @@
+"""Models of Hugging Face transformers on our experts agree with its eager ones: logits and gradients."""
+
+import contextlib
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from configurations; nothing is fetched
+transformers = pytest.importorskip("transformers")
+
+from numba_moe import testing  # noqa: E402
+from numba_moe.interop import transformers as interop  # noqa: E402
+from numba_moe.runtime import simulator  # noqa: E402
+
+interop.register()
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "Mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Qwen3Moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+        },
+    ),
+    "Olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 4}),
+    "DeepseekV3": (
+        "DeepseekV3",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "GptOss": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+}
+GATES = {
+    "Mixtral": interop.Gate("silu", False, float("inf"), None),
+    "GptOss": interop.Gate("swiglu_oai", True, None, None),
+}
+
+
+def make(name, dtype=torch.float32, device="cpu"):
+    kind, options = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():  # what models begin with as zeros would hide
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model.to(device, dtype)
+
+
+def logits_and_gradients(model, implementation):
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    ids = torch.arange(40, device=model.device).reshape(2, 20) * 7 % 64
+    logits = model(input_ids=ids).logits
+    logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).mean().backward()
+    return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def error(got, wanted):
+    """Return how far a result is from what it should be, relative to the largest."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def assert_agrees(model, tolerance):
+    calls = []
+    wanted, wanted_gradients = logits_and_gradients(model, "eager")
+    own = interop.fused_experts
+
+    def counted(*args, **options):
+        calls.append(options)
+        return own(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interop, "fused_experts", counted)
+        got, gradients = logits_and_gradients(model, interop.NAME)
+    assert calls, "the model ran something else"
+    assert error(got, wanted) <= tolerance
+    for name, gradient in wanted_gradients.items():
+        assert (gradients[name] is None) == (gradient is None), name
+        if gradient is not None and gradient.any():
+            assert error(gradients[name], gradient) <= tolerance, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_agree_with_eager(name):
+    assert_agrees(make(name), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_kernels_agree_with_eager(name):
+    with simulator.running() if simulator.ENABLED else contextlib.nullcontext():
+        assert_agrees(make(name, device="cpu" if simulator.ENABLED else "cuda"), 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_inference_in_bfloat16(name):
+    model = make(name, torch.bfloat16)
+    layer = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    torch.manual_seed(0)
+    rows = torch.randn(12, 32, dtype=torch.bfloat16)
+    ids = torch.rand(12, 4).topk(2).indices
+    weights = torch.rand(12, 2)
+    with torch.no_grad():
+        results = {}
+        for implementation in ("eager", interop.NAME):
+            model.set_experts_implementation(implementation)
+            results[implementation] = layer(rows, ids, weights.bfloat16())
+        model.float().set_experts_implementation("eager")
+        exact = layer(rows.float(), ids, weights.bfloat16().float())
+    comparison = testing.compare(results[interop.NAME], exact.numpy(), roundings=testing.EXPERT_ROUNDINGS)
+    assert not comparison.mismatches, comparison
+    assert error(results[interop.NAME], exact) <= error(results["eager"], exact)  # which rounds more often
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_is_recognised(name):
+    model = make(name)
+    layers = [module for module in model.modules() if hasattr(module, "_apply_gate")]
+    assert [interop.find_gate(layer) for layer in layers] == [GATES[name]] * 2
+
+
+def test_limits_and_factors_are_found():
+    layer = next(module for module in make("GptOss").modules() if hasattr(module, "_apply_gate"))
+    layer.alpha, layer.limit = 1.25, 31.0
+    assert interop.find_gate(layer) == interop.Gate("swiglu_oai", True, 31.0, 1.25)
+    layer = next(module for module in make("Mixtral").modules() if hasattr(module, "_apply_gate"))
+    layer.act_fn = torch.nn.GELU()
+    assert interop.find_gate(layer) == interop.Gate("gelu", False, float("inf"), None)
+    layer.act_fn = torch.nn.GELU(approximate="tanh")
+    assert interop.find_gate(layer).activation == "gelu_tanh"
+
+
+class Other(torch.nn.Module):
+    """An activation that is none of ours."""
+
+    def forward(self, gate):
+        return torch.relu(gate).square()
+
+
+def assert_layer_agrees(model, layer, rows, ids, weights):
+    found = {}
+    for implementation in ("eager", interop.NAME):
+        model.set_experts_implementation(implementation)
+        result = layer(rows, ids, weights)
+        found[implementation] = (
+            result,
+            *torch.autograd.grad(result.square().sum(), [rows, weights, *layer.parameters()]),
+        )
+    for got, wanted in zip(found[interop.NAME], found["eager"], strict=True):
+        assert got.isfinite().all()
+        assert error(got, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("with_own_gate", [False, True])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_ids_of_other_ranks_and_gates_of_its_own(with_own_gate, with_norm):
+    model = make("Mixtral")
+    layer = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    if with_own_gate:
+        layer.act_fn = Other()
+        assert interop.find_gate(layer) is None
+    rows = torch.randn(9, 32, requires_grad=True)
+    weights = torch.rand(9, 2, requires_grad=True)
+    ids = torch.rand(9, 5).topk(2).indices  # 4 stands for an expert of another rank, which eager leaves out
+    if with_norm:
+        layer.has_post_expert_norm, layer.post_expert_norm = True, torch.nn.Identity()
+    with simulator.running() if simulator.ENABLED else contextlib.nullcontext():
+        assert_layer_agrees(model, layer, rows, ids, weights)
+
+
+def test_a_name_of_ones_own():
+    interop.register("another_name")
+    make("Mixtral").set_experts_implementation("another_name")
+    with pytest.raises(ValueError, match="is not supported"):
+        make("Mixtral").set_experts_implementation("never_registered")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_agree_on_the_gpu(name):
+    assert_agrees(make(name, device="cuda"), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_agrees_on_the_gpu(name):
+    """Where eager in bfloat16 is from float32, ours is as near, by the tolerance table."""
+    exact, exact_gradients = logits_and_gradients(make(name, device="cuda"), "eager")
+    model = make(name, torch.bfloat16, "cuda")
+    wanted, wanted_gradients = logits_and_gradients(model, "eager")
+    got, gradients = logits_and_gradients(model, interop.NAME)
+    slack = testing.TOLERANCES[torch.bfloat16][0]
+    assert error(got, exact) <= error(wanted, exact) + slack
+    for name, gradient in exact_gradients.items():
+        if gradient is not None and gradient.any():
+            assert error(gradients[name], gradient) <= 2 * error(wanted_gradients[name], gradient) + slack, name

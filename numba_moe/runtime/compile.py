@@ -25,6 +25,9 @@ KERNEL_MODULES = (
     *("permute.backward", "permute.layouts", "permute.rows"),
     *("placement.dispatch", "ragged", "recorder.counting"),
 )
+# From here on blocks form clusters, and a kernel waits for the one ahead of it on the stream: it may start before that
+# has ended.
+HOPPER = (9, 0)
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
 
@@ -172,12 +175,7 @@ def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[i
             launch_bounds=kernel.targetoptions.get("launch_bounds"),
         )
     code = code if isinstance(code, str) else code.decode()
-    return wait_for_earlier(code) if waits(compute_capability) else code
-
-
-def waits(compute_capability: tuple[int, int]) -> bool:
-    """Whether kernels wait for the one ahead of them on the stream, and so may start before it has ended."""
-    return compute_capability >= (9, 0)
+    return wait_for_earlier(code) if compute_capability >= HOPPER else code
 
 
 def wait_for_earlier(code: str) -> str:

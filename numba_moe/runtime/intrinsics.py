@@ -4,7 +4,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.cuda.core import targetconfig
 from numba.cuda.extending import intrinsic
+
+from numba_moe.runtime.compile import HOPPER
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
@@ -255,14 +258,20 @@ def warp_highest(typingctx: Any, value: Any) -> Any:
     return types.int32(types.int32), codegen
 
 
+def _of_cluster(code: str) -> str:
+    """Return an instruction on clusters; a trap for GPUs that have none, to which no such launch is made."""
+    return code if targetconfig.ConfigStack().top().compute_capability >= HOPPER else "trap;"
+
+
 def _barrier(code: str) -> Any:
-    """Return an intrinsic of one PTX instruction by which threads wait for each other."""
+    """Return an intrinsic of one PTX instruction by which the threads of a cluster wait for each other."""
 
     @intrinsic
     def function(typingctx: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(ir.InlineAsm(kind, f"{code};", "~{memory}", side_effect=True), [], attrs=("convergent",))
+            barrier = ir.InlineAsm(kind, _of_cluster(code), "~{memory}", side_effect=True)
+            builder.call(barrier, [], attrs=("convergent",))
             return context.get_dummy_value()
 
         return types.void(), codegen
@@ -270,9 +279,9 @@ def _barrier(code: str) -> Any:
     return function
 
 
-cluster_arrive = _barrier("barrier.cluster.arrive.release.aligned")
-cluster_arrive_relaxed = _barrier("barrier.cluster.arrive.relaxed.aligned")
-cluster_wait = _barrier("barrier.cluster.wait.acquire.aligned")
+cluster_arrive = _barrier("barrier.cluster.arrive.release.aligned;")
+cluster_arrive_relaxed = _barrier("barrier.cluster.arrive.relaxed.aligned;")
+cluster_wait = _barrier("barrier.cluster.wait.acquire.aligned;")
 
 
 @intrinsic
@@ -282,7 +291,7 @@ def of_block(typingctx: Any, array: Any, block: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, block = arguments
         kind = ir.FunctionType(array.type, [array.type, block.type])
-        return builder.call(ir.InlineAsm(kind, "mapa.u64 $0, $1, $2;", "=l,l,r"), [array, block])
+        return builder.call(ir.InlineAsm(kind, _of_cluster("mapa.u64 $0, $1, $2;"), "=l,l,r"), [array, block])
 
     return array(array, types.int32), codegen
 

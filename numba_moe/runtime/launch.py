@@ -25,8 +25,6 @@ from numba_moe.runtime import compile, simulator
 
 # Parameters of a kernel, at most; each has eight bytes of a thread's buffer.
 MOST_PARAMETERS = 64
-# The compute capability from which blocks form clusters.
-WITH_CLUSTERS = (9, 0)
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _compile_lock = threading.Lock()
@@ -141,7 +139,7 @@ class Launch:
             return True
         if simulator.ENABLED:
             return self._blocks <= simulator.MOST_IN_CLUSTER
-        if not self._on_gpu or torch.cuda.get_device_capability(self._device) < WITH_CLUSTERS:
+        if not self._on_gpu or torch.cuda.get_device_capability(self._device) < compile.HOPPER:
             return False
         _prepare_thread(self._device)
         _, config, function = self._configure(0)
@@ -190,10 +188,10 @@ def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int)
     loaded = _check(what, *driver.cuLibraryGetKernel(library, entry.entry_name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(what, *driver.cuKernelSetAttribute(attribute, compile.MOST_SHARED_BYTES, loaded, device))
-    if capability >= WITH_CLUSTERS:
+    if capability >= compile.HOPPER:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         _check(what, *driver.cuKernelSetAttribute(attribute, 1, loaded, device))
-    return int(_check(what, *driver.cuKernelGetFunction(loaded))), compile.waits(capability)
+    return int(_check(what, *driver.cuKernelGetFunction(loaded))), capability >= compile.HOPPER
 
 
 def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:

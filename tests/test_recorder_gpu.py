@@ -1,5 +1,7 @@
 """The recorder on a device: captured graphs go by the flag, nothing synchronises, and what that costs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,39 @@ def test_tokens_of_a_graph():
     for record, (wanted_ids, wanted_weights) in zip(found.records(), seen, strict=True):
         assert np.array_equal(record["topk_ids_of_layer"], wanted_ids)
         assert np.array_equal(record["topk_weights_of_layer"], wanted_weights)
+
+
+def resident_bytes():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) * 1024
+
+
+def test_a_million_tokens(tmp_path):
+    passes, num_tokens, chunk = 64, 15_625, 4096
+
+    def draw_pass(number):
+        generator = torch.Generator("cuda").manual_seed(number)
+        shape = (LAYERS, num_tokens, TOP_K)
+        ids = torch.randint(-1, EXPERTS, shape, dtype=torch.int32, device="cuda", generator=generator)
+        return ids, torch.rand(shape, device="cuda", generator=generator)
+
+    recorder = make("per_token", chunk_tokens=chunk, spill_directory=tmp_path)
+    recorder.start_record()
+    with recorder.with_forward_pass(0):
+        show(recorder, *draw_pass(0))
+    torch.cuda.synchronize()
+    before = most = resident_bytes()
+    for number in range(1, passes):
+        with recorder.with_forward_pass(number):
+            show(recorder, *draw_pass(number))
+        most = max(most, resident_bytes())
+    found = recorder.dump_record(output_mode="object")
+    bytes_of_chunk = chunk * LAYERS * TOP_K * 8
+    assert most - before < 8 * bytes_of_chunk < passes * num_tokens * LAYERS * TOP_K * 8 / 20
+    assert found.num_tokens.tolist() == [num_tokens] * passes
+    for number, record in enumerate(found.records()):
+        for name, wanted in zip(("topk_ids_of_layer", "topk_weights_of_layer"), draw_pass(number), strict=True):
+            assert torch.equal(torch.from_numpy(np.ascontiguousarray(record[name])).cuda(), wanted), (number, name)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -1,4 +1,4 @@
-"""Counts of several processes: their sums, and who sends to whom. Runs itself in processes of a gloo group."""
+"""Counts of several processes: their sums, and who sends to whom. Runs itself in the processes of a group."""
 
 import os
 import subprocess
@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
 from numba_moe import reference
 from numba_moe.recorder import ExpertDistributionRecorder, load, traffic_matrix
 
-RANKS, LAYERS, EXPERTS = 4, 2, 8
+LAYERS, EXPERTS = 2, 8
+# Rank 1 lacks some passes of the others, and has one of its own; in the second dump rank 2 has nothing.
+PASSES = {0: [3, 4, 5], 1: [4, 6], 2: [3, 4, 5], 3: [3, 4, 5]}
 
 
 def ids_of(rank, number, layer):
@@ -29,35 +32,38 @@ def run_passes(recorder, rank, numbers):
         with recorder.with_forward_pass(number):
             for layer in range(LAYERS):
                 with recorder.with_current_layer(layer):
-                    recorder.on_select_experts(torch.from_numpy(ids_of(rank, number, layer)))
+                    ids = torch.from_numpy(ids_of(rank, number, layer))
+                    recorder.on_select_experts(ids.to(recorder.device))
 
 
-def main(rank, folder):
+def main(backend, ranks, rank, folder):
     """Record different passes on the ranks, and dump."""
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    group = dist.group.WORLD
-    recorder = ExpertDistributionRecorder(LAYERS, EXPERTS, mode="stat", device="cpu", process_group=group)
+    device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    options = {"device": device, "process_group": dist.group.WORLD}
+    recorder = ExpertDistributionRecorder(LAYERS, EXPERTS, mode="stat", **options)
     recorder.start_record()
-    numbers = [3, 4, 5] if rank != 1 else [4, 6]  # rank 1 lacks some, and has one of its own
-    run_passes(recorder, rank, numbers)
+    run_passes(recorder, rank, PASSES[rank])
     found = recorder.metrics((100,))
     print(*found.hottest_counts[:, 0].tolist(), flush=True)
     path = recorder.dump_record(directory=folder)
     assert (path is not None) == (rank == 0)
     if rank == 0:
         path.rename(f"{folder}/stat.npz")
-    # With nothing on one rank, and as objects everywhere.
+    # As objects everywhere.
     run_passes(recorder, rank, [] if rank == 2 else [7])
     whole = recorder.dump_record(output_mode="object")
-    assert whole.logical_count.tolist() == [sum(count(r, 7) for r in (0, 1, 3)).tolist()]
+    assert whole.logical_count.tolist() == [sum(count(r, 7) for r in range(ranks) if r != 2).tolist()]
 
-    detail = ExpertDistributionRecorder(LAYERS, EXPERTS, mode="per_pass", device="cpu", process_group=group)
+    detail = ExpertDistributionRecorder(LAYERS, EXPERTS, mode="per_pass", **options)
     detail.start_record()
     run_passes(detail, rank, [3])
     detail.dump_record(directory=folder).rename(f"{folder}/rank{rank}.npz")
 
-    if rank == 3:
+    if rank == ranks - 1:
         recorder.set_physical_to_logical_map(np.tile(np.arange(EXPERTS)[::-1], (LAYERS, 1)))
     run_passes(recorder, rank, [9])
     try:
@@ -67,29 +73,35 @@ def main(rank, folder):
     dist.destroy_process_group()
 
 
-def test_four_processes(tmp_path):
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks"), [("gloo", 4), pytest.param("nccl", 2, marks=[pytest.mark.gpu, TWO_GPUS])]
+)
+def test_processes(backend, ranks, tmp_path):
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, backend, str(ranks)]
     processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, text=True)
-        for rank in range(RANKS)
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in range(ranks)
     ]
     try:
         printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS
-    passes = {3: [0, 2, 3], 4: [0, 1, 2, 3], 5: [0, 2, 3], 6: [1]}
+    assert [process.returncode for process in processes] == [0] * ranks
+    numbers = sorted({number for rank in range(ranks) for number in PASSES[rank]})
     stat = load(tmp_path / "stat.npz")
-    assert stat.forward_pass_id.tolist() == list(passes)
-    expected = [sum(count(rank, number) for rank in ranks) for number, ranks in passes.items()]
+    assert stat.forward_pass_id.tolist() == numbers
+    expected = [sum(count(rank, number) for rank in range(ranks) if number in PASSES[rank]) for number in numbers]
     assert stat.logical_count.tolist() == np.stack(expected).tolist()
-    assert stat.num_gpus == RANKS
-    of_ranks = [sum(count(rank, n) for n, ranks in passes.items() if rank in ranks) for rank in range(RANKS)]
+    assert stat.num_gpus == ranks
+    of_ranks = [sum(count(rank, number) for number in PASSES[rank]) for rank in range(ranks)]
     assert stat.rank_physical_count.tolist() == np.stack(of_ranks).tolist()
-    traffic = traffic_matrix(stat.rank_physical_count, RANKS)
-    assert traffic[1, 2].tolist() == of_ranks[2][1].reshape(RANKS, -1).sum(axis=1).tolist()
+    traffic = traffic_matrix(stat.rank_physical_count, ranks)
+    assert traffic[1, 0].tolist() == of_ranks[0][1].reshape(ranks, -1).sum(axis=1).tolist()
     hottest = " ".join(map(str, sum(expected).max(axis=1).tolist()))
     for rank, (first, second) in enumerate(printed):
         assert first == hottest
@@ -99,4 +111,4 @@ def test_four_processes(tmp_path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[2]), Path(sys.argv[1]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

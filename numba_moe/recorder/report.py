@@ -56,10 +56,10 @@ def _over_mean(counts: np.ndarray) -> np.ndarray:
     return np.asarray(counts / np.maximum(counts.mean(axis=-1, keepdims=True), 1e-300))
 
 
-def _heat(values: np.ndarray, across: str, up: str, title: str) -> Draw:
+def _heat(values: np.ndarray, across: str, up: str, title: str, most: float | None = None) -> Draw:
     def draw(figure: Any) -> None:
         panel = figure.subplots()
-        image = panel.imshow(values, aspect="auto", interpolation="nearest", vmin=0, cmap="inferno")
+        image = panel.imshow(values, aspect="auto", interpolation="nearest", vmin=0, vmax=most, cmap="inferno")
         panel.set(xlabel=across, ylabel=up)
         figure.colorbar(image, label=title)
 
@@ -83,17 +83,16 @@ def _balance(over_time: np.ndarray) -> Draw:
 def pictures(dump: Dump, num_gpus: int, change: Rebalanced) -> dict[str, tuple[str, Draw]]:
     """Return the pictures by name: what each shows, and what draws it."""
     physical = dump.global_physical_count
-    loads = physical.sum(axis=0).reshape(physical.shape[1], num_gpus, -1).sum(axis=-1)
+    before = _over_mean(physical.sum(axis=0).reshape(physical.shape[1], num_gpus, -1).sum(axis=-1))
+    after = _over_mean(change.loads)
+    ranks = ("rank", "layer", "load / mean", max(before.max(), after.max()))  # the same colours, to compare
     over_time = utilization(physical, num_gpus).mean(axis=-1)
     heat = _over_mean(dump.logical_count.sum(axis=0))
     found = {
         "experts": ("Load of experts over the mean of their layer", _heat(heat, "expert", "layer", "load / mean")),
-        "ranks": ("Load of ranks, as recorded", _heat(_over_mean(loads), "rank", "layer", "load / mean")),
+        "ranks": ("Load of ranks, as recorded", _heat(before, *ranks)),
         "balance": ("Balancedness over time", _balance(over_time)),
-        "rebalanced": (
-            "Load of ranks after a rebalance",
-            _heat(_over_mean(change.loads), "rank", "layer", "load / mean"),
-        ),
+        "rebalanced": ("Load of ranks after a rebalance", _heat(after, *ranks)),
     }
     if len(dump.rank_physical_count) > 1:
         traffic = traffic_matrix(dump.rank_physical_count, num_gpus).sum(axis=0)

@@ -68,7 +68,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def main() -> int:
-    """Return 1 if the blocks differ, or ours takes longer compiled than eager or than the peer's, by more than noise."""
+    """Return 1 if results differ, or our compiled block takes longer than eager or than the peer's, beyond noise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 2048), ("width", 768), ("experts", 128), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -135,8 +135,9 @@ def align_sizes(num_slots: int, block_size: int, num_experts: int, pad_sorted_id
 
     Examples
     --------
-    >>> align_sizes(4096, block_size=64, num_experts=256)
-    AlignSizes(sorted_token_ids=20224, expert_ids=316, workspace=1024)
+    >>> sizes = align_sizes(4096, block_size=64, num_experts=256)
+    >>> sizes.sorted_token_ids, sizes.expert_ids
+    (20224, 316)
     """
     num_slots = checks.integer("num_slots", num_slots, 0)
     block_size = checks.integer("block_size", block_size, 1)

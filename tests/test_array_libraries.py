@@ -31,17 +31,30 @@ CALLS = {
     "moe_reorder": (IDS, 16),
     "moe_sum": (ROWS.reshape(11, 3, 24),),
     "moe_unpermute": (ROWS, RNG.random((11, 3), np.float32), RNG.permutation(33).astype(np.int32).reshape(11, 3)),
+    "moe_activation": (ROWS,),
+    "fused_experts": (
+        ROWS,
+        testing.random_floats(RNG, (16, 16, 24)) / 5,
+        testing.random_floats(RNG, (16, 24, 8)) / 3,
+        RNG.random((33, 2), np.float32),
+        IDS,
+    ),
+    "route": (LOGITS, 2, 4),
 }
+
+
+def arrays_of(result):
+    """Return the arrays of a result, those of its parts, and none for those it lacks."""
+    parts = result if isinstance(result, tuple) else ()
+    return [array for part in parts for array in arrays_of(part)] if parts else [result]
 
 
 def assert_as_reference(name, result, to_numpy):
     expected = getattr(reference, name)(*CALLS[name])
-    several = isinstance(expected, tuple)
-    pairs = zip(result, expected, strict=True) if several else [(result, expected)]
-    for part, wanted in pairs:
+    for part, wanted in zip(arrays_of(result), arrays_of(expected), strict=True):
         assert (part is None) == (wanted is None)
         if wanted is not None:
-            np.testing.assert_allclose(to_numpy(part), wanted, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(to_numpy(part), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_every_op_is_called():
@@ -63,9 +76,7 @@ def test_cupy(name):
         given = [cupy.asarray(value) if isinstance(value, np.ndarray) else value for value in CALLS[name]]
         result = getattr(moe, name)(*given)
         stream.synchronize()
-    assert all(
-        part is None or isinstance(part, cupy.ndarray) for part in (result if isinstance(result, tuple) else [result])
-    )
+    assert all(part is None or isinstance(part, cupy.ndarray) for part in arrays_of(result))
     assert_as_reference(name, result, cupy.asnumpy)
 
 
@@ -76,8 +87,7 @@ def test_jax(name):
     gpu = jax.devices("gpu")[0]
     given = [jax.device_put(value, gpu) if isinstance(value, np.ndarray) else value for value in CALLS[name]]
     result = getattr(moe, name)(*given)
-    kinds = result if isinstance(result, tuple) else [result]
-    assert all(part is None or isinstance(part, jax.Array) for part in kinds)
+    assert all(part is None or isinstance(part, jax.Array) for part in arrays_of(result))
     assert_as_reference(name, result, np.asarray)
 
 

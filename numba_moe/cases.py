@@ -62,7 +62,7 @@ DISPATCH = ("static", "dynamic", "hash", "fake")
 DTYPES = ("float32", "bfloat16", "float16")
 LONGEST_BATCH = 2048  # rows of an expert in batched alignment
 # Routing of the tiny model that scripts/train_tiny_moe.py trains, where the repository is at hand.
-REAL_ROUTING = Path(__file__).parents[1] / "tests" / "data" / "tiny_moe_routing.npz"
+TRAINED_ROUTING = Path(__file__).parents[1] / "tests" / "data" / "tiny_moe_routing.npz"
 LARGEST_ROWS = 1 << 28  # elements of the permuted rows of one case: the reference holds them in float64
 
 
@@ -235,6 +235,7 @@ def model_cases(level: str) -> Iterator[Case]:
             sizes = counts(tokens, experts, top_k)(np.random.default_rng(0))
             if tokens <= 4096:
                 yield activation_case(f"{label} {dtype}", sizes, 32 if level == "simulator" else 720, dtype)
+    yield from trained_cases(8 if level == "simulator" else 4096)
     if level != "simulator":  # which takes minutes
         many = given(slice_sizes=np.arange(1, 2**16 + 2, dtype=np.int32) % 2, num_rows=40)
         yield Case("make_ragged_metadata", "int64 schedule by slices", many)
@@ -265,7 +266,6 @@ def edge_cases() -> Iterator[Case]:
     yield from _selection_edges()
     yield from _option_edges()
     yield from _expert_edges()
-    yield from real_cases()
 
 
 def _permuting_edges() -> Iterator[Case]:
@@ -762,14 +762,23 @@ def _expert_edges() -> Iterator[Case]:
     yield experts_case("expert_map of no expert", skipping, 4, 8, 8, "float32", expert_map=np.full(8, -1, np.int32))
 
 
-def real_cases() -> Iterator[Case]:
-    """Yield routing that a trained model chose, of its first and last step, where the file with it is at hand."""
-    if not REAL_ROUTING.exists():
+def trained_routing() -> Iterator[tuple[str, np.ndarray, int]]:
+    """Yield what layers of a trained model chose, [tokens, top_k], at its first and last step, and of how many experts.
+
+    There is none where the file with it is not at hand.
+    """
+    if not TRAINED_ROUTING.exists():
         return
-    with np.load(REAL_ROUTING, allow_pickle=False) as trace:
+    with np.load(TRAINED_ROUTING, allow_pickle=False) as trace:
         num_experts, steps = int(trace["num_experts"]), trace["topk_ids"].astype(np.int32)
     for step, layer in itertools.product((0, len(steps) - 1), range(steps.shape[1])):
-        chosen, label = np.ascontiguousarray(steps[step, layer]), f"real routing step {step} layer {layer}"
+        yield f"trained step {step} layer {layer}", np.ascontiguousarray(steps[step, layer]), num_experts
+
+
+def trained_cases(most_tokens: int) -> Iterator[Case]:
+    """Yield cases of the routing of a trained model, of so many tokens at most."""
+    for label, routing, num_experts in trained_routing():
+        chosen = routing[:most_tokens]
         for block_size in (16, 64):
             arguments = given(topk_ids=chosen, block_size=block_size, num_experts=num_experts)
             yield Case("moe_align_block_size", f"{label} block {block_size}", arguments)

@@ -10,6 +10,9 @@ import torch
 
 from numba_moe.runtime import simulator
 
+# JAX would take most of the GPU's memory at its first call, and other tests find none.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 @pytest.fixture
 def device() -> Iterator[str]:

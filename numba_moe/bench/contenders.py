@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from numba_moe import align_sizes, reference, testing
-from numba_moe.cases import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
+from numba_moe.cases import Case, align_out, counts, empty, floats, given, ids, permutation, trained_routing, uniform
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 
 OURS = "numba_moe"
@@ -111,6 +111,10 @@ def align_cases(routings: Sequence[str]) -> Iterator[Case]:
             arguments = given(topk_ids=chosen, block_size=block_size, num_experts=experts, **options)
             label = f"{tokens}x{experts} top {top_k} block {block_size} {routing} {name}"
             yield Case("moe_align_block_size", label, arguments)
+    for label, trained, experts in list(trained_routing())[-1:]:
+        arguments = given(topk_ids=trained, block_size=64, num_experts=experts)
+        tokens, top_k = trained.shape
+        yield Case("moe_align_block_size", f"{tokens}x{experts} top {top_k} block 64 {label}", arguments)
 
 
 def align_peers(

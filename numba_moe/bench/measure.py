@@ -21,6 +21,7 @@ from numba_moe.bench.contenders import OPS, OURS, Contender, is_registered
 from numba_moe.cases import Case
 
 CALLS = 50  # in a captured graph and in a batch of eager calls: too few to fill the launch queue
+ENOUGH_US = 5000  # of device time for a graph or a batch: of calls that take long there are fewer
 REPLAYS = 20
 BATCHES = 6
 
@@ -44,6 +45,10 @@ class Row(NamedTuple):
         return self.op, self.shape, self.dtype, self.implementation
 
 
+def _calls_together(call: Callable[[], Any]) -> int:
+    return max(1, min(CALLS, int(ENOUGH_US / testing.time_on_device(call))))
+
+
 def device_time(call: Callable[[], Any]) -> float:
     """Return the device microseconds of a call, from replays of a graph of many."""
     side = torch.cuda.Stream()
@@ -52,9 +57,10 @@ def device_time(call: Callable[[], Any]) -> float:
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
+    calls = _calls_together(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
     times = []
     for _ in range(REPLAYS):
@@ -64,20 +70,20 @@ def device_time(call: Callable[[], Any]) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / CALLS)
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
     return median(times)
 
 
 def host_time(call: Callable[[], Any]) -> float:
     """Return the host microseconds of an eager call, the queue drained between batches."""
-    times = []
+    times, calls = [], _calls_together(call)
     for batch in range(BATCHES + 1):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
         if batch > 0:  # the first warms up
-            times.append((time.perf_counter() - begin) * 1e6 / CALLS)
+            times.append((time.perf_counter() - begin) * 1e6 / calls)
     torch.cuda.synchronize()
     return median(times)
 

@@ -26,8 +26,9 @@ from numba_moe.runtime.parameters import ROUTE_COLUMNS
 from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 from numba_moe.runtime.primitives import WARP, reciprocal_of
 
-# Above, one block would choose for longer than a second launch takes.
-MOST_TOKENS = 64
+# Tokens for which one block chooses; more have a cluster of blocks, of so many each, if the device has clusters. Above,
+# one block that sorts takes longer than a second launch.
+ALONE, EACH, MOST_TOKENS = 16, 8, 64
 
 
 class RoutePlan(NamedTuple):
@@ -95,15 +96,16 @@ def _plan_route(
     most = block_threads(MOST_THREADS)
     few = num_tokens <= MOST_TOKENS and num_slots <= most and num_sorted <= MOST_EXPERTS
     if few and not plan.in_memory:
-        threads = min(most, -(-max(num_slots, num_sorted, WARP * num_tokens) // 128) * 128)
+        blocks = 1 if num_tokens <= ALONE else -(-num_tokens // EACH)
+        threads = min(most, -(-max(num_slots, num_sorted, WARP * -(-num_tokens // blocks)) // 128) * 128)
         by_map = int(alignment.ignore_invalid_experts and map_bytes > 0)
         positions = (num_positions, num_positions // 4, num_names)
         sizes = (num_sorted, map_bytes, by_map, *positions, block_size, *reciprocal_of(block_size), inactive)
         shared_bytes = 4 * -(-num_slots // WARP) * num_sorted
         absent = 0 if plan.choices["extended"] else plans.EXTRA_ARRAYS
-        where = (gating_output.device, 1, threads)
-        numbers = (*plan.numbers, *sizes)
-        route = Launch(route_tokens, *where, numbers, plan.choices, shared_bytes, num_absent=absent)
+        where, numbers = (gating_output.device, blocks, threads), (*plan.numbers, *sizes)
+        launch = Launch(route_tokens, *where, numbers, plan.choices, shared_bytes, blocks > 1, num_absent=absent)
+        route = launch if launch.fits() else None
     return RoutePlan(
         *(plan.topk_weights, plan.topk_ids),
         arrays.contiguous(torch.int32, num_positions),
@@ -226,9 +228,9 @@ def route(
 
     Notes
     -----
-    Order, ties and unused positions are those of the two ops. Up to 64 tokens, 1024 slots and 512 experts take one
-    launch of one block, others the launches of both ops. On the caller's current stream, without synchronising;
-    captures into CUDA graphs; allocates the results, and the scratch of both ops.
+    Order, ties and unused positions are those of the two ops. Up to 16 tokens, or 64 from compute capability 9.0 on,
+    1024 slots and 512 experts take one launch, others the launches of both ops. On the caller's current stream, without
+    synchronising; captures into CUDA graphs; allocates the results, and the scratch of both ops.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Gating and alignment of few tokens in one launch: a block that first chooses experts, then sorts its slots.
+"""Gating and alignment of few tokens in one launch: a block, or a cluster, chooses experts; the first sorts the slots.
 
 A warp chooses for a token after the other, as in `registers`. Then a thread takes a slot: it sets its lane's bit in the
 mask of its warp and expert, so that the slots before it are the bits below its own, and those in earlier warps.
@@ -27,6 +27,8 @@ from numba_moe.runtime.primitives import (
     WARP,
     atomic_or,
     block_sums,
+    cluster_arrive,
+    cluster_wait,
     count_lanes,
     divided,
     flat,
@@ -98,8 +100,8 @@ def route_tokens(
     extended: Extended,
 ):
     # arrays of choose_experts; expert_map [num_sorted], by which slots are sorted (by_map), or experts named;
-    # sorted_slots [num_positions], num_words of 16 bytes, expert_ids [num_names], num_padded [1]; one block, of
-    # a thread a slot at least
+    # sorted_slots [num_positions], num_words of 16 bytes, expert_ids [num_names], num_padded [1]; blocks of a thread
+    # a slot at least, in one cluster
     masks = flat(cuda.shared.array(0, uint32))  # [warps, num_sorted]
     places = flat(cuda.shared.array(MOST_EXPERTS, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))
@@ -108,12 +110,15 @@ def route_tokens(
     scores = cuda.local.array(columns, int32)
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
+    block = int32(cuda.blockIdx.x)
+    blocks = int32(cuda.gridDim.x)
     warp = int32(thread >> 5)
     num_slots = int32(num_tokens * (top_k + num_shared))
     warps = int32((num_slots + WARP - 1) >> 5)
-    fill(masks, int32(warps * num_sorted), uint32(0), thread, threads)
-    fill_words(sorted_slots, num_words, num_positions, num_slots, thread, threads)
-    token = warp
+    fill(masks, int32(warps * num_sorted) if block == 0 else int32(0), uint32(0), thread, threads)
+    index = int32(block * threads + thread)
+    fill_words(sorted_slots, num_words, num_positions, num_slots, index, int32(blocks * threads))
+    token = int32(blocks * warp + block)
     while token < num_tokens:
         choose_for_token(
             token,
@@ -164,8 +169,14 @@ def route_tokens(
             columns,
             extended,
         )
-        token = int32(token + (threads >> 5))
-    cuda.syncthreads()
+        token = int32(token + blocks * (threads >> 5))
+    if blocks > 1:
+        cluster_arrive()
+        cluster_wait()
+        if block > 0:
+            return
+    else:
+        cuda.syncthreads()
 
     expert = int64(-1)
     if thread < num_slots:
@@ -204,12 +215,12 @@ def route_tokens(
     if is_placed:
         position = int32(places[int32(expert)] + int32(masks[cell]) + rank)
         sorted_slots[position] = thread
-        index = divided(position, reciprocal, shift)
-        if int32(index * block_size) == position:
+        name_index = divided(position, reciprocal, shift)
+        if int32(name_index * block_size) == position:
             name = expert
             if map_bytes and not by_map:
                 name = load_integer(expert_map, expert, map_bytes)
-            expert_ids[index] = int32(name)
+            expert_ids[name_index] = int32(name)
     fill(expert_ids, num_names, inactive_expert_id, int32(divided(base, reciprocal, shift) + thread), threads)
     if thread == 0:
         num_padded[0] = base

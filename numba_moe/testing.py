@@ -19,7 +19,7 @@ TOLERANCES = {
     torch.float16: (2.0**-10, 1e-5),
     torch.bfloat16: (2.0**-7, 1e-5),
 }
-# How often fused_experts rounds between its GEMMs: each may add an error of the largest of a row.
+# How often fused_experts rounds between its GEMMs: each may add an error of the size of its result.
 EXPERT_ROUNDINGS = 4
 
 # Ops of gating, and the scores that each chooses by; None where an argument says which.
@@ -114,10 +114,30 @@ class Comparison(NamedTuple):
     message: str
 
 
-def compare(result: torch.Tensor, expected: np.ndarray, exact: bool = False, roundings: int = 0) -> Comparison:
+def largest_in_row(array: np.ndarray) -> np.ndarray:
+    """Return the largest magnitude of each row, [..., 1]."""
+    return np.asarray(np.abs(array.astype(np.float64)).max(axis=-1, keepdims=True, initial=0.0))
+
+
+def size_of_experts(arguments: Mapping[str, Any]) -> np.ndarray:
+    """Return how large the sums of fused_experts are when signs are random, which is what their errors go by.
+
+    That is the root of the sum of squares: a result may be small because its terms cancel, their errors do not.
+    """
+    given = {name: value for name, value in arguments.items() if name not in ("down_proj", "down_bias", "topk_weights")}
+    rows, offset, places = reference.experts.first_half(**given)
+    matrices, bias = arguments["down_proj"].astype(np.float64), arguments.get("down_bias")
+    squares = (bias.astype(np.float64) ** 2) if bias is not None else None
+    squares = reference.experts.multiply_by_expert(rows**2, matrices**2, offset, squares)
+    return np.sqrt(reference.moe_unpermute(squares, arguments["topk_weights"].astype(np.float64) ** 2, places))
+
+
+def compare(
+    result: torch.Tensor, expected: np.ndarray, exact: bool = False, size: np.ndarray | None = None
+) -> Comparison:
     """Compare a result with the reference's: integers and exact results bitwise, floats by `TOLERANCES`.
 
-    The relative tolerance is of each element; with `roundings` in between, of the largest in its row for each.
+    The relative tolerance is of each element, and of a `size` where there is one.
     """
     got = to_numpy(result)
     if got.shape != expected.shape:
@@ -132,9 +152,7 @@ def compare(result: torch.Tensor, expected: np.ndarray, exact: bool = False, rou
     else:
         relative, absolute = TOLERANCES[result.dtype]
         wanted = expected.astype(np.float64)
-        size = np.abs(wanted)
-        if roundings and size.size:
-            size = np.broadcast_to(roundings * size.max(axis=-1, keepdims=True), size.shape)
+        size = np.abs(wanted) + (0.0 if size is None else size)
         with np.errstate(invalid="ignore"):
             ratio = np.abs(got.astype(np.float64) - wanted) / (absolute + relative * size)
         ratio = np.where((got == wanted) | (np.isnan(got) & np.isnan(wanted)), 0.0, ratio)
@@ -229,8 +247,8 @@ def compare_results(name: str, result: Any, expected: Any, arguments: Mapping[st
     pairs = [pair for pair in zip(result, expected, strict=True) if pair != (None, None)]
     if not arguments.get("zero_padding", True):
         pairs = [(without_padding(part, result), wanted) for part, wanted in pairs]
-    roundings = EXPERT_ROUNDINGS if name == "fused_experts" else 0
-    return [compare(part, wanted, exact, roundings) for part, wanted in pairs]
+    size = EXPERT_ROUNDINGS * size_of_experts(arguments) if name == "fused_experts" else None
+    return [compare(part, wanted, exact, size) for part, wanted in pairs]
 
 
 def time_on_device(call: Callable[[], Any], repeats: int = 5) -> float:

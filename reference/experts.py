@@ -1,5 +1,7 @@
 """The feed-forward networks of the experts, over all tokens: move rows, multiply, activate, multiply, combine."""
 
+from typing import Any
+
 import numpy as np
 from numba_moe.reference.activation import moe_activation
 from numba_moe.reference.permute import moe_permute, moe_unpermute
@@ -23,6 +25,22 @@ def multiply_by_expert(
         if bias is not None:
             products[own] += bias[expert]
     return products
+
+
+def first_half(
+    hidden_states: np.ndarray,
+    gate_up_proj: np.ndarray,
+    topk_ids: np.ndarray,
+    expert_map: np.ndarray | None = None,
+    gate_up_bias: np.ndarray | None = None,
+    **activation: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what the activation leaves of each slot, in expert order; where experts begin; and where slots went."""
+    num_experts = len(gate_up_proj) if expert_map is None else len(expert_map)
+    permuted = moe_permute(hidden_states.astype(np.float64), topk_ids, num_experts, expert_map)
+    offset = permuted.expert_first_token_offset[: len(gate_up_proj) + 1]
+    rows = multiply_by_expert(permuted.permuted_hidden_states, gate_up_proj, offset, gate_up_bias)
+    return moe_activation(rows, offset, **activation), offset, permuted.inv_permuted_idx
 
 
 def fused_experts(
@@ -80,10 +98,7 @@ def fused_experts(
     array([[600.],
            [  0.]], dtype=float32)
     """
-    num_experts = len(gate_up_proj) if expert_map is None else len(expert_map)
-    permuted = moe_permute(hidden_states.astype(np.float64), topk_ids, num_experts, expert_map)
-    offset = permuted.expert_first_token_offset[: len(gate_up_proj) + 1]
-    rows = multiply_by_expert(permuted.permuted_hidden_states, gate_up_proj, offset, gate_up_bias)
-    rows = moe_activation(rows, offset, activation=activation, interleaved=interleaved, limit=limit, alpha=alpha)
+    options = {"activation": activation, "interleaved": interleaved, "limit": limit, "alpha": alpha}
+    rows, offset, places = first_half(hidden_states, gate_up_proj, topk_ids, expert_map, gate_up_bias, **options)
     rows = multiply_by_expert(rows, down_proj, offset, down_bias)
-    return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx).astype(hidden_states.dtype)
+    return moe_unpermute(rows, topk_weights, places).astype(hidden_states.dtype)

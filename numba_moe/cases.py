@@ -607,6 +607,7 @@ def option_cases(name: str, tokens: int, experts: int, top_k: int, **more: Any) 
         "counts int64 on": {"counts": zeros(experts, dtype="int64"), "counts_enabled": enabled},
         "counts off": {"counts": zeros(experts), "counts_enabled": disabled},
         "fewer counters than experts": {"counts": zeros(3)},
+        "more counters than a block has": {"counts": zeros(3000, dtype="int64")},
         "padding int64": {"num_token_non_padded": half, "counts": zeros(experts)},
         "padding int32 scalar": {"num_token_non_padded": half.astype(np.int32).reshape(())},
         "is_padding": {"is_padding": flags, "num_token_non_padded": half + 1},

@@ -32,9 +32,10 @@ def adjusted(logit, expert, logit_bias, softcap):
 @cuda.jit(device=True)
 def adjust(logits, columns, first, count, logit_bias, softcap):
     """Adjust the logits of experts first, first + 1, ..., of which `count` are there."""
-    for column in range(columns):
-        if column < count:
-            logits[column] = adjusted(logits[column], first + column, logit_bias, softcap)
+    if softcap > float32(0.0) or present(logit_bias):
+        for column in range(columns):
+            if column < count:
+                logits[column] = adjusted(logits[column], first + column, logit_bias, softcap)
 
 
 @cuda.jit(device=True)
@@ -71,6 +72,14 @@ def load_id(topk_ids, slot, id_bytes):
 
 
 @cuda.jit(device=True)
+def add_to_count(counts, expert, count, count_bytes):
+    if count_bytes == 8:
+        atomic_add(as_int64(counts), expert, int64(count))
+    else:
+        atomic_add(counts, expert, int32(count))
+
+
+@cuda.jit(device=True)
 def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
     """Write an expert, or the place that its slot goes to, and count what is written.
 
@@ -82,12 +91,8 @@ def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
     if present(physical_map):
         expert = physical_of(expert, slot, token, *dispatch)
     store_id(topk_ids, slot, expert, id_bytes)
-    # A busy expert's counter is a queue of as many additions as it has slots.
     if expert >= 0 and expert < num_counts and (not present(counts_enabled) or counts_enabled[0] != 0):
-        if count_bytes == 8:
-            atomic_add(as_int64(counts), expert, int64(1))
-        else:
-            atomic_add(counts, expert, int32(1))
+        add_to_count(counts, expert, 1, count_bytes)
 
 
 @cuda.jit(device=True)

@@ -8,7 +8,16 @@ Picks whose keys have the same upper bits are then ordered by rank. If some expe
 of the last pick, the warp looks through the row for all that have them.
 """
 
-from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_shared
+from numba_moe.counting import fill
+from numba_moe.gating.extras import (
+    add_to_count,
+    adjust,
+    adjusted,
+    is_padded,
+    write_choice,
+    write_nothing,
+    write_shared,
+)
 from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
 from numba_moe.gating.rows import SIGMOID, SMALLEST_SUM, SOFTMAX, lower_infinity, rank_of, score_all, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
@@ -36,6 +45,7 @@ from numba_moe.runtime.primitives import (
     count_lanes,
     divide,
     exp,
+    flat,
     larger,
     load_float,
     load_floats,
@@ -49,6 +59,8 @@ from numba_moe.runtime.primitives import (
 
 LANES = 8
 MOST_PICKS = 8
+# So many counters at most a block has of its own, to add its tokens at once to those that all blocks share.
+MOST_COUNTS_IN_BLOCK = 2048
 
 
 @cuda.jit(device=True)
@@ -244,12 +256,15 @@ def choose_for_many(
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
     # and topk_ids [num_tokens, top_k]; eight lanes a token, 1 << lane_bits of them a group,
     # whose score is the best rank or the sum of the best two; mask covers the ids, and takes nothing from the
-    # ranks if they are exact so
+    # ranks if they are exact so; in_block [num_counts], if there are no more than MOST_COUNTS_IN_BLOCK
+    in_block = flat(cuda.shared.array(0, int32))
+    counts_in_block = extended and num_counts > 0 and num_counts <= MOST_COUNTS_IN_BLOCK
+    if counts_in_block:
+        fill(in_block, num_counts, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
+        cuda.syncthreads()
     lane = int32(cuda.laneid)
     member = int32(lane & 7)
     token = int32(warp_index() * 4)
-    if token >= num_tokens:
-        return
     token = int32(token + (lane >> 3))
     exists = token < num_tokens
     token = min(token, int32(num_tokens - 1))  # all lanes reach the warp operations
@@ -403,6 +418,8 @@ def choose_for_many(
     ids = (id_bytes, num_real, zero_expert_id)
     dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
     counting = (counts, counts_enabled, num_counts, count_bytes)
+    if counts_in_block:
+        counting = (in_block, counts_enabled, num_counts, int32(4))
     num_slots = int32(top_k + num_shared)
     is_zero = is_pick and chosen >= num_real
     shared = weight
@@ -410,18 +427,24 @@ def choose_for_many(
     for distance in (1, 2, 4):
         shared += cuda.shfl_xor_sync(ALL_LANES, shared, distance)
         identity += cuda.shfl_xor_sync(ALL_LANES, identity, distance)
-    if not exists:
-        return
-    if is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+    if exists and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
         write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
-        return
-    if is_pick:
-        slot = int64(token) * num_slots + member
-        write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
-        topk_weights[slot] = float32(0.0) if is_zero else weight * scale
-    if renormalize:
-        shared = float32(1.0)
-    where = (token, member, LANES, num_slots, num_shared, shared * shared_factor, topk_weights, topk_ids)
-    write_shared(*where, ids, dispatch, counting)
-    if member == 0 and present(identity_weights):
-        identity_weights[token] = identity * scale
+        exists = False
+    if exists:
+        if is_pick:
+            slot = int64(token) * num_slots + member
+            write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
+            topk_weights[slot] = float32(0.0) if is_zero else weight * scale
+        if renormalize:
+            shared = float32(1.0)
+        where = (token, member, LANES, num_slots, num_shared, shared * shared_factor, topk_weights, topk_ids)
+        write_shared(*where, ids, dispatch, counting)
+        if member == 0 and present(identity_weights):
+            identity_weights[token] = identity * scale
+    if counts_in_block:
+        cuda.syncthreads()
+        expert = int32(cuda.threadIdx.x)
+        while expert < num_counts:
+            if in_block[expert] != 0:
+                add_to_count(counts, expert, in_block[expert], count_bytes)
+            expert = int32(expert + cuda.blockDim.x)

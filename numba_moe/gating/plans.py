@@ -110,7 +110,7 @@ def _plan(
     vectors = in_vectors(gating_output, group_size)
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
     many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts * (1 if num_expert_group == 1 else 2))
-    group_scores = None
+    group_scores, shared_bytes = None, 0
     in_memory = lane_bits < 0 or tiers[-1] << lane_bits < group_size or (num_expert_group > 1 and group_picks > 2)
     if in_memory:
         if num_expert_group > 1:
@@ -127,7 +127,9 @@ def _plan(
         exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
         of_row = (*sizes, int(aligned), top_k, scoring, int(whole_softmax))
         of_keys = ((octets.LANES // num_expert_group).bit_length() - 1, mask, int(exact))
-        where = (device, *warps(-(-num_tokens * octets.LANES // WARP)))
+        in_block = extra.num_counts if extra.num_counts <= octets.MOST_COUNTS_IN_BLOCK else 0
+        where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))
+        shared_bytes = 4 * in_block
         numbers = (*of_row, *rules, *groups, group_size, *of_keys, *last)
         kernel, choices = octets.choose_for_many, {"gating_output": dtype, "extended": extended}
     else:
@@ -141,7 +143,7 @@ def _plan(
     return GatingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),
         arrays.contiguous(extra.id_dtype, num_tokens, num_slots),
-        Launch(kernel, *where, numbers, choices, num_absent=absent),
+        Launch(kernel, *where, numbers, choices, shared_bytes, num_absent=absent),
         in_memory,
         group_scores,
         numbers,

@@ -157,9 +157,10 @@ class Launch:
         __call__ = _simulate
 
 
-def warps(count: int) -> tuple[int, int]:
+def warps(count: int, per_block: int = 4) -> tuple[int, int]:
     """Return blocks and threads for so many warps that each work for themselves; the last block may have more."""
-    per_block = 1 if simulator.ENABLED else 4
+    if simulator.ENABLED:
+        per_block = min(per_block // 4, 4)
     return -(-count // per_block), 32 * per_block
 
 

@@ -264,8 +264,7 @@ def choose_for_many(
         cuda.syncthreads()
     lane = int32(cuda.laneid)
     member = int32(lane & 7)
-    token = int32(warp_index() * 4)
-    token = int32(token + (lane >> 3))
+    token = int32(warp_index() * 4 + (lane >> 3))
     exists = token < num_tokens
     token = min(token, int32(num_tokens - 1))  # all lanes reach the warp operations
     lanes = int32(1 << lane_bits)

@@ -1,13 +1,13 @@
 """Slots grouped by expert and padded to whole GEMM blocks.
 
-The counting sort of `numba_moe.counting` with rows padded to the block size.
+The counting sort of `numba_moe.sorting` with rows padded to the block size.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe import counting
+from numba_moe import sorting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
 from numba_moe.runtime import arrays, checks
@@ -31,7 +31,7 @@ class AlignPlan(NamedTuple):
     sorted_token_ids: arrays.Contiguous
     expert_ids: arrays.Contiguous
     num_tokens_post_padded: arrays.Contiguous
-    sort: counting.SortPlan
+    sort: sorting.SortPlan
 
 
 class AlignSizes(NamedTuple):
@@ -86,14 +86,14 @@ def _plan(
             checks.shape("counts", given.counts, (num_experts,), "(num_experts,)")
         if given.workspace is not None:
             checks.array("workspace", given.workspace, INT32, (1,), like=like)
-            size = counting.workspace_size(num_slots, num_experts)
+            size = sorting.workspace_size(num_slots, num_experts)
             checks.at_least("len(workspace)", given.workspace.shape[0], size, "what `align_sizes` says")
             checks.aligned("workspace", given.workspace)
     checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     aligned = given is None or given.out is None or given.out[0].address == 0
     sizes = (num_experts, num_positions, block_size, inactive_expert_id)
-    sort = counting.plan_sort(topk_ids, *sizes, slot_map, block_names, aligned)
+    sort = sorting.plan_sort(topk_ids, *sizes, slot_map, block_names, aligned)
     return AlignPlan(
         arrays.contiguous(torch.int32, num_positions),
         arrays.contiguous(torch.int32, -(-num_positions // block_size)),
@@ -144,7 +144,7 @@ def align_sizes(num_slots: int, block_size: int, num_experts: int, pad_sorted_id
     num_experts = checks.integer("num_experts", num_experts, 1)
     checks.boolean("pad_sorted_ids", pad_sorted_ids)
     length = reference.max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
-    return AlignSizes(length, -(-length // block_size), counting.workspace_size(num_slots, num_experts))
+    return AlignSizes(length, -(-length // block_size), sorting.workspace_size(num_slots, num_experts))
 
 
 @arrays.public_writing("out", "inv_sorted_idx", "counts", "workspace")
@@ -250,5 +250,5 @@ def moe_align_block_size(
         sorted_token_ids, expert_ids, num_tokens_post_padded = out
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     outputs = (sorted_token_ids, inv_sorted_idx, counts, None, expert_ids, num_tokens_post_padded)
-    counting.sort(plan.sort, topk_ids, slot_map, block_names, *outputs, workspace)
+    sorting.sort(plan.sort, topk_ids, slot_map, block_names, *outputs, workspace)
     return new_tuple(AlignedBlocks, (sorted_token_ids, expert_ids, num_tokens_post_padded))

@@ -1,7 +1,7 @@
 """Slots grouped by LoRA adapter and expert, each adapter's padded to whole GEMM blocks by themselves.
 
 1. `pair_slots` makes one number of the adapter and the expert of each slot: a virtual expert.
-2. The counting sort of `numba_moe.counting` groups the slots by virtual expert, so those of an adapter lie together.
+2. The counting sort of `numba_moe.sorting` groups the slots by virtual expert, so those of an adapter lie together.
 3. `spread_adapters` copies those of each adapter to a row of their own, and pads the row.
 """
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe import counting
+from numba_moe import sorting
 from numba_moe.reference import lora as reference
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 from numba_moe.runtime import arrays, checks
@@ -108,7 +108,7 @@ class LoraPlan(NamedTuple):
     scratch: tuple[arrays.Contiguous, ...]
     outputs: tuple[arrays.Contiguous, ...]
     pair: Launch
-    sort: counting.SortPlan
+    sort: sorting.SortPlan
     spread: Launch
 
 
@@ -156,7 +156,7 @@ def _plan(
     numbers = (num_slots, top_k, num_experts, max_loras, num_lora_ids)
     pair = Launch(pair_slots, device, -(-num_slots // threads), threads, numbers, choices)
     virtual_ids = Layout(torch.Size([num_slots]), torch.int32, device, None, 0)
-    sort = counting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size)
+    sort = sorting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size)
     elements = max(max_loras * length, max_loras)
     sizes = (num_slots, num_experts, max_loras, length, num_blocks, block_size, inactive_expert_id)
     spread = Launch(spread_adapters, device, -(-elements // threads), threads, sizes)
@@ -256,6 +256,6 @@ def moe_lora_align_block_size(
     virtual_ids, sorted_slots, block_experts, offset = (arrays.empty(*array) for array in plan.scratch)
     outputs = [arrays.empty(*output) for output in plan.outputs]
     plan.pair(topk_ids, token_lora_mapping, *optional, virtual_ids)
-    counting.sort(plan.sort, virtual_ids, None, None, sorted_slots, None, None, offset, block_experts)
+    sorting.sort(plan.sort, virtual_ids, None, None, sorted_slots, None, None, offset, block_experts)
     plan.spread(sorted_slots, block_experts, offset, *outputs)
     return AlignedBlocks(*outputs)

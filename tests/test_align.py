@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import counting, reference, testing
+from numba_moe import reference, sorting, testing
 from numba_moe.runtime import arrays, plans
 
 PATHS = {
@@ -18,7 +18,7 @@ PATHS = {
 @pytest.mark.parametrize("path", PATHS)
 def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request):
     for name, value in PATHS[path].items():
-        monkeypatch.setattr(counting, name, value)
+        monkeypatch.setattr(sorting, name, value)
     plans.forget()
     request.addfinalizer(plans.forget)
     experts, block_size = 20, 16
@@ -53,10 +53,10 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
 @pytest.mark.parametrize("num_experts", [1, 256, 5000])
 def test_a_workspace_suffices_for_fewer_slots(num_experts):
     most = moe.align_sizes(2**21, 128, num_experts)
-    for num_slots in (*range(0, 2**21, 9973), 2**10 + 1, 2**15 + 1, counting.FEW_SLOTS):
+    for num_slots in (*range(0, 2**21, 9973), 2**10 + 1, 2**15 + 1, sorting.FEW_SLOTS):
         sizes = moe.align_sizes(num_slots, 128, num_experts)
         assert all(size <= enough for size, enough in zip(sizes, most, strict=True)), num_slots
-        plan = counting.plan_sort(plans.layout(torch.empty(num_slots, dtype=torch.int32)), num_experts, num_slots)
+        plan = sorting.plan_sort(plans.layout(torch.empty(num_slots, dtype=torch.int32)), num_experts, num_slots)
         counts, offsets = (array.shape[0] if array else 0 for array in (plan.block_counts, plan.block_offsets))
         assert counts // 2 + offsets <= sizes.workspace
         assert counts % 8 == 0, "the sums begin at a multiple of 16 bytes"

@@ -133,9 +133,9 @@ def test_folder(platform, variables, expected, monkeypatch):
 
 COMPILE = """
 import json, sys
-from numba_moe import counting
+from numba_moe.sorting import kernels
 from numba_moe.runtime import compile
-entry = compile.compiled(counting.scan_blocks, ("int32", "int32"), (9, 0))
+entry = compile.compiled(kernels.scan_blocks, ("int32", "int32"), (9, 0))
 print(json.dumps([compile.statistics, "numba" in sys.modules, len(entry.cubin)]))
 """
 
@@ -165,8 +165,8 @@ print([cli.main(arguments.split()) for arguments in sys.argv[1:]])
 def test_warmup_and_info(folder, without_simulator):
     printed = without_simulator(COMMANDS, "warmup --arch sm_90", "warmup --arch sm_90,sm_100", "info", "warmup")
     lines = printed.splitlines()
-    assert lines[0].startswith("39 kernels ready in ")
-    assert lines[0].endswith("39 of them compiled now")
-    assert lines[1].endswith("78 of them compiled now")
-    assert any(line.startswith("place_slots") and line.split()[1:] == ["sm_100", "24"] for line in lines)
+    assert lines[0].startswith("2 kernels ready in ")
+    assert lines[0].endswith("2 of them compiled now")
+    assert lines[1].endswith("4 of them compiled now")
+    assert any(line.startswith("scan_experts") and line.split()[1:] == ["sm_100", "2"] for line in lines)
     assert lines[-1] == "[0, 0, 0, 2]"

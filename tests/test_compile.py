@@ -55,10 +55,10 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
 
 def test_a_dtype_outside_the_signature_is_refused(without_simulator):
     program = """
-from numba_moe import counting
+from numba_moe.sorting import kernels
 from numba_moe.runtime import compile
 try:
-    compile.specialisation_for(counting.scan_blocks, {"block_counts": "float32"})
+    compile.specialisation_for(kernels.scan_blocks, {"block_counts": "float32"})
 except TypeError as error:
     print(error)
 """

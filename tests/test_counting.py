@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import counting, reference, testing
+from numba_moe import reference, sorting, testing
 from numba_moe.runtime import plans
 from numba_moe.runtime.primitives import reciprocal_of
 
@@ -21,13 +21,13 @@ PATHS = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("chunk", [1024, 16])
 def test_every_path(path, chunk, device, monkeypatch):
-    if device == "cuda" and chunk != counting.CHUNK:
+    if device == "cuda" and chunk != sorting.kernels.CHUNK:
         pytest.skip("the chunk is compiled into the kernels")
     if device == "cpu":
-        monkeypatch.setattr(counting, "CHUNK", chunk)
-        monkeypatch.setattr(counting, "TWO_CHUNKS", 2 * chunk)
+        monkeypatch.setattr(sorting.kernels, "CHUNK", chunk)
+        monkeypatch.setattr(sorting.kernels, "TWO_CHUNKS", 2 * chunk)
     for name, value in PATHS[path].items():
-        monkeypatch.setattr(counting, name, value)
+        monkeypatch.setattr(sorting, name, value)
     plans.forget()
     rng = np.random.default_rng(0)
     for tokens, experts, top_k in [(0, 5, 1), (5, 60, 3), (70, 20, 2), (300, 60, 6)]:
@@ -46,14 +46,14 @@ def test_every_path(path, chunk, device, monkeypatch):
     plans.forget()
 
 
-@pytest.mark.parametrize("most_in_cluster", [*counting.CLUSTERS, 0])
+@pytest.mark.parametrize("most_in_cluster", [*sorting.CLUSTERS, 0])
 def test_grids_keep_within_what_a_block_has(most_in_cluster):
     for num_slots, num_experts in itertools.product(
         [0, 1, 1024, 1025, 2**15, 2**15 + 1, 10**6, 2**31 - 1], [1, 256, 20000]
     ):
-        grid = counting._grid(num_slots, num_experts, most_in_cluster)
+        grid = sorting.grid_of(num_slots, num_experts, most_in_cluster)
         assert grid.blocks * grid.threads * grid.items >= num_slots
-        assert grid.threads <= counting.MOST_THREADS
+        assert grid.threads <= sorting.kernels.MOST_THREADS
         assert grid.threads * grid.items < 2**15, "counts by warp and block are int16"
         assert grid.shared_bytes <= 64 * 1024
         assert not grid.one_cluster or grid.blocks <= most_in_cluster

@@ -37,7 +37,12 @@ def exported(tmp_path_factory, without_simulator):
     (folder / "notes.txt").write_text("stay")
     (folder / "manifest.json").write_text("of an earlier export")
     printed = without_simulator(
-        EXPORT, "counting,gating.registers,gating.memory", "export", "--arch", "sm_80,sm_90,sm_80", str(folder)
+        EXPORT,
+        "counting,sorting.kernels,gating.registers,gating.memory",
+        "export",
+        "--arch",
+        "sm_80,sm_90,sm_80",
+        str(folder),
     )
     said, names = printed.splitlines()
     manifest = json.loads((folder / "manifest.json").read_text())

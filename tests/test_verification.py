@@ -54,18 +54,23 @@ def broken(home, kernel, function, old, new):
 
 
 FAULTS = {
-    "no-op": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = num_slots"),
-    "off by one": ("counting", "place_slots", "position = int32(places", "position = int32(1 + places"),
-    "swapped pair": ("counting", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = slot ^ 1"),
-    "unstable order": ("counting", "place_slots", "items + cuda.laneid)", "items + 31 - cuda.laneid)"),
+    "no-op": ("sorting.kernels", "place_slots", "sorted_slots[position] = slot", "sorted_slots[position] = num_slots"),
+    "off by one": ("sorting.kernels", "place_slots", "position = int32(places", "position = int32(1 + places"),
+    "swapped pair": (
+        "sorting.kernels",
+        "place_slots",
+        "sorted_slots[position] = slot",
+        "sorted_slots[position] = slot ^ 1",
+    ),
+    "unstable order": ("sorting.kernels", "place_slots", "items + cuda.laneid)", "items + 31 - cuda.laneid)"),
     "unwritten tail": (
-        "counting",
+        "sorting.kernels",
         "place_slots",
         "num_words, num_positions, num_slots",
         "0, num_slots, num_slots",
     ),
-    "wrong block name": ("counting", "place_slots", "inactive_expert_id, int32(", "0, int32("),
-    "other blocks forgotten": ("counting", "place_slots", "before = around[expert]", "before = 0"),
+    "wrong block name": ("sorting.kernels", "place_slots", "inactive_expert_id, int32(", "0, int32("),
+    "other blocks forgotten": ("sorting.kernels", "place_slots", "before = around[expert]", "before = 0"),
     "another expert": (
         "gating.registers",
         "choose_for_token",
@@ -113,14 +118,14 @@ FAULTS = {
     ),
     "no shift": ("activation", "activate_rows", "(y + shift)", "y"),
     "unused rows left": ("activation", "activate_rows", "store_run(", "if used: store_run("),
-    "padding miscounted": ("counting", "place_slots", "total + block_size - 1", "total + block_size"),
+    "padding miscounted": ("sorting.kernels", "place_slots", "total + block_size - 1", "total + block_size"),
 }
 KERNEL_OF = {"choose_for_token": "choose_experts"}
 OPS_OF = {
     "activation": ["moe_activation", "fused_experts"],
     "align": ["moe_align_block_size"],
     "batched": ["batched_moe_align_block_size"],
-    "counting": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
+    "sorting.kernels": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
     "gating.registers": ["topk_softmax"],
     "lora": ["moe_lora_align_block_size"],
     "ragged": ["make_ragged_metadata"],

@@ -8,7 +8,6 @@ Picks whose keys have the same upper bits are then ordered by rank. If some expe
 of the last pick, the warp looks through the row for all that have them.
 """
 
-from numba_moe.counting import fill
 from numba_moe.gating.extras import (
     add_to_count,
     adjust,
@@ -45,6 +44,7 @@ from numba_moe.runtime.primitives import (
     count_lanes,
     divide,
     exp,
+    fill,
     flat,
     larger,
     load_float,

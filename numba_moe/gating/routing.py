@@ -4,7 +4,6 @@ A warp chooses for a token after the other, as in `registers`. Then a thread tak
 mask of its warp and expert, so that the slots before it are the bits below its own, and those in earlier warps.
 """
 
-from numba_moe.counting import fill, fill_words
 from numba_moe.gating.extras import load_id, load_integer
 from numba_moe.gating.registers import choose_for_token
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
@@ -31,6 +30,8 @@ from numba_moe.runtime.primitives import (
     cluster_wait,
     count_lanes,
     divided,
+    fill,
+    fill_words,
     flat,
     lanes_below,
 )

@@ -1,6 +1,6 @@
 """Rows moved into expert order, and combined again.
 
-The counting sort of `numba_moe.counting` finds the row of each slot; the kernels of `rows` move them; `layouts` has
+The counting sort of `numba_moe.sorting` finds the row of each slot; the kernels of `rows` move them; `layouts` has
 what is particular to one batch for each expert, and `backward` the gradients.
 """
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe import counting
+from numba_moe import sorting
 from numba_moe.permute.backward import differentiable_permute, differentiable_sum, differentiable_unpermute
 from numba_moe.permute.layouts import moe_permute_masked as moe_permute_masked
 from numba_moe.permute.layouts import moe_reorder as moe_reorder
@@ -30,7 +30,7 @@ class PermutePlan(NamedTuple):
     indices: tuple[arrays.Contiguous, ...]
     block_experts: arrays.Contiguous | None
     m_indices: arrays.Contiguous | None  # where it is not the same
-    sort: counting.SortPlan
+    sort: sorting.SortPlan
     rows: Gather
     scales: Gather | None
 
@@ -60,7 +60,7 @@ def _plan_permute(
         indices,
         arrays.contiguous(torch.int32, num_rows // block_size) if aligned else None,
         arrays.contiguous(torch.int32, num_rows) if block_size > 1 else None,
-        counting.plan_sort(topk_ids, num_experts, num_rows, block_size, expert_map=expert_map),
+        sorting.plan_sort(topk_ids, num_experts, num_rows, block_size, expert_map=expert_map),
         plan_gather(hidden_states, top_k, (num_rows,), zero_padding, block_size),
         scales and plan_gather(scales, top_k, (num_rows,), zero_padding),
     )
@@ -93,7 +93,7 @@ def _permute(
     offset, permuted_idx, inv_permuted_idx, counts = (arrays.empty(*indices) for indices in plan.indices)
     block_experts = None if plan.block_experts is None else arrays.empty(*plan.block_experts)
     m_indices = None if plan.m_indices is None else arrays.empty(*plan.m_indices)
-    counting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, counts, offset, block_experts)
+    sorting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, counts, offset, block_experts)
     rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx, block_experts, m_indices)
     moved = None if plan.scales is None else gather(plan.scales, scales, permuted_idx, inv_permuted_idx)
     experts = block_experts if m_indices is None else m_indices

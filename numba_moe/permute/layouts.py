@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe import counting
+from numba_moe import sorting
 from numba_moe.permute.backward import differentiable_permute
 from numba_moe.permute.rows import Gather, check_rows, deal, gather, permute_by_reference, plan_gather
 from numba_moe.reference import permute as reference
@@ -57,7 +57,7 @@ class MaskedPlan(NamedTuple):
     """The results but for the rows, and what they are made from; the sort, and the copies of rows and scales."""
 
     indices: tuple[arrays.Contiguous, ...]
-    sort: counting.SortPlan
+    sort: sorting.SortPlan
     lay_out: Launch
     rows: Gather
     scales: Gather | None
@@ -92,7 +92,7 @@ def _plan_masked(
     numbers = (num_slots, batches, max_m, parts)
     return MaskedPlan(
         indices,
-        counting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map),
+        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map),
         Launch(lay_out_rows, topk_ids.device, num_experts * parts, threads, numbers),
         plan_gather(hidden_states, top_k, (batches, max_m), zero_padding),
         scales and plan_gather(scales, top_k, (batches, max_m), zero_padding),
@@ -123,7 +123,7 @@ def _permute_masked(
     if arrays.answered_by_reference(hidden_states):
         return permute_by_reference(reference.moe_permute_masked, hidden_states, **arguments)
     sorted_slots, offset, inv_permuted_idx, permuted_idx, masked_m = (arrays.empty(*array) for array in plan.indices)
-    counting.sort(plan.sort, topk_ids, expert_map, None, sorted_slots, inv_permuted_idx, None, offset)
+    sorting.sort(plan.sort, topk_ids, expert_map, None, sorted_slots, inv_permuted_idx, None, offset)
     plan.lay_out(sorted_slots, offset, inv_permuted_idx, permuted_idx, masked_m)
     rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx)
     moved = None if plan.scales is None else gather(plan.scales, scales, permuted_idx, inv_permuted_idx)
@@ -133,10 +133,10 @@ def _permute_masked(
 @planned
 def _plan_reorder(
     topk_ids: Layout, num_experts: int, expert_map: Layout | None
-) -> tuple[counting.SortPlan, arrays.Contiguous, arrays.Contiguous]:
+) -> tuple[sorting.SortPlan, arrays.Contiguous, arrays.Contiguous]:
     num_experts = checks.routing(topk_ids, num_experts, expert_map)
     num_slots = topk_ids.shape.numel()
-    sort = counting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map)
+    sort = sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map)
     return sort, arrays.contiguous(torch.int32, num_slots), arrays.contiguous(torch.int64, num_experts + 1)
 
 
@@ -259,5 +259,5 @@ def moe_reorder(topk_ids: Any, num_experts: int, expert_map: Any = None) -> Reor
         return arrays.by_reference(reference.moe_reorder, topk_ids, num_experts, expert_map)
     sorted_slots, reorder_topk_ids, src2dst = (arrays.empty(*slots) for _ in range(3))
     seg_indptr = arrays.empty(*offset)
-    counting.sort(sort, topk_ids, expert_map, None, sorted_slots, src2dst, None, seg_indptr, reorder_topk_ids)
+    sorting.sort(sort, topk_ids, expert_map, None, sorted_slots, src2dst, None, seg_indptr, reorder_topk_ids)
     return new_tuple(ReorderedSlots, (reorder_topk_ids, src2dst, seg_indptr))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from numba_moe.counting import fill
 from numba_moe.placement.location import ExpertLocation, check_location
 from numba_moe.reference import dispatch as reference
 from numba_moe.reference.dispatch import DispatchTables
@@ -30,7 +29,12 @@ from numba_moe.runtime.parameters import (
     OptionalInt64Array,
 )
 from numba_moe.runtime.plans import Layout, layout, planned
-from numba_moe.runtime.primitives import atomic_add, flat, quotient
+from numba_moe.runtime.primitives import (
+    atomic_add,
+    fill,
+    flat,
+    quotient,
+)
 
 ALGORITHMS = ("static", "dynamic", "hash", "fake")
 STATIC, DYNAMIC, HASH, FAKE = range(len(ALGORITHMS))

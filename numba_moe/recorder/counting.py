@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from numba_moe.counting import fill
 from numba_moe.reference import recorder as reference
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.compile import MOST_SHARED_BYTES
@@ -25,7 +24,14 @@ from numba_moe.runtime.parameters import (
     OptionalInt32Array,
 )
 from numba_moe.runtime.plans import Layout, layout, planned
-from numba_moe.runtime.primitives import atomic_add, flat, load_float, present, quotient
+from numba_moe.runtime.primitives import (
+    atomic_add,
+    fill,
+    flat,
+    load_float,
+    present,
+    quotient,
+)
 
 MOST_THREADS = 1024
 # Two to each multiprocessor of an H200.

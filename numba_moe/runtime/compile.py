@@ -24,6 +24,7 @@ KERNEL_MODULES = (
     *("gating.octets", "gating.registers", "gating.routing", "lora"),
     *("permute.backward", "permute.layouts", "permute.rows"),
     *("placement.dispatch", "ragged", "recorder.counting"),
+    "sorting.kernels",
 )
 # From here on blocks form clusters, and a kernel waits for the one ahead of it on the stream: it may start before that
 # has ended.

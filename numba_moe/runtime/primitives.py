@@ -255,6 +255,25 @@ def divided(number, reciprocal, shift):
 
 
 @cuda.jit(device=True)
+def fill(array, size, value, first, step):
+    """Write array[first:size:step]."""
+    index = uint32(first)  # which passes the size by up to a step, and that may be the largest int32
+    while index < uint32(size):
+        array[index] = value
+        index = uint32(index + step)
+
+
+@cuda.jit(device=True)
+def fill_words(array, num_words, size, value, first, step):
+    """Write int32 array[:size], the first num_words words of 16 bytes as such, from the first of so many threads."""
+    index = int32(first)
+    while index < num_words:
+        store_words(array, int64(index) << 2, (value, value, value, value))
+        index = int32(index + step)
+    fill(array, size, value, int32((num_words << 2) + first), step)
+
+
+@cuda.jit(device=True)
 def exp(value):
     """Return e to a power, with six digits or so; less than 1e-38 becomes 0."""
     return exp2(value * float32(LOG2_E))

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.activation import KINDS, moe_activation
+from numba_moe.activation import moe_activation
+from numba_moe.activation.rows import KINDS
 from numba_moe.permute import moe_permute, moe_unpermute
 from numba_moe.reference import experts as reference
 from numba_moe.runtime import arrays, checks

@@ -10,7 +10,8 @@ from numba_moe.reference.activation import moe_activation_backward, sum_rows
 
 import numba_moe as moe
 from numba_moe import reference, testing
-from numba_moe.activation import KINDS, Activating
+from numba_moe.activation import Activating
+from numba_moe.activation.rows import KINDS
 from numba_moe.runtime import simulator
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED

@@ -31,6 +31,7 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
         "combine_rows",
         "count_ids",
         "count_slots",
+        "differentiate_activation",
         "differentiate_rows",
         "differentiate_weights",
         "fill_batches",

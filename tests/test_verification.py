@@ -111,18 +111,18 @@ FAULTS = {
     ),
     "recorded when off": ("recorder.counting", "count_ids", "if is_off(enabled):", "if not is_off(enabled):"),
     "bias of another expert": (
-        "activation",
+        "activation.rows",
         "activate_rows",
         "row, column, num_rows, num",
         "row * 0, column, num_rows, num",
     ),
-    "no shift": ("activation", "activate_rows", "(y + shift)", "y"),
-    "unused rows left": ("activation", "activate_rows", "store_run(", "if used: store_run("),
+    "no shift": ("activation.rows", "activate_rows", "(y + shift)", "y"),
+    "unused rows left": ("activation.rows", "activate_rows", "store_run(", "if used: store_run("),
     "padding miscounted": ("sorting.kernels", "place_slots", "total + block_size - 1", "total + block_size"),
 }
 KERNEL_OF = {"choose_for_token": "choose_experts"}
 OPS_OF = {
-    "activation": ["moe_activation", "fused_experts"],
+    "activation.rows": ["moe_activation", "fused_experts"],
     "align": ["moe_align_block_size"],
     "batched": ["batched_moe_align_block_size"],
     "sorting.kernels": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],

@@ -20,11 +20,10 @@ from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
 
 KERNEL_MODULES = (
-    *("activation", "batched", "counting", "gating.backward", "gating.given", "gating.memory"),
+    *("activation.rows", "batched", "counting", "gating.backward", "gating.given", "gating.memory"),
     *("gating.octets", "gating.registers", "gating.routing", "lora"),
     *("permute.backward", "permute.layouts", "permute.rows"),
-    *("placement.dispatch", "ragged", "recorder.counting"),
-    "sorting.kernels",
+    *("placement.dispatch", "ragged", "recorder.counting", "sorting.kernels"),
 )
 # From here on blocks form clusters, and a kernel waits for the one ahead of it on the stream: it may start before that
 # has ended.
@@ -57,13 +56,15 @@ def kernels() -> list[Any]:
     """Return every kernel of the package."""
     from numba.cuda.dispatcher import CUDADispatcher
 
-    found = {}
+    found: dict[str, Any] = {}
     for name in KERNEL_MODULES:
         namespace = vars(importlib.import_module(f"numba_moe.{name}"))
         dialect.resolve(namespace)
         for value in namespace.values():
             if isinstance(value, CUDADispatcher) and not value.targetoptions.get("device"):
-                found[value.py_func.__qualname__] = value
+                other = found.setdefault(value.py_func.__name__, value)
+                if other is not value:
+                    raise RuntimeError(f"two kernels are named {value.py_func.__name__}")
     return list(found.values())
 
 

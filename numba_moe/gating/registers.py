@@ -246,62 +246,21 @@ def choose_one_by_one(ranks, columns, first, picks):
 
 
 @cuda.jit(device=True)
-def choose_for_token(
-    token,
-    logits,
-    ranks,
-    scores,
-    gating_output,
-    correction_bias,
-    topk_weights,
-    topk_ids,
-    logit_bias,
-    num_token_non_padded,
-    is_padding,
-    physical_map,
-    num_valid,
-    step,
-    counts,
-    counts_enabled,
-    identity_weights,
-    num_tokens,
-    num_experts,
-    row_stride,
-    aligned,
-    ragged,
-    top_k,
-    scoring_func,
-    whole_softmax,
-    renormalize,
-    routed_scaling_factor,
-    num_expert_group,
-    topk_group,
-    group_picks,
-    group_size,
-    lane_bits,
-    softcap,
-    scalar_bytes,
-    id_bytes,
-    num_real,
-    zero_expert_id,
-    num_shared,
-    shared_factor,
-    num_rows,
-    width,
-    algorithm,
-    seed,
-    num_counts,
-    count_bytes,
-    columns,
-    extended,
-):
+def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, extended):
     """Choose and weigh the experts of a token, for which the whole warp works.
 
-    logits, ranks and scores have `columns` elements of a lane's own; the rest are the parameters of `choose_experts`.
+    `own` arrays have `columns` elements of a lane's own; the other tuples have the parameters of `choose_experts`.
     """
-    ids = (id_bytes, num_real, zero_expert_id)
-    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-    counting = (counts, counts_enabled, num_counts, count_bytes)
+    logits, ranks, scores = own
+    gating_output, correction_bias, topk_weights, topk_ids = arrays
+    row_stride, aligned, ragged = rows
+    top_k, scoring_func, whole_softmax, renormalize, routed_scaling_factor = rules
+    num_expert_group, topk_group, group_picks, group_size, lane_bits = groups
+    adjusting, padding, ids, dispatch, counting, more = extras
+    logit_bias, softcap = adjusting
+    num_token_non_padded, scalar_bytes, is_padding = padding
+    _, num_real, _ = ids
+    num_shared, shared_factor, identity_weights = more
     num_slots = int32(top_k + num_shared if extended else top_k)
     lane = int32(cuda.laneid)
     if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
@@ -471,57 +430,23 @@ def choose_experts(
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
     # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group, whose score is the
     # best rank or the sum of the best two
-    logits = cuda.local.array(columns, float32)
-    ranks = cuda.local.array(columns, int32)
-    scores = cuda.local.array(columns, int32)
+    own = (
+        cuda.local.array(columns, float32),
+        cuda.local.array(columns, int32),
+        cuda.local.array(columns, int32),
+    )
+    arrays = (gating_output, correction_bias, topk_weights, topk_ids)
+    rows = (row_stride, aligned, ragged)
+    rules = (top_k, scoring_func, whole_softmax, renormalize, routed_scaling_factor)
+    groups = (num_expert_group, topk_group, group_picks, group_size, lane_bits)
+    extras = (
+        (logit_bias, softcap),
+        (num_token_non_padded, scalar_bytes, is_padding),
+        (id_bytes, num_real, zero_expert_id),
+        (physical_map, num_valid, step, num_rows, width, algorithm, seed),
+        (counts, counts_enabled, num_counts, count_bytes),
+        (num_shared, shared_factor, identity_weights),
+    )
     token = warp_index()
     if token < num_tokens:
-        choose_for_token(
-            token,
-            logits,
-            ranks,
-            scores,
-            gating_output,
-            correction_bias,
-            topk_weights,
-            topk_ids,
-            logit_bias,
-            num_token_non_padded,
-            is_padding,
-            physical_map,
-            num_valid,
-            step,
-            counts,
-            counts_enabled,
-            identity_weights,
-            num_tokens,
-            num_experts,
-            row_stride,
-            aligned,
-            ragged,
-            top_k,
-            scoring_func,
-            whole_softmax,
-            renormalize,
-            routed_scaling_factor,
-            num_expert_group,
-            topk_group,
-            group_picks,
-            group_size,
-            lane_bits,
-            softcap,
-            scalar_bytes,
-            id_bytes,
-            num_real,
-            zero_expert_id,
-            num_shared,
-            shared_factor,
-            num_rows,
-            width,
-            algorithm,
-            seed,
-            num_counts,
-            count_bytes,
-            columns,
-            extended,
-        )
+        choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, extended)

@@ -106,9 +106,23 @@ def route_tokens(
     masks = flat(cuda.shared.array(0, uint32))  # [warps, num_sorted]
     places = flat(cuda.shared.array(MOST_EXPERTS, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))
-    logits = cuda.local.array(columns, float32)
-    ranks = cuda.local.array(columns, int32)
-    scores = cuda.local.array(columns, int32)
+    own = (
+        cuda.local.array(columns, float32),
+        cuda.local.array(columns, int32),
+        cuda.local.array(columns, int32),
+    )
+    arrays = (gating_output, correction_bias, topk_weights, topk_ids)
+    rows = (row_stride, aligned, ragged)
+    rules = (top_k, scoring_func, whole_softmax, renormalize, routed_scaling_factor)
+    groups = (num_expert_group, topk_group, group_picks, group_size, lane_bits)
+    extras = (
+        (logit_bias, softcap),
+        (num_token_non_padded, scalar_bytes, is_padding),
+        (id_bytes, num_real, zero_expert_id),
+        (physical_map, num_valid, step, num_rows, width, algorithm, seed),
+        (counts, counts_enabled, num_counts, count_bytes),
+        (num_shared, shared_factor, identity_weights),
+    )
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
     block = int32(cuda.blockIdx.x)
@@ -121,55 +135,7 @@ def route_tokens(
     fill_words(sorted_slots, num_words, num_positions, num_slots, index, int32(blocks * threads))
     token = int32(blocks * warp + block)
     while token < num_tokens:
-        choose_for_token(
-            token,
-            logits,
-            ranks,
-            scores,
-            gating_output,
-            correction_bias,
-            topk_weights,
-            topk_ids,
-            logit_bias,
-            num_token_non_padded,
-            is_padding,
-            physical_map,
-            num_valid,
-            step,
-            counts,
-            counts_enabled,
-            identity_weights,
-            num_tokens,
-            num_experts,
-            row_stride,
-            aligned,
-            ragged,
-            top_k,
-            scoring_func,
-            whole_softmax,
-            renormalize,
-            routed_scaling_factor,
-            num_expert_group,
-            topk_group,
-            group_picks,
-            group_size,
-            lane_bits,
-            softcap,
-            scalar_bytes,
-            id_bytes,
-            num_real,
-            zero_expert_id,
-            num_shared,
-            shared_factor,
-            num_rows,
-            width,
-            algorithm,
-            seed,
-            num_counts,
-            count_bytes,
-            columns,
-            extended,
-        )
+        choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, extended)
         token = int32(token + blocks * (threads >> 5))
     if blocks > 1:
         cluster_arrive()

@@ -6,7 +6,7 @@ More than 32 picks take a stream each 32, of the keys below the last one that wa
 """
 
 from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_rest
-from numba_moe.gating.octets import load_eight
+from numba_moe.gating.octets import load_first
 from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, rank_of, score_of, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
@@ -52,7 +52,7 @@ LAST_ID = 0x7FFFFFFF
 def load_logits(gating_output, row, expert, end, aligned, adjusting, logits):
     """Read the logits of eight experts, adjusted; -inf from `end` on."""
     extended, logit_bias, softcap = adjusting
-    load_eight(gating_output, row + expert, end - expert, aligned, logits)
+    load_first(gating_output, row + expert, end - expert, aligned, logits)
     if extended:
         adjust(logits, 8, expert, end - expert, logit_bias, softcap)
 

@@ -64,7 +64,7 @@ MOST_COUNTS_IN_BLOCK = 2048
 
 
 @cuda.jit(device=True)
-def load_eight(array, start, count, aligned, values):
+def load_first(array, start, count, aligned, values):
     """Read the first `count` of eight floats; -inf for the others."""
     for i in range(8):
         values[i] = float32(NEGATIVE_INFINITY)
@@ -95,7 +95,7 @@ def softmax_of_octet(gating_output, start, first, end, step, aligned, extended, 
     broken = False
     at = first
     while at < end:
-        load_eight(gating_output, start + at, end - at, aligned, logits)
+        load_first(gating_output, start + at, end - at, aligned, logits)
         if extended:
             adjust(logits, 8, at, end - at, logit_bias, softcap)
         for i in range(8):
@@ -110,7 +110,7 @@ def softmax_of_octet(gating_output, start, first, end, step, aligned, extended, 
     if broken:
         at = end
     while at < end:
-        load_eight(gating_output, start + at, end - at, aligned, logits)
+        load_first(gating_output, start + at, end - at, aligned, logits)
         if extended:
             adjust(logits, 8, at, end - at, logit_bias, softcap)
         for i in range(8):
@@ -290,7 +290,7 @@ def choose_for_many(
     at = first
     while at < end:
         count = int32(end - at)
-        load_eight(gating_output, row + at, count, aligned, logits)
+        load_first(gating_output, row + at, count, aligned, logits)
         if extended:
             adjust(logits, 8, at, count, logit_bias, softcap)
         if scoring_func > SIGMOID:
@@ -304,7 +304,7 @@ def choose_for_many(
         if present(correction_bias) or (num_expert_group > 1 and group_picks > 1):
             score_all(logits, 8, scoring_func, peak, total, logits)
         if present(correction_bias):
-            load_eight(correction_bias, at, count, aligned, biases)
+            load_first(correction_bias, at, count, aligned, biases)
             for i in range(8):
                 keys[i] = order(logits[i] + biases[i])
         if num_expert_group > 1:

@@ -10,8 +10,21 @@ Consecutive slots belong to one warp, consecutive warps to one block. The positi
    or the blocks of one cluster, which read each other's counts.
 2. `place_slots` sums these counts, finds the slots of its own block by warp, and writes every slot to its place.
 
-Nine slots of experts 1 1 2 | 2 1 0 | 1 2 2, three to a block and rows padded to 4: expert 2 begins at position 8,
-two of its slots are in earlier blocks, one is before the last slot in its warp: that one goes to 8 + 2 + 0 + 1 = 11.
+Nine slots, three to a block, and rows padded to 4:
+
+    slot           0 1 2 | 3 4 5 | 6 7 8
+    its expert     1 1 2 | 2 1 0 | 1 2 2
+
+    expert         slots by block      in earlier blocks      in all    padded    begins at
+       0              0  1  0               0  0  1              1         4          0
+       1              2  1  1               0  2  3              4         4          4
+       2              1  1  2               0  1  2              4         4          8
+
+    position       0 1 2 3 | 4 5 6 7 | 8 9 10 11
+    its slot       5 . . . | 0 1 4 6 | 2 3  7  8
+
+Slot 8 goes to 8 + 2 + 0 + 1 = 11: its expert begins at 8, two slots of it are in earlier blocks, none in earlier warps of
+its block, and one before it in its warp.
 
 No position depends on which thread came first, so the order is stable and the same at every run.
 """
@@ -58,6 +71,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(num_slots: int, num_experts: int, most_in_cluster: int) -> Grid:
+    """Deal slots for a sort, where clusters have so many blocks at most."""
     most = block_threads(kernels.MOST_THREADS)
     if num_slots <= most:
         return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts, False)
@@ -74,6 +88,7 @@ def grid_of(num_slots: int, num_experts: int, most_in_cluster: int) -> Grid:
 
 
 def grid_to_count(num_slots: int, num_experts: int) -> Grid:
+    """Deal slots where they are only counted."""
     for items in (1, 4, 8):  # one block needs no zeros to add to
         threads = -(-num_slots // (128 * items)) * 128
         if threads <= block_threads(kernels.MOST_THREADS):
@@ -112,6 +127,7 @@ def workspace_size(num_slots: int, num_experts: int) -> int:
 
 
 def choices_of(topk_ids: Layout, expert_map: Layout | None, grid: Grid) -> dict[str, Any]:
+    """Return what kernels that read ids are compiled for."""
     return {"topk_ids": topk_ids.dtype, "expert_map": expert_map and expert_map.dtype, "items": grid.items}
 
 

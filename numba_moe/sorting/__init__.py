@@ -23,8 +23,8 @@ Nine slots, three to a block, and rows padded to 4:
     position       0 1 2 3 | 4 5 6 7 | 8 9 10 11
     its slot       5 . . . | 0 1 4 6 | 2 3  7  8
 
-Slot 8 goes to 8 + 2 + 0 + 1 = 11: its expert begins at 8, two slots of it are in earlier blocks, none in earlier warps of
-its block, and one before it in its warp.
+Slot 8 goes to 8 + 2 + 0 + 1 = 11: its expert begins at 8, two slots of it are in earlier blocks, none in earlier
+warps of its block, and one before it in its warp.
 
 No position depends on which thread came first, so the order is stable and the same at every run.
 """

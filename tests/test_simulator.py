@@ -153,3 +153,33 @@ def test_blocks_go_on_after_a_failed_one():
     test_sums()
     test_a_barrier_that_some_threads_never_reach_is_an_error()
     test_shuffles()
+
+
+class SlowList(list):
+    """A list to which a thread adds and then dawdles."""
+
+    def append(self, item):
+        super().append(item)
+        time.sleep(1e-4)
+
+
+def test_a_cluster_goes_on_after_a_failed_block(monkeypatch):
+    @cuda.jit
+    def fails(out):
+        cuda.syncthreads()
+        if cuda.threadIdx.x == cuda.blockDim.x - 1:
+            raise ValueError
+        cuda.syncthreads()
+
+    @cuda.jit
+    def counts(out):
+        cuda.syncthreads()
+        out[cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x] += 1
+
+    monkeypatch.setattr(simulator._Thread, "idle", SlowList())  # threads of the failed block are on their way out
+    out = np.zeros(3 * 64, np.int64)
+    for _ in range(5):
+        with pytest.raises(ValueError, match=r"^$"):
+            run(fails, 64, out)
+        simulator.launch(counts, (torch.from_numpy(out),), 3, 64, one_cluster=True)
+    assert out.tolist() == [5] * (3 * 64)

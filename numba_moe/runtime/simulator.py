@@ -139,9 +139,9 @@ if ENABLED:
                 except BaseException as error:
                     failure = error
                 self.ended = True
-                block = self._manager
+                manager, block = self._manager, self.block  # who takes this thread from the idle changes both
                 self.idle.append(self)
-                block.leave(self, failure)
+                manager.leave(block, failure)
 
         def syncthreads(self) -> None:
             self._manager.meet(self, ("block", self.block), lambda: self._manager.alive[self.block], None)
@@ -194,15 +194,15 @@ if ENABLED:
                 self.begin()
             return thread.received
 
-        def leave(self, thread: _Thread, failure: BaseException | None) -> None:
-            """Count out a thread that ended, and let another one run."""
-            self.alive[thread.block] -= 1
+        def leave(self, block: int, failure: BaseException | None) -> None:
+            """Count out a thread of a block that ended, and let another one run."""
+            self.alive[block] -= 1
             if self._failure is not None:
                 return
             if failure is not None:
                 self._fail(failure)
                 return
-            for place, alive in ((("block", thread.block), self.alive[thread.block]), ("cluster", self.all_alive())):
+            for place, alive in ((("block", block), self.alive[block]), ("cluster", self.all_alive())):
                 if len(self._waiting.get(place, ())) == alive > 0:
                     self._release(place)
             self._hand_over()

@@ -5,10 +5,13 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
+from numba_moe.cases import trained_routing
 from numba_moe.placement import balancedness, rebalance_experts
 
 ALGORITHMS = ("deepseek", "refined")
@@ -24,6 +27,7 @@ SETTINGS = {
     "128 experts, 160 slots, 32 GPUs": (128, 160, 1, 1, 32),
     "64 experts, 96 slots, 4 groups, 2 nodes, 8 GPUs": (64, 96, 4, 2, 8),
 }
+TRAINED = ("32 experts of a trained model, 40 slots, 8 GPUs", (40, 1, 1, 8))
 ZIPF_EXPONENTS = (0.5, 1.2)
 PARETO_SHAPE = 1.2
 
@@ -61,17 +65,23 @@ def time_table(repeats: int, rng: np.random.Generator) -> str:
     return tabulate(rows, headers, floatfmt=".1f")
 
 
+def gains(name: str, kind: str, weight: np.ndarray, sizes: Sequence[int]) -> list[Any]:
+    balance = []
+    for algorithm in ALGORITHMS:
+        placed = rebalance_experts(weight, *sizes, algorithm=algorithm)
+        balance.append(balancedness(weight, placed.physical_to_logical_map, sizes[-1]))
+    gain = balance[1] / balance[0]
+    return [name, kind, *(part.mean() for part in balance), gain.mean(), gain.min(), gain.max()]
+
+
 def gain_table(num_loads: int, rng: np.random.Generator) -> str:
     rows = []
     for name, (num_experts, *sizes) in SETTINGS.items():
         for kind in ("pareto", "zipf", "uniform"):
-            weight = random_loads(kind, (num_loads, num_experts), rng)
-            balance = []
-            for algorithm in ALGORITHMS:
-                placed = rebalance_experts(weight, *sizes, algorithm=algorithm)
-                balance.append(balancedness(weight, placed.physical_to_logical_map, sizes[-1]))
-            gain = balance[1] / balance[0]
-            rows.append([name, kind, *(part.mean() for part in balance), gain.mean(), gain.min(), gain.max()])
+            rows.append(gains(name, kind, random_loads(kind, (num_loads, num_experts), rng), sizes))
+    trained = [np.bincount(ids.ravel(), minlength=experts) for _, ids, experts in trained_routing()]
+    if trained:
+        rows.append(gains(TRAINED[0], f"{len(trained)} layers", np.stack(trained), TRAINED[1]))
     headers = ["setting", "loads", *ALGORITHMS, "mean gain", "worst gain", "best gain"]
     return tabulate(rows, headers, floatfmt=".4f")
 

@@ -79,7 +79,8 @@ def main() -> int:
     blocks: dict[str, Block] = {"numba_moe": ours}
     if is_registered("_moe_C.moe_permute"):
         for name in ("topk_softmax", "moe_permute", "moe_unpermute"):  # which only write to their arguments
-            torch.library.register_fake(f"_moe_C::{name}", lambda *arguments: None)
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"_moe_C::{name}", "Meta"):
+                torch.library.register_fake(f"_moe_C::{name}", lambda *arguments: None)
         blocks["vllm"] = vllm
 
     def draw(*shape: int) -> torch.Tensor:

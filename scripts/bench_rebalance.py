@@ -41,7 +41,7 @@ def random_loads(kind: str, shape: tuple[int, int], rng: np.random.Generator) ->
     return rng.permuted(1 / np.arange(1, shape[1] + 1) ** exponents, axis=1)
 
 
-def milliseconds(repeats: int, *arguments: object, algorithm: str) -> list[float]:
+def milliseconds(repeats: int, *arguments: Any, algorithm: str) -> list[float]:
     rebalance_experts(*arguments, algorithm=algorithm)  # compiles
     taken = []
     for _ in range(repeats):
@@ -56,7 +56,7 @@ def time_table(repeats: int, rng: np.random.Generator) -> str:
     for name, (num_layers, num_experts, *sizes) in TIMED.items():
         for kind in ("pareto", "zipf", "uniform"):
             weight = random_loads(kind, (num_layers, num_experts), rng)
-            row = [name, kind]
+            row: list[Any] = [name, kind]
             for algorithm in ALGORITHMS:
                 taken = milliseconds(repeats, weight, *sizes, algorithm=algorithm)
                 row += [statistics.median(taken), max(taken)]

@@ -7,6 +7,7 @@ python scripts/train_tiny_moe.py --trim tests/data/tiny_moe_routing.npz
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,10 @@ def main() -> None:
     for step in sorted({*range(0, settings.steps, max(1, settings.steps // 10)), settings.steps - 1}):
         print(f"step {step:6} loss {report.losses[step]:.4f}")
     print(f"seed {settings.seed}: loss {report.loss:.4f}, step {report.step_ms:.2f} ms on {device}")
-    for path, trace in ((given.trace, report.trace), (given.trim, trim(report.trace) if given.trim else {})):
+    written: list[tuple[Path | None, dict[str, Any]]] = [(given.trace, report.trace)]
+    if given.trim:
+        written.append((given.trim, trim(report.trace)))
+    for path, trace in written:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(path, **trace)

@@ -160,7 +160,7 @@ class Launch:
 def warps(count: int, per_block: int = 4) -> tuple[int, int]:
     """Return blocks and threads for so many warps that each work for themselves; the last block may have more."""
     if simulator.ENABLED:
-        per_block = min(per_block // 4, 4)
+        per_block //= 4
     return -(-count // per_block), 32 * per_block
 
 

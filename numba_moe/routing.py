@@ -26,8 +26,8 @@ from numba_moe.runtime.parameters import ROUTE_COLUMNS
 from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 from numba_moe.runtime.primitives import WARP, reciprocal_of
 
-# Tokens for which one block chooses; more have a cluster of blocks, of so many each, if the device has clusters. Above,
-# one block that sorts takes longer than a second launch.
+# Tokens for which one block chooses; up to MOST_TOKENS a cluster of blocks does, of so many each, if the device has
+# clusters. On an H200, of 256 experts, one block takes 4.2 us for 16 tokens and 9.3 for 64, two launches 4.2 and 5.1.
 ALONE, EACH, MOST_TOKENS = 16, 8, 64
 
 

@@ -7,7 +7,6 @@ import argparse
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import torch
 from tabulate import tabulate
 
 import numba_moe
+from numba_moe import testing
 from numba_moe.bench.contenders import is_registered, load_peers
 from numba_moe.experts import multiply_by_expert
 
-CALLS, BATCHES = 100, 5
+REPEATS = 101
 NOISE = 1.03
 
 Block = Callable[..., torch.Tensor]
@@ -53,19 +53,6 @@ def vllm(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tens
     return out
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """Return the least of a few means, of host and device together."""
-    found = []
-    for _ in range(BATCHES):  # the first records graphs, where the compiler does
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        torch.cuda.synchronize()
-        found.append((time.perf_counter() - begin) * 1e6 / CALLS)
-    return min(found)
-
-
 @torch.no_grad()
 def main() -> int:
     """Return 1 if results differ, or our compiled block takes longer than eager or than the peer's, beyond noise."""
@@ -98,9 +85,12 @@ def main() -> int:
                 call = block if mode is None else torch.compile(block, fullgraph=True, mode=mode)
                 error = (call(*arguments) - expected).norm() / expected.norm()
                 failed |= not error < 1e-2
-                times.setdefault(name, []).append(microseconds(functools.partial(call, *arguments)))
-        for own, eager, *others in zip(times["numba_moe"], 3 * times["numba_moe"][-1:], *times.values(), strict=True):
-            failed |= own > NOISE * min(eager, *others)
+                timed = functools.partial(call, *arguments)
+                testing.time_on_device(timed, REPEATS)  # in which graphs are recorded
+                times.setdefault(name, []).append(testing.time_on_device(timed, REPEATS))
+        *compiled, eager = times["numba_moe"]
+        for column, own in enumerate(compiled):
+            failed |= own > NOISE * min(eager, *(of_block[column] for of_block in times.values()))
         rows.append((num_tokens, *itertools.chain(*times.values())))
         torch.compiler.reset()
     headers = [f"{name} {how}" for name in blocks for how in ("compiled", "reduce-overhead", "eager")]

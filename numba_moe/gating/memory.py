@@ -31,12 +31,12 @@ from numba_moe.runtime.primitives import (
     NEGATIVE_INFINITY,
     WARP,
     choice_key,
+    chosen_index,
     count_lanes,
     divide,
     exp,
     larger,
     load_float,
-    order,
     present,
     warp_index,
     warp_max,
@@ -45,7 +45,6 @@ from numba_moe.runtime.primitives import (
 
 # Experts that a warp reads at a time, eight to a lane.
 STEP = 8 * WARP
-LAST_ID = 0x7FFFFFFF
 
 
 @cuda.jit(device=True)
@@ -144,8 +143,8 @@ def keep_best(gating_output, row, first, end, aligned, adjusting, rule, below, w
             key = int64(LOWEST_KEY)
             if expert + i < end:
                 broken = broken or not logits[i] < float32(INFINITY)
-                rank = order(rank_of(logits[i], expert + i, correction_bias, scoring_func, peak, total))
-                key = (int64(rank) << 32) | (LAST_ID - (expert + i))
+                rank = rank_of(logits[i], expert + i, correction_bias, scoring_func, peak, total)
+                key = choice_key(rank, expert + i)
                 if key >= below:
                     key = int64(LOWEST_KEY)
             votes = uint32(cuda.ballot_sync(ALL_LANES, key > threshold))
@@ -178,7 +177,7 @@ def score_group(gating_output, row, first, size, aligned, adjusting, rule, group
         below = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
         mine = float32(0.0)
         if cuda.laneid < wanted:
-            expert = int32(LAST_ID - (best & LAST_ID))
+            expert = chosen_index(best)
             logit = load_logit(gating_output, row, expert, adjusting)
             if group_picks == 1 or present(correction_bias):
                 mine = rank_of(logit, expert, correction_bias, scoring_func, peak, total)
@@ -312,7 +311,7 @@ def choose_from_memory(
                 best, finite = keep_best(*where, adjusting, rule, below, wanted, best)
                 usable = usable and finite
         below = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
-        chosen = int32(LAST_ID - (best & LAST_ID))
+        chosen = chosen_index(best)
         if scoring_func == SOFTMAX and not whole_softmax and (not usable or total == float32(0.0)):
             chosen = int32(base + lane)  # all experts of a row without a softmax have rank 0
             total = float32(0.0)

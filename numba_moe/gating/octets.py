@@ -41,6 +41,7 @@ from numba_moe.runtime.primitives import (
     LOWEST_KEY,
     LOWEST_ORDER,
     NEGATIVE_INFINITY,
+    chosen_index,
     count_lanes,
     divide,
     exp,
@@ -52,6 +53,7 @@ from numba_moe.runtime.primitives import (
     order,
     present,
     quotient,
+    rank_key,
     value_of,
     warp_index,
     warp_max,
@@ -198,12 +200,12 @@ def choose_at_edge(
                 expert = int32(base + 32 * i + cuda.laneid)
                 if expert < num_experts and (groups >> (quotient(expert, group_size) * lanes)) & 1:
                     rank = order(rank_of(logits[i], expert, correction_bias, scoring_func, peak, total))
-                    key = (int64(rank) << 32) | (0x7FFFFFFF - expert)
+                    key = rank_key(rank, expert)
                     if (rank | mask) == (edge | mask) and key < last:
                         best = max(best, key)
         last = warp_max(best)
         if cuda.laneid == pick:
-            found = int32(0x7FFFFFFF - (last & 0x7FFFFFFF))
+            found = chosen_index(last)
     return found
 
 

@@ -381,17 +381,18 @@ def value_of(bits):
 
 
 @cuda.jit(device=True)
+def rank_key(rank, index):
+    """Return one integer that orders candidates by rank, an int32, then by lower index."""
+    return (int64(rank) << 32) | (0x7FFFFFFF - index)
+
+
+@cuda.jit(device=True)
 def choice_key(value, index):
     """Return one integer that orders candidates by value, then by lower index; NaN ranks with -inf."""
-    if value != value:
-        value = float32(NEGATIVE_INFINITY)
-    bits = int64(float_as_int(value + float32(0.0)))  # -0.0 becomes 0.0
-    if bits < 0:
-        bits = bits ^ 0x7FFFFFFF
-    return (bits << 32) | (0xFFFFFFFF - index)
+    return rank_key(order(value), index)
 
 
 @cuda.jit(device=True)
 def chosen_index(key):
-    """Return the index that went into a choice key."""
-    return int32(0xFFFFFFFF - (key & 0xFFFFFFFF))
+    """Return the index that went into a key."""
+    return int32(0x7FFFFFFF - (key & 0x7FFFFFFF))

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from numba_moe import align_sizes, verification
@@ -419,15 +418,6 @@ def describe(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={short(value)}" for name, value in arguments.items())
 
 
-def table(outcomes: Mapping[str, list[Outcome]]) -> str:
-    """Count, for each op, the cases, those that failed, and the elements that differ."""
-    lines = [
-        (op, len(found), sum(not outcome.passed for outcome in found), sum(outcome.mismatches for outcome in found))
-        for op, found in outcomes.items()
-    ]
-    return tabulate(lines, ("op", "cases", "failed", "mismatches"))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a run."""
     defaults = f"{ON_GPU.cases}, or {IN_SIMULATOR.cases} smaller ones in the simulator"
@@ -449,18 +439,18 @@ def run(options: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     chosen = [(index, random_case(index, limits)) for index in indices]
     chosen = [(index, case) for index, case in chosen if fnmatch.fnmatch(case.op, options.op)]
-    outcomes: dict[str, list[Outcome]] = {}
+    outcomes: list[Outcome] = []
     failures = 0
     for index, case in tqdm(chosen, unit="case", disable=not sys.stderr.isatty(), leave=False):
         seed = (options.seed, index)
         outcome = verification.run_case(case, seed, "cuda" if on_gpu else "cpu", timed=False)
-        outcomes.setdefault(case.op, []).append(outcome)
+        outcomes.append(outcome)
         failures += not outcome.passed
         if options.index is not None or (not outcome.passed and failures <= FAILURES_SHOWN):
             print(f"{case.op}({describe(case.arguments(np.random.default_rng(seed)))})")
         if not outcome.passed and failures <= FAILURES_SHOWN:
             print(f"  FAILED {outcome.message or 'repeats differ, or arguments are not left as they should be'}")
             print(f"  again: python scripts/random_cases.py --seed {options.seed} --index {index}")
-    print(table(outcomes))
+    print(verification.summary(outcomes))
     print(f"{len(chosen) - failures} passed, {failures} failed")
     return 1 if failures or not chosen else 0

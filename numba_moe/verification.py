@@ -11,7 +11,7 @@ import pickle
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +133,24 @@ def table(outcomes: list[Outcome]) -> str:
     return tabulate(rows, headers, floatfmt=formats, missingval="-")
 
 
+def summary(outcomes: Iterable[Outcome]) -> str:
+    """Count, for each op, the cases, those that failed, and the elements that differ; and say the largest error."""
+    by_op: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_op.setdefault(outcome.op, []).append(outcome)
+    rows = [
+        (
+            op,
+            len(found),
+            sum(not outcome.passed for outcome in found),
+            sum(outcome.mismatches for outcome in found),
+            max(outcome.error for outcome in found),
+        )
+        for op, found in by_op.items()
+    ]
+    return tabulate(rows, ("op", "cases", "failed", "mismatches", "error / tolerance"), floatfmt=".2g")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verification."""
     parser.add_argument("--op", action="append", metavar="PATTERN", help="only these ops; * and ? match")
@@ -191,10 +209,12 @@ def run(options: argparse.Namespace) -> int:
     print(", ".join(f"{name} {value}" for name, value in where.items() if name != "device"))
     progress = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
     outcomes = [run_case(case, options.seed, "cuda" if on_gpu else "cpu") for case in progress]
-    print(table(outcomes))
+    print(table(outcomes), summary(outcomes), sep="\n\n")
     if options.json is not None:
         report = {"environment": where, "outcomes": [{**o._asdict(), "passed": o.passed} for o in outcomes]}
         options.json.write_text(json.dumps(report, indent=1))
-    failed = sum(not outcome.passed for outcome in outcomes)
-    print(f"{len(outcomes) - failed} passed, {failed} failed")
-    return 1 if failed or not outcomes else 0
+    failures = [outcome for outcome in outcomes if not outcome.passed]
+    if failures:
+        print(table(failures))
+    print(f"{len(outcomes) - len(failures)} passed, {len(failures)} failed")
+    return 1 if failures or not outcomes else 0

@@ -201,6 +201,7 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert cli.main(["verify", "--op", "expert_*", "--case", "no experts", "--seed", "3", "--json", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "CUDA" in lines[0] or "NVIDIA" in lines[0]
+    assert lines[-2].split() == ["expert_offsets", "1", "0", "0", "0"]
     assert lines[-1] == "1 passed, 0 failed"
     [outcome] = json.loads(path.read_text())["outcomes"]
     assert outcome["op"] == "expert_offsets"

@@ -6,8 +6,7 @@ More than 32 picks take a stream each 32, of the keys below the last one that wa
 """
 
 from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_rest
-from numba_moe.gating.octets import load_first
-from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, rank_of, score_of, weight_of
+from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, load_first, rank_of, score_of, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
     Extended,

@@ -18,7 +18,16 @@ from numba_moe.gating.extras import (
     write_shared,
 )
 from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
-from numba_moe.gating.rows import SIGMOID, SMALLEST_SUM, SOFTMAX, lower_infinity, rank_of, score_all, weight_of
+from numba_moe.gating.rows import (
+    SIGMOID,
+    SMALLEST_SUM,
+    SOFTMAX,
+    load_first,
+    lower_infinity,
+    rank_of,
+    score_all,
+    weight_of,
+)
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
     Extended,
@@ -49,7 +58,6 @@ from numba_moe.runtime.primitives import (
     flat,
     larger,
     load_float,
-    load_floats,
     order,
     present,
     quotient,
@@ -63,23 +71,6 @@ LANES = 8
 MOST_PICKS = 8
 # So many counters at most a block has of its own, to add its tokens at once to those that all blocks share.
 MOST_COUNTS_IN_BLOCK = 2048
-
-
-@cuda.jit(device=True)
-def load_first(array, start, count, aligned, values):
-    """Read the first `count` of eight floats; -inf for the others."""
-    for i in range(8):
-        values[i] = float32(NEGATIVE_INFINITY)
-    if aligned:  # and count is a multiple of four
-        for half in range(2):
-            if 4 * half < count:
-                four = load_floats(array, start + 4 * half)
-                for i in range(4):
-                    values[4 * half + i] = four[i]
-    else:
-        for i in range(8):
-            if i < count:
-                values[i] = load_float(array, start + i)
 
 
 @cuda.jit(device=True)

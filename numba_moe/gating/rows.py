@@ -1,7 +1,17 @@
-"""Scores, ranks and weights of one expert, shared by the kernels of gating."""
+"""Logits, scores, ranks and weights, as the kernels of gating share them."""
 
 from numba_moe.runtime.dialect import cuda, float32
-from numba_moe.runtime.primitives import INFINITY, NEGATIVE_INFINITY, exp, larger, present, reciprocal, square_root
+from numba_moe.runtime.primitives import (
+    INFINITY,
+    NEGATIVE_INFINITY,
+    exp,
+    larger,
+    load_float,
+    load_floats,
+    present,
+    reciprocal,
+    square_root,
+)
 
 SCORING = ("softmax", "sigmoid", "softplus_sqrt", "raw")
 SOFTMAX = 0
@@ -23,6 +33,23 @@ def softplus(value):
     series = float32(1.0 / 3.0) + square * series
     series = float32(1.0) + square * series
     return larger(value, float32(0.0)) + float32(2.0) * part * series
+
+
+@cuda.jit(device=True)
+def load_first(array, start, count, aligned, values):
+    """Read the first `count` of eight floats; -inf for the others."""
+    for i in range(8):
+        values[i] = float32(NEGATIVE_INFINITY)
+    if aligned:  # and count is a multiple of four
+        for half in range(2):
+            if 4 * half < count:
+                four = load_floats(array, start + 4 * half)
+                for i in range(4):
+                    values[4 * half + i] = four[i]
+    else:
+        for i in range(8):
+            if i < count:
+                values[i] = load_float(array, start + i)
 
 
 @cuda.jit(device=True)

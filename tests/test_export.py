@@ -219,6 +219,7 @@ given = {
     "num_experts": num_experts,
     "stride": -(-num_experts // 8) * 8,
     "num_positions": 0,
+    "num_words": 0,
 }
 scalars = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 values = []

@@ -26,7 +26,7 @@ def test_calls_are_ranges_in_the_profile(monkeypatch):
     def double(array):
         return array * 2
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
         assert double(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
     assert "numba_moe::double" in {event.key for event in profiled.key_averages()}
 

@@ -178,10 +178,12 @@ class Other(torch.nn.Module):
 
 
 def assert_layer_agrees(model, layer, rows, ids, weights):
-    found = {}
-    for implementation in ("eager", interop.NAME):
+    own, found = ids < len(layer.down_proj), {}
+    # Not every version's eager experts leave out the ids of other ranks.
+    arguments = {"eager": (ids.where(own, 0), weights.where(own, 0)), interop.NAME: (ids, weights)}
+    for implementation, given in arguments.items():
         model.set_experts_implementation(implementation)
-        result = layer(rows, ids, weights)
+        result = layer(rows, *given)
         found[implementation] = (
             result,
             *torch.autograd.grad(result.square().sum(), [rows, weights, *layer.parameters()]),
@@ -201,7 +203,7 @@ def test_ids_of_other_ranks_and_gates_of_its_own(with_own_gate, with_norm):
         assert interop.find_gate(layer) is None
     rows = torch.randn(9, 32, requires_grad=True)
     weights = torch.rand(9, 2, requires_grad=True)
-    ids = torch.rand(9, 5).topk(2).indices  # 4 stands for an expert of another rank, which eager leaves out
+    ids = torch.rand(9, 5).topk(2).indices  # 4 stands for an expert of another rank
     if with_norm:
         layer.has_post_expert_norm, layer.post_expert_norm = True, torch.nn.Identity()
     with simulator.running() if simulator.ENABLED else contextlib.nullcontext():

@@ -113,30 +113,36 @@ def _function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _result_type(function: Callable[..., Any]) -> Any:
-    """Return the NamedTuple that a function returns, None if it returns a tensor."""
-    annotation = inspect.signature(function, eval_str=True).return_annotation
-    return annotation if hasattr(annotation, "_fields") else None
+class Result(NamedTuple):
+    """A NamedTuple that a function returns, and what its fields are: None is a tensor."""
+
+    kind: Any
+    fields: "tuple[Result | None, ...]"
 
 
-def _parts(result: Any) -> list[Any]:
-    """Return the NamedTuples, or None for a tensor, that the fields of a NamedTuple are."""
-    kinds = inspect.get_annotations(result, eval_str=True).values()
-    return [kind if hasattr(kind, "_fields") else None for kind in kinds]
+def _result_of(annotation: Any) -> Result | None:
+    if not hasattr(annotation, "_fields"):
+        return None
+    fields = inspect.get_annotations(annotation, eval_str=True).values()
+    return Result(annotation, tuple(map(_result_of, fields)))
 
 
-def num_tensors(result: Any) -> int:
-    """Count the tensors of a NamedTuple, in which there may be others."""
-    return sum(1 if part is None else num_tensors(part) for part in _parts(result))
+def _result_type(function: Callable[..., Any]) -> Result | None:
+    return _result_of(inspect.signature(function, eval_str=True).return_annotation)
+
+
+def num_tensors(result: Result | None) -> int:
+    """Count the tensors of a result."""
+    return 1 if result is None else sum(map(num_tensors, result.fields))
 
 
 def _flat(found: Any) -> list[Any]:
     return [leaf for part in found for leaf in (_flat(part) if isinstance(part, tuple) else [part])]
 
 
-def _rebuild(result: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """Return a NamedTuple of the tensors of `_flat`."""
-    return result(*(next(tensors) if part is None else _rebuild(part, tensors) for part in _parts(result)))
+def _rebuild(result: Result | None, tensors: Iterator[torch.Tensor]) -> Any:
+    """Return a result of the tensors of `_flat`."""
+    return next(tensors) if result is None else result.kind(*(_rebuild(field, tensors) for field in result.fields))
 
 
 def schema(name: str, function: Callable[..., Any], op: Op, writes: bool) -> str:
@@ -201,9 +207,9 @@ def _register(name: str, text: str, function: Callable[..., Any], results: Calla
     torch.library.register_fake(f"{LIBRARY}::{name}", fake)
 
 
-def _define() -> dict[str, Any]:
+def _define() -> dict[str, Result | None]:
     """Register all ops; return the types of their results."""
-    types_of_results: dict[str, Any] = {}
+    types_of_results: dict[str, Result | None] = {}
     for name, op in OPS.items():
         function = _function(name)
         types_of_results[name] = _result_type(function)

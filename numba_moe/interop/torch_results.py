@@ -11,13 +11,19 @@ def int32(like: torch.Tensor, *shape: Any) -> torch.Tensor:
     return like.new_empty(shape, dtype=torch.int32)
 
 
+def smaller(one: Any, other: Any) -> Any:
+    """Return the smaller of two numbers, of symbols without comparing them."""
+    # As dynamo traces, symbols are integers and it minds them itself; not every version traces sym_min of others.
+    return min(one, other) if isinstance(one, int) and isinstance(other, int) else torch.sym_min(one, other)
+
+
 def sorted_slots(num_slots: Any, block_size: Any, num_experts: Any, pad_sorted_ids: bool) -> Any:
-    """Return what the reference's `max_sorted_slots` does, for symbols too: without a comparison of them.
+    """Return what the reference's `max_sorted_slots` does, for symbols too.
 
     >>> sorted_slots(100, 16, 8, False), sorted_slots(100, 16, 8, True), sorted_slots(3, 16, 8, False)
     (220, 224, 48)
     """
-    length = num_slots + torch.sym_min(num_slots, num_experts) * (block_size - 1)
+    length = num_slots + smaller(num_slots, num_experts) * (block_size - 1)
     return -(-length // block_size) * block_size if pad_sorted_ids else length
 
 
@@ -29,7 +35,8 @@ def scheduled_blocks(num_slices: Any, num_rows: Any) -> Any:
     """
     if isinstance(num_slices, int) and num_slices == 0:
         return min(num_rows, 0)
-    return torch.sym_min(num_slices, num_rows) + torch.sym_max(num_rows - num_slices, 0) // BLOCK_SIZES[0]
+    first = smaller(num_slices, num_rows)
+    return first + (num_rows - first) // BLOCK_SIZES[0]
 
 
 def align(

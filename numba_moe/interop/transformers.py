@@ -81,6 +81,10 @@ def _gate_of(experts: torch.nn.Module) -> Gate | None:
         return _gates.setdefault(experts, find_gate(experts))
 
 
+def _has_norm(experts: torch.nn.Module) -> bool:
+    return getattr(experts, "has_post_expert_norm", False)  # which transformers knows since 5.20
+
+
 def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -94,7 +98,7 @@ def experts_forward(
     rows, ids = hidden_states.to(up.dtype), top_k_index.contiguous()  # autocast leaves them in other dtypes
     weights = top_k_weights.contiguous()
     gate = _gate_of(self)
-    if gate is None or self.has_post_expert_norm:
+    if gate is None or _has_norm(self):
         combined = _with_own_gate(self, rows, up, down, weights, ids, up_bias, down_bias)
     else:
         options: dict[str, Any] = {"gate_up_bias": up_bias, "down_bias": down_bias, **gate._asdict()}
@@ -126,7 +130,7 @@ def _with_own_gate(
     rows = multiply(permuted.permuted_hidden_states, up, up_bias)
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
     rows = multiply(rows, down, down_bias)
-    if self.has_post_expert_norm:
+    if _has_norm(self):
         rows = self.post_expert_norm(rows)
     return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx)
 

@@ -19,11 +19,11 @@ from numba_moe.gating.extras import (
 )
 from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
 from numba_moe.gating.rows import (
-    SIGMOID,
     SMALLEST_SUM,
     SOFTMAX,
     load_first,
-    lower_infinity,
+    lower_unscored,
+    not_all_finite,
     rank_of,
     score_all,
     weight_of,
@@ -59,6 +59,7 @@ from numba_moe.runtime.primitives import (
     larger,
     load_float,
     order,
+    order_of_number,
     present,
     quotient,
     rank_key,
@@ -272,6 +273,7 @@ def choose_for_many(
     if whole_softmax:
         peak, total = softmax_of_octet(gating_output, row, first, end, stride, aligned, extended, logit_bias, softcap)
     logits = cuda.local.array(8, float32)
+    scores = cuda.local.array(8, float32)
     biases = cuda.local.array(8, float32)
     keys = cuda.local.array(8, int32)
     values = cuda.local.array(8, int32)
@@ -286,24 +288,25 @@ def choose_for_many(
         load_first(gating_output, row + at, count, aligned, logits)
         if extended:
             adjust(logits, 8, at, count, logit_bias, softcap)
-        if scoring_func > SIGMOID:
-            lower_infinity(logits, 8)
+        if not_all_finite(logits, 8):
+            for i in range(8):
+                broken = broken or not logits[i] < float32(INFINITY)
+            lower_unscored(logits, 8, scoring_func)
         for i in range(8):
-            broken = broken or not logits[i] < float32(INFINITY)
-            keys[i] = order(logits[i])
+            keys[i] = order_of_number(logits[i])
         if total == float32(0.0):
             for i in range(8):
                 keys[i] = 0
-        if present(correction_bias) or (num_expert_group > 1 and group_picks > 1):
-            score_all(logits, 8, scoring_func, peak, total, logits)
         if present(correction_bias):
+            score_all(logits, 8, scoring_func, peak, total, scores)
             load_first(correction_bias, at, count, aligned, biases)
             for i in range(8):
-                keys[i] = order(logits[i] + biases[i])
+                keys[i] = order(scores[i] + biases[i])
         if num_expert_group > 1:
             if group_picks > 1 and not present(correction_bias):
+                score_all(logits, 8, scoring_func, peak, total, scores)
                 for i in range(8):
-                    values[i] = order(logits[i])
+                    values[i] = order(scores[i])
             else:
                 for i in range(8):
                     values[i] = keys[i]
@@ -403,7 +406,7 @@ def choose_for_many(
             scale = divide(scale, weight_sum)
     if not extended:
         if is_pick and exists:
-            slot = int64(token) * top_k + member
+            slot = int32(token * top_k + member)
             topk_ids[slot] = chosen
             topk_weights[slot] = weight * scale
         return
@@ -424,8 +427,8 @@ def choose_for_many(
         exists = False
     if exists:
         if is_pick:
-            slot = int64(token) * num_slots + member
-            write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
+            slot = int32(token * num_slots + member)
+            write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
             topk_weights[slot] = float32(0.0) if is_zero else weight * scale
         if renormalize:
             shared = float32(1.0)

@@ -62,10 +62,11 @@ class GatingPlan(NamedTuple):
     choices: dict[str, Any]
 
 
-def in_vectors(gating_output: Layout, group_size: int) -> bool:
+def in_vectors(gating_output: Layout, group_size: int, size: int = 4) -> bool:
     """Whether the logits of every group can be read four at a time."""
     stride = gating_output.shape[1] if gating_output.strides is None else gating_output.strides[0]
-    return not (group_size % 4 or stride % 4 or gating_output.address % (4 * gating_output.dtype.itemsize))
+    bytes_read = min(16, size * gating_output.dtype.itemsize)
+    return not (group_size % size or stride % size or gating_output.address % bytes_read)
 
 
 def _plan(
@@ -125,7 +126,8 @@ def _plan(
         whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
         mask = (1 << (num_experts - 1).bit_length()) - 1
         exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
-        of_row = (*sizes, int(aligned), top_k, scoring, int(whole_softmax))
+        together = 8 if aligned and in_vectors(gating_output, group_size, 8) else 4 * aligned
+        of_row = (*sizes, int(together), top_k, scoring, int(whole_softmax))
         of_keys = ((octets.LANES // num_expert_group).bit_length() - 1, mask, int(exact))
         in_block = extra.num_counts if extra.num_counts <= octets.MOST_COUNTS_IN_BLOCK else 0
         where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))

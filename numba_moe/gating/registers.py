@@ -15,7 +15,15 @@ Experts rank by their logits, or by score + bias where there is a correction bia
 
 from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_rest
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
-from numba_moe.gating.rows import SIGMOID, SMALLEST_SUM, SOFTMAX, lower_infinity, rank_of, score_all, weight_of
+from numba_moe.gating.rows import (
+    SMALLEST_SUM,
+    SOFTMAX,
+    lower_unscored,
+    not_all_finite,
+    rank_of,
+    score_all,
+    weight_of,
+)
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.parameters import (
     Columns,
@@ -45,6 +53,7 @@ from numba_moe.runtime.primitives import (
     load_float,
     load_floats,
     order,
+    order_of_number,
     present,
     value_of,
     warp_highest,
@@ -72,12 +81,12 @@ def load_row(gating_output, start, count, aligned, columns, logits):
 
 
 @cuda.jit(device=True)
-def has_softmax(logits, columns):
-    """Whether no logit of the warp's row is NaN or +inf."""
+def has_no_softmax(logits, columns):
+    """Whether a logit is NaN or +inf."""
     broken = False
     for column in range(columns):
         broken = broken or not logits[column] < float32(INFINITY)
-    return cuda.ballot_sync(ALL_LANES, broken) == 0
+    return broken
 
 
 @cuda.jit(device=True)
@@ -180,12 +189,12 @@ def pick_keys(ranks, columns, first, best, top_k):
         last = winning
         if lane == pick:
             mine = winning
-        if best[0] == winning:
-            for i in range(depth - 1):
-                best[i] = best[i + 1]
-            best[depth - 1] = LOWEST_ORDER
-            if columns > depth and best[0] == LOWEST_ORDER:
-                best[0] = highest_below(ranks, columns, first, winning)
+        moves_up = best[0] == winning
+        for i in range(depth - 1):
+            best[i] = best[i + 1] if moves_up else best[i]
+        best[depth - 1] = LOWEST_ORDER if moves_up else best[depth - 1]
+        if columns > depth and moves_up and best[0] == LOWEST_ORDER:
+            best[0] = highest_below(ranks, columns, first, winning)
         pick = int32(pick + 1)
         winning = warp_highest(best[0])
     return mine, pick, (winning | mask) != (last | mask)
@@ -281,16 +290,20 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, e
         adjust(logits, columns, first, count, logit_bias, softcap)
     peak = float32(0.0)
     total = float32(1.0)
+    broken = False
+    if not_all_finite(logits, columns):
+        broken = has_no_softmax(logits, columns)
+        lower_unscored(logits, columns, scoring_func)
     if scoring_func == SOFTMAX:
-        if not has_softmax(logits, columns):
+        if cuda.ballot_sync(ALL_LANES, broken) != 0:
             total = float32(0.0)
         elif whole_softmax:
             peak, total = sum_exponentials(logits, columns)
-    elif scoring_func > SIGMOID:
-        lower_infinity(logits, columns)
-    kept = int32(0 if total == float32(0.0) else -1)  # all experts of a row without a softmax have rank 0
     for column in range(columns):
-        ranks[column] = order(logits[column]) & kept
+        ranks[column] = order_of_number(logits[column])
+    if total == float32(0.0):
+        for column in range(columns):
+            ranks[column] = 0
     if present(correction_bias) or (num_expert_group > 1 and group_picks > 1):
         score_all(logits, columns, scoring_func, peak, total, logits)
     if present(correction_bias):
@@ -326,20 +339,21 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, e
                 logit = adjusted(logit, chosen, logit_bias, softcap)
             rank = order(rank_of(logit, chosen, correction_bias, scoring_func, peak, total))
         next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
-        if cuda.ballot_sync(ALL_LANES, lane + 1 < picks and rank < next_rank) != 0:
+        if cuda.ballot_sync(ALL_LANES, int32(lane + 1) < picks and rank < next_rank) != 0:
             source = lane_of_pick(rank, picks)
             chosen = cuda.shfl_sync(ALL_LANES, chosen, source)
             logit = cuda.shfl_sync(ALL_LANES, logit, source)
 
-    first_pick = int64(token) * num_slots
+    first_slot = int32(token * num_slots)
     weight_sum = float32(0.0)
     weight = float32(0.0)
     identity = float32(0.0)
     base = int32(0)
     while base < top_k:
-        is_mine = base + lane < top_k
+        pick = int32(base + lane)
+        is_mine = pick < top_k
         if not decided:
-            chosen = choose_one_by_one(ranks, columns, first, int32(min(top_k - base, WARP)))
+            chosen = choose_one_by_one(ranks, columns, first, min(int32(top_k - base), int32(WARP)))
             if is_mine:
                 logit = load_float(gating_output, row + chosen)
                 if extended:
@@ -351,9 +365,9 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, e
         weight = float32(0.0)
         if is_mine:
             weight = weight_of(logit, scoring_func, peak, total)
-            slot = first_pick + (base + lane)
+            slot = int32(first_slot + pick)
             if extended:
-                write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
+                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
             else:
                 topk_ids[slot] = chosen
             if top_k > WARP:
@@ -363,19 +377,23 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, e
             identity += weight
             weight = float32(0.0)
             if top_k > WARP:
-                topk_weights[first_pick + (base + lane)] = weight
+                topk_weights[int32(first_slot + pick)] = weight
         base = int32(base + WARP)
 
     scale = float32(routed_scaling_factor)
     if renormalize:
-        weight_sum = warp_sum(weight_sum)
+        lanes = int32(min(top_k, WARP))
+        distance = int32(1)
+        while distance < lanes:
+            weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
+            distance = int32(distance << 1)
         if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
     if top_k > WARP:
         for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
-            topk_weights[first_pick + pick] *= scale
+            topk_weights[int32(first_slot + pick)] *= scale
     elif lane < top_k:
-        topk_weights[first_pick + lane] = weight * scale
+        topk_weights[int32(first_slot + lane)] = weight * scale
     if extended:
         rest = (num_slots, num_shared, shared_factor, topk_weights, topk_ids, identity_weights)
         write_rest(token, scale, weight_sum, identity, renormalize, rest, ids, dispatch, counting)

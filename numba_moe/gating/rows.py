@@ -5,7 +5,9 @@ from numba_moe.runtime.primitives import (
     INFINITY,
     NEGATIVE_INFINITY,
     exp,
+    fma,
     larger,
+    load_eight,
     load_float,
     load_floats,
     present,
@@ -40,7 +42,12 @@ def load_first(array, start, count, aligned, values):
     """Read the first `count` of eight floats; -inf for the others."""
     for i in range(8):
         values[i] = float32(NEGATIVE_INFINITY)
-    if aligned:  # and count is a multiple of four
+    if aligned == 8:  # and so is count
+        if count > 0:
+            eight = load_eight(array, start)
+            for i in range(8):
+                values[i] = eight[i]
+    elif aligned:  # and count is a multiple of four
         for half in range(2):
             if 4 * half < count:
                 four = load_floats(array, start + 4 * half)
@@ -87,10 +94,23 @@ def score_all(logits, count, scoring_func, peak, total, scores):
 
 
 @cuda.jit(device=True)
-def lower_infinity(logits, count):
-    """Let +inf be -inf, by which it ranks where no score stands for it; so may NaN, which ranks there anyway."""
+def not_all_finite(logits, count):
+    """Whether any logit is infinite or NaN: its product with 0 is NaN then, and so is the sum of these."""
+    even = float32(0.0)
+    odd = float32(0.0)  # two sums, neither of which waits for the other
     for i in range(count):
-        if not logits[i] < float32(INFINITY):
+        if i % 2 == 0:
+            even = fma(logits[i], float32(0.0), even)
+        else:
+            odd = fma(logits[i], float32(0.0), odd)
+    return even != odd
+
+
+@cuda.jit(device=True)
+def lower_unscored(logits, count, scoring_func):
+    """Let NaN be -inf, by which it ranks, and so +inf where no score stands for it."""
+    for i in range(count):
+        if not logits[i] < float32(INFINITY) and (scoring_func > SIGMOID or logits[i] != float32(INFINITY)):
             logits[i] = float32(NEGATIVE_INFINITY)
 
 

@@ -1,6 +1,7 @@
 """`fused_experts` where torch compiles: its steps, each an op, so that the compiler sees torch's and ours alike.
 
-GEMMs by expert are ops of their own, which choose between one grouped GEMM and one for each expert when they run.
+GEMMs by expert are torch's grouped one, which the compiler knows, where it is known as torch traces that it serves.
+Otherwise they are ops of their own, which choose between it and one GEMM for each expert when they run.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,20 @@ def _is_grouped(differentiable: bool, *matrices: torch.Tensor) -> bool:
     )
     wide = all(matrix.numel() and matrix.shape[-1] * matrix.dtype.itemsize % ALIGNMENT == 0 for matrix in matrices)
     return aligned and wide and has_grouped(first.dtype, first.device, differentiable)
+
+
+@torch.compiler.assume_constant_result
+def _device_has_grouped(dtype: torch.dtype, device: torch.device, differentiable: bool) -> bool:
+    return has_grouped(dtype, device, differentiable)
+
+
+def _multiply_traced(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    _, *sizes = weights.shape
+    if all(type(size) is int for size in sizes) and weights.numel() and rows.shape[0] > 0:
+        aligned = all(size * weights.dtype.itemsize % ALIGNMENT == 0 for size in sizes)
+        if aligned and _device_has_grouped(rows.dtype, rows.device, torch.is_grad_enabled()):
+            return multiply_by_expert(rows, weights, ends, grouped=True)
+    return OPS.multiply_by_expert(rows, weights, ends)
 
 
 def _multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -120,4 +135,4 @@ def fused_experts(
     num_experts = down_proj.shape[0] if expert_map is None else expert_map.shape[0]
     matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     choice = (topk_weights, topk_ids, expert_map)
-    return compose(hidden_states, *matrices, *choice, num_experts, options, OPS.multiply_by_expert)
+    return compose(hidden_states, *matrices, *choice, num_experts, options, _multiply_traced)

@@ -193,8 +193,12 @@ def _register(name: str, text: str, function: Callable[..., Any], results: Calla
         if isinstance(given.get("out"), list):
             given["out"] = tuple(given["out"])
         first = next(value for value in args if isinstance(value, torch.Tensor))
-        with torch.cuda.device_of(first):
+        device = first.get_device()
+        if device < 0 or device == torch.cuda.current_device():
             found = function(**given)
+        else:
+            with torch.cuda.device(device):
+                found = function(**given)
         if text.endswith("()"):
             return None
         return (

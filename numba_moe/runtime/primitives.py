@@ -57,6 +57,7 @@ of_block: Any
 as_int16: Any
 as_int64: Any
 tanh: Any
+fma: Any
 exp2: Any
 reciprocal: Any
 square_root: Any
@@ -191,6 +192,9 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def tanh(value: Any) -> Any:
         return np.tanh(np.float32(value))
 
+    def fma(factor: Any, value: Any, total: Any) -> Any:
+        return add_scaled((total,), factor, (value,))[0]
+
     def exp2(value: Any) -> Any:
         with np.errstate(all="ignore"):
             return np.exp2(np.float32(value))
@@ -239,6 +243,7 @@ else:
     as_int16 = Deferred("numba_moe.runtime.intrinsics", "as_int16")
     as_int64 = Deferred("numba_moe.runtime.intrinsics", "as_int64")
     tanh = Deferred("numba.cuda.libdevice", "tanhf")
+    fma = Deferred("numba.cuda.libdevice", "fmaf")  # factor * value + total
     tail = Deferred("numba_moe.runtime.intrinsics", "tail")
 
 
@@ -368,10 +373,16 @@ def first_above(sums, size, value):
 
 
 @cuda.jit(device=True)
-def order(value):
-    """Return an int32 above LOWEST_ORDER that orders as the float does; -0.0 is 0.0, and NaN is -inf."""
-    bits = int32(float_as_int(larger(value, float32(NEGATIVE_INFINITY)) + float32(0.0)))
+def order_of_number(value):
+    """Return an int32 above LOWEST_ORDER that orders as the float, which is not NaN, does; -0.0 is 0.0."""
+    bits = int32(float_as_int(value + float32(0.0)))
     return int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@cuda.jit(device=True)
+def order(value):
+    """Return what `order_of_number` does; NaN is -inf."""
+    return order_of_number(larger(value, float32(NEGATIVE_INFINITY)))
 
 
 @cuda.jit(device=True)

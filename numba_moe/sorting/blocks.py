@@ -9,17 +9,17 @@ ROW_BATCH_WORDS = 4 * ROW_BATCH
 
 
 @cuda.jit(device=True)
-def sum_blocks(block_counts, stride, first, size, in_earlier, in_others):
-    """Add the counts of earlier blocks to in_earlier[:size], those of the others to in_others.
+def sum_blocks(block_counts, stride, first, size, in_earlier, in_all):
+    """Add the counts of earlier blocks to in_earlier[:size], those of all blocks to in_all.
 
-    A thread takes eight experts of every so many blocks.
+    A thread takes eight experts of every so many blocks. Counts are added in pairs as they lie in a word, which holds
+    those of a batch.
     """
     words = cuda.local.array(ROW_BATCH_WORDS, int32)
-    earlier = cuda.local.array(8, int32)
-    others = cuda.local.array(8, int32)
-    for i in range(8):
-        earlier[i] = 0
-        others[i] = 0
+    pairs = cuda.local.array(8, int32)  # of the earlier blocks of a batch, of all
+    sums = cuda.local.array(16, int32)
+    for i in range(16):
+        sums[i] = 0
     thread = int32(cuda.threadIdx.x)
     mine = int32(cuda.blockIdx.x)
     last = int32(cuda.gridDim.x - 1)
@@ -34,18 +34,21 @@ def sum_blocks(block_counts, stride, first, size, in_earlier, in_others):
                 four = load_words(block_counts, int64(block) * stride + first + expert)
                 for i in range(4):
                     words[4 * turn + i] = four[i]
+            for i in range(8):
+                pairs[i] = 0
             for turn in range(ROW_BATCH):
                 block = int32(row + turn * rows)
-                for i in range(8):
-                    count = int32((words[4 * turn + i // 2] >> (16 * (i % 2))) & 0xFFFF)
+                for i in range(4):
                     if block < mine:
-                        earlier[i] = int32(earlier[i] + count)
-                    elif block <= last:
-                        others[i] = int32(others[i] + count)
+                        pairs[i] = int32(pairs[i] + words[4 * turn + i])
+                    if block <= last:
+                        pairs[4 + i] = int32(pairs[4 + i] + words[4 * turn + i])
+            for i in range(16):
+                sums[i] = int32(sums[i] + ((pairs[i // 2] >> (16 * (i % 2))) & 0xFFFF))
             row = int32(row + ROW_BATCH * rows)
         for i in range(8):
-            atomic_add(in_earlier, expert + i, earlier[i])
-            atomic_add(in_others, expert + i, others[i])
+            atomic_add(in_earlier, expert + i, sums[i])
+            atomic_add(in_all, expert + i, sums[8 + i])
 
 
 @cuda.jit(device=True)

@@ -45,10 +45,10 @@ TWO_CHUNKS = 2 * CHUNK
 @cuda.jit(device=True)
 def load_ids(topk_ids, num_slots, first, step, items, ids):
     """Read the ids of slots first, first + step, ...; past the last slot, some id."""
-    last = max(num_slots - 1, 0)
+    last = uint32(max(num_slots - 1, 0))
     if num_slots > 0:
         for item in range(items):  # without branches, so that all loads are on their way before the first is used
-            ids[item] = topk_ids[min(first + item * step, last)]
+            ids[item] = topk_ids[min(uint32(first + item * step), last)]
 
 
 @cuda.jit(device=True)
@@ -56,7 +56,7 @@ def find_experts(ids, expert_map, num_slots, num_experts, first, step, items, ex
     """Turn the ids of slots first, first + step, ... into experts; num_experts for a skipped slot and past the last."""
     for item in range(items):
         experts[item] = num_experts
-        if first + item * step < num_slots and 0 <= ids[item] < num_experts:
+        if uint32(first + item * step) < uint32(num_slots) and 0 <= ids[item] < num_experts:
             experts[item] = int32(ids[item])
     if present(expert_map):
         for item in range(items):
@@ -90,7 +90,7 @@ def count_slots(
     threads = int32(cuda.blockDim.x)
     block = int32(cuda.blockIdx.x)
     blocks = int32(cuda.gridDim.x)
-    first_slot = int64(block) * threads * items + thread
+    first_slot = uint32(block * threads * items + thread)  # which may pass the largest int32, past the last slot
     load_ids(topk_ids, num_slots, first_slot, threads, items, ids)
     if present(sorted_slots):
         index = int32(block * threads + thread)
@@ -207,7 +207,7 @@ def place_slots(
     masks = as_uint32(in_warps)  # [warps, chunk] lanes first; instead, where a thread has one slot
     in_blocks = tail(in_warps, ((cuda.blockDim.x + 127) >> 7) * (8 if items == 1 else 4) * chunk)  # [blocks, chunk]
     staged = as_uint32(tail(in_blocks, ((blocks + 7) & -8) * chunk if in_cluster else 0))  # slots in expert order
-    around = flat(cuda.shared.array(TWO_CHUNKS, int32))  # slots in earlier blocks, in the others
+    around = flat(cuda.shared.array(TWO_CHUNKS, int32))  # slots in earlier blocks, in all
     places = flat(cuda.shared.array(CHUNK, int32))
     ends = flat(cuda.shared.array(CHUNK, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))
@@ -221,7 +221,7 @@ def place_slots(
     warp = int32(thread >> 5)
     block_first = int32(block * threads * items)
     first_in_block = int32((warp << 5) * items + cuda.laneid)
-    first_slot = int64(block_first) + first_in_block
+    first_slot = uint32(block_first + first_in_block)  # which may pass the largest int32, past the last slot
     load_ids(topk_ids, num_slots, first_slot, WARP, items, ids)
     everywhere = int32(blocks * threads)
     index = int32(block * threads + thread)
@@ -235,6 +235,8 @@ def place_slots(
     names = int32(0)
     first = int32(0)
     while first < num_experts:
+        if first > 0:
+            cuda.syncthreads()  # until all have read what is written now
         names_before = names
         base_here = int32(0)
         size = int32(min(chunk, num_experts - first))
@@ -284,7 +286,7 @@ def place_slots(
                     total = block_offsets[int64(blocks) * num_experts + first + expert]
                 elif present(block_counts):
                     before = around[expert]
-                    total = int32(before + around[CHUNK + expert])
+                    total = around[CHUNK + expert]
                 padded = int32(divided(int32(total + block_size - 1), reciprocal, shift) * block_size)
                 if block == 0 and present(counts):
                     counts[first + expert] = total
@@ -322,7 +324,7 @@ def place_slots(
             if present(expert_ids):
                 name_blocks(expert_ids, block_names, ends, first, size, names_before, names, block_size)
         for item in range(items):
-            slot = first_slot + item * WARP
+            slot = uint32(first_slot + item * WARP)
             expert = int32(experts[item] - first)
             position = int32(-1)
             if expert >= 0 and expert < size:
@@ -333,11 +335,10 @@ def place_slots(
                     if present(expert_ids):
                         name_block(expert_ids, block_names, experts[item], position, block_size, reciprocal, shift)
             is_new = position >= 0 or (first == 0 and experts[item] == num_experts)
-            if present(position_of_slot) and slot < num_slots and is_new:
+            if present(position_of_slot) and slot < uint32(num_slots) and is_new:
                 position_of_slot[slot] = position
         if in_cluster:
             cluster_wait()  # until the others have read the counts
-        cuda.syncthreads()
         first = int32(first + chunk)
 
     if present(expert_ids):

@@ -15,9 +15,10 @@ from numba_moe.runtime.primitives import WARP
 GROUP_SCORES = ("max", "top2_sum", "topk_sum")
 
 # From so many tokens on, and so many for each expert, eight lanes serve a token instead of 32. Measured on an H200 with
-# 64 to 1024 experts: eight lanes take longer for one token, and less for many; with groups twice as many are many.
+# 64 to 1024 experts: eight lanes take longer for one token, and less for many; half as many are many without groups and
+# with keys that hold a whole rank.
 MANY_TOKENS = 2048
-MANY_TOKENS_PER_EXPERT = 16
+MANY_TOKENS_PER_EXPERT = 32
 
 
 class Extras(NamedTuple):
@@ -110,7 +111,9 @@ def _plan(
     whole_softmax = scoring_func == "softmax" and (by_scores or not renormalize)
     vectors = in_vectors(gating_output, group_size)
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
-    many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts * (1 if num_expert_group == 1 else 2))
+    exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
+    per_expert = MANY_TOKENS_PER_EXPERT // (2 if exact and num_expert_group == 1 else 1)
+    many = max(MANY_TOKENS, per_expert * num_experts)
     group_scores, shared_bytes = None, 0
     in_memory = lane_bits < 0 or tiers[-1] << lane_bits < group_size or (num_expert_group > 1 and group_picks > 2)
     if in_memory:
@@ -125,7 +128,6 @@ def _plan(
         aligned = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
         whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
         mask = (1 << (num_experts - 1).bit_length()) - 1
-        exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
         together = 8 if aligned and in_vectors(gating_output, group_size, 8) else 4 * aligned
         of_row = (*sizes, int(together), top_k, scoring, int(whole_softmax))
         of_keys = ((octets.LANES // num_expert_group).bit_length() - 1, mask, int(exact))

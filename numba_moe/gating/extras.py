@@ -72,6 +72,14 @@ def load_id(topk_ids, slot, id_bytes):
 
 
 @cuda.jit(device=True)
+def num_counted(num_counts, counts_enabled):
+    """Return how many experts are counted, 0 while that is switched off on the device."""
+    if present(counts_enabled) and counts_enabled[0] == 0:
+        return int32(0)
+    return int32(num_counts)
+
+
+@cuda.jit(device=True)
 def add_to_count(counts, expert, count, count_bytes):
     if count_bytes == 8:
         atomic_add(as_int64(counts), expert, int64(count))
@@ -86,12 +94,12 @@ def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
     dispatch has the tables and numbers of `physical_of`; the table is absent where experts keep their ids.
     """
     id_bytes, _, _ = ids
-    counts, counts_enabled, num_counts, count_bytes = counting
+    counts, num_counts, count_bytes = counting
     physical_map = dispatch[0]
     if present(physical_map):
         expert = physical_of(expert, slot, token, *dispatch)
     store_id(topk_ids, slot, expert, id_bytes)
-    if expert >= 0 and expert < num_counts and (not present(counts_enabled) or counts_enabled[0] != 0):
+    if expert >= 0 and expert < num_counts:
         add_to_count(counts, expert, 1, count_bytes)
 
 

@@ -5,7 +5,7 @@ wanted: after n of random ones the next is with a chance of top_k / n. Those tha
 More than 32 picks take a stream each 32, of the keys below the last one that was picked.
 """
 
-from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_rest
+from numba_moe.gating.extras import adjust, adjusted, is_padded, num_counted, write_choice, write_nothing, write_rest
 from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, load_first, rank_of, score_of, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
@@ -266,7 +266,7 @@ def choose_from_memory(
         return
     ids = (id_bytes, num_real, zero_expert_id)
     dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-    counting = (counts, counts_enabled, num_counts, count_bytes)
+    counting = (counts, num_counted(num_counts, counts_enabled), count_bytes)
     num_slots = int32(top_k + num_shared if extended else top_k)
     lane = int32(cuda.laneid)
     if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):

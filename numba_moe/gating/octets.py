@@ -13,6 +13,7 @@ from numba_moe.gating.extras import (
     adjust,
     adjusted,
     is_padded,
+    num_counted,
     write_choice,
     write_nothing,
     write_shared,
@@ -252,6 +253,7 @@ def choose_for_many(
     # whose score is the best rank or the sum of the best two; mask covers the ids, and takes nothing from the
     # ranks if they are exact so; in_block [num_counts], if there are no more than MOST_COUNTS_IN_BLOCK
     in_block = flat(cuda.shared.array(0, int32))
+    counted = num_counted(num_counts, counts_enabled)
     counts_in_block = extended and num_counts > 0 and num_counts <= MOST_COUNTS_IN_BLOCK
     if counts_in_block:
         fill(in_block, num_counts, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
@@ -412,9 +414,9 @@ def choose_for_many(
         return
     ids = (id_bytes, num_real, zero_expert_id)
     dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-    counting = (counts, counts_enabled, num_counts, count_bytes)
+    counting = (counts, counted, count_bytes)
     if counts_in_block:
-        counting = (in_block, counts_enabled, num_counts, int32(4))
+        counting = (in_block, counted, int32(4))
     num_slots = int32(top_k + num_shared)
     is_zero = is_pick and chosen >= num_real
     shared = weight

@@ -13,7 +13,7 @@ More than 31 picks, or more experts than that with the same upper bits, go by ra
 Experts rank by their logits, or by score + bias where there is a correction bias.
 """
 
-from numba_moe.gating.extras import adjust, adjusted, is_padded, write_choice, write_nothing, write_rest
+from numba_moe.gating.extras import adjust, adjusted, is_padded, num_counted, write_choice, write_nothing, write_rest
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
 from numba_moe.gating.rows import (
     SMALLEST_SUM,
@@ -462,7 +462,7 @@ def choose_experts(
         (num_token_non_padded, scalar_bytes, is_padding),
         (id_bytes, num_real, zero_expert_id),
         (physical_map, num_valid, step, num_rows, width, algorithm, seed),
-        (counts, counts_enabled, num_counts, count_bytes),
+        (counts, num_counted(num_counts, counts_enabled), count_bytes),
         (num_shared, shared_factor, identity_weights),
     )
     token = warp_index()

@@ -102,7 +102,7 @@ def _plan_route(
         positions = (num_positions, num_positions // 4, num_names)
         sizes = (num_sorted, map_bytes, by_map, *positions, block_size, *reciprocal_of(block_size), inactive)
         shared_bytes = 4 * -(-num_slots // WARP) * num_sorted
-        absent = 0 if plan.choices["extended"] else plans.EXTRA_ARRAYS
+        absent = plans.EXTRA_ARRAYS if options is NONE and bias_mode == "choice" else 0
         where, numbers = (gating_output.device, blocks, threads), (*plan.numbers, *sizes)
         launch = Launch(route_tokens, *where, numbers, plan.choices, shared_bytes, blocks > 1, num_absent=absent)
         route = launch if launch.fits() else None

@@ -1,7 +1,7 @@
-"""What gating can do besides choosing and weighing: other logits, other ids, padding, counts.
+"""What gating can do besides choosing and weighing: counts, other logits, other ids, padding.
 
-The kernels of gating have these functions' calls only where they are compiled as `extended`; what a call has no use
-for is an absent array or a 0.
+All kernels of gating count. The calls of the other functions they have only where they are compiled as `extended`;
+what a call has no use for is an absent array or a 0.
 """
 
 from numba_moe.placement.dispatch import physical_of
@@ -88,19 +88,25 @@ def add_to_count(counts, expert, count, count_bytes):
 
 
 @cuda.jit(device=True)
+def count_expert(expert, counting):
+    """Count an expert if it has a counter."""
+    counts, num_counts, count_bytes = counting
+    if expert >= 0 and expert < num_counts:
+        add_to_count(counts, expert, 1, count_bytes)
+
+
+@cuda.jit(device=True)
 def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
     """Write an expert, or the place that its slot goes to, and count what is written.
 
     dispatch has the tables and numbers of `physical_of`; the table is absent where experts keep their ids.
     """
     id_bytes, _, _ = ids
-    counts, num_counts, count_bytes = counting
     physical_map = dispatch[0]
     if present(physical_map):
         expert = physical_of(expert, slot, token, *dispatch)
     store_id(topk_ids, slot, expert, id_bytes)
-    if expert >= 0 and expert < num_counts:
-        add_to_count(counts, expert, 1, count_bytes)
+    count_expert(expert, counting)
 
 
 @cuda.jit(device=True)

@@ -5,7 +5,16 @@ wanted: after n of random ones the next is with a chance of top_k / n. Those tha
 More than 32 picks take a stream each 32, of the keys below the last one that was picked.
 """
 
-from numba_moe.gating.extras import adjust, adjusted, is_padded, num_counted, write_choice, write_nothing, write_rest
+from numba_moe.gating.extras import (
+    adjust,
+    adjusted,
+    count_expert,
+    is_padded,
+    num_counted,
+    write_choice,
+    write_nothing,
+    write_rest,
+)
 from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, load_first, rank_of, score_of, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
@@ -332,6 +341,7 @@ def choose_from_memory(
                     weight = float32(0.0)
             else:
                 topk_ids[slot] = chosen
+                count_expert(chosen, counting)
             topk_weights[slot] = weight
         base = int32(base + WARP)
 

@@ -12,6 +12,7 @@ from numba_moe.gating.extras import (
     add_to_count,
     adjust,
     adjusted,
+    count_expert,
     is_padded,
     num_counted,
     write_choice,
@@ -254,7 +255,7 @@ def choose_for_many(
     # ranks if they are exact so; in_block [num_counts], if there are no more than MOST_COUNTS_IN_BLOCK
     in_block = flat(cuda.shared.array(0, int32))
     counted = num_counted(num_counts, counts_enabled)
-    counts_in_block = extended and num_counts > 0 and num_counts <= MOST_COUNTS_IN_BLOCK
+    counts_in_block = num_counts > 0 and num_counts <= MOST_COUNTS_IN_BLOCK
     if counts_in_block:
         fill(in_block, num_counts, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
         cuda.syncthreads()
@@ -406,38 +407,38 @@ def choose_for_many(
             weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
         if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
-    if not extended:
-        if is_pick and exists:
-            slot = int32(token * top_k + member)
-            topk_ids[slot] = chosen
-            topk_weights[slot] = weight * scale
-        return
-    ids = (id_bytes, num_real, zero_expert_id)
-    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
     counting = (counts, counted, count_bytes)
     if counts_in_block:
         counting = (in_block, counted, int32(4))
-    num_slots = int32(top_k + num_shared)
-    is_zero = is_pick and chosen >= num_real
-    shared = weight
-    identity = weight if is_zero else float32(0.0)
-    for distance in (1, 2, 4):
-        shared += cuda.shfl_xor_sync(ALL_LANES, shared, distance)
-        identity += cuda.shfl_xor_sync(ALL_LANES, identity, distance)
-    if exists and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
-        write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
-        exists = False
-    if exists:
-        if is_pick:
-            slot = int32(token * num_slots + member)
-            write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
-            topk_weights[slot] = float32(0.0) if is_zero else weight * scale
-        if renormalize:
-            shared = float32(1.0)
-        where = (token, member, LANES, num_slots, num_shared, shared * shared_factor, topk_weights, topk_ids)
-        write_shared(*where, ids, dispatch, counting)
-        if member == 0 and present(identity_weights):
-            identity_weights[token] = identity * scale
+    if extended:
+        ids = (id_bytes, num_real, zero_expert_id)
+        dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
+        num_slots = int32(top_k + num_shared)
+        is_zero = is_pick and chosen >= num_real
+        shared = weight
+        identity = weight if is_zero else float32(0.0)
+        for distance in (1, 2, 4):
+            shared += cuda.shfl_xor_sync(ALL_LANES, shared, distance)
+            identity += cuda.shfl_xor_sync(ALL_LANES, identity, distance)
+        if exists and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+            write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
+            exists = False
+        if exists:
+            if is_pick:
+                slot = int32(token * num_slots + member)
+                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
+                topk_weights[slot] = float32(0.0) if is_zero else weight * scale
+            if renormalize:
+                shared = float32(1.0)
+            where = (token, member, LANES, num_slots, num_shared, shared * shared_factor, topk_weights, topk_ids)
+            write_shared(*where, ids, dispatch, counting)
+            if member == 0 and present(identity_weights):
+                identity_weights[token] = identity * scale
+    elif is_pick and exists:
+        slot = int32(token * top_k + member)
+        topk_ids[slot] = chosen
+        topk_weights[slot] = weight * scale
+        count_expert(chosen, counting)
     if counts_in_block:
         cuda.syncthreads()
         expert = int32(cuda.threadIdx.x)

@@ -15,8 +15,8 @@ from numba_moe.runtime.primitives import WARP
 GROUP_SCORES = ("max", "top2_sum", "topk_sum")
 
 # From so many tokens on, and so many for each expert, eight lanes serve a token instead of 32. Measured on an H200 with
-# 64 to 1024 experts: eight lanes take longer for one token, and less for many; half as many are many without groups and
-# with keys that hold a whole rank.
+# 64 to 1024 experts: eight lanes take longer for one token, and less for many; without groups half as many are many if
+# keys hold a whole rank, or if experts are counted, which blocks of many tokens do in shared memory.
 MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 32
 
@@ -35,6 +35,7 @@ class Extras(NamedTuple):
     table: tuple[int, ...] = (0, 0, 0, 0)  # rows and columns, the algorithm and its seed
     num_counts: int = 0
     count_bytes: int = 0
+    extended: bool = True  # more than to count
 
     def numbers(self, num_experts: int) -> tuple[float, ...]:
         """Return what the kernels take last."""
@@ -43,7 +44,7 @@ class Extras(NamedTuple):
         return (self.softcap, self.scalar_bytes, *ids, *self.table, self.num_counts, self.count_bytes)
 
 
-NO_EXTRAS = Extras()
+NO_EXTRAS = Extras(extended=False)
 # The kernels' arrays for extras.
 EXTRA_ARRAYS = 9
 
@@ -101,18 +102,18 @@ def _plan(
     scoring = SCORING.index(scoring_func)
     rules = (int(renormalize), float(routed_scaling_factor))
     groups = (num_expert_group, topk_group, group_picks)
-    extended = int(extras is not None)
     extra = NO_EXTRAS if extras is None else extras
+    extended = int(extra.extended)
     biased = correction_bias is not None and not extra.bias_in_logits
     last = extra.numbers(num_experts)
-    absent = 0 if extended else EXTRA_ARRAYS
+    absent = EXTRA_ARRAYS if extras is None else 0
     # Weights that sum to one, and a choice by logits, do without the sum of all exponentials.
     by_scores = biased or (num_expert_group > 1 and group_picks > 1)
     whole_softmax = scoring_func == "softmax" and (by_scores or not renormalize)
     vectors = in_vectors(gating_output, group_size)
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
     exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
-    per_expert = MANY_TOKENS_PER_EXPERT // (2 if exact and num_expert_group == 1 else 1)
+    per_expert = MANY_TOKENS_PER_EXPERT // (2 if num_expert_group == 1 and (exact or extra.num_counts) else 1)
     many = max(MANY_TOKENS, per_expert * num_experts)
     group_scores, shared_bytes = None, 0
     in_memory = lane_bits < 0 or tiers[-1] << lane_bits < group_size or (num_expert_group > 1 and group_picks > 2)

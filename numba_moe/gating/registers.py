@@ -13,7 +13,16 @@ More than 31 picks, or more experts than that with the same upper bits, go by ra
 Experts rank by their logits, or by score + bias where there is a correction bias.
 """
 
-from numba_moe.gating.extras import adjust, adjusted, is_padded, num_counted, write_choice, write_nothing, write_rest
+from numba_moe.gating.extras import (
+    adjust,
+    adjusted,
+    count_expert,
+    is_padded,
+    num_counted,
+    write_choice,
+    write_nothing,
+    write_rest,
+)
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
 from numba_moe.gating.rows import (
     SMALLEST_SUM,
@@ -370,6 +379,7 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, e
                 write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
             else:
                 topk_ids[slot] = chosen
+                count_expert(chosen, counting)
             if top_k > WARP:
                 topk_weights[slot] = weight
         weight_sum += weight

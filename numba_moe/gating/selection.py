@@ -168,8 +168,10 @@ def plan_selection(
     extras = _check(gating_output, top_k, routed_scaling_factor, options)
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
     rules = (renormalize, scoring_func, correction_bias, group_score, factor)
-    extras = extras._replace(bias_in_logits=bias_mode == "logits")
-    used = None if options is NONE and bias_mode == "choice" else extras
+    in_logits = bias_mode == "logits"
+    extended = in_logits or options._replace(counts=None, counts_enabled=None) != NONE
+    extras = extras._replace(bias_in_logits=in_logits, extended=extended)
+    used = None if options is NONE and not in_logits else extras
     return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
 
 

@@ -347,11 +347,10 @@ def store_word(typingctx: Any, array: Any, index: Any, word: Any) -> Any:
         if signature.args[2] != types.complex128:
             builder.store(word, address)
             return context.get_dummy_value()
-        vector = ir.Constant(ir.VectorType(ir.IntType(64), 2), ir.Undefined)
-        for half in range(2):
-            bits = builder.bitcast(builder.extract_value(word, half), ir.IntType(64))
-            vector = builder.insert_element(vector, bits, ir.Constant(ir.IntType(32), half))
-        builder.store(vector, builder.bitcast(address, vector.type.as_pointer()), align=16)
+        halves = [builder.bitcast(builder.extract_value(word, half), ir.IntType(64)) for half in range(2)]
+        kind = ir.FunctionType(ir.VoidType(), [address.type, halves[0].type, halves[1].type])
+        code = "st.global.cs.v2.b64 [$0], {$1, $2};"  # the first to leave the cache, which may not hold them all
+        builder.call(ir.InlineAsm(kind, code, "l,l,l,~{memory}", side_effect=True), [address, *halves])
         return context.get_dummy_value()
 
     return types.void(array, types.int64, array.dtype), codegen

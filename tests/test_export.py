@@ -101,7 +101,7 @@ def test_constants_kinds_and_optional_arrays(exported):
         parameters = {parameter["name"]: parameter for parameter in kernel["parameters"]}
         of_logits[parameters["gating_output"]["dtype"]] += 1
         assert parameters["routed_scaling_factor"]["size"] == 4
-        assert kernel["constants"] == {"columns": 8, "extended": 0}
+        assert kernel["constants"] == {"columns": 8, "role": 0}
     assert of_logits == {"float16": 2, "bfloat16": 2}
 
 

@@ -1,7 +1,7 @@
 """What gating can do besides choosing and weighing: counts, other logits, other ids, padding.
 
-All kernels of gating count. The calls of the other functions they have only where they are compiled as `extended`;
-what a call has no use for is an absent array or a 0.
+The kernels of gating have calls that count where they are compiled for that role, and the others where they are
+compiled for every one; what a call has no use for is an absent array or a 0.
 """
 
 from numba_moe.placement.dispatch import physical_of

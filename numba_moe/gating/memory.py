@@ -18,7 +18,8 @@ from numba_moe.gating.extras import (
 from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, load_first, rank_of, score_of, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
-    Extended,
+    COUNTING,
+    EXTENDED,
     Float32,
     Float32Array,
     FloatArray,
@@ -30,6 +31,7 @@ from numba_moe.runtime.parameters import (
     OptionalInt32Array,
     OptionalInt64Array,
     OptionalSizedArray,
+    Role,
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
@@ -266,7 +268,7 @@ def choose_from_memory(
     seed: Int64,
     num_counts: Int32,
     count_bytes: Int32,
-    extended: Extended,
+    role: Role,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts],
     # group_scores [num_tokens, num_expert_group], topk_weights and topk_ids [num_tokens, top_k]; a warp per token
@@ -276,6 +278,7 @@ def choose_from_memory(
     ids = (id_bytes, num_real, zero_expert_id)
     dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
     counting = (counts, num_counted(num_counts, counts_enabled), count_bytes)
+    extended = role == EXTENDED
     num_slots = int32(top_k + num_shared if extended else top_k)
     lane = int32(cuda.laneid)
     if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
@@ -341,7 +344,8 @@ def choose_from_memory(
                     weight = float32(0.0)
             else:
                 topk_ids[slot] = chosen
-                count_expert(chosen, counting)
+                if role == COUNTING:
+                    count_expert(chosen, counting)
             topk_weights[slot] = weight
         base = int32(base + WARP)
 

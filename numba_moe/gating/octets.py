@@ -32,7 +32,9 @@ from numba_moe.gating.rows import (
 )
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
-    Extended,
+    COUNTING,
+    EXTENDED,
+    PLAIN,
     Float32,
     Float32Array,
     FloatArray,
@@ -44,6 +46,7 @@ from numba_moe.runtime.parameters import (
     OptionalInt32Array,
     OptionalInt64Array,
     OptionalSizedArray,
+    Role,
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
@@ -247,15 +250,16 @@ def choose_for_many(
     seed: Int64,
     num_counts: Int32,
     count_bytes: Int32,
-    extended: Extended,
+    role: Role,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
     # and topk_ids [num_tokens, top_k]; eight lanes a token, 1 << lane_bits of them a group,
     # whose score is the best rank or the sum of the best two; mask covers the ids, and takes nothing from the
     # ranks if they are exact so; in_block [num_counts], if there are no more than MOST_COUNTS_IN_BLOCK
     in_block = flat(cuda.shared.array(0, int32))
+    extended = role == EXTENDED
     counted = num_counted(num_counts, counts_enabled)
-    counts_in_block = num_counts > 0 and num_counts <= MOST_COUNTS_IN_BLOCK
+    counts_in_block = role != PLAIN and num_counts > 0 and num_counts <= MOST_COUNTS_IN_BLOCK
     if counts_in_block:
         fill(in_block, num_counts, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
         cuda.syncthreads()
@@ -438,7 +442,8 @@ def choose_for_many(
         slot = int32(token * top_k + member)
         topk_ids[slot] = chosen
         topk_weights[slot] = weight * scale
-        count_expert(chosen, counting)
+        if role == COUNTING:
+            count_expert(chosen, counting)
     if counts_in_block:
         cuda.syncthreads()
         expert = int32(cuda.threadIdx.x)

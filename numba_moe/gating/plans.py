@@ -8,7 +8,7 @@ from numba_moe.gating import memory, octets, registers
 from numba_moe.gating.rows import SCORING
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import COLUMNS
+from numba_moe.runtime.parameters import COLUMNS, EXTENDED, PLAIN
 from numba_moe.runtime.plans import Layout, planned
 from numba_moe.runtime.primitives import WARP
 
@@ -35,7 +35,7 @@ class Extras(NamedTuple):
     table: tuple[int, ...] = (0, 0, 0, 0)  # rows and columns, the algorithm and its seed
     num_counts: int = 0
     count_bytes: int = 0
-    extended: bool = True  # more than to count
+    role: int = EXTENDED
 
     def numbers(self, num_experts: int) -> tuple[float, ...]:
         """Return what the kernels take last."""
@@ -44,7 +44,7 @@ class Extras(NamedTuple):
         return (self.softcap, self.scalar_bytes, *ids, *self.table, self.num_counts, self.count_bytes)
 
 
-NO_EXTRAS = Extras(extended=False)
+NO_EXTRAS = Extras(role=PLAIN)
 # The kernels' arrays for extras.
 EXTRA_ARRAYS = 9
 
@@ -103,7 +103,6 @@ def _plan(
     rules = (int(renormalize), float(routed_scaling_factor))
     groups = (num_expert_group, topk_group, group_picks)
     extra = NO_EXTRAS if extras is None else extras
-    extended = int(extra.extended)
     biased = correction_bias is not None and not extra.bias_in_logits
     last = extra.numbers(num_experts)
     absent = EXTRA_ARRAYS if extras is None else 0
@@ -124,7 +123,7 @@ def _plan(
         of_row = (*sizes, int(vectors), top_k, scoring, int(whole_softmax))
         numbers: tuple[float, ...] = (*of_row, *rules, *groups, *last)
         kernel, where = memory.choose_from_memory, (device, *warps(num_tokens))
-        choices: dict[str, Any] = {"gating_output": dtype, "extended": extended}
+        choices: dict[str, Any] = {"gating_output": dtype, "role": extra.role}
     elif tiers is COLUMNS and num_tokens >= many and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8):
         aligned = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
         whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
@@ -136,7 +135,7 @@ def _plan(
         where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))
         shared_bytes = 4 * in_block
         numbers = (*of_row, *rules, *groups, group_size, *of_keys, *last)
-        kernel, choices = octets.choose_for_many, {"gating_output": dtype, "extended": extended}
+        kernel, choices = octets.choose_for_many, {"gating_output": dtype, "role": extra.role}
     else:
         columns = next(columns for columns in tiers if columns << lane_bits >= group_size)
         aligned = vectors and columns >= 4
@@ -144,7 +143,7 @@ def _plan(
         flags = (int(aligned), int(ragged), top_k, scoring, int(whole_softmax))
         numbers = (*sizes, *flags, *rules, *groups, group_size, lane_bits, *last)
         kernel, where = registers.choose_experts, (device, *warps(num_tokens))
-        choices = {"gating_output": dtype, "columns": columns, "extended": extended}
+        choices = {"gating_output": dtype, "columns": columns, "role": extra.role}
     return GatingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),
         arrays.contiguous(extra.id_dtype, num_tokens, num_slots),

@@ -35,8 +35,9 @@ from numba_moe.gating.rows import (
 )
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.parameters import (
+    COUNTING,
+    EXTENDED,
     Columns,
-    Extended,
     Float32,
     Float32Array,
     FloatArray,
@@ -48,6 +49,7 @@ from numba_moe.runtime.parameters import (
     OptionalInt32Array,
     OptionalInt64Array,
     OptionalSizedArray,
+    Role,
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
@@ -264,7 +266,7 @@ def choose_one_by_one(ranks, columns, first, picks):
 
 
 @cuda.jit(device=True)
-def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, extended):
+def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, role):
     """Choose and weigh the experts of a token, for which the whole warp works.
 
     `own` arrays have `columns` elements of a lane's own; the other tuples have the parameters of `choose_experts`.
@@ -279,6 +281,7 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, e
     num_token_non_padded, scalar_bytes, is_padding = padding
     _, num_real, _ = ids
     num_shared, shared_factor, identity_weights = more
+    extended = role == EXTENDED
     num_slots = int32(top_k + num_shared if extended else top_k)
     lane = int32(cuda.laneid)
     if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
@@ -379,7 +382,8 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, e
                 write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
             else:
                 topk_ids[slot] = chosen
-                count_expert(chosen, counting)
+                if role == COUNTING:
+                    count_expert(chosen, counting)
             if top_k > WARP:
                 topk_weights[slot] = weight
         weight_sum += weight
@@ -453,7 +457,7 @@ def choose_experts(
     num_counts: Int32,
     count_bytes: Int32,
     columns: Columns,
-    extended: Extended,
+    role: Role,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
     # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group, whose score is the
@@ -477,4 +481,4 @@ def choose_experts(
     )
     token = warp_index()
     if token < num_tokens:
-        choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, extended)
+        choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, role)

@@ -8,7 +8,6 @@ from numba_moe.gating.extras import load_id, load_integer, num_counted
 from numba_moe.gating.registers import choose_for_token
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
-    Extended,
     Float32,
     Float32Array,
     FloatArray,
@@ -20,6 +19,7 @@ from numba_moe.runtime.parameters import (
     OptionalInt32Array,
     OptionalInt64Array,
     OptionalSizedArray,
+    Role,
     RouteColumns,
 )
 from numba_moe.runtime.primitives import (
@@ -98,7 +98,7 @@ def route_tokens(
     shift: Int32,
     inactive_expert_id: Int32,
     columns: RouteColumns,
-    extended: Extended,
+    role: Role,
 ):
     # arrays of choose_experts; expert_map [num_sorted], by which slots are sorted (by_map), or experts named;
     # sorted_slots [num_positions], num_words of 16 bytes, expert_ids [num_names], num_padded [1]; blocks of a thread
@@ -135,7 +135,7 @@ def route_tokens(
     fill_words(sorted_slots, num_words, num_positions, num_slots, index, int32(blocks * threads))
     token = int32(blocks * warp + block)
     while token < num_tokens:
-        choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, extended)
+        choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, role)
         token = int32(token + blocks * (threads >> 5))
     if blocks > 1:
         cluster_arrive()

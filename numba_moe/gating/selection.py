@@ -12,7 +12,7 @@ from numba_moe.reference import selection as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import COLUMNS
+from numba_moe.runtime.parameters import COLUMNS, COUNTING, EXTENDED
 from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 
 BIAS_MODES = ("choice", "logits")
@@ -169,8 +169,8 @@ def plan_selection(
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
     rules = (renormalize, scoring_func, correction_bias, group_score, factor)
     in_logits = bias_mode == "logits"
-    extended = in_logits or options._replace(counts=None, counts_enabled=None) != NONE
-    extras = extras._replace(bias_in_logits=in_logits, extended=extended)
+    only_counts = not in_logits and options._replace(counts=None, counts_enabled=None) == NONE
+    extras = extras._replace(bias_in_logits=in_logits, role=COUNTING if only_counts else EXTENDED)
     used = None if options is NONE and not in_logits else extras
     return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
 

@@ -67,22 +67,24 @@ def count_ids(
 ):
     # topk_ids [num_rows, top_k]; enabled and num_tokens [1]; counts [num_experts]
     in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared], which is num_experts or 0
-    if is_off(enabled):
-        return
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
+    slot = int64(cuda.blockIdx.x) * threads + thread
+    expert = int64(topk_ids[min(slot, int64(num_rows) * top_k - 1)])  # on its way while the flag is read
+    if is_off(enabled):
+        return
     fill(in_block, num_in_shared, 0, thread, threads)
     cuda.syncthreads()
     num_slots = real_rows(num_tokens, first_row, num_rows) * top_k
-    slot = int64(cuda.blockIdx.x) * threads + thread
     while slot < num_slots:
-        expert = int64(topk_ids[slot])
         if expert >= 0 and expert < num_experts:
             if num_in_shared > 0:
                 atomic_add(in_block, expert, 1)
             else:
                 atomic_add(counts, expert, 1)
         slot += int64(cuda.gridDim.x) * threads
+        if slot < num_slots:
+            expert = int64(topk_ids[slot])
     cuda.syncthreads()
     index = thread
     while index < num_in_shared:

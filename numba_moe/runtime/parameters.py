@@ -58,8 +58,9 @@ Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]
 ROUTE_COLUMNS = (4, 8, 16)
 RouteColumns = Annotated[int, CONSTANT, 4, 8, 16]
 
-# Whether gating does more than choose and weigh.
-Extended = Annotated[int, CONSTANT, 0, 1]
+# What gating does: choose and weigh; count too; whatever it can.
+PLAIN, COUNTING, EXTENDED = 0, 1, 2
+Role = Annotated[int, CONSTANT, 0, 1, 2]
 
 # bfloat16 travels as its 16 bits: primitives.load_float and store_float convert it.
 ELEMENT_TYPES = {"bfloat16": "uint16"}

@@ -102,3 +102,20 @@ def test_strided_rows_lie_between_poison():
     assert tensor.dtype == torch.bfloat16
     assert tensor.float().numpy().tolist() == matrix.tolist()
     assert tensor._base.isnan().sum() == 16
+
+
+@pytest.mark.parametrize(("off", "mismatches"), [(1e-6, 0), (1e-3, 1)])
+def test_sums_are_judged_by_the_size_of_their_terms(off, mismatches):
+    rows = np.array([[[3.0], [-3.0 + 2.0**-12]]], np.float32)  # which cancel
+    expected = reference.moe_sum(rows)
+    (comparison,) = testing.compare_results(
+        "moe_sum", torch.from_numpy(expected + off), expected, {"hidden_states": rows}
+    )
+    assert comparison.mismatches == mismatches
+    arguments = {
+        "permuted": rows[0],
+        "topk_weights": np.ones((1, 2), np.float32),
+        "inv_permuted_idx": np.array([[0, 1]], np.int32),
+    }
+    (comparison,) = testing.compare_results("moe_unpermute", torch.from_numpy(expected + off), expected, arguments)
+    assert comparison.mismatches == mismatches

@@ -107,15 +107,16 @@ def test_strided_rows_lie_between_poison():
 @pytest.mark.parametrize(("off", "mismatches"), [(1e-6, 0), (1e-3, 1)])
 def test_sums_are_judged_by_the_size_of_their_terms(off, mismatches):
     rows = np.array([[[3.0], [-3.0 + 2.0**-12]]], np.float32)  # which cancel
-    expected = reference.moe_sum(rows)
-    (comparison,) = testing.compare_results(
-        "moe_sum", torch.from_numpy(expected + off), expected, {"hidden_states": rows}
-    )
-    assert comparison.mismatches == mismatches
-    arguments = {
-        "permuted": rows[0],
-        "topk_weights": np.ones((1, 2), np.float32),
-        "inv_permuted_idx": np.array([[0, 1]], np.int32),
+    calls = {
+        "moe_sum": {"hidden_states": rows},
+        "moe_unpermute": {
+            "permuted": rows[0],
+            "topk_weights": np.ones((1, 2), np.float32),
+            "inv_permuted_idx": np.array([[0, 1]], np.int32),
+        },
     }
-    (comparison,) = testing.compare_results("moe_unpermute", result, expected, arguments)
-    assert comparison.mismatches == mismatches
+    for name, arguments in calls.items():
+        expected = getattr(reference, name)(**arguments)
+        result = torch.from_numpy(expected + np.float32(off))
+        (comparison,) = testing.compare_results(name, result, expected, arguments)
+        assert comparison.mismatches == mismatches

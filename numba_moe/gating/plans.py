@@ -19,6 +19,8 @@ GROUP_SCORES = ("max", "top2_sum", "topk_sum")
 # keys hold a whole rank, or if experts are counted, which blocks of many tokens do in shared memory.
 MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 32
+# From so many on, eight warps are a block instead of four, which takes 2 % less for 512 tokens and 3 % more for 64.
+SOME_TOKENS = 256
 
 
 class Extras(NamedTuple):
@@ -142,7 +144,7 @@ def _plan(
         ragged = num_experts != WARP * columns
         flags = (int(aligned), int(ragged), top_k, scoring, int(whole_softmax))
         numbers = (*sizes, *flags, *rules, *groups, group_size, lane_bits, *last)
-        kernel, where = registers.choose_experts, (device, *warps(num_tokens))
+        kernel, where = registers.choose_experts, (device, *warps(num_tokens, 8 if num_tokens >= SOME_TOKENS else 4))
         choices = {"gating_output": dtype, "columns": columns, "role": extra.role}
     return GatingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),

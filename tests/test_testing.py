@@ -104,8 +104,9 @@ def test_strided_rows_lie_between_poison():
     assert tensor._base.isnan().sum() == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("off", "mismatches"), [(1e-6, 0), (1e-3, 1)])
-def test_sums_are_judged_by_the_size_of_their_terms(off, mismatches):
+def test_sums_are_judged_by_the_size_of_their_terms(off, mismatches, dtype):
     rows = np.array([[[3.0], [-3.0 + 2.0**-12]]], np.float32)  # which cancel
     calls = {
         "moe_sum": {"hidden_states": rows},
@@ -117,6 +118,6 @@ def test_sums_are_judged_by_the_size_of_their_terms(off, mismatches):
     }
     for name, arguments in calls.items():
         expected = getattr(reference, name)(**arguments)
-        result = torch.from_numpy(expected + np.float32(off))
+        result = torch.from_numpy(expected + np.float32(off)).to(dtype)
         (comparison,) = testing.compare_results(name, result, expected, arguments)
         assert comparison.mismatches == mismatches

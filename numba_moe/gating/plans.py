@@ -19,8 +19,6 @@ GROUP_SCORES = ("max", "top2_sum", "topk_sum")
 # keys hold a whole rank, or if experts are counted, which blocks of many tokens do in shared memory.
 MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 32
-# From so many on, eight warps are a block instead of four: 1 to 2 % less for 512 tokens, 3 % more for 64, on an H200.
-SOME_TOKENS = 256
 
 
 class Extras(NamedTuple):
@@ -144,7 +142,7 @@ def _plan(
         ragged = num_experts != WARP * columns
         flags = (int(aligned), int(ragged), top_k, scoring, int(whole_softmax))
         numbers = (*sizes, *flags, *rules, *groups, group_size, lane_bits, *last)
-        kernel, where = registers.choose_experts, (device, *warps(num_tokens, 8 if num_tokens >= SOME_TOKENS else 4))
+        kernel, where = registers.choose_experts, (device, *warps(num_tokens))
         choices = {"gating_output": dtype, "columns": columns, "role": extra.role}
     return GatingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),

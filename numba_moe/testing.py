@@ -119,19 +119,21 @@ def largest_in_row(array: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(array.astype(np.float64)).max(axis=-1, keepdims=True, initial=0.0))
 
 
+def squared(array: np.ndarray) -> np.ndarray:
+    """Return the squares of numbers, in float64."""
+    return np.asarray(array, np.float64) ** 2
+
+
 def size_of_sums(name: str, arguments: Mapping[str, Any]) -> np.ndarray:
     """Return how large the sums of moe_sum or moe_unpermute are when signs are random, by which their errors go.
 
     That is the root of the sum of squares: a result may be small because its terms cancel, their errors do not.
     """
-
-    def squared(argument: str) -> np.ndarray:
-        return np.asarray(arguments[argument], np.float64) ** 2
-
     if name == "moe_sum":
-        squares = reference.moe_sum(squared("hidden_states"), arguments.get("topk_ids"))
+        squares = reference.moe_sum(squared(arguments["hidden_states"]), arguments.get("topk_ids"))
     else:
-        squares = reference.moe_unpermute(squared("permuted"), squared("topk_weights"), arguments["inv_permuted_idx"])
+        rows, weights = squared(arguments["permuted"]), squared(arguments["topk_weights"])
+        squares = reference.moe_unpermute(rows, weights, arguments["inv_permuted_idx"])
     return np.asarray(np.sqrt(squares) * abs(arguments.get("routed_scaling_factor", 1.0)))
 
 
@@ -139,10 +141,10 @@ def size_of_experts(arguments: Mapping[str, Any]) -> np.ndarray:
     """Return what `size_of_sums` does of fused_experts."""
     given = {name: value for name, value in arguments.items() if name not in ("down_proj", "down_bias", "topk_weights")}
     rows, offset, places = reference.experts.first_half(**given)
-    matrices, bias = arguments["down_proj"].astype(np.float64), arguments.get("down_bias")
-    squares = (bias.astype(np.float64) ** 2) if bias is not None else None
-    squares = reference.experts.multiply_by_expert(rows**2, matrices**2, offset, squares)
-    return np.sqrt(reference.moe_unpermute(squares, arguments["topk_weights"].astype(np.float64) ** 2, places))
+    squares = reference.experts.multiply_by_expert(squared(rows), squared(arguments["down_proj"]), offset)
+    if arguments.get("down_bias") is not None:
+        squares = reference.moe_activation(squares, offset, squared(arguments["down_bias"]), activation="none")
+    return np.sqrt(reference.moe_unpermute(squares, squared(arguments["topk_weights"]), places))
 
 
 def compare(

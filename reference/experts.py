@@ -7,10 +7,8 @@ from numba_moe.reference.activation import moe_activation
 from numba_moe.reference.permute import moe_permute, moe_unpermute
 
 
-def multiply_by_expert(
-    rows: np.ndarray, weights: np.ndarray, expert_first_token_offset: np.ndarray, bias: np.ndarray | None = None
-) -> np.ndarray:
-    """Multiply the rows of each expert by its matrix ``weights[e].T``, and add its bias; other rows become zeros.
+def multiply_by_expert(rows: np.ndarray, weights: np.ndarray, expert_first_token_offset: np.ndarray) -> np.ndarray:
+    """Multiply the rows of each expert by its matrix ``weights[e].T``; other rows become zeros.
 
     >>> weights = np.array([[[1.0, 1.0]], [[0.0, 9.0]]])
     >>> multiply_by_expert(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), weights, np.array([0, 1, 2]))
@@ -18,12 +16,10 @@ def multiply_by_expert(
            [36.],
            [ 0.]])
     """
-    products = np.zeros((len(rows), weights.shape[1]))
+    products = np.zeros((len(rows), weights.shape[1]), rows.dtype)
     for expert, weight in enumerate(weights):
         own = slice(*expert_first_token_offset[expert : expert + 2])
-        products[own] = rows[own] @ weight.T.astype(np.float64)
-        if bias is not None:
-            products[own] += bias[expert]
+        products[own] = rows[own].astype(np.float64) @ weight.T.astype(np.float64)
     return products
 
 
@@ -37,10 +33,10 @@ def first_half(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return what the activation leaves of each slot, in expert order; where experts begin; and where slots went."""
     num_experts = len(gate_up_proj) if expert_map is None else len(expert_map)
-    permuted = moe_permute(hidden_states.astype(np.float64), topk_ids, num_experts, expert_map)
+    permuted = moe_permute(hidden_states, topk_ids, num_experts, expert_map)
     offset = permuted.expert_first_token_offset[: len(gate_up_proj) + 1]
-    rows = multiply_by_expert(permuted.permuted_hidden_states, gate_up_proj, offset, gate_up_bias)
-    return moe_activation(rows, offset, **activation), offset, permuted.inv_permuted_idx
+    rows = multiply_by_expert(permuted.permuted_hidden_states, gate_up_proj, offset)
+    return moe_activation(rows, offset, gate_up_bias, **activation), offset, permuted.inv_permuted_idx
 
 
 def fused_experts(
@@ -59,6 +55,8 @@ def fused_experts(
     alpha: float | None = None,
 ) -> np.ndarray:
     """Send each token through its experts and sum what they return, weighted.
+
+    Each step computes exactly, and what it hands to the next has the dtype of `hidden_states`.
 
     Parameters
     ----------
@@ -100,5 +98,5 @@ def fused_experts(
     """
     options = {"activation": activation, "interleaved": interleaved, "limit": limit, "alpha": alpha}
     rows, offset, places = first_half(hidden_states, gate_up_proj, topk_ids, expert_map, gate_up_bias, **options)
-    rows = multiply_by_expert(rows, down_proj, offset, down_bias)
-    return moe_unpermute(rows, topk_weights, places).astype(hidden_states.dtype)
+    rows = moe_activation(multiply_by_expert(rows, down_proj, offset), offset, down_bias, activation="none")
+    return moe_unpermute(rows, topk_weights, places)

@@ -121,3 +121,20 @@ def test_sums_are_judged_by_the_size_of_their_terms(off, mismatches, dtype):
         result = torch.from_numpy(expected + np.float32(off)).to(dtype)
         (comparison,) = testing.compare_results(name, result, expected, arguments)
         assert comparison.mismatches == mismatches
+
+
+@pytest.mark.parametrize(("factor", "mismatches"), [(1.0, 0), (0.99, 1)])
+def test_experts_round_between_their_steps(factor, mismatches):
+    # A gate of -16 - 2^-7 is -16 in float16, of which silu is larger by 0.8 %.
+    arguments = {
+        "hidden_states": np.array([[-16, -0.99 * 2.0**-7]], np.float16),
+        "gate_up_proj": np.array([[[1, 1], [-2000, 0]]], np.float16),
+        "down_proj": np.ones((1, 2, 1), np.float16),
+        "topk_weights": np.ones((1, 1), np.float32),
+        "topk_ids": np.zeros((1, 1), np.int32),
+    }
+    silu = torch.nn.functional.silu(torch.tensor(-16.0)) * 32000
+    result = (silu * factor).half().expand(1, 2)
+    expected = reference.fused_experts(**arguments)
+    (comparison,) = testing.compare_results("fused_experts", result, expected, arguments)
+    assert comparison.mismatches == 2 * mismatches

@@ -276,7 +276,8 @@ def options(
     if flag(rng):
         drawn["dispatch"] = tables(rng, known)
     if exact and flag(rng):
-        drawn["counts"] = np.zeros(number(rng, 0, 2 * known), dtype(rng))
+        rows = [2 ** number(rng, 0, 6)] if flag(rng) else []
+        drawn["counts"] = np.zeros((*rows, number(rng, 0, 2 * known)), dtype(rng))
         drawn["counts_enabled"] = rng.integers(0, 2, 1).astype(np.int32) if flag(rng) else None
     if exact and positive and flag(rng):
         drawn["identity_weights"] = np.zeros(tokens, np.float32)

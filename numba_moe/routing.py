@@ -195,9 +195,10 @@ def route(
     dispatch : DispatchTables, optional
         Returned are physical ids: what `placement.dispatch_ids` makes of the ids with these arguments;
         `ExpertDispatch.tables` has them for a layer. Zero experts have no place.
-    counts : array of int32 or int64, shape [any], optional
+    counts : array of int32 or int64, shape [any] or [rows, any], optional
         Written: 1 is added for each slot at the id that is returned, if there is such a counter. Padding and zero
-        experts are not counted.
+        experts are not counted. Token t adds to row t % rows, of which there is a power of two: with 32 of them
+        counters are less busy, and many tokens are counted sooner.
     counts_enabled : array of int32, shape [1], optional
         0 on the device: nothing is counted.
     indices_dtype : {"int32", "int64", "int16"}

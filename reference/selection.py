@@ -76,8 +76,8 @@ def select_experts(
     dispatch
         A `DispatchTables`: what `dispatch_ids` makes of the ids is returned. Zero experts have no place.
     counts
-        int32 or int64, written: 1 is added for each slot at the id that is returned, if it is one of `counts`.
-        Padding and zero experts are not counted.
+        int32 or int64 [any], written: 1 is added for each slot at the id that is returned, if it is one of `counts`.
+        Padding and zero experts are not counted. In counts [rows, any], token t adds to row t % rows.
     counts_enabled
         int32 [1]: if 0, nothing is counted.
     indices_dtype
@@ -225,8 +225,9 @@ def send(
         rules = {"algorithm": algorithm, "seed": seed, "step": step}
         topk_ids = dispatch_ids(topk_ids, physical_map, num_valid, **rules)
     if counts is not None and (counts_enabled is None or counts_enabled[0]):
-        counted = topk_ids[(topk_ids >= 0) & (topk_ids < len(counts))]
-        counts += np.bincount(counted, minlength=len(counts)).astype(counts.dtype)
+        tokens, picks = np.nonzero((topk_ids >= 0) & (topk_ids < counts.shape[-1]))
+        rows = np.atleast_2d(counts)  # a view
+        np.add.at(rows, (tokens % len(rows), topk_ids[tokens, picks]), 1)
     of_zero = np.append(is_zero & ~padded[:, None], np.zeros((num_tokens, len(more)), bool), axis=1)
     topk_ids = np.where(of_zero, zero_expert_id, topk_ids)
     return TopK(weights.astype(np.float32), topk_ids.astype(np.dtype(indices_dtype)))

@@ -4,10 +4,12 @@ python scripts/bench_recorder.py --layers 61 --experts 256 --tokens 4096 --top-k
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
 
+from numba_moe import select_experts
 from numba_moe.bench.measure import device_time, host_time
 from numba_moe.recorder import ExpertDistributionRecorder
 
@@ -17,7 +19,8 @@ def main() -> None:
     for name, default in (("layers", 61), ("experts", 256), ("tokens", 4096), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    ids = torch.rand(given.tokens, given.experts, device="cuda").topk(given.top_k).indices.int()
+    logits = torch.randn(given.tokens, given.experts, device="cuda")
+    ids = logits.topk(given.top_k).indices.int()
     counts = torch.zeros(given.experts, dtype=torch.int64, device="cuda")
     ones = torch.ones(ids.numel(), dtype=torch.int64, device="cuda")
 
@@ -28,7 +31,7 @@ def main() -> None:
 
     def report(name: str, hook: Callable[[], object]) -> None:
         device, host = device_time(hook), host_time(hook)
-        print(f"{name:12} {device:8.2f} us of the device, {host:8.2f} us of the host, for a layer")
+        print(f"{name:32} {device:8.2f} us of the device, {host:8.2f} us of the host, for a layer")
 
     def of_mode(mode: str | None) -> None:
         recorder = ExpertDistributionRecorder(given.layers, given.experts, mode=mode, top_k=given.top_k)
@@ -37,11 +40,25 @@ def main() -> None:
             if mode is not None:
                 report(f"mode {mode}", lambda: recorder.on_select_experts(ids))
             else:
-                print(f"mode None    {host_time(lambda: recorder.on_select_experts(ids)):8.2f} us of the host")
+                hook = host_time(lambda: recorder.on_select_experts(ids))
+                print(f"{'mode None':32} {0:8.2f} us of the device, {hook:8.2f} us of the host, for a layer")
+
+    def of_gating(dtype: torch.dtype) -> None:
+        recorder = ExpertDistributionRecorder(given.layers, given.experts, mode="stat")
+        recorder.start_record()
+        gate = functools.partial(select_experts, logits.to(dtype), given.top_k, renormalize=True)
+        name = f"gating of {dtype}".replace("torch.", "")
+        report(name, gate)
+        report(
+            f"{name} that counts",
+            lambda: gate(counts=recorder.layer_counts(0), counts_enabled=recorder.enabled),
+        )
 
     of_mode("stat")
     of_mode(None)
     report("index_add_", naive)
+    of_gating(torch.float32)
+    of_gating(torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ BAD = {
     "a table of too few experts": (lambda: moe.select_experts(LOGITS, 2, dispatch=DispatchTables(INTS[:7])), ValueError, r"`len\(dispatch.physical_map\)` must be at least experts = 8, got 7"),
     "a table without its counts": (lambda: moe.select_experts(LOGITS, 2, dispatch=DispatchTables(INTS.view(8, 8), algorithm="hash")), TypeError, "`num_valid` must be of the same library"),
     "counts of chosen as floats": (lambda: moe.select_experts(LOGITS, 2, counts=LOGITS[0]), TypeError, "`counts` must be of dtype int32 or int64, got float32"),
+    "three rows of counts": (lambda: moe.select_experts(LOGITS, 2, counts=INTS[:6].view(3, 2)), ValueError, "`counts` must be of a power of two of rows, got 3 rows"),
     "a flag of int64": (lambda: moe.select_experts(LOGITS, 2, counts_enabled=INTS[:1].long()), TypeError, "`counts_enabled` must be of dtype int32, got int64"),
     "ids of another dtype": (lambda: moe.select_experts(LOGITS, 2, indices_dtype=torch.uint8), ValueError, "`indices_dtype` must be one of 'int32', 'int64', 'int16', got 'uint8'"),
     "ids too narrow": (lambda: moe.select_experts(torch.zeros(1, 2**15 + 1), 2, indices_dtype="int16"), ValueError, "`indices_dtype` must be wide enough for expert 32768, got int16"),

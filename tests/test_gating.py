@@ -147,7 +147,9 @@ def test_a_recorder_counts_by_gating():
     assert recorder.layer_counts(1).sum() == 0
     recorder.start_record()
     ids = run("select_experts", logits, 3, **counting).topk_ids
-    assert recorder.layer_counts(1).tolist() == np.bincount(testing.to_numpy(ids).ravel(), minlength=16).tolist()
+    wanted = np.bincount(testing.to_numpy(ids).ravel(), minlength=16)
+    assert recorder.layer_counts(1).sum(dim=0).tolist() == wanted.tolist()
+    assert recorder.dump_record(output_mode="object").logical_count[0, 1].tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("top_k", [3, 33])

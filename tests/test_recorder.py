@@ -86,7 +86,7 @@ def test_stat(device):
 def test_counts_pass_the_largest_int32(device):
     recorder = make("stat", device)
     recorder.start_record()
-    recorder.layer_counts(1)[2] = 2**31 - 1
+    recorder.layer_counts(1)[0, 2] = 2**31 - 1
     ids = np.full((LAYERS, 3, 2), 2, np.int32)
     with recorder.with_forward_pass(0):
         show(recorder, ids)
@@ -99,7 +99,7 @@ def test_buffers_keep_the_last_passes(buffer_size):
     recorder.start_record()
     for number in range(290):
         with recorder.with_forward_pass(number):
-            recorder.layer_counts(0)[0] += number
+            recorder.layer_counts(0)[number % 5, 0] += number
     found = dump(recorder)
     first = max(290 - (buffer_size or 290), 0)
     assert found.forward_pass_id.tolist() == found.logical_count[:, 0, 0].tolist() == list(range(first, 290))

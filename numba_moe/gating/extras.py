@@ -9,6 +9,7 @@ from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.primitives import (
     LARGEST_FLOAT,
     WARP,
+    add_to_global,
     as_int16,
     as_int64,
     atomic_add,
@@ -72,27 +73,31 @@ def load_id(topk_ids, slot, id_bytes):
 
 
 @cuda.jit(device=True)
-def num_counted(num_counts, counts_enabled):
-    """Return how many experts are counted, 0 while that is switched off on the device."""
-    if present(counts_enabled) and counts_enabled[0] == 0:
-        return int32(0)
-    return int32(num_counts)
+def counting_flag(counts_enabled):
+    """Return 0 while counting is switched off on the device; read early, it is there when it is used."""
+    if present(counts_enabled):
+        return counts_enabled[0]
+    return int32(1)
 
 
 @cuda.jit(device=True)
 def add_to_count(counts, expert, count, count_bytes):
     if count_bytes == 8:
-        atomic_add(as_int64(counts), expert, int64(count))
+        add_to_global(as_int64(counts), expert, int64(count))
     else:
-        atomic_add(counts, expert, int32(count))
+        add_to_global(counts, expert, int32(count))
 
 
 @cuda.jit(device=True)
-def count_expert(expert, counting):
-    """Count an expert if it has a counter."""
-    counts, num_counts, count_bytes = counting
-    if expert >= 0 and expert < num_counts:
-        add_to_count(counts, expert, 1, count_bytes)
+def count_expert(expert, token, counting):
+    """Count an expert if it has a counter: one of the block's own, or in the row of the token."""
+    counts, num_counts, count_rows, count_bytes, flag, in_block, num_in_block = counting
+    if expert >= 0 and expert < num_counts and flag != 0:
+        if num_in_block > 0:
+            atomic_add(in_block, expert, 1)
+        else:
+            row = int32(token & (count_rows - 1))
+            add_to_count(counts, int32(row * num_counts + expert), 1, count_bytes)
 
 
 @cuda.jit(device=True)
@@ -106,7 +111,7 @@ def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
     if present(physical_map):
         expert = physical_of(expert, slot, token, *dispatch)
     store_id(topk_ids, slot, expert, id_bytes)
-    count_expert(expert, counting)
+    count_expert(expert, token, counting)
 
 
 @cuda.jit(device=True)

@@ -1,6 +1,6 @@
 """Weights of experts that are chosen already: recorded, or from a table that has some for each token id."""
 
-from numba_moe.gating.extras import is_padded, load_integer, num_counted, write_choice, write_nothing, write_rest
+from numba_moe.gating.extras import counting_flag, is_padded, load_integer, write_choice, write_nothing, write_rest
 from numba_moe.gating.memory import load_logit, scale_weights, softmax_from_memory
 from numba_moe.gating.rows import SOFTMAX, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
@@ -59,6 +59,7 @@ def weigh_given(
     algorithm: Int32,
     seed: Int64,
     num_counts: Int32,
+    count_rows: Int32,
     count_bytes: Int32,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, given_ids [num_given, top_k], input_ids
@@ -68,7 +69,7 @@ def weigh_given(
         return
     ids = (id_bytes, num_real, zero_expert_id)
     dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-    counting = (counts, num_counted(num_counts, counts_enabled), count_bytes)
+    counting = (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0)
     num_slots = int32(top_k + num_shared)
     lane = int32(cuda.laneid)
     if is_padded(token, num_token_non_padded, scalar_bytes, is_padding):

@@ -9,8 +9,8 @@ from numba_moe.gating.extras import (
     adjust,
     adjusted,
     count_expert,
+    counting_flag,
     is_padded,
-    num_counted,
     write_choice,
     write_nothing,
     write_rest,
@@ -267,6 +267,7 @@ def choose_from_memory(
     algorithm: Int32,
     seed: Int64,
     num_counts: Int32,
+    count_rows: Int32,
     count_bytes: Int32,
     role: Role,
 ):
@@ -277,7 +278,7 @@ def choose_from_memory(
         return
     ids = (id_bytes, num_real, zero_expert_id)
     dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-    counting = (counts, num_counted(num_counts, counts_enabled), count_bytes)
+    counting = (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0)
     extended = role == EXTENDED
     num_slots = int32(top_k + num_shared if extended else top_k)
     lane = int32(cuda.laneid)
@@ -345,7 +346,7 @@ def choose_from_memory(
             else:
                 topk_ids[slot] = chosen
                 if role == COUNTING:
-                    count_expert(chosen, counting)
+                    count_expert(chosen, token, counting)
             topk_weights[slot] = weight
         base = int32(base + WARP)
 

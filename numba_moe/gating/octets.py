@@ -13,8 +13,8 @@ from numba_moe.gating.extras import (
     adjust,
     adjusted,
     count_expert,
+    counting_flag,
     is_padded,
-    num_counted,
     write_choice,
     write_nothing,
     write_shared,
@@ -23,6 +23,7 @@ from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_ei
 from numba_moe.gating.rows import (
     SMALLEST_SUM,
     SOFTMAX,
+    has_no_softmax,
     load_first,
     lower_unscored,
     not_all_finite,
@@ -51,7 +52,6 @@ from numba_moe.runtime.parameters import (
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
-    INFINITY,
     LOWEST_KEY,
     LOWEST_ORDER,
     NEGATIVE_INFINITY,
@@ -97,8 +97,8 @@ def softmax_of_octet(gating_output, start, first, end, step, aligned, extended, 
         load_first(gating_output, start + at, end - at, aligned, logits)
         if extended:
             adjust(logits, 8, at, end - at, logit_bias, softcap)
+        broken = has_no_softmax(logits, 8) or broken
         for i in range(8):
-            broken = broken or not logits[i] < float32(INFINITY)
             peak = larger(peak, logits[i])
         at = int32(at + step)
     for distance in (1, 2, 4):
@@ -237,6 +237,7 @@ def choose_for_many(
     lane_bits: Int32,
     mask: Int32,
     exact: Int32,
+    num_in_block: Int32,
     softcap: Float32,
     scalar_bytes: Int32,
     id_bytes: Int32,
@@ -249,19 +250,20 @@ def choose_for_many(
     algorithm: Int32,
     seed: Int64,
     num_counts: Int32,
+    count_rows: Int32,
     count_bytes: Int32,
     role: Role,
 ):
     # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
     # and topk_ids [num_tokens, top_k]; eight lanes a token, 1 << lane_bits of them a group,
     # whose score is the best rank or the sum of the best two; mask covers the ids, and takes nothing from the
-    # ranks if they are exact so; in_block [num_counts], if there are no more than MOST_COUNTS_IN_BLOCK
+    # ranks if they are exact so; in_block [num_in_block], which is num_counts, or 0 if a block has none of its own
     in_block = flat(cuda.shared.array(0, int32))
     extended = role == EXTENDED
-    counted = num_counted(num_counts, counts_enabled)
-    counts_in_block = role != PLAIN and num_counts > 0 and num_counts <= MOST_COUNTS_IN_BLOCK
-    if counts_in_block:
-        fill(in_block, num_counts, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
+    flag = counting_flag(counts_enabled)
+    counting = (counts, num_counts, count_rows, count_bytes, flag, in_block, num_in_block)
+    if role != PLAIN and num_in_block > 0:
+        fill(in_block, num_in_block, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
         cuda.syncthreads()
     lane = int32(cuda.laneid)
     member = int32(lane & 7)
@@ -296,8 +298,7 @@ def choose_for_many(
         if extended:
             adjust(logits, 8, at, count, logit_bias, softcap)
         if not_all_finite(logits, 8):
-            for i in range(8):
-                broken = broken or not logits[i] < float32(INFINITY)
+            broken = has_no_softmax(logits, 8) or broken
             lower_unscored(logits, 8, scoring_func)
         for i in range(8):
             keys[i] = order_of_number(logits[i])
@@ -394,10 +395,25 @@ def choose_for_many(
             votes = uint32(votes & (votes - 1))
 
     is_pick = member < top_k
+    if scoring_func == SOFTMAX and not whole_softmax and in_octet(broken):
+        chosen = member
+        total = float32(0.0)
+    is_zero = extended and is_pick and chosen >= num_real
+    num_slots = int32(top_k + num_shared if extended else top_k)
+    slot = int32(token * num_slots + member)
+    ids = (id_bytes, num_real, zero_expert_id)
+    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
+    if extended and exists and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+        write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
+        exists = False
+    if is_pick and exists:
+        if extended:
+            write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
+        else:
+            topk_ids[slot] = chosen
+            if role == COUNTING:
+                count_expert(chosen, token, counting)
     if scoring_func == SOFTMAX and not whole_softmax:
-        if in_octet(broken):
-            chosen = member
-            total = float32(0.0)
         peak = cuda.shfl_sync(ALL_LANES, logit, lane & 24)
         if peak == float32(NEGATIVE_INFINITY):
             total = float32(0.0)
@@ -411,43 +427,25 @@ def choose_for_many(
             weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
         if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
-    counting = (counts, counted, count_bytes)
-    if counts_in_block:
-        counting = (in_block, counted, int32(4))
+    if is_pick and exists:
+        topk_weights[slot] = float32(0.0) if is_zero else weight * scale
     if extended:
-        ids = (id_bytes, num_real, zero_expert_id)
-        dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-        num_slots = int32(top_k + num_shared)
-        is_zero = is_pick and chosen >= num_real
         shared = weight
         identity = weight if is_zero else float32(0.0)
         for distance in (1, 2, 4):
             shared += cuda.shfl_xor_sync(ALL_LANES, shared, distance)
             identity += cuda.shfl_xor_sync(ALL_LANES, identity, distance)
-        if exists and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
-            write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
-            exists = False
+        if renormalize:
+            shared = float32(1.0)
         if exists:
-            if is_pick:
-                slot = int32(token * num_slots + member)
-                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
-                topk_weights[slot] = float32(0.0) if is_zero else weight * scale
-            if renormalize:
-                shared = float32(1.0)
             where = (token, member, LANES, num_slots, num_shared, shared * shared_factor, topk_weights, topk_ids)
             write_shared(*where, ids, dispatch, counting)
             if member == 0 and present(identity_weights):
                 identity_weights[token] = identity * scale
-    elif is_pick and exists:
-        slot = int32(token * top_k + member)
-        topk_ids[slot] = chosen
-        topk_weights[slot] = weight * scale
-        if role == COUNTING:
-            count_expert(chosen, counting)
-    if counts_in_block:
+    if role != PLAIN and num_in_block > 0:
         cuda.syncthreads()
         expert = int32(cuda.threadIdx.x)
-        while expert < num_counts:
+        while expert < num_in_block:
             if in_block[expert] != 0:
                 add_to_count(counts, expert, in_block[expert], count_bytes)
             expert = int32(expert + cuda.blockDim.x)

@@ -6,7 +6,8 @@ become integers of the same order, so that the best of a row is one `redux.sync`
 1. A key is a rank with its lowest bits replaced by the expert's id, upside down: no two keys are equal, and the lower
    id wins. Each lane sorts its four best keys; a pick is the highest of the lanes' first, and its lane moves up.
 2. Experts whose keys have the same upper bits may be in the wrong order (few rows in a thousand of random float32
-   logits have such), so there are picks until the upper bits change, and then all of them are ordered by rank.
+   logits have such), so there are picks until the upper bits change, and then all of them are ordered by rank. Keys
+   of 16-bit logits hold the whole rank and are exact.
 
 More than 31 picks, or more experts than that with the same upper bits, go by ranks from the start.
 
@@ -17,8 +18,8 @@ from numba_moe.gating.extras import (
     adjust,
     adjusted,
     count_expert,
+    counting_flag,
     is_padded,
-    num_counted,
     write_choice,
     write_nothing,
     write_rest,
@@ -27,6 +28,7 @@ from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
 from numba_moe.gating.rows import (
     SMALLEST_SUM,
     SOFTMAX,
+    has_no_softmax,
     lower_unscored,
     not_all_finite,
     rank_of,
@@ -53,7 +55,6 @@ from numba_moe.runtime.parameters import (
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
-    INFINITY,
     LOWEST_ORDER,
     NEGATIVE_INFINITY,
     WARP,
@@ -89,15 +90,6 @@ def load_row(gating_output, start, count, aligned, columns, logits):
             logits[column] = float32(NEGATIVE_INFINITY)
             if column < count:
                 logits[column] = load_float(gating_output, start + column)
-
-
-@cuda.jit(device=True)
-def has_no_softmax(logits, columns):
-    """Whether a logit is NaN or +inf."""
-    broken = False
-    for column in range(columns):
-        broken = broken or not logits[column] < float32(INFINITY)
-    return broken
 
 
 @cuda.jit(device=True)
@@ -184,10 +176,10 @@ def highest_below(ranks, columns, first, key):
 
 
 @cuda.jit(device=True)
-def pick_keys(ranks, columns, first, best, top_k):
-    """Return the key that this lane's pick chooses, the number of picks, and the next key.
+def pick_keys(ranks, columns, first, best, top_k, most):
+    """Return the key that this lane's pick chooses, the number of picks, and whether there were enough.
 
-    There are more picks than top_k while the upper bits stay the same: any of those experts may belong further up.
+    There are up to `most`, more than top_k, while the upper bits stay the same: those experts may belong further up.
     """
     mask = WARP * columns - 1
     lane = int32(cuda.laneid)
@@ -196,7 +188,7 @@ def pick_keys(ranks, columns, first, best, top_k):
     last = int32(LOWEST_ORDER)
     pick = int32(0)
     winning = warp_highest(best[0])
-    while pick < top_k or (pick < WARP and (winning | mask) == (last | mask)):
+    while pick < top_k or (pick < most and (winning | mask) == (last | mask)):
         last = winning
         if lane == pick:
             mine = winning
@@ -274,7 +266,7 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
     logits, ranks, scores = own
     gating_output, correction_bias, topk_weights, topk_ids = arrays
     row_stride, aligned, ragged = rows
-    top_k, scoring_func, whole_softmax, renormalize, routed_scaling_factor = rules
+    top_k, exact, scoring_func, whole_softmax, renormalize, routed_scaling_factor = rules
     num_expert_group, topk_group, group_picks, group_size, lane_bits = groups
     adjusting, padding, ids, dispatch, counting, more = extras
     logit_bias, softcap = adjusting
@@ -342,19 +334,22 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
     if top_k < WARP:
         best = cuda.local.array(4, int32)
         best_four(ranks, columns, first, best)
-        key, picks, decided = pick_keys(ranks, columns, first, best, top_k)
+        key, picks, decided = pick_keys(ranks, columns, first, best, top_k, top_k if exact else int32(WARP))
+        decided = decided or exact
         chosen = int32(int32(WARP * columns - 1) & ~key)
-        rank = int32(LOWEST_ORDER)
         if lane < picks:
             logit = load_float(gating_output, row + chosen)
             if extended:
                 logit = adjusted(logit, chosen, logit_bias, softcap)
-            rank = order(rank_of(logit, chosen, correction_bias, scoring_func, peak, total))
-        next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
-        if cuda.ballot_sync(ALL_LANES, int32(lane + 1) < picks and rank < next_rank) != 0:
-            source = lane_of_pick(rank, picks)
-            chosen = cuda.shfl_sync(ALL_LANES, chosen, source)
-            logit = cuda.shfl_sync(ALL_LANES, logit, source)
+        if not exact:
+            rank = int32(LOWEST_ORDER)
+            if lane < picks:
+                rank = order(rank_of(logit, chosen, correction_bias, scoring_func, peak, total))
+            next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
+            if cuda.ballot_sync(ALL_LANES, int32(lane + 1) < picks and rank < next_rank) != 0:
+                source = lane_of_pick(rank, picks)
+                chosen = cuda.shfl_sync(ALL_LANES, chosen, source)
+                logit = cuda.shfl_sync(ALL_LANES, logit, source)
 
     first_slot = int32(token * num_slots)
     weight_sum = float32(0.0)
@@ -370,6 +365,14 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
                 logit = load_float(gating_output, row + chosen)
                 if extended:
                     logit = adjusted(logit, chosen, logit_bias, softcap)
+        slot = int32(first_slot + pick)
+        if is_mine:
+            if extended:
+                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
+            else:
+                topk_ids[slot] = chosen
+                if role == COUNTING:
+                    count_expert(chosen, token, counting)
         if scoring_func == SOFTMAX and not whole_softmax and base == 0:
             peak = cuda.shfl_sync(ALL_LANES, logit, 0)
             if peak == float32(NEGATIVE_INFINITY):
@@ -377,13 +380,6 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
         weight = float32(0.0)
         if is_mine:
             weight = weight_of(logit, scoring_func, peak, total)
-            slot = int32(first_slot + pick)
-            if extended:
-                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
-            else:
-                topk_ids[slot] = chosen
-                if role == COUNTING:
-                    count_expert(chosen, counting)
             if top_k > WARP:
                 topk_weights[slot] = weight
         weight_sum += weight
@@ -391,7 +387,7 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
             identity += weight
             weight = float32(0.0)
             if top_k > WARP:
-                topk_weights[int32(first_slot + pick)] = weight
+                topk_weights[slot] = weight
         base = int32(base + WARP)
 
     scale = float32(routed_scaling_factor)
@@ -434,6 +430,7 @@ def choose_experts(
     aligned: Int32,
     ragged: Int32,
     top_k: Int32,
+    exact: Int32,
     scoring_func: Int32,
     whole_softmax: Int32,
     renormalize: Int32,
@@ -455,6 +452,7 @@ def choose_experts(
     algorithm: Int32,
     seed: Int64,
     num_counts: Int32,
+    count_rows: Int32,
     count_bytes: Int32,
     columns: Columns,
     role: Role,
@@ -469,14 +467,14 @@ def choose_experts(
     )
     arrays = (gating_output, correction_bias, topk_weights, topk_ids)
     rows = (row_stride, aligned, ragged)
-    rules = (top_k, scoring_func, whole_softmax, renormalize, routed_scaling_factor)
+    rules = (top_k, exact, scoring_func, whole_softmax, renormalize, routed_scaling_factor)
     groups = (num_expert_group, topk_group, group_picks, group_size, lane_bits)
     extras = (
         (logit_bias, softcap),
         (num_token_non_padded, scalar_bytes, is_padding),
         (id_bytes, num_real, zero_expert_id),
         (physical_map, num_valid, step, num_rows, width, algorithm, seed),
-        (counts, num_counted(num_counts, counts_enabled), count_bytes),
+        (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0),
         (num_shared, shared_factor, identity_weights),
     )
     token = warp_index()

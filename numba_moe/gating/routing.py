@@ -4,7 +4,7 @@ A warp chooses for a token after the other, as in `registers`. Then a thread tak
 mask of its warp and expert, so that the slots before it are the bits below its own, and those in earlier warps.
 """
 
-from numba_moe.gating.extras import load_id, load_integer, num_counted
+from numba_moe.gating.extras import counting_flag, load_id, load_integer
 from numba_moe.gating.registers import choose_for_token
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
@@ -65,6 +65,7 @@ def route_tokens(
     aligned: Int32,
     ragged: Int32,
     top_k: Int32,
+    exact: Int32,
     scoring_func: Int32,
     whole_softmax: Int32,
     renormalize: Int32,
@@ -86,6 +87,7 @@ def route_tokens(
     algorithm: Int32,
     seed: Int64,
     num_counts: Int32,
+    count_rows: Int32,
     count_bytes: Int32,
     num_sorted: Int32,
     map_bytes: Int32,
@@ -113,14 +115,14 @@ def route_tokens(
     )
     arrays = (gating_output, correction_bias, topk_weights, topk_ids)
     rows = (row_stride, aligned, ragged)
-    rules = (top_k, scoring_func, whole_softmax, renormalize, routed_scaling_factor)
+    rules = (top_k, exact, scoring_func, whole_softmax, renormalize, routed_scaling_factor)
     groups = (num_expert_group, topk_group, group_picks, group_size, lane_bits)
     extras = (
         (logit_bias, softcap),
         (num_token_non_padded, scalar_bytes, is_padding),
         (id_bytes, num_real, zero_expert_id),
         (physical_map, num_valid, step, num_rows, width, algorithm, seed),
-        (counts, num_counted(num_counts, counts_enabled), count_bytes),
+        (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0),
         (num_shared, shared_factor, identity_weights),
     )
     thread = int32(cuda.threadIdx.x)

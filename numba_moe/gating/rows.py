@@ -107,6 +107,15 @@ def not_all_finite(logits, count):
 
 
 @cuda.jit(device=True)
+def has_no_softmax(logits, count):
+    """Whether a logit is NaN or +inf."""
+    broken = False
+    for i in range(count):
+        broken = broken or not logits[i] < float32(INFINITY)
+    return broken
+
+
+@cuda.jit(device=True)
 def lower_unscored(logits, count, scoring_func):
     """Let NaN be -inf, by which it ranks, and so +inf where no score stands for it."""
     for i in range(count):

@@ -119,11 +119,14 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
         if algorithm != "fake":
             checks.at_least("len(dispatch.physical_map)", num_rows, num_experts - num_zero + num_shared, "experts")
         table = (num_rows, physical_map.shape.numel() // num_rows, ALGORITHMS.index(algorithm), seed)
-    num_counts = count_bytes = 0
+    counters = (0, 1, 0)
     if options.counts is not None:
-        checks.array("counts", options.counts, checks.IDS, (1,), like=like)
-        num_counts, count_bytes = options.counts.shape[0], options.counts.dtype.itemsize
-        checks.fits_int32("counts", num_counts, "the number of counters")
+        checks.array("counts", options.counts, checks.IDS, (1, 2), like=like)
+        *rows, num_counts = options.counts.shape
+        count_rows = rows[0] if rows else 1
+        checks.holds("counts", "of a power of two of rows", count_rows.bit_count() == 1, f"{count_rows} rows")
+        checks.fits_int32("counts", count_rows * num_counts, "the number of counters")
+        counters = (num_counts, count_rows, options.counts.dtype.itemsize)
     if options.counts_enabled is not None:
         checks.array("counts_enabled", options.counts_enabled, (torch.int32,), (1,), like=like)
         checks.shape("counts_enabled", options.counts_enabled, (1,), "(1,)")
@@ -142,8 +145,9 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
         num_shared=num_shared,
         shared_factor=shared_factor,
         table=table,
-        num_counts=num_counts,
-        count_bytes=count_bytes,
+        num_counts=counters[0],
+        count_rows=counters[1],
+        count_bytes=counters[2],
     )
 
 
@@ -328,9 +332,10 @@ def select_experts(
     dispatch : DispatchTables, optional
         Returned are physical ids: what `placement.dispatch_ids` makes of the ids with these arguments;
         `ExpertDispatch.tables` has them for a layer. Zero experts have no place.
-    counts : array of int32 or int64, shape [any], optional
+    counts : array of int32 or int64, shape [any] or [rows, any], optional
         Written: 1 is added for each slot at the id that is returned, if there is such a counter. Padding and zero
-        experts are not counted.
+        experts are not counted. Token t adds to row t % rows, of which there is a power of two: with 32 of them
+        counters are less busy, and many tokens are counted sooner.
     counts_enabled : array of int32, shape [1], optional
         0 on the device: nothing is counted.
     indices_dtype : {"int32", "int64", "int16"}
@@ -480,8 +485,8 @@ def weigh_experts(
         Which tokens are padding.
     dispatch : DispatchTables, optional
         How ids become physical ids.
-    counts : array of int32 or int64, shape [any], optional
-        Written: 1 is added for each slot at the id that is returned.
+    counts : array of int32 or int64, shape [any] or [rows, any], optional
+        Written: 1 is added for each slot at the id that is returned, as by `select_experts`.
     counts_enabled : array of int32, shape [1], optional
         0 on the device: nothing is counted.
     indices_dtype : {"int32", "int64", "int16"}

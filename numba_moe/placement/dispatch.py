@@ -30,6 +30,7 @@ from numba_moe.runtime.parameters import (
 )
 from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
+    add_to_global,
     atomic_add,
     fill,
     flat,
@@ -130,14 +131,14 @@ def map_ids(
             if num_in_shared > 0:
                 atomic_add(in_block, physical, 1)
             else:
-                atomic_add(counts, physical, 1)
+                add_to_global(counts, physical, 1)
         slot += int64(cuda.gridDim.x) * threads
     cuda.syncthreads()
     physical = thread
     while physical < num_in_shared:
         count = in_block[physical]
         if count > 0:
-            atomic_add(counts, physical, count)
+            add_to_global(counts, physical, count)
         physical = int32(physical + threads)
 
 

@@ -123,8 +123,8 @@ class ExpertDistributionRecorder(Hooks):
             for stream in self._streams.values():
                 stream.forget(self._in_pass)
             if not self._in_pass:
-                for counts, *_ in self._counters.values():
-                    counts.zero_()
+                for counters in self._counters.values():
+                    counters.all.zero_()
             self._clear()
             self._note_work()
 
@@ -191,8 +191,8 @@ class ExpertDistributionRecorder(Hooks):
                 tokens, num_tokens = self._tokens.read()
         elif not self._in_pass:
             self._pass_map = len(self._maps) - 1
-            for name, (open_counts, *_) in self._counters.items():
-                if open_counts.any():
+            for name, counters in self._counters.items():
+                if counters.all.any():
                     self._end_counts(name, NO_PASS)
         records = list(self._records)
         counts = self._counts.last(len(self._counts))
@@ -283,7 +283,7 @@ class ExpertDistributionRecorder(Hooks):
         return TokenLists(self._size, stream.shape, stream.with_weights)
 
     def _end_counts(self, name: str, number: int) -> None:
-        counts = self._counter(name)[0]
-        self._counts.append(counts)
+        counts = self._counter(name).all
+        self._counts.append(counts.sum(dim=1))
         counts.zero_()
         self._records.append(Record(number, name, self._pass_map))

@@ -25,6 +25,7 @@ from numba_moe.runtime.parameters import (
 )
 from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
+    add_to_global,
     atomic_add,
     fill,
     flat,
@@ -81,7 +82,7 @@ def count_ids(
             if num_in_shared > 0:
                 atomic_add(in_block, expert, 1)
             else:
-                atomic_add(counts, expert, 1)
+                add_to_global(counts, expert, 1)
         slot += int64(cuda.gridDim.x) * threads
         if slot < num_slots:
             expert = int64(topk_ids[slot])
@@ -90,7 +91,7 @@ def count_ids(
     while index < num_in_shared:
         count = in_block[index]
         if count > 0:
-            atomic_add(counts, index, int64(count))
+            add_to_global(counts, index, int64(count))
         index = int32(index + threads)
 
 

@@ -156,6 +156,24 @@ atomic_or = _atomic("or")
 
 
 @intrinsic
+def add_to_global(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Do what `atomic_add` does to an int32 or int64 in global memory; no thread waits for an answer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = signature.args[0].dtype.bitwidth
+        number = ir.IntType(bits)
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        address = builder.addrspacecast(address, number.as_pointer(1), "generic")
+        reduce = ir.FunctionType(ir.VoidType(), [address.type, number])
+        constraints = f"l,{'l' if bits == 64 else 'r'},~{{memory}}"
+        code = f"red.relaxed.gpu.global.add.u{bits} [$0], $1;"
+        builder.call(ir.InlineAsm(reduce, code, constraints, side_effect=True), [address, arguments[2]])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), codegen
+
+
+@intrinsic
 def load_float(typingctx: Any, array: Any, index: Any) -> Any:
     """Read an element of a float32, float16 or bfloat16 (as uint16) array as float32."""
 

@@ -27,6 +27,7 @@ quotient: Any
 present: Any
 atomic_add: Any
 atomic_or: Any
+add_to_global: Any
 load_words: Any
 store_words: Any
 load_word: Any
@@ -77,6 +78,8 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
 
     def atomic_or(array: Any, index: int, value: Any) -> None:
         array[index] = int(array[index]) | int(value)
+
+    add_to_global = atomic_add
 
     def load_words(array: Any, index: int) -> Any:
         return tuple(map(int, simulator.words(array, index)))
@@ -211,6 +214,7 @@ else:
     present = Deferred("numba_moe.runtime.intrinsics", "present")
     atomic_add = Deferred("numba_moe.runtime.intrinsics", "atomic_add")
     atomic_or = Deferred("numba_moe.runtime.intrinsics", "atomic_or")
+    add_to_global = Deferred("numba_moe.runtime.intrinsics", "add_to_global")
     load_words = Deferred("numba_moe.runtime.intrinsics", "load_words")
     store_words = Deferred("numba_moe.runtime.intrinsics", "store_words")
     load_word = Deferred("numba_moe.runtime.intrinsics", "load_word")

@@ -100,6 +100,7 @@ def main() -> int:
     parser.add_argument("--peer-lib", type=Path, action="append", default=[], help="vLLM's ops, if not installed")
     given = parser.parse_args()
     load_peers(None, given.peer_lib)
+    torch._inductor.config.compile_threads = 1  # other processes of the compiler would take time from what is timed
     implementations: dict[str, Experts] = {"numba_moe": ours}
     if is_registered("_moe_C.moe_permute"):
         for name in ("topk_softmax", "moe_permute", "moe_unpermute"):  # which only write to their arguments

@@ -21,6 +21,7 @@ from numba_moe.gating.backward import gating_backward
 from numba_moe.interop import torch_experts, torch_gradients, torch_results
 from numba_moe.permute.backward import permute_backward, unpermute_backward
 from numba_moe.reference.dispatch import DispatchTables
+from numba_moe.runtime import arrays
 
 LIBRARY = "numba_moe"
 # How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor, but by these names.
@@ -172,12 +173,11 @@ def schema(name: str, function: Callable[..., Any], op: Op, writes: bool) -> str
     return f"{name}({', '.join(parameters)}) -> {'()' if writes and op.out else returns}"
 
 
-def _gather_tables(given: dict[str, Any]) -> dict[str, Any]:
+def _gather_tables(given: dict[str, Any]) -> None:
     """Put dispatch tables together again."""
     tables = {table.name: given.pop(table.name) for table in TABLES if table.name in given}
     if tables.get(TABLES[0].name) is not None:
         given["dispatch"] = DispatchTables(*tables.values())
-    return given
 
 
 def _register(name: str, text: str, function: Callable[..., Any], results: Callable[..., Any]) -> None:
@@ -185,16 +185,20 @@ def _register(name: str, text: str, function: Callable[..., Any], results: Calla
     torch.library.define(f"{LIBRARY}::{name}", text.removeprefix(name), tags=TAGS)
     names = [argument.name for argument in getattr(torch.ops.numba_moe, name).default._schema.arguments]
 
+    has_tables = TABLES[0].name in names
+
     def fake(*args: Any, **kwargs: Any) -> Any:
         return results(**dict(zip(names, args, strict=False)), **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = _gather_tables(dict(zip(names, args, strict=False)) | kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if has_tables:
+            _gather_tables(given)
         if isinstance(given.get("out"), list):
             given["out"] = tuple(given["out"])
         first = next(value for value in args if isinstance(value, torch.Tensor))
         device = first.get_device()
-        if device < 0 or device == torch.cuda.current_device():
+        if device < 0 or device == arrays.current_device():
             found = function(**given)
         else:
             with torch.cuda.device(device):

@@ -22,7 +22,7 @@ from numba_moe.runtime import checks, observe, simulator
 
 # Together 26 ns, as long as isinstance(array, torch.Tensor) alone takes (Xeon, torch 2.13): so much do eager calls pay.
 Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from torch's CPU build
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from torch's CPU build
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -133,7 +133,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
         array = args[place] if len(args) > place else kwargs.get(first)
         if type(array) is Tensor and not is_traced():
             device = array.get_device()
-            if device < 0 or device == _current_device():
+            if device < 0 or device == current_device():
                 return function(*args, **kwargs)
             with torch.cuda.device(device):
                 return function(*args, **kwargs)

@@ -395,25 +395,10 @@ def choose_for_many(
             votes = uint32(votes & (votes - 1))
 
     is_pick = member < top_k
-    if scoring_func == SOFTMAX and not whole_softmax and in_octet(broken):
-        chosen = member
-        total = float32(0.0)
-    is_zero = extended and is_pick and chosen >= num_real
-    num_slots = int32(top_k + num_shared if extended else top_k)
-    slot = int32(token * num_slots + member)
-    ids = (id_bytes, num_real, zero_expert_id)
-    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-    if extended and exists and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
-        write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
-        exists = False
-    if is_pick and exists:
-        if extended:
-            write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
-        else:
-            topk_ids[slot] = chosen
-            if role == COUNTING:
-                count_expert(chosen, token, counting)
     if scoring_func == SOFTMAX and not whole_softmax:
+        if in_octet(broken):
+            chosen = member
+            total = float32(0.0)
         peak = cuda.shfl_sync(ALL_LANES, logit, lane & 24)
         if peak == float32(NEGATIVE_INFINITY):
             total = float32(0.0)
@@ -427,21 +412,36 @@ def choose_for_many(
             weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
         if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
-    if is_pick and exists:
-        topk_weights[slot] = float32(0.0) if is_zero else weight * scale
     if extended:
+        ids = (id_bytes, num_real, zero_expert_id)
+        dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
+        num_slots = int32(top_k + num_shared)
+        is_zero = is_pick and chosen >= num_real
         shared = weight
         identity = weight if is_zero else float32(0.0)
         for distance in (1, 2, 4):
             shared += cuda.shfl_xor_sync(ALL_LANES, shared, distance)
             identity += cuda.shfl_xor_sync(ALL_LANES, identity, distance)
-        if renormalize:
-            shared = float32(1.0)
+        if exists and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+            write_nothing(token, member, LANES, num_slots, topk_weights, topk_ids, ids, identity_weights)
+            exists = False
         if exists:
+            if is_pick:
+                slot = int32(token * num_slots + member)
+                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
+                topk_weights[slot] = float32(0.0) if is_zero else weight * scale
+            if renormalize:
+                shared = float32(1.0)
             where = (token, member, LANES, num_slots, num_shared, shared * shared_factor, topk_weights, topk_ids)
             write_shared(*where, ids, dispatch, counting)
             if member == 0 and present(identity_weights):
                 identity_weights[token] = identity * scale
+    elif is_pick and exists:
+        slot = int32(token * top_k + member)
+        topk_ids[slot] = chosen
+        topk_weights[slot] = weight * scale
+        if role == COUNTING:
+            count_expert(chosen, token, counting)
     if role != PLAIN and num_in_block > 0:
         cuda.syncthreads()
         expert = int32(cuda.threadIdx.x)

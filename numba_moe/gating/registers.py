@@ -365,14 +365,6 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
                 logit = load_float(gating_output, row + chosen)
                 if extended:
                     logit = adjusted(logit, chosen, logit_bias, softcap)
-        slot = int32(first_slot + pick)
-        if is_mine:
-            if extended:
-                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
-            else:
-                topk_ids[slot] = chosen
-                if role == COUNTING:
-                    count_expert(chosen, token, counting)
         if scoring_func == SOFTMAX and not whole_softmax and base == 0:
             peak = cuda.shfl_sync(ALL_LANES, logit, 0)
             if peak == float32(NEGATIVE_INFINITY):
@@ -380,6 +372,13 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
         weight = float32(0.0)
         if is_mine:
             weight = weight_of(logit, scoring_func, peak, total)
+            slot = int32(first_slot + pick)
+            if extended:
+                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
+            else:
+                topk_ids[slot] = chosen
+                if role == COUNTING:
+                    count_expert(chosen, token, counting)
             if top_k > WARP:
                 topk_weights[slot] = weight
         weight_sum += weight
@@ -387,7 +386,7 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
             identity += weight
             weight = float32(0.0)
             if top_k > WARP:
-                topk_weights[slot] = weight
+                topk_weights[int32(first_slot + pick)] = weight
         base = int32(base + WARP)
 
     scale = float32(routed_scaling_factor)

@@ -260,11 +260,6 @@ def choose_for_many(
     # ranks if they are exact so; in_block [num_in_block], which is num_counts, or 0 if a block has none of its own
     in_block = flat(cuda.shared.array(0, int32))
     extended = role == EXTENDED
-    flag = counting_flag(counts_enabled)
-    counting = (counts, num_counts, count_rows, count_bytes, flag, in_block, num_in_block)
-    if role != PLAIN and num_in_block > 0:
-        fill(in_block, num_in_block, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
-        cuda.syncthreads()
     lane = int32(cuda.laneid)
     member = int32(lane & 7)
     token = int32(warp_index() * 4 + (lane >> 3))
@@ -337,6 +332,12 @@ def choose_for_many(
                 left_out = max(left_out, highest_left_out(best, keys))
             keep_best_eight(best, keys)
         at = int32(at + stride)
+    # behind the loads of logits, which are to come first
+    flag = counting_flag(counts_enabled)
+    counting = (counts, num_counts, count_rows, count_bytes, flag, in_block, num_in_block)
+    if role != PLAIN and num_in_block > 0:
+        fill(in_block, num_in_block, 0, int32(cuda.threadIdx.x), int32(cuda.blockDim.x))
+        cuda.syncthreads()
     offers = first < end
     if num_expert_group > 1:
         chosen_group = in_best_groups(highest, second, group_picks > 1, lanes, topk_group)

@@ -268,10 +268,11 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
     row_stride, aligned, ragged = rows
     top_k, exact, scoring_func, whole_softmax, renormalize, routed_scaling_factor = rules
     num_expert_group, topk_group, group_picks, group_size, lane_bits = groups
-    adjusting, padding, ids, dispatch, counting, more = extras
+    adjusting, padding, ids, dispatch, counters, more = extras
     logit_bias, softcap = adjusting
     num_token_non_padded, scalar_bytes, is_padding = padding
     _, num_real, _ = ids
+    counts, num_counts, count_rows, count_bytes, counts_enabled = counters
     num_shared, shared_factor, identity_weights = more
     extended = role == EXTENDED
     num_slots = int32(top_k + num_shared if extended else top_k)
@@ -290,6 +291,7 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
             count = int32(0)
     row = int64(token) * row_stride
     load_row(gating_output, row + first, count, aligned, columns, logits)
+    counting = (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0)
     if extended:
         adjust(logits, columns, first, count, logit_bias, softcap)
     peak = float32(0.0)
@@ -473,7 +475,7 @@ def choose_experts(
         (num_token_non_padded, scalar_bytes, is_padding),
         (id_bytes, num_real, zero_expert_id),
         (physical_map, num_valid, step, num_rows, width, algorithm, seed),
-        (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0),
+        (counts, num_counts, count_rows, count_bytes, counts_enabled),
         (num_shared, shared_factor, identity_weights),
     )
     token = warp_index()

@@ -4,7 +4,7 @@ A warp chooses for a token after the other, as in `registers`. Then a thread tak
 mask of its warp and expert, so that the slots before it are the bits below its own, and those in earlier warps.
 """
 
-from numba_moe.gating.extras import counting_flag, load_id, load_integer
+from numba_moe.gating.extras import load_id, load_integer
 from numba_moe.gating.registers import choose_for_token
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
@@ -122,7 +122,7 @@ def route_tokens(
         (num_token_non_padded, scalar_bytes, is_padding),
         (id_bytes, num_real, zero_expert_id),
         (physical_map, num_valid, step, num_rows, width, algorithm, seed),
-        (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0),
+        (counts, num_counts, count_rows, count_bytes, counts_enabled),
         (num_shared, shared_factor, identity_weights),
     )
     thread = int32(cuda.threadIdx.x)

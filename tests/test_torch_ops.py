@@ -110,6 +110,12 @@ def calls(tokens, device):
     yield OPS.moe_activation, (rows[:, :6].contiguous(),), {}
     bias = torch.ones(2, 6, device=device, requires_grad=True)
     yield OPS.moe_activation, (rows[:, :6].clone().requires_grad_(), offset, bias), options
+    up, down = torch.ones(EXPERTS, 6, HIDDEN, device=device), torch.ones(EXPERTS, HIDDEN, 3, device=device)
+    yield OPS.fused_experts, (wide(rows), up, down, weights.detach(), chosen), {}
+    biases = {"gate_up_bias": up[:, :, 0].contiguous(), "down_bias": down[:, :, 0].contiguous()}
+    given = (rows, up[:4].mT.contiguous().mT, down[:4], weights.detach(), chosen)
+    local = {name: bias[:4] for name, bias in biases.items()}
+    yield OPS.fused_experts, given, {**local, "expert_map": half, "activation": "swiglu_oai", "limit": 3.0}
     replicas = half.int().view(-1, 2)
     yield OPS.dispatch_ids, (chosen, table), {}
     drawn = {"algorithm": "dynamic", "seed": 3, "step": torch.tensor([5], device=device)}
@@ -128,7 +134,7 @@ NAMES = sorted({name_of(op) for op, *_ in calls(1, "cpu")})
 
 
 def test_every_op_is_registered_with_its_names_and_defaults():
-    assert {*torch_ops.OPS, "fused_experts"} == set(verification.OPS)  # whose steps are ops
+    assert set(torch_ops.OPS) == set(verification.OPS)
     for name, op in torch_ops.OPS.items():
         signature = inspect.signature(torch_ops._function(name)).parameters
         wanted = {key: parameter.default for key, parameter in signature.items() if key != "dispatch"}
@@ -236,6 +242,23 @@ def test_a_moe_block_compiles_whole_with_its_gradients(bias, device):
     explained = torch._dynamo.explain(layer)(rows)
     assert explained.graph_break_count == 0
     assert explained.graph_count == 1
+
+
+def test_experts_are_one_op_unless_a_gradient_is_wanted():
+    layer = moe.MoEBlock(16, 8, EXPERTS, TOP_K)
+    found = []
+    for grad in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        with torch.set_grad_enabled(grad):
+            rows = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+            torch.testing.assert_close(torch.compile(layer, backend=counter, fullgraph=True)(rows), layer(rows))
+        found.append({node.target for graph in counter.graphs for node in graph.graph.nodes})
+    assert [OPS.fused_experts in targets for targets in found] == [True, False]
+    assert [OPS.moe_permute in targets for targets in found] == [False, True]
+    parameter = torch.nn.Parameter(torch.ones(EXPERTS, 16, 16))
+    with pytest.raises(RuntimeError, match="the op `fused_experts` has no gradient"):
+        OPS.fused_experts(rows, parameter, torch.ones(EXPERTS, 16, 8), torch.ones(5, TOP_K), ids(5))
 
 
 class Block(torch.nn.Module):

@@ -1,5 +1,6 @@
-"""`fused_experts` where torch compiles: its steps, each an op, so that the compiler sees torch's and ours alike.
+"""`fused_experts` where torch compiles: one op, or where gradients are wanted its steps, each an op.
 
+One op is what the host has least to do for: it counts for few tokens. The steps have their gradients, and there the
 GEMMs by expert are torch's grouped one, which the compiler knows, where it is known as torch traces that it serves.
 Otherwise they are ops of their own, which choose between it and one GEMM for each expert when they run.
 """
@@ -89,7 +90,7 @@ STEPS: tuple[Step, ...] = (
 
 
 def register_gradients() -> None:
-    """Give the products their gradients by rows and weights, and activations theirs by rows and bias."""
+    """Give products their gradients by rows and weights, activations theirs by rows and bias, and the whole none."""
 
     def setup_product(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
@@ -114,7 +115,11 @@ def register_gradients() -> None:
         by_rows, by_bias = OPS.activation_backward(gate_up, grad, offset, bias, *ctx.options, ctx.of_bias)
         return by_rows, None, by_bias if ctx.of_bias else None, *[None] * len(ctx.options)
 
+    def refuse(ctx: Any, inputs: Any, output: Any) -> None:
+        raise RuntimeError("the op `fused_experts` has no gradient, the function `numba_moe.fused_experts` has")
+
     library = torch.library
+    library.register_autograd("numba_moe::fused_experts", refuse, setup_context=refuse)
     library.register_autograd("numba_moe::multiply_by_expert", of_product, setup_context=setup_product)
     library.register_autograd("numba_moe::moe_activation", of_activation, setup_context=setup_activation)
 
@@ -132,6 +137,10 @@ def fused_experts(
     **options: Any,
 ) -> torch.Tensor:
     """Return the public function's result, by ops; each checks its own arguments when it runs."""
+    floats = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
+    if not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in floats)):
+        more = {"expert_map": expert_map, "gate_up_bias": gate_up_bias, "down_bias": down_bias, **options}
+        return OPS.fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, **more)
     num_experts = down_proj.shape[0] if expert_map is None else expert_map.shape[0]
     matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     choice = (topk_weights, topk_ids, expert_map)

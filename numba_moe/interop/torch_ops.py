@@ -69,6 +69,7 @@ OPS: Mapping[str, Op] = {
     "moe_unpermute": Op("permute", torch_results.combined),
     "moe_sum": Op("permute", torch_results.summed),
     "moe_activation": Op("activation", torch_results.activated),
+    "fused_experts": Op("experts", torch_results.experts),
     "dispatch_ids": Op("placement.dispatch", torch_results.dispatched, "out", ("counts",)),
     "add_expert_counts": Op("recorder.counting", torch_results.nothing, "counts"),
 }

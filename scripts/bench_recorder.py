@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from numba_moe import select_experts
+from numba_moe import TopK, fused_experts, select_experts
 from numba_moe.bench.measure import device_time, host_time
 from numba_moe.recorder import ExpertDistributionRecorder
 
@@ -47,13 +47,20 @@ def main() -> None:
         recorder = ExpertDistributionRecorder(given.layers, given.experts, mode="stat")
         recorder.start_record()
         gate = functools.partial(select_experts, logits.to(dtype), given.top_k, renormalize=True)
+
+        def counting() -> TopK:
+            return gate(counts=recorder.layer_counts(0), counts_enabled=recorder.enabled)
+
         name = f"gating of {dtype}".replace("torch.", "")
         report(name, gate)
-        report(
-            f"{name} that counts",
-            lambda: gate(counts=recorder.layer_counts(0), counts_enabled=recorder.enabled),
-        )
+        report(f"{name}, counting", counting)
+        report("  and small experts behind it", lambda: fused_experts(rows, up, down, *gate()))
+        report("  and small experts, counting", lambda: fused_experts(rows, up, down, *counting()))
 
+    rows, up, down = (
+        torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+        for shape in ((given.tokens, 1024), (given.experts, 512, 1024), (given.experts, 1024, 256))
+    )
     of_mode("stat")
     of_mode(None)
     report("index_add_", naive)

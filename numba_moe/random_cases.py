@@ -363,8 +363,10 @@ def experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         places[rng.permutation(num_experts)[:local]] = rng.permutation(local)
         drawn["expert_map"] = places.astype(dtype(rng))
     hidden, width = (number(rng, 1, 24) * int(rng.choice([1, 8])) for _ in range(2))
-    # Where few terms make a result, it may be as small as the roundings of float16 before it.
-    kind = "float32" if min(hidden, width) < 16 else rng.choice(["float32", "float16"])
+    # Where few terms make a result, it may be as small as the roundings of float16 before it, and with a bias, which
+    # may take away nearly all of a term, as those of float32.
+    few = min(hidden, width) < 16
+    kind = "float32" if few else rng.choice(["float32", "float16"])
 
     def normal(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) / max(1, shape[-1]) ** 0.5).astype(kind)
@@ -377,7 +379,7 @@ def experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         "activation": str(rng.choice(["silu", "gelu", "gelu_tanh", "swiglu_oai"])),
         "limit": float(rng.choice([0.5, 7])) if flag(rng) else None,
     }
-    if flag(rng):
+    if flag(rng) and not few:
         drawn |= {"gate_up_bias": normal(local, 2 * width), "down_bias": normal(local, hidden)}
     return drawn
 

@@ -63,12 +63,12 @@ def test_the_script_writes_a_trace_that_becomes_cases(tmp_path, monkeypatch, cap
         assert trace["steps"].tolist() == [0, 1, 2]
         assert 0 <= trace["topk_ids"].min() <= trace["topk_ids"].max() < trace["num_experts"] == 6
     assert trimmed.stat().st_size < 1 << 20
-    monkeypatch.setattr(cases, "TRAINED_ROUTING", trimmed)
+    monkeypatch.setattr(cases.models, "TRAINED_ROUTING", trimmed)
     found = list(cases.trained_cases(48))
     assert {case.op for case in found} >= {"moe_align_block_size", "moe_permute", "fused_experts"}
     arguments = found[0].arguments(np.random.default_rng(0))
     assert arguments["topk_ids"].shape == (48, 2)
-    monkeypatch.setattr(cases, "TRAINED_ROUTING", tmp_path / "absent.npz")
+    monkeypatch.setattr(cases.models, "TRAINED_ROUTING", tmp_path / "absent.npz")
     assert list(cases.trained_cases(48)) == []
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from numba_moe import align_sizes, reference, testing
-from numba_moe.cases import Case, align_out, counts, empty, floats, given, ids, permutation, trained_routing, uniform
+from numba_moe.cases import trained_routing
+from numba_moe.cases.draws import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 
 OURS = "numba_moe"

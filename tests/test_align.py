@@ -50,6 +50,19 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
         assert (allocator.buffer == 77).all(), "something beside the given memory was written"
 
 
+@pytest.mark.parametrize("num_experts", [60, 250, 500])
+def test_counts_of_any_number_of_blocks(num_experts, device, monkeypatch, request):
+    monkeypatch.setattr(sorting, "CLUSTERS", ())
+    plans.forget()
+    request.addfinalizer(plans.forget)
+    for blocks in range(2, 8):  # which threads sum two, four or sixteen at a time
+        ids = testing.random_ids(np.random.default_rng(blocks), 64 * blocks - 7, num_experts, 2, "zipf")
+        expected = reference.moe_align_block_size(ids, 4, num_experts)
+        found = moe.moe_align_block_size(torch.from_numpy(ids).to(device), 4, num_experts)
+        for got, wanted in zip(found, expected, strict=True):
+            assert np.array_equal(got.cpu().numpy(), wanted), blocks
+
+
 @pytest.mark.parametrize("num_experts", [1, 256, 5000])
 def test_a_workspace_suffices_for_fewer_slots(num_experts):
     most = moe.align_sizes(2**21, 128, num_experts)

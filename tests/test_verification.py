@@ -95,7 +95,12 @@ FAULTS = {
     "rows not padded": ("lora", "spread_adapters", "if used else num_slots", "if used else 0"),
     "blocks counted on": ("ragged", "schedule_blocks", "(block << shift)", "(position << shift)"),
     "another place": ("placement.dispatch", "map_ids", "out[slot] = physical", "out[slot] = physical ^ 1"),
-    "counted twice": ("placement.dispatch", "map_ids", "add_to_global(counts, physical, 1)", "add_to_global(counts, physical, 2)"),
+    "counted twice": (
+        "placement.dispatch",
+        "map_ids",
+        "add_to_global(counts, physical, 1)",
+        "add_to_global(counts, physical, 2)",
+    ),
     "no counts of a block": ("placement.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
     "padding recorded": (
         "recorder.counting",

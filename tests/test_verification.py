@@ -279,4 +279,4 @@ def test_reference_and_public_names_agree():
     elsewhere = set(placement.__all__) | set(recorder.__all__)
     besides = {"BumpAllocator", "MoEBlock", "align_sizes", "set_log_level"}
     assert set(reference.__all__) - elsewhere | besides == set(numba_moe.__all__)
-    assert set(cases.DISPATCH) == set(dispatch.ALGORITHMS)
+    assert set(cases.draws.DISPATCH) == set(dispatch.ALGORITHMS)

@@ -4,17 +4,21 @@ The GEMMs are torch's own: its grouped one, where a device has it without the ho
 one for each expert.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.activation import moe_activation
+from numba_moe import sorting
+from numba_moe.activation import ActivationPlan, moe_activation, plan_activation
 from numba_moe.activation.rows import KINDS
 from numba_moe.permute import moe_permute, moe_unpermute
+from numba_moe.permute.rows import Gather, gather, plan_combine, plan_gather
 from numba_moe.reference import experts as reference
 from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.launch import Launch
 from numba_moe.runtime.plans import Layout, layout, planned
 
 # torch.nn.functional has it from 2.10 on.
@@ -26,11 +30,17 @@ ALIGNMENT = 16
 
 
 class ExpertsPlan(NamedTuple):
-    """How many experts ids range over and this rank has, and whether one grouped GEMM serves all."""
+    """How many experts ids range over, whether one grouped GEMM serves all, and the other steps."""
 
     num_experts: int
-    num_local: int
     grouped: bool
+    indices: tuple[arrays.Contiguous, ...]
+    sort: sorting.SortPlan
+    gather: Gather
+    activation: ActivationPlan
+    add_bias: ActivationPlan | None
+    combined: arrays.Contiguous
+    combine: Launch
 
 
 def multiply_by_expert(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, grouped: bool) -> torch.Tensor:
@@ -102,10 +112,13 @@ def _plan(
     down_proj: Layout,
     topk_weights: Layout,
     topk_ids: Layout,
-    activation: str,
     expert_map: Layout | None,
     gate_up_bias: Layout | None,
     down_bias: Layout | None,
+    activation: str,
+    interleaved: bool | None,
+    limit: float | None,
+    alpha: float | None,
     differentiable: bool,
 ) -> ExpertsPlan:
     checks.array("hidden_states", hidden_states, checks.FLOATS, (2,), rows=True)
@@ -134,8 +147,32 @@ def _plan(
     checks.array("topk_weights", topk_weights, checks.FLOATS, (2,), like=like)
     checks.shape("topk_ids", topk_ids, (num_tokens, topk_ids.shape[1]), "(num_tokens, top_k)")
     checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "that of `topk_ids`")
-    grouped = is_grouped(hidden_states, gate_up_proj, down_proj, topk_ids, differentiable)
-    return ExpertsPlan(num_experts, num_local, grouped)
+    num_slots, top_k = topk_ids.shape.numel(), topk_ids.shape[1]
+    checks.fits_int32("topk_ids", num_slots, "the number of slots")
+
+    def new(dtype: torch.dtype, *shape: int) -> Layout:
+        return Layout(torch.Size(shape), dtype, hidden_states.device, None, 0)
+
+    indices = (
+        arrays.contiguous(torch.int64, num_experts + 1),
+        arrays.contiguous(torch.int32, num_slots),
+        arrays.contiguous(torch.int32, num_tokens, top_k),
+        arrays.contiguous(torch.int32, num_local),
+    )
+    offset = new(torch.int64, num_local + 1)  # of the experts of this rank, which are the first
+    between, last = (new(hidden_states.dtype, num_slots, columns) for columns in (2 * width, hidden))
+    places = new(torch.int32, num_tokens, top_k)
+    return ExpertsPlan(
+        num_experts,
+        is_grouped(hidden_states, gate_up_proj, down_proj, topk_ids, differentiable),
+        indices,
+        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map),
+        plan_gather(hidden_states, top_k, (num_slots,), zero_padding=False, num_ends=num_local),
+        plan_activation(between, offset, gate_up_bias, activation, interleaved, limit, alpha),
+        down_bias and plan_activation(last, offset, down_bias, "none", None, None, None),
+        arrays.contiguous(hidden_states.dtype, num_tokens, hidden),
+        plan_combine(last, num_tokens, top_k, topk_weights, places, True, 1.0, hidden_states.dtype),
+    )
 
 
 def compose(
@@ -151,7 +188,7 @@ def compose(
     options: dict[str, Any],
     multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Do the steps of `fused_experts`, for experts of all ranks that number num_experts."""
+    """Compose `fused_experts`, for experts of all ranks that number num_experts, of functions with gradients."""
     permuted = moe_permute(hidden_states, topk_ids, num_experts, expert_map, zero_padding=False)
     offset = permuted.expert_first_token_offset
     num_local = down_proj.shape[0]
@@ -164,6 +201,33 @@ def compose(
     if down_bias is not None:
         rows = moe_activation(rows, offset, down_bias, activation="none")
     return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx)
+
+
+def _run(
+    plan: ExpertsPlan,
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    offset, permuted_idx, inv_permuted_idx, ends = (arrays.empty(*indices) for indices in plan.indices)
+    sorting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, None, offset)
+    rows = gather(plan.gather, hidden_states, permuted_idx, inv_permuted_idx, None, None, offset, ends)
+    rows = multiply_by_expert(rows, gate_up_proj, ends, plan.grouped)
+    activated = arrays.empty(*plan.activation.activated)
+    plan.activation.activate(rows, offset, gate_up_bias, activated)
+    rows = multiply_by_expert(activated, down_proj, ends, plan.grouped)
+    if plan.add_bias is not None:
+        activated = arrays.empty(*plan.add_bias.activated)
+        plan.add_bias.activate(rows, offset, down_bias, activated)
+        rows = activated
+    combined: torch.Tensor = arrays.empty(*plan.combined)
+    plan.combine(rows, topk_weights, inv_permuted_idx, combined)
+    return combined
 
 
 @arrays.public
@@ -244,21 +308,22 @@ def fused_experts(
     differentiable = torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
     plan = _plan(
         *(layout(hidden_states), layout(gate_up_proj), layout(down_proj), layout(topk_weights), layout(topk_ids)),
-        *(activation, layout(expert_map), layout(gate_up_bias), layout(down_bias), differentiable),
+        *(layout(expert_map), layout(gate_up_bias), layout(down_bias), activation),
+        interleaved,
+        limit,
+        alpha,
+        differentiable,
     )
-    options: dict[str, Any] = {
-        "activation": activation,
-        "interleaved": interleaved,
-        "limit": limit,
-        "alpha": alpha,
-    }
-    if arrays.answered_by_reference(hidden_states) and not differentiable:
+    if checks.VALIDATE:
+        checks.ids(topk_ids, plan.num_experts)
+    matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    options = {"activation": activation, "interleaved": interleaved, "limit": limit, "alpha": alpha}
+    if differentiable:
+        multiply = functools.partial(multiply_by_expert, grouped=plan.grouped)
+        numbers = (plan.num_experts, options)
+        return compose(hidden_states, *matrices, topk_weights, topk_ids, expert_map, *numbers, multiply)
+    if arrays.answered_by_reference(hidden_states):
         more = {"expert_map": expert_map, "gate_up_bias": gate_up_bias, "down_bias": down_bias, **options}
         arguments = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
         return arrays.by_reference(reference.fused_experts, *arguments, **more).to(hidden_states.dtype)
-
-    def multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return multiply_by_expert(rows, weights, ends, plan.grouped)
-
-    matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    return compose(hidden_states, *matrices, topk_weights, topk_ids, expert_map, plan.num_experts, options, multiply)
+    return _run(plan, hidden_states, *matrices, topk_weights, topk_ids, expert_map)

@@ -158,6 +158,9 @@ def test_opcheck(name, tokens, device):
     for op, args, kwargs in calls(tokens, device):
         if name_of(op) == name:
             torch.library.opcheck(op.default, args, kwargs)
+            if "without_gradient" in op.overloads():
+                without = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                torch.library.opcheck(op.without_gradient, without, kwargs)
 
 
 def block(scores, rows):
@@ -195,6 +198,7 @@ def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(backend, devic
         assert [type(part) for part in found] == [type(part) for part in expected]
     assert counter.frame_count == 2  # for seven tokens, and for any number of them
     targets = {node.target for graph in counter.graphs for node in graph.graph.nodes}
+    targets = {getattr(target, "overloadpacket", target) for target in targets}
     assert {OPS.topk_softmax, OPS.moe_align_block_size, OPS.moe_align_block_size_out, OPS.dispatch_ids_out} <= targets
 
 
@@ -218,6 +222,41 @@ def test_weights_have_their_gradient_when_compiled(dynamic, device):
     torch.compile(loss, fullgraph=True, dynamic=dynamic)(compiled).backward()
     loss(eager).backward()
     torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def square(scores):
+    return (moe.topk_softmax(scores, 2).topk_weights ** 2).sum()
+
+
+class Square(torch.nn.Module):
+    """What `square` returns."""
+
+    def forward(self, scores):
+        return square(scores)
+
+
+def test_a_gradient_that_is_wanted_later_is_there():
+    expected = logits(9, grad=True)
+    square(expected).backward()
+    torch._dynamo.reset()
+    compiled = torch.compile(square, backend="aot_eager", fullgraph=True)
+    scores = logits(9)
+    compiled(scores)
+    with torch.no_grad():
+        compiled(scores.requires_grad_())
+    compiled(scores).backward()
+    torch.testing.assert_close(scores.grad, expected.grad)
+
+    def inside(scores):
+        leaf = scores.detach().requires_grad_()
+        return torch.autograd.grad(square(leaf), leaf)[0]
+
+    torch.testing.assert_close(torch.compile(inside, backend="aot_eager")(logits(9)), expected.grad)
+    scores.grad = None
+    torch.export.export(Square(), (logits(9),)).module()(scores).backward()
+    torch.testing.assert_close(scores.grad, expected.grad)
+    with pytest.raises(Exception, match="topk_softmax"):  # it never was without a gradient
+        torch.compile(torch.func.grad(square), backend="aot_eager", fullgraph=True)(logits(9))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -254,8 +293,10 @@ def test_experts_are_one_op_unless_a_gradient_is_wanted():
             rows = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
             torch.testing.assert_close(torch.compile(layer, backend=counter, fullgraph=True)(rows), layer(rows))
         found.append({node.target for graph in counter.graphs for node in graph.graph.nodes})
-    assert [OPS.fused_experts in targets for targets in found] == [True, False]
-    assert [OPS.moe_permute in targets for targets in found] == [False, True]
+    assert [OPS.fused_experts.without_gradient in targets for targets in found] == [True, False]
+    assert [OPS.moe_unpermute.default in targets for targets in found] == [False, True]
+    assert [OPS.select_experts.without_gradient in targets for targets in found] == [True, False]
+    assert [OPS.select_experts.default in targets for targets in found] == [False, True]
     parameter = torch.nn.Parameter(torch.ones(EXPERTS, 16, 16))
     with pytest.raises(RuntimeError, match="the op `fused_experts` has no gradient"):
         OPS.fused_experts(rows, parameter, torch.ones(EXPERTS, 16, 8), torch.ones(5, TOP_K), ids(5))

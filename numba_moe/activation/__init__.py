@@ -33,7 +33,7 @@ class ActivationPlan(NamedTuple):
 
 
 @planned
-def _plan(
+def plan_activation(
     gate_up: Layout,
     expert_first_token_offset: Layout | None,
     bias: Layout | None,
@@ -42,6 +42,7 @@ def _plan(
     limit: float | None,
     alpha: float | None,
 ) -> ActivationPlan:
+    """Check the arguments of `moe_activation` and plan it and its gradients."""
     checks.array("gate_up", gate_up, checks.FLOATS, (2,))
     checks.choice("activation", activation, KINDS)
     if interleaved is not None:
@@ -125,7 +126,7 @@ def activation_backward(
     grad_activated = grad_activated.contiguous()
     if grad_activated.data_ptr() % 16:
         grad_activated = grad_activated.clone()  # the kernel reads it as it reads the rows
-    plan = _plan(layout(gate_up), layout(offset), layout(bias), *options.values())
+    plan = plan_activation(layout(gate_up), layout(offset), layout(bias), *options.values())
     grad_gate_up = arrays.empty(*plan.grad_gate_up)
     plan.differentiate(gate_up, offset, bias, grad_activated, grad_gate_up)
     if not of_bias or plan.sum_rows is None:
@@ -192,7 +193,7 @@ def moe_activation(
     array([[ 0.   , 35.232]], dtype=float32)
     """
     options = (activation, interleaved, limit, alpha)
-    plan = _plan(layout(gate_up), layout(expert_first_token_offset), layout(bias), *options)
+    plan = plan_activation(layout(gate_up), layout(expert_first_token_offset), layout(bias), *options)
     names = {"activation": activation, "interleaved": interleaved, "limit": limit, "alpha": alpha}
     if torch.is_grad_enabled() and (gate_up.requires_grad or (bias is not None and bias.requires_grad)):
         return Activating.apply(gate_up, expert_first_token_offset, bias, names)

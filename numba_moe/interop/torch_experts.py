@@ -12,6 +12,7 @@ import torch
 
 from numba_moe.activation import activation_backward
 from numba_moe.experts import ALIGNMENT, compose, has_grouped, multiply_by_expert, outer_by_expert
+from numba_moe.interop import torch_gradients
 
 OPS = torch.ops.numba_moe
 
@@ -89,41 +90,6 @@ STEPS: tuple[Step, ...] = (
 )
 
 
-def register_gradients() -> None:
-    """Give products their gradients by rows and weights, activations theirs by rows and bias, and the whole none."""
-
-    def setup_product(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def of_product(ctx: Any, grad: torch.Tensor) -> Any:
-        rows, weights, ends = ctx.saved_tensors
-        grad = grad.contiguous()
-        by_rows, by_weights, _ = ctx.needs_input_grad
-        return (
-            OPS.multiply_by_expert(grad, weights.transpose(1, 2), ends) if by_rows else None,
-            OPS.outer_by_expert(grad, rows, ends) if by_weights else None,
-            None,
-        )
-
-    def setup_activation(ctx: Any, inputs: Any, output: Any) -> None:
-        gate_up, offset, bias, *ctx.options = inputs
-        ctx.save_for_backward(gate_up, offset, bias)
-        ctx.of_bias = bias is not None and bias.requires_grad
-
-    def of_activation(ctx: Any, grad: torch.Tensor) -> Any:
-        gate_up, offset, bias = ctx.saved_tensors
-        by_rows, by_bias = OPS.activation_backward(gate_up, grad, offset, bias, *ctx.options, ctx.of_bias)
-        return by_rows, None, by_bias if ctx.of_bias else None, *[None] * len(ctx.options)
-
-    def refuse(ctx: Any, inputs: Any, output: Any) -> None:
-        raise RuntimeError("the op `fused_experts` has no gradient, the function `numba_moe.fused_experts` has")
-
-    library = torch.library
-    library.register_autograd("numba_moe::fused_experts", refuse, setup_context=refuse)
-    library.register_autograd("numba_moe::multiply_by_expert", of_product, setup_context=setup_product)
-    library.register_autograd("numba_moe::moe_activation", of_activation, setup_context=setup_activation)
-
-
 def fused_experts(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -138,9 +104,10 @@ def fused_experts(
 ) -> torch.Tensor:
     """Return the public function's result, by ops; each checks its own arguments when it runs."""
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
-    if not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in floats)):
+    if not torch_gradients.wanted(*floats):
         more = {"expert_map": expert_map, "gate_up_bias": gate_up_bias, "down_bias": down_bias, **options}
-        return OPS.fused_experts(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, **more)
+        op = torch_gradients.overload("fused_experts", *floats)
+        return op(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, **more)
     num_experts = down_proj.shape[0] if expert_map is None else expert_map.shape[0]
     matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     choice = (topk_weights, topk_ids, expert_map)

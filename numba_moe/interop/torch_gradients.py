@@ -1,8 +1,33 @@
-"""Gradients of the ops under `torch.ops.numba_moe`: those that eager calls have, as ops of their own."""
+"""Gradients of the ops under `torch.ops.numba_moe`: those that eager calls have, as ops of their own.
+
+For an op with a gradient torch asks Python at every call whether one is wanted, 6 us on the host (H200, torch 2.11).
+So it has an overload without, `torch.ops.numba_moe.<name>.without_gradient`, for compiled code that wants none.
+"""
 
 from typing import Any
 
 import torch
+
+from numba_moe.runtime import arrays
+
+# Absent before torch 2.7, where all that is compiled may be exported.
+_is_exporting: Any = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def wanted(*values: Any) -> bool:
+    """Whether a gradient by any of these is wanted."""
+    return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def overload(name: str, *values: Any) -> Any:
+    """Return the overload to call on these values, of an op with a gradient.
+
+    What is exported may want a gradient later, and torch.func's transforms want theirs of tensors that do not say so.
+    """
+    op = getattr(torch.ops.numba_moe, name)
+    if not arrays.is_traced() or _is_exporting() or torch._C._are_functorch_transforms_active() or wanted(*values):
+        return op.default
+    return op.without_gradient
 
 
 def _arguments(name: str, inputs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +84,7 @@ def of_permuting(name: str) -> None:
     torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
 
 
-def of_unpermuting() -> None:
+def of_unpermuting(name: str) -> None:
     """Give combined rows their gradients by rows and by weights."""
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -71,10 +96,10 @@ def of_unpermuting() -> None:
         found = torch.ops.numba_moe.unpermute_backward(*ctx.saved_tensors, grad, ctx.factor, *wanted)
         return *(part if needed else None for part, needed in zip(found, wanted, strict=True)), None, None, None
 
-    torch.library.register_autograd("numba_moe::moe_unpermute", backward, setup_context=setup)
+    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
 
 
-def of_summing() -> None:
+def of_summing(name: str) -> None:
     """Give summed rows their gradient by the rows."""
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -88,14 +113,49 @@ def of_summing() -> None:
             grad = grad.masked_fill((topk_ids < 0)[..., None], 0)
         return grad, None, None, None
 
-    torch.library.register_autograd("numba_moe::moe_sum", backward, setup_context=setup)
+    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
 
 
-def register() -> None:
-    """Register the gradients of all ops that have one."""
-    for name in ("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt", "topk_raw", "grouped_topk", "select_experts"):
-        of_gating(name)
-    for name in ("moe_permute", "moe_permute_masked"):
-        of_permuting(name)
-    of_unpermuting()
-    of_summing()
+def of_activating(name: str) -> None:
+    """Give activated rows their gradients by rows and bias."""
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        gate_up, offset, bias, *ctx.options = inputs
+        ctx.save_for_backward(gate_up, offset, bias)
+        ctx.of_bias = bias is not None and bias.requires_grad
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        gate_up, offset, bias = ctx.saved_tensors
+        found = torch.ops.numba_moe.activation_backward(gate_up, grad, offset, bias, *ctx.options, ctx.of_bias)
+        by_rows, by_bias = found
+        return by_rows, None, by_bias if ctx.of_bias else None, *[None] * len(ctx.options)
+
+    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+
+
+def of_multiplying(name: str) -> None:
+    """Give products their gradients by rows and weights."""
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        rows, weights, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        by_rows, by_weights, _ = ctx.needs_input_grad
+        return (
+            torch.ops.numba_moe.multiply_by_expert(grad, weights.transpose(1, 2), ends) if by_rows else None,
+            torch.ops.numba_moe.outer_by_expert(grad, rows, ends) if by_weights else None,
+            None,
+        )
+
+    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+
+
+def refused(name: str) -> None:
+    """Refuse a gradient where it is the function that has it, not the op."""
+
+    def refuse(ctx: Any, inputs: Any, output: Any) -> None:
+        raise RuntimeError(f"the op `{name}` has no gradient, the function `numba_moe.{name}` has")
+
+    torch.library.register_autograd(f"numba_moe::{name}", refuse, setup_context=refuse)

@@ -47,6 +47,7 @@ class Op(NamedTuple):
     out: str = ""  # the parameter that its result goes to
     written: tuple[str, ...] = ()  # the others that it writes
     absent: Mapping[str, str] = types.MappingProxyType({})  # results that there are only with an argument: which
+    gradient: Callable[[str], None] | None = None  # what registers it
 
 
 OPS: Mapping[str, Op] = {
@@ -56,20 +57,32 @@ OPS: Mapping[str, Op] = {
     "make_ragged_metadata": Op("ragged", torch_results.ragged),
     "count_tokens_per_expert": Op("counting", torch_results.counts),
     "expert_offsets": Op("counting", torch_results.offsets),
-    **dict.fromkeys(("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt"), Op("gating", torch_results.choice)),
-    **dict.fromkeys(("topk_raw", "grouped_topk"), Op("gating", torch_results.choice)),
-    "select_experts": Op("gating.selection", torch_results.selection, written=GATING_OPTIONS),
+    **dict.fromkeys(
+        ("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt", "topk_raw", "grouped_topk"),
+        Op("gating", torch_results.choice, gradient=torch_gradients.of_gating),
+    ),
+    "select_experts": Op(
+        "gating.selection", torch_results.selection, written=GATING_OPTIONS, gradient=torch_gradients.of_gating
+    ),
     "weigh_experts": Op("gating.selection", torch_results.weighing, written=GATING_OPTIONS),
     "route": Op("routing", torch_results.routed, written=GATING_OPTIONS),
     "moe_permute": Op(
-        "permute", torch_results.permuted, absent={"m_indices": "alignment", "permuted_scales": "scales"}
+        "permute",
+        torch_results.permuted,
+        absent={"m_indices": "alignment", "permuted_scales": "scales"},
+        gradient=torch_gradients.of_permuting,
     ),
-    "moe_permute_masked": Op("permute.layouts", torch_results.masked, absent={"permuted_scales": "scales"}),
+    "moe_permute_masked": Op(
+        "permute.layouts",
+        torch_results.masked,
+        absent={"permuted_scales": "scales"},
+        gradient=torch_gradients.of_permuting,
+    ),
     "moe_reorder": Op("permute.layouts", torch_results.reordered),
-    "moe_unpermute": Op("permute", torch_results.combined),
-    "moe_sum": Op("permute", torch_results.summed),
-    "moe_activation": Op("activation", torch_results.activated),
-    "fused_experts": Op("experts", torch_results.experts),
+    "moe_unpermute": Op("permute", torch_results.combined, gradient=torch_gradients.of_unpermuting),
+    "moe_sum": Op("permute", torch_results.summed, gradient=torch_gradients.of_summing),
+    "moe_activation": Op("activation", torch_results.activated, gradient=torch_gradients.of_activating),
+    "fused_experts": Op("experts", torch_results.experts, gradient=torch_gradients.refused),
     "dispatch_ids": Op("placement.dispatch", torch_results.dispatched, "out", ("counts",)),
     "add_expert_counts": Op("recorder.counting", torch_results.nothing, "counts"),
 }
@@ -181,11 +194,15 @@ def _gather_tables(given: dict[str, Any]) -> None:
         given["dispatch"] = DispatchTables(*tables.values())
 
 
-def _register(name: str, text: str, function: Callable[..., Any], results: Callable[..., Any]) -> None:
+def _register(
+    name: str, text: str, function: Callable[..., Any], results: Callable[..., Any], overload: str = "default"
+) -> None:
     """Register an op that a function computes, given tensors with data."""
-    torch.library.define(f"{LIBRARY}::{name}", text.removeprefix(name), tags=TAGS)
-    names = [argument.name for argument in getattr(torch.ops.numba_moe, name).default._schema.arguments]
-
+    whole = f"{LIBRARY}::{name}" if overload == "default" else f"{LIBRARY}::{name}.{overload}"
+    torch.library.define(whole, text.removeprefix(name), tags=TAGS)
+    arguments = getattr(getattr(torch.ops.numba_moe, name), overload)._schema.arguments
+    names = [argument.name for argument in arguments]
+    first_tensor = next(i for i, argument in enumerate(arguments) if isinstance(argument.type, torch.TensorType))
     has_tables = TABLES[0].name in names
 
     def fake(*args: Any, **kwargs: Any) -> Any:
@@ -197,7 +214,7 @@ def _register(name: str, text: str, function: Callable[..., Any], results: Calla
             _gather_tables(given)
         if isinstance(given.get("out"), list):
             given["out"] = tuple(given["out"])
-        first = next(value for value in args if isinstance(value, torch.Tensor))
+        first = args[first_tensor]
         device = first.get_device()
         if device < 0 or device == arrays.current_device():
             found = function(**given)
@@ -212,8 +229,8 @@ def _register(name: str, text: str, function: Callable[..., Any], results: Calla
             else found
         )
 
-    torch.library.impl(f"{LIBRARY}::{name}", ("cpu", "cuda"), run)
-    torch.library.register_fake(f"{LIBRARY}::{name}", fake)
+    torch.library.impl(whole, ("cpu", "cuda"), run)
+    torch.library.register_fake(whole, fake)
 
 
 def _define() -> dict[str, Result | None]:
@@ -225,13 +242,16 @@ def _define() -> dict[str, Result | None]:
         other = writing_name(name)
         if other != name:
             _register(name, schema(name, function, op, writes=False), function, op.results)
+        if op.gradient is not None:
+            text = schema(name, function, op, writes=False)
+            _register(name, text, function, op.results, "without_gradient")
+            op.gradient(name)
         if op.out or op.written:
             results = torch_results.nothing if op.out else op.results
             _register(other, schema(other, function, op, writes=True), function, results)
     for name, text, function, results in (*BACKWARD, *torch_experts.STEPS):
         _register(name, f"{name}{text}", function, results)
-    torch_gradients.register()
-    torch_experts.register_gradients()
+    torch_gradients.of_multiplying("multiply_by_expert")
     return types_of_results
 
 
@@ -256,7 +276,9 @@ def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     for key in (op.out, *op.written):
         if key not in written:
             given.pop(key, None)
-    if not written:
+    if not written and op.gradient is not None:
+        results = torch_gradients.overload(name, *args, *given.values())(*args, **given)
+    elif not written:
         results = getattr(torch.ops.numba_moe, name)(*args, **given)
     elif not op.out:
         results = getattr(torch.ops.numba_moe, writing_name(name))(*args, **given)

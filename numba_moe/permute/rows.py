@@ -23,6 +23,7 @@ from numba_moe.runtime.parameters import (
     OptionalFloatArray,
     OptionalIds,
     OptionalInt32Array,
+    OptionalInt64Array,
     Words,
 )
 from numba_moe.runtime.plans import Layout
@@ -62,6 +63,8 @@ def gather_rows(
     block_experts: OptionalInt32Array,
     m_indices: OptionalInt32Array,
     permuted: Annotated[Any, LIKE, "hidden_states"],
+    offset: OptionalInt64Array,
+    ends: OptionalInt32Array,
     num_tokens: Int32,
     top_k: Int32,
     num_rows: Int32,
@@ -71,15 +74,22 @@ def gather_rows(
     share: Int32,
     alignment: Int32,
     zero_padding: Int32,
+    num_ends: Int32,
 ):
     # hidden_states [num_tokens, row_words] with rows row_stride apart; permuted_idx and m_indices [num_rows];
     # inv_permuted_idx [num_tokens, top_k]; block_experts [num_rows / alignment]; permuted [num_rows, row_words];
-    # `parts` blocks serve a token, and every block looks for rows without a slot among its `share` of at most 32
+    # `parts` blocks serve a token, and every block looks for rows without a slot among its `share` of at most 32;
+    # ends [num_ends] are the elements of offset from the second on
     block = int32(cuda.blockIdx.x)
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
     lane = int32(cuda.laneid)
     first_row = int64(block) * share
+    if block == 0 and present(ends):
+        expert = thread
+        while expert < num_ends:
+            ends[expert] = int32(offset[expert + 1])
+            expert = int32(expert + threads)
     unused = False
     if lane < share and first_row + lane < num_rows:
         unused = permuted_idx[first_row + lane] == num_tokens * top_k
@@ -268,7 +278,9 @@ class Gather(NamedTuple):
     launch: Launch
 
 
-def plan_gather(rows: Layout, top_k: int, shape: tuple[int, ...], zero_padding: bool, alignment: int = 1) -> Gather:
+def plan_gather(
+    rows: Layout, top_k: int, shape: tuple[int, ...], zero_padding: bool, alignment: int = 1, num_ends: int = 0
+) -> Gather:
     """Plan the copy of rows, [num_tokens] to places of some shape, in the widest words possible."""
     num_tokens, num_rows = rows.shape[0], math.prod(shape)
     row_bytes, stride_bytes = (rows.dtype.itemsize * n for n in (rows.shape[1:].numel(), stride_of(rows)))
@@ -276,10 +288,10 @@ def plan_gather(rows: Layout, top_k: int, shape: tuple[int, ...], zero_padding: 
     word = next(word for word in WORDS if all(unit % word.itemsize == 0 for unit in units))
     row_words = row_bytes // word.itemsize
     threads, parts = deal(num_tokens, row_words)
-    blocks = max(num_tokens * parts, -(-num_rows // WARP))
+    blocks = max(num_tokens * parts, -(-num_rows // WARP), min(1, num_ends))
     share = -(-num_rows // max(1, blocks))
     sizes = (num_tokens, top_k, num_rows, row_words, stride_bytes // word.itemsize)
-    numbers = (*sizes, parts, share, alignment, int(zero_padding))
+    numbers = (*sizes, parts, share, alignment, int(zero_padding), num_ends)
     launch = Launch(gather_rows, rows.device, blocks, threads, numbers, {"hidden_states": word})
     return Gather(arrays.contiguous(rows.dtype, *shape, *rows.shape[1:]), word, launch)
 
@@ -291,13 +303,15 @@ def gather(
     inv_permuted_idx: torch.Tensor,
     block_experts: torch.Tensor | None = None,
     m_indices: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Allocate the places and copy rows there; name the expert of each if asked to."""
+    """Allocate the places and copy rows there; name the expert of each, or where experts end, if asked to."""
     permuted: torch.Tensor = arrays.empty(*plan.permuted)
     source, target = rows, permuted
     if simulator.ENABLED:
         source, target = (array.view(plan.word) if array.numel() else array for array in (rows, permuted))
-    plan.launch(source, permuted_idx, inv_permuted_idx, block_experts, m_indices, target)
+    plan.launch(source, permuted_idx, inv_permuted_idx, block_experts, m_indices, target, offset, ends)
     return permuted
 
 

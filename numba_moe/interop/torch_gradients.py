@@ -10,8 +10,11 @@ import torch
 
 from numba_moe.runtime import arrays
 
-# Absent before torch 2.7, where all that is compiled may be exported.
-_is_exporting: Any = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    # the compiler would take torch's own function for true wherever it compiles (torch 2.11); before 2.7 there is none
+    return bool(getattr(torch.compiler, "is_exporting", lambda: True)())
 
 
 def wanted(*values: Any) -> bool:

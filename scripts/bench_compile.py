@@ -24,7 +24,7 @@ from numba_moe.experts import multiply_by_expert
 
 CALLS = 50
 REPEATS = 21
-ROUNDS = 5  # over all blocks, of which the best time counts: what else the host does only adds
+ROUNDS = 9  # over all blocks, of which the best time counts: what else the host does only adds
 NOISE = 1.03
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}
 

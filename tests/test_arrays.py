@@ -115,6 +115,15 @@ def test_simulation_is_asked_for_only_where_it_exists(monkeypatch):
         pass
 
 
+def test_the_default_stream_has_no_handle_for_torch_to_wrap(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: ("default", device))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (handle, device))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    device = torch.device("cuda", 1)
+    assert arrays._working_on(0, device) == ("default", device)
+    assert arrays._working_on(2, device) == (2, device)
+
+
 @pytest.mark.gpu
 def test_cupy_arrays_run_on_their_stream_without_copies():
     cupy = pytest.importorskip("cupy")

@@ -27,6 +27,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _working_on(handle: int, device: torch.device) -> Any:
+    """Make a stream of CUDA's torch's current one; torch's ExternalStream(0) is a new one (pytorch issue 182960)."""
+    stream = torch.cuda.ExternalStream(handle, device=device) if handle else torch.cuda.default_stream(device)
+    return torch.cuda.stream(stream)
+
+
 class _Kind(abc.ABC):
     """How arrays of one library become tensors over the same memory, and back."""
 
@@ -67,8 +73,7 @@ class _NumbaKind(_Kind):
             with simulator.running():
                 yield
         else:
-            handle = int(getattr(array.stream, "handle", array.stream) or 0)
-            with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=tensor.device)):
+            with _working_on(int(getattr(array.stream, "handle", array.stream) or 0), tensor.device):
                 yield
 
 
@@ -78,8 +83,9 @@ class _CupyKind(_Kind):
 
     @contextlib.contextmanager
     def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
-        handle = importlib.import_module("cupy").cuda.get_current_stream(tensor.device.index).ptr
-        with torch.cuda.stream(torch.cuda.ExternalStream(handle, device=tensor.device)):
+        with _working_on(
+            importlib.import_module("cupy").cuda.get_current_stream(tensor.device.index).ptr, tensor.device
+        ):
             yield
 
 

@@ -7,7 +7,7 @@ from numba import cuda
 
 import numba_moe as moe
 from numba_moe import reference
-from numba_moe.runtime import simulator
+from numba_moe.runtime import arrays, simulator
 
 IDS = np.array([[3, 1], [0, 3], [-1, 2]], np.int32)
 
@@ -95,8 +95,6 @@ def test_any_dlpack_array_comes_back_in_its_own_kind():
 
 
 def test_wrapping_copies_nothing():
-    from numba_moe.runtime import arrays
-
     seen = []
 
     @arrays.public

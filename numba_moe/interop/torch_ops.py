@@ -6,7 +6,7 @@ where torch compiles, exports or traces with fake tensors, and then this is impo
 An op has the name, parameters and defaults of its function, but these. Where the function can write memory that it is
 given, the op leaves those parameters out, and another has them: `<name>_out`, whose result goes to what it is given,
 or `<name>_writing`, which returns new results as well. A result that a call has none of is an array of no elements.
-Dispatch tables come one by one, each behind `dispatch_`. An op with a gradient has an overload `without_gradient`, which
+Dispatch tables come one by one, each behind `dispatch_`. An op with a gradient has an overload `without_gradient`, that
 compiled code calls where none is wanted.
 """
 

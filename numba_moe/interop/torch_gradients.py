@@ -22,12 +22,11 @@ def wanted(*values: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
-def overload(name: str, *values: Any) -> Any:
+def overload(op: Any, *values: Any) -> Any:
     """Return the overload to call on these values, of an op with a gradient.
 
     What is exported may want a gradient later, and torch.func's transforms want theirs of tensors that do not say so.
     """
-    op = getattr(torch.ops.numba_moe, name)
     if not arrays.is_traced() or _is_exporting() or torch._C._are_functorch_transforms_active() or wanted(*values):
         return op.default
     return op.without_gradient

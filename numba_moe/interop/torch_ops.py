@@ -259,12 +259,19 @@ def _define() -> dict[str, Result | None]:
 RESULT_TYPES = _define()
 
 
+@torch.compiler.assume_constant_result  # what compiled code would otherwise look up at each call, to see it unchanged
+def _traits(name: str) -> tuple[str, tuple[str, ...], tuple[tuple[str, str], ...], bool, bool]:
+    op, result = OPS[name], RESULT_TYPES[name]
+    nested = result is not None and any(field is not None for field in result.fields)
+    return op.out, op.written, tuple(op.absent.items()), op.gradient is not None, nested
+
+
 def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call the op of a public function, with its arguments and results, through torch's dispatcher."""
     if name == "fused_experts":
         return torch_experts.fused_experts(*args, **kwargs)
-    op = OPS[name]
-    given = dict(kwargs)
+    out, also_written, absent_without, differentiable, nested = _traits(name)
+    given = {**kwargs}
     tables = given.pop("dispatch", None)
     if tables is not None:
         given.update({f"dispatch_{field}": getattr(tables, field) for field in DispatchTables._fields})
@@ -272,25 +279,25 @@ def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         given["indices_dtype"] = str(given["indices_dtype"]).removeprefix("torch.")
     if isinstance(given.get("out_dtype"), str):
         given["out_dtype"] = getattr(torch, given["out_dtype"])
-    absent = [place for place, argument in op.absent.items() if given.get(argument) is None]
-    written = [key for key in (op.out, *op.written) if given.get(key) is not None]
-    for key in (op.out, *op.written):
+    absent = [place for place, argument in absent_without if given.get(argument) is None]
+    written = [key for key in (out, *also_written) if given.get(key) is not None]
+    for key in (out, *also_written):
         if key not in written:
             given.pop(key, None)
-    if not written and op.gradient is not None:
-        results = torch_gradients.overload(name, *args, *given.values())(*args, **given)
-    elif not written:
-        results = getattr(torch.ops.numba_moe, name)(*args, **given)
-    elif not op.out:
-        results = getattr(torch.ops.numba_moe, writing_name(name))(*args, **given)
-    else:
-        if op.out not in given:
-            given[op.out] = op.results(*args, **given)
-        results = given[op.out]
+    op = getattr(torch.ops.numba_moe, writing_name(name) if written else name)
+    if written and out:
+        if out not in given:
+            given[out] = OPS[name].results(*args, **given)
+        results = given[out]
         if isinstance(results, tuple):
-            given[op.out] = list(results)
-        getattr(torch.ops.numba_moe, writing_name(name))(*args, **given)
-    if RESULT_TYPES[name] is None:
+            given[out] = list(results)
+        op(*args, **given)
+    elif differentiable and not written:
+        results = torch_gradients.overload(op, *args, *given.values())(*args, **given)
+    else:
+        results = op(*args, **given)
+    result = RESULT_TYPES[name]
+    if result is None:
         return results
-    found = _rebuild(RESULT_TYPES[name], iter(results))
+    found = _rebuild(result, iter(results)) if nested else result.kind(*results)
     return found._replace(**dict.fromkeys(absent)) if absent else found

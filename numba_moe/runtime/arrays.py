@@ -133,6 +133,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     annotated = (name for name, parameter in parameters.items() if parameter.annotation is Any)
     first = next(annotated, next(iter(parameters)))
     place = list(parameters).index(first)
+    name = function.__name__
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -146,7 +147,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
         if isinstance(array, Tensor):  # whatever torch.compile sees, fake tensors, parameters, others' subclasses
             from numba_moe.interop import torch_ops  # which torch.compile does too, and so registers the ops
 
-            return cast(R, torch_ops.call(function.__name__, args, kwargs))
+            return torch_ops.call(name, args, kwargs)
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be
@@ -162,10 +163,10 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
             except TypeError:
                 return value  # a dtype that torch lacks: the checks name the argument
 
-        for name in written:
-            checks.writable(name, kwargs.get(name))
+        for keyword in written:
+            checks.writable(keyword, kwargs.get(keyword))
         positional: Any = [wrap(value) for value in args]
-        named: Any = {name: wrap(value) for name, value in kwargs.items()}
+        named: Any = {keyword: wrap(value) for keyword, value in kwargs.items()}
         tensor = positional[place] if len(positional) > place else named[first]
         if not isinstance(tensor, torch.Tensor):
             return function(*positional, **named)

@@ -148,7 +148,6 @@ def _plan(
     checks.shape("topk_ids", topk_ids, (num_tokens, topk_ids.shape[1]), "(num_tokens, top_k)")
     checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "that of `topk_ids`")
     num_slots, top_k = topk_ids.shape.numel(), topk_ids.shape[1]
-    checks.fits_int32("topk_ids", num_slots, "the number of slots")
 
     def new(dtype: torch.dtype, *shape: int) -> Layout:
         return Layout(torch.Size(shape), dtype, hidden_states.device, None, 0)

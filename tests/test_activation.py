@@ -173,7 +173,8 @@ def test_kernel_by_torch_on_the_gpu(name, dtype):
     activated = moe.moe_activation(rows, offset, bias, **OPTIONS[name])
     grad = torch.randn_like(activated)
     found = torch.autograd.grad(activated, (rows, bias), grad)
-    added = rows.detach().float() + bias.detach().float().repeat_interleave(sizes, 0)  # what is beyond the limit, is so
+    # the sums as kernels have them, so that what lies at a limit lies on the same side
+    added = rows.detach().float() + bias.detach().float().repeat_interleave(sizes, 0)
     exact = added.double().requires_grad_()
     wanted = by_torch(exact, **OPTIONS[name])
     assert not testing.compare(activated, testing.to_numpy(wanted)).mismatches

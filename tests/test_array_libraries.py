@@ -108,14 +108,17 @@ def test_the_default_stream_is_the_callers_own(library):
     cupy, cuda = pytest.importorskip("cupy"), importlib.import_module("numba.cuda")
     slow = cupy.ones((4096, 4096), np.float32)
     turns = [IDS, (IDS + 5) % 16]
-    given = [cupy.asarray(ids) if library == "cupy" else cuda.to_device(ids) for ids in turns]
+    array = cupy.asarray if library == "cupy" else cuda.to_device
+    given = [array(ids) for ids in turns]
+    poison, counts = array(np.full(16, 77, np.int32)), array(np.zeros(16, np.int32))
     for turn in range(20):
-        counts = cupy.full(16, 77, np.int32)
         cupy.matmul(slow, slow)
-        counts[:] = 0  # a call that did not wait for it would be undone by it
-        written = counts if library == "cupy" else cuda.as_cuda_array(counts)
-        moe.moe_align_block_size(given[turn % 2], 4, 16, counts=written)
-        found = cupy.asnumpy(counts) if library == "cupy" else written.copy_to_host()
+        if library == "cupy":  # a call that did not wait for it would be undone by it
+            counts[:] = poison
+        else:
+            counts.copy_to_device(poison)
+        moe.moe_align_block_size(given[turn % 2], 4, 16, counts=counts)
+        found = cupy.asnumpy(counts) if library == "cupy" else counts.copy_to_host()
         assert found.tolist() == reference.count_tokens_per_expert(turns[turn % 2], 16).tolist()
 
 

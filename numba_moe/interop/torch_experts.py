@@ -106,7 +106,7 @@ def fused_experts(
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
     if not torch_gradients.wanted(*floats):
         more = {"expert_map": expert_map, "gate_up_bias": gate_up_bias, "down_bias": down_bias, **options}
-        op = torch_gradients.overload(OPS.fused_experts, *floats)
+        op = torch_gradients.overload(OPS.fused_experts)
         return op(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, **more)
     num_experts = down_proj.shape[0] if expert_map is None else expert_map.shape[0]
     matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)

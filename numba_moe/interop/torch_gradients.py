@@ -128,8 +128,8 @@ def of_activating(name: str) -> None:
 
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         gate_up, offset, bias = ctx.saved_tensors
-        found = torch.ops.numba_moe.activation_backward(gate_up, grad, offset, bias, *ctx.options, ctx.of_bias)
-        by_rows, by_bias = found
+        rest = (*ctx.options, ctx.of_bias)
+        by_rows, by_bias = torch.ops.numba_moe.activation_backward(gate_up, grad, offset, bias, *rest)
         return by_rows, None, by_bias if ctx.of_bias else None, *[None] * len(ctx.options)
 
     torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)

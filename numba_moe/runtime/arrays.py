@@ -83,9 +83,8 @@ class _CupyKind(_Kind):
 
     @contextlib.contextmanager
     def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
-        with _working_on(
-            importlib.import_module("cupy").cuda.get_current_stream(tensor.device.index).ptr, tensor.device
-        ):
+        handle = importlib.import_module("cupy").cuda.get_current_stream(tensor.device.index).ptr
+        with _working_on(handle, tensor.device):
             yield
 
 

@@ -427,7 +427,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, metavar="N", help=f"how many (default {defaults})")
     parser.add_argument("--seed", type=int, default=0, help="of all cases (default 0)")
     parser.add_argument("--index", type=int, metavar="I", help="run this case alone, and show its arguments")
-    parser.add_argument("--op", default="*", metavar="PATTERN", help="only these ops; * and ? match")
+    parser.add_argument("--op", action="append", metavar="PATTERN", help="only these ops; * and ? match")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -441,7 +441,8 @@ def run(options: argparse.Namespace) -> int:
     where = verification.environment(on_gpu)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     chosen = [(index, random_case(index, limits)) for index in indices]
-    chosen = [(index, case) for index, case in chosen if fnmatch.fnmatch(case.op, options.op)]
+    patterns = options.op or ["*"]
+    chosen = [(index, case) for index, case in chosen if any(fnmatch.fnmatch(case.op, each) for each in patterns)]
     outcomes: list[Outcome] = []
     failures = 0
     for index, case in tqdm(chosen, unit="case", disable=not sys.stderr.isatty(), leave=False):

@@ -54,6 +54,18 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
         assert not any(calls), f"{kernel} calls a function that was not inlined: {calls}"
 
 
+def test_how_many_blocks_are_to_fit_is_said_from_hopper_on(without_simulator):
+    program = """
+from numba_moe.permute import rows
+from numba_moe.runtime import compile
+first, *_ = compile.specialisations(rows.combine_rows)
+for capability in ((8, 0), (9, 0)):
+    code = compile.ptx(rows.combine_rows, first, capability)
+    print(".maxntid 256" in code, ".minnctapersm 6" in code)
+"""
+    assert without_simulator(program).splitlines() == ["False False", "True True"]
+
+
 def test_a_dtype_outside_the_signature_is_refused(without_simulator):
     program = """
 from numba_moe.sorting import kernels

@@ -39,7 +39,7 @@ def test_draws_are_legal_and_repeat(limits):
 def test_a_failing_case_says_how_to_run_it_again(monkeypatch, capsys):
     monkeypatch.setattr(numba_moe, "expert_offsets", lambda counts, alignment: 1 / 0)
     offsets = list(DRAWS).index("expert_offsets")
-    assert run("--cases", str(len(DRAWS)), "--op", "expert_*") == 1
+    assert run("--cases", str(len(DRAWS)), "--op", "expert_*", "--op", "no_such_op") == 1
     printed = capsys.readouterr().out
     assert "FAILED ZeroDivisionError" in printed
     assert f"again: python scripts/random_cases.py --seed 0 --index {offsets}\n" in printed

@@ -46,6 +46,10 @@ from numba_moe.runtime.primitives import (
 )
 
 THREADS = 256
+WARPS_IN_BLOCK = 4
+# Of these blocks, 12 are to fit on a multiprocessor, for loads to be early as in `rows`: on an H200 the gradients of
+# 16,384 tokens, eight rows of 4 KiB each, take 300 us instead of 326.
+DIFFERENTIATE_BOUNDS = (WARP * WARPS_IN_BLOCK, 12)
 
 
 @cuda.jit
@@ -58,7 +62,7 @@ def invert_index(inv_permuted_idx: Int32Array, permuted_idx: Int32Array, num_slo
             permuted_idx[row] = slot
 
 
-@cuda.jit
+@cuda.jit(launch_bounds=DIFFERENTIATE_BOUNDS)
 def differentiate_rows(
     rows: FloatArray,
     topk_weights: FloatArray,
@@ -140,7 +144,7 @@ def _plan_backward(
     lanes = 16 // permuted.dtype.itemsize
     if permuted.address or grad.address or any(number % lanes for number in (hidden, *strides)):
         lanes = 1
-    threads = block_threads(THREADS)
+    threads, most = block_threads(THREADS), max(num_slots, num_rows)
     numbers = (num_slots, top_k, num_rows, hidden, *strides, float(factor), lanes)
     dtypes = {"rows": permuted.dtype, "topk_weights": topk_weights.dtype, "grad": grad.dtype}
     return BackwardPlan(
@@ -148,7 +152,7 @@ def _plan_backward(
         arrays.contiguous(torch.float32, *topk_weights.shape),
         arrays.contiguous(torch.int32, num_rows),
         Launch(invert_index, permuted.device, -(-num_slots // threads), threads, (num_slots, num_rows)),
-        Launch(differentiate_rows, permuted.device, *warps(max(num_slots, num_rows)), numbers, dtypes),
+        Launch(differentiate_rows, permuted.device, *warps(most, WARPS_IN_BLOCK), numbers, dtypes),
     )
 
 

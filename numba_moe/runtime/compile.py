@@ -162,6 +162,13 @@ def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
         dispatcher.get_current_device = before
 
 
+def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tuple[int, int] | None:
+    """Return the most threads of a block that a kernel is compiled for, maybe with how many blocks are to fit."""
+    bounds: int | tuple[int, int] | None = kernel.targetoptions.get("launch_bounds")
+    # Before Hopper a warp operation in a loop takes so many registers that some would be spilled to fit the blocks.
+    return None if isinstance(bounds, tuple) and compute_capability < HOPPER else bounds
+
+
 def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]) -> str:
     """Compile a kernel to PTX."""
     from numba import cuda
@@ -174,7 +181,7 @@ def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[i
             device=False,
             abi="numba",
             cc=compute_capability,
-            launch_bounds=kernel.targetoptions.get("launch_bounds"),
+            launch_bounds=launch_bounds(kernel, compute_capability),
         )
     code = code if isinstance(code, str) else code.decode()
     return wait_for_earlier(code) if compute_capability >= HOPPER else code

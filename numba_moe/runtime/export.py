@@ -105,7 +105,10 @@ def describe(kernel: Any, entry: cache.Entry) -> dict[str, Any]:
         else:
             about = {"kind": "scalar", "dtype": choice, "size": np.dtype(str(choice)).itemsize}
             parameters.append({"name": parameter.name, **about})
-    static_shared_bytes, registers = _resources(entry.cubin, entry.entry_name, int(entry.arch.removeprefix("sm_")))
+    arch = int(entry.arch.removeprefix("sm_"))
+    static_shared_bytes, registers = _resources(entry.cubin, entry.entry_name, arch)
+    bounds = compile.launch_bounds(kernel, divmod(arch, 10)) or MOST_THREADS
+    most_threads = bounds if isinstance(bounds, int) else bounds[0]
     threads_allowed = MOST_REGISTERS // (-(-registers // 8) * 8) // 128 * 128
     return {
         "kernel": entry.kernel,
@@ -115,7 +118,7 @@ def describe(kernel: Any, entry: cache.Entry) -> dict[str, Any]:
         "entry": entry.entry_name,
         "constants": constants,
         "parameters": parameters,
-        "max_threads_per_block": min(kernel.targetoptions.get("launch_bounds") or MOST_THREADS, threads_allowed),
+        "max_threads_per_block": min(most_threads, threads_allowed),
         "static_shared_bytes": static_shared_bytes,
         "max_dynamic_shared_bytes": compile.MOST_SHARED_BYTES,
         "registers": registers,

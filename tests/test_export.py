@@ -38,7 +38,7 @@ def exported(tmp_path_factory, without_simulator):
     (folder / "manifest.json").write_text("of an earlier export")
     printed = without_simulator(
         EXPORT,
-        "counting,sorting.kernels,gating.registers,gating.memory",
+        "counting,sorting.kernels,gating.registers,gating.memory,permute.rows",
         "export",
         "--arch",
         "sm_80,sm_90,sm_80",
@@ -117,6 +117,8 @@ def test_resources(exported):
         assert 0 < kernel["registers"] * threads <= 64 * 1024
         if name in ("count_slots", "place_slots"):
             assert threads == 1024
+        if name in ("gather_rows", "combine_rows") and kernel["arch"] == "sm_90":
+            assert threads == 256
 
 
 @pytest.mark.parametrize(

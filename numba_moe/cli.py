@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["verify"]:
         use_simulator_without_gpu()  # before anything imports numba
     from numba_moe import bench, verification
-    from numba_moe.placement import simulation
+    from numba_moe.placement import command as rebalancing
     from numba_moe.recorder import report
 
     parser = argparse.ArgumentParser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.run)
     text = "replay recorded loads against ways of placing experts, to see whether moving them pays"
-    rebalance = commands.add_parser("rebalance", help=text, description=simulation.__doc__)
-    simulation.add_arguments(rebalance)
-    rebalance.set_defaults(run=simulation.run)
+    rebalance = commands.add_parser("rebalance", help=text, description=rebalancing.__doc__)
+    rebalancing.add_arguments(rebalance)
+    rebalance.set_defaults(run=rebalancing.run)
     text = "draw what a recorder dumped: hot experts, loads of ranks, balance over time, what a rebalance would change"
     drawing = commands.add_parser("report", help=text, description=report.__doc__)
     report.add_arguments(drawing)

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from numba_moe.placement import ExpertLocation, rebalance_experts
-from numba_moe.placement.simulation import load_trace
+from numba_moe.placement.traces import load_trace
 
 MAP = np.array([[0, 1, 2, 0, 3, 1], [3, 2, 1, 0, 0, 3]])
 LOCATION = ExpertLocation.from_mapping(MAP, num_gpus=3, num_nodes=2, slots_per_rank=[1, 3, 2])

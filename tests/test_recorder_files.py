@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from numba_moe import reference
-from numba_moe.placement import ExpertLocation, simulation
+from numba_moe.placement import ExpertLocation, traces
 from numba_moe.recorder import ExpertDistributionRecorder, load
 
 FORMATS = ("npz", "safetensors", "json", "csv", "pt")
@@ -75,7 +75,7 @@ def test_locations_and_simulations_read_dumps(mode, format, tmp_path):
     dump.save(path)
     location = ExpertLocation.load(path, num_replicas=4, num_gpus=2)
     assert location == ExpertLocation.from_counts(dump.logical_count, 4, 1, 1, 2)
-    assert simulation.load_trace(path).tolist() == dump.logical_count.tolist()
+    assert traces.load_trace(path).tolist() == dump.logical_count.tolist()
 
 
 def test_spilled_tokens_are_written_from_disk(tmp_path):

@@ -8,7 +8,9 @@ import torch
 
 from numba_moe.cli import main
 from numba_moe.placement import ExpertLocation, balancedness, plan_migration, rank_loads, simulate
-from numba_moe.placement.simulation import count_moves, load_trace, over_time, replay, steps_to_pay, verdict
+from numba_moe.placement.command import over_time, verdict
+from numba_moe.placement.simulation import count_moves, replay, steps_to_pay
+from numba_moe.placement.traces import load_trace
 
 # Experts 0 and 1 have all the load, and share a rank where expert i is in slot i.
 PAIR = np.tile([6.0, 6.0, 0.0, 0.0], (3, 1, 1))

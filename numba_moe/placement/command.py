@@ -1,0 +1,231 @@
+"""What rebalancing would have brought: locations replayed against recorded loads, before a cluster is touched."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from numba_moe.placement.location import FORMATS, ExpertLocation
+from numba_moe.placement.rebalance import ALGORITHMS
+from numba_moe.placement.simulation import BANDWIDTH, Scenario, Simulation, simulate
+from numba_moe.placement.traces import load_trace
+from numba_moe.runtime import checks
+
+PERIODS = 8  # columns of the tables over time
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Return a parser of comma-separated values."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [convert(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be comma-separated, got {text!r} ({error})") from error
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the simulation."""
+
+    def interval(text: str) -> int:
+        return 0 if text == "once" else int(text)
+
+    def size(text: str) -> int:
+        return int(float(text))
+
+    add = parser.add_argument
+    add("dump", type=Path, metavar="DUMP", help="logical_count or topk_ids, in .npz, .json, .pt, .npy or .safetensors")
+    add("--gpus", type=int, required=True, metavar="N", help="ranks of all nodes together")
+    add("--nodes", type=int, default=1, metavar="N", help="(default 1)")
+    add("--groups", type=int, default=1, metavar="N", help="groups of experts that stay on a node (default 1)")
+    text = "slots of a layer, comma-separated (default: one for each expert, rounded up to a multiple of the GPUs)"
+    add("--replicas", type=listed(int), metavar="LIST", help=text)
+    text = f"comma-separated (default {','.join(ALGORITHMS)})"
+    add("--algorithm", type=listed(str), default=list(ALGORITHMS), metavar="LIST", help=text)
+    text = "steps between rebalances, comma-separated; once: one rebalance by the whole dump, in hindsight (default)"
+    add("--interval", type=listed(interval), metavar="LIST", help=text)
+    add("--search", action="store_true", help="try several numbers of slots and intervals where none are given")
+    add("--max-moves", type=int, metavar="N", help="most slots of a layer that refined may change at a time")
+    add("--location", type=Path, metavar="FILE", help="where experts are now (default: expert i %% E in slot i)")
+    add("--bytes-per-expert", type=size, metavar="BYTES", help="weights of one expert of one layer")
+    add("--step-ms", type=float, metavar="MS", help="time of all experts at an average step in perfect balance")
+    text = f"GB/s into and out of a rank (default {BANDWIDTH:g})"
+    add("--bandwidth", type=float, default=BANDWIDTH, metavar="GB/s", help=text)
+    add("--num-experts", type=int, metavar="N", help="of topk_ids (default: largest id + 1)")
+    add("--tokens-per-step", type=int, metavar="N", help="divide topk_ids into steps of so many tokens")
+    add("--detail", action="store_true", help="print every layer and rank over time")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    add("--out", type=Path, metavar="LOCATION", help="write the best location there: .json, .npz or .pt")
+    add("--plot", type=Path, metavar="FILE.png", help="draw balancedness, time and ranks over the steps")
+
+
+def search_sizes(num_experts: int, num_gpus: int) -> list[int]:
+    """Return numbers of slots to try: as few as can be, then 1, 2 and 4 more on each rank.
+
+    >>> search_sizes(num_experts=30, num_gpus=8)
+    [32, 40, 48, 64]
+    """
+    least = -(-num_experts // num_gpus)
+    return [num_gpus * (least + more) for more in (0, 1, 2, 4) if least + more <= max(num_experts, least)]
+
+
+def search_intervals(num_steps: int) -> list[int]:
+    """Return intervals to try: a half, a quarter, ... of the steps; once if there is one step alone.
+
+    >>> search_intervals(100)
+    [50, 25, 12, 6]
+    """
+    return list(dict.fromkeys(num_steps // parts for parts in (2, 4, 8, 16) if num_steps >= parts)) or [0]
+
+
+def table(found: Simulation, num_choices: float) -> str:
+    """Format the scenarios for a terminal."""
+    rows = []
+    for s in found.scenarios:
+        when = None if s.interval is None else "once" if s.interval == 0 else str(s.interval)
+        pays = None if s.pays_after is None else str(s.pays_after)
+        if s.rebalances and None not in (s.move_ms, s.saved_ms) and s.pays_after is None:
+            pays = "never"
+        gigabytes = None if s.bytes_moved is None else s.bytes_moved / 1e9
+        crossing = [100 * float(c.sum()) / num_choices for c in (s.crossing_gpus, s.crossing_nodes)]
+        balance = [float(s.balancedness.mean()), float(s.balancedness.mean(axis=0).min())]
+        moved = [len(s.rebalances), sum(r.num_moved for r in s.rebalances), gigabytes, s.move_ms, s.saved_ms]
+        rows.append([s.algorithm, s.num_replicas, when, *balance, s.time, *crossing, *moved, pays])
+    headers = ["algorithm", "slots", "interval", "balance", "worst layer", "time", "% off GPU", "% off node"]
+    headers += ["rebalances", "experts moved", "GB", "move ms", "saved ms", "pays after"]
+    formats = ["", "", "", ".3f", ".3f", ".3f", ".1f", ".1f", "", "", ".2f", ".1f", ".1f", ""]
+    return tabulate(rows, headers, floatfmt=formats, missingval="-", disable_numparse=[2, 13])
+
+
+def over_time(rows: dict[str, np.ndarray], title: str) -> str:
+    """Format series [steps] as means over a few periods."""
+    num_steps = len(next(iter(rows.values())))
+    parts = np.array_split(np.arange(num_steps), min(PERIODS, num_steps))
+    headers = [title, *(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)]
+    lines = [[name, *(float(values[part].mean()) for part in parts)] for name, values in rows.items()]
+    return tabulate(lines, headers, floatfmt=".3f")
+
+
+def verdict(found: Simulation, num_steps: int) -> str:
+    """Say what is best, and whether it pays."""
+    best = found.best
+    if best.interval is None:
+        paying = {scenario.pays_after: scenario.name for scenario in found.scenarios[::-1] if scenario.pays_after}
+        if not paying:
+            return f"Best: {best.name}. No rebalance takes less time."
+        steps = min(paying)
+        return f"Best over {num_steps} steps: {best.name}. With more like these, {paying[steps]} pays after {steps}."
+    text = f"Best: {best.name}, {best.time:.3f} times the time of perfect balance."
+    if best.pays_after is None:
+        return f"{text} Whether that pays: give --bytes-per-expert and --step-ms."
+    return f"{text} It pays after {best.pays_after} steps."
+
+
+def best_and_before(found: Simulation) -> list[Scenario]:
+    """Return "stay" with the slots of the best scenario, and that if it is another."""
+    stay = next(scenario for scenario in found.scenarios if scenario.num_replicas == found.best.num_replicas)
+    return [stay] if stay is found.best else [stay, found.best]
+
+
+def report(found: Simulation) -> dict[str, Any]:
+    """Return all numbers as what JSON can hold; locations are written elsewhere."""
+    scenarios = []
+    for scenario in found.scenarios:
+        fields = {**scenario._asdict(), "rebalances": [r._asdict() for r in scenario.rebalances]}
+        del fields["location"]
+        scenarios.append({name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in fields.items()})
+    return {"best": next(i for i, s in enumerate(found.scenarios) if s is found.best), "scenarios": scenarios}
+
+
+def plot(path: Path, found: Simulation) -> None:
+    """Draw balancedness and time of all scenarios over steps, and ranks' loads before and with the best."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    shown = best_and_before(found)
+    (balance, time), heats = figure.subplots(2, 2)
+    for scenario in found.scenarios:
+        balance.plot(scenario.balancedness.mean(axis=1), marker=".", label=scenario.name)
+        time.plot(scenario.step_time, marker=".", label=scenario.name)
+    balance.set(xlabel="step", ylabel="balancedness, mean over layers")
+    time.set(xlabel="step", ylabel="time over that of perfect balance")
+    balance.legend(fontsize="small")
+    top = max(float(scenario.rank_load.max()) for scenario in shown)
+    for panel, scenario in zip(heats, shown, strict=False):
+        image = panel.imshow(scenario.rank_load.T, aspect="auto", vmin=0, vmax=top, interpolation="nearest")
+        panel.set(title=scenario.name, xlabel="step", ylabel="rank")
+    figure.colorbar(image, ax=list(heats), label="load over the mean")
+    figure.savefig(path)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Simulate, print the tables, write what is asked for, and return the exit status."""
+    try:
+        for path in (options.json, options.out, options.plot):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"no folder for {path}")
+        if options.out is not None:
+            checks.choice("--out", options.out.suffix, FORMATS)
+        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+        trace = {"num_experts": options.num_experts, "tokens_per_step": options.tokens_per_step}
+        for name, value in trace.items():
+            if value is not None:
+                checks.integer(name, value, 1)
+        num_gpus = checks.integer("--gpus", options.gpus, 1)
+        loads = load_trace(options.dump, **trace, num_gpus=num_gpus)
+        current = None if options.location is None else ExpertLocation.load(options.location)
+        sizes = search_sizes(loads.shape[2], num_gpus)
+        sizes = sizes if options.search else sizes[:1]
+        if current is not None:
+            sizes = [current.num_physical_experts]
+        intervals = search_intervals(len(loads)) if options.search else [0]
+        found = simulate(
+            loads,
+            options.replicas or sizes,
+            options.groups,
+            options.nodes,
+            num_gpus,
+            algorithms=options.algorithm,
+            intervals=options.interval or intervals,
+            current=current,
+            max_moves=options.max_moves,
+            bytes_per_expert=options.bytes_per_expert,
+            step_ms=options.step_ms,
+            bandwidth=options.bandwidth,
+            progress=sys.stderr.isatty(),
+        )
+    except (OSError, ValueError) as error:
+        print(f"numba-moe rebalance: {error}", file=sys.stderr)
+        return 2
+    kind = "" if loads.ndim == 3 else ", tokens on the ranks that it says"
+    print(f"{options.dump.name}: {len(loads)} steps, {loads.shape[1]} layers, {loads.shape[2]} experts{kind}\n")
+    print(table(found, float(loads.sum())), end="\n\n")
+    print(over_time({s.name: s.balancedness.mean(axis=1) for s in found.scenarios}, "balance at steps"), end="\n\n")
+    if options.detail:
+        for scenario in best_and_before(found):
+            print_detail(scenario)
+    print(verdict(found, len(loads)))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report(found)))
+    if options.out is not None:
+        found.best.location.save(options.out)
+    if options.plot is not None:
+        plot(options.plot, found)
+    return 0
+
+
+def print_detail(scenario: Scenario) -> None:
+    layers = {f"layer {index}": values for index, values in enumerate(scenario.balancedness.T)}
+    ranks = {f"rank {index}": values for index, values in enumerate(scenario.rank_load.T)}
+    print(f"{scenario.name}\n")
+    print(over_time(layers, "balance at steps"), end="\n\n")
+    print(over_time(ranks, "load / mean at steps"), end="\n\n")

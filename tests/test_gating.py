@@ -14,13 +14,15 @@ from numba_moe.runtime import plans, simulator
 
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
-MANY = 32 if simulator.ENABLED else 5000
+MANY = 16 if simulator.ENABLED else 5000
 
 
-@pytest.fixture(params=["warps", "octets"])
+@pytest.fixture(params=["warps", "octets", "memory"])
 def kernel(request, monkeypatch):
     monkeypatch.setattr(gating_plans, "MANY_TOKENS", 0 if request.param == "octets" else 2**31)
     monkeypatch.setattr(gating_plans, "MANY_TOKENS_PER_EXPERT", 0)
+    if request.param == "memory":
+        monkeypatch.setattr(gating_plans, "WARP", 0)  # lanes that hold a group's ranks
     plans.forget()
     yield request.param
     plans.forget()
@@ -44,12 +46,10 @@ def assert_as_reference(op, *args, **kwargs):
     assert not comparison.mismatches, comparison
 
 
+# Of these cases verification runs in the simulator what their sizes ask for: by warps, and long rows from memory.
+@pytest.mark.parametrize("kernel", ["octets", pytest.param("memory", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
-def test_octets_equal_the_reference(case, monkeypatch, request):
-    monkeypatch.setattr(gating_plans, "MANY_TOKENS", 0)
-    monkeypatch.setattr(gating_plans, "MANY_TOKENS_PER_EXPERT", 0)
-    plans.forget()
-    request.addfinalizer(plans.forget)
+def test_the_kernels_for_more_equal_the_reference(case, kernel):
     outcome = verification.run_case(case, seed=1, device="cuda" if ON_GPU else "cpu")
     assert outcome.passed, outcome
 
@@ -73,6 +73,14 @@ def test_a_few_values_only(kernel, values):
     assert_as_reference("topk_softmax", logits, 6, True)
     grouped = {"scoring_func": "sigmoid", "group_score": "max"}
     assert_as_reference("grouped_topk", logits, 6, 8, 3, True, **grouped)
+
+
+def test_the_last_experts_of_chosen_groups_come_before_those_of_others(kernel):
+    logits = np.full((MANY, 24), -np.inf, np.float32)
+    logits[:, [5, 15]] = 1.0  # of groups 1 and 5, whose other experts are no better than all the rest
+    call = {"num_expert_group": 8, "topk_group": 2, "renormalize": False, "scoring_func": "sigmoid"}
+    assert_as_reference("grouped_topk", logits, 6, **call)
+    assert run("grouped_topk", logits, 6, **call).topk_ids[0].tolist() == [5, 15, 3, 4, 16, 17]
 
 
 @pytest.mark.parametrize("biased", [False, True])

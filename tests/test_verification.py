@@ -161,7 +161,7 @@ def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
         if c.op in OPS_OF[module] and c.name.split()[0] in ("OLMoE", "several", "-1", "skipped", "swiglu_oai")
     ]
     assert chosen
-    outcomes = [verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in chosen]
+    outcomes = (verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in chosen)
     assert not all(outcome.passed for outcome in outcomes), fault
 
 

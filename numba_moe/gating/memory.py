@@ -1,7 +1,8 @@
 """Top-k of rows of any size: a warp streams its row and keeps the best in its lanes.
 
-Lane i holds the i-th best key so far, a key being a rank and an id upside down. Few experts are above the last of those
-wanted: after n of random ones the next is with a chance of top_k / n. Those that are, are inserted one by one.
+Lane i holds the i-th best key so far, a key being a rank and an id upside down. At each step a lane ranks eight
+experts, of which few reach the last of those wanted: after n of random ones the next does with a chance of top_k / n.
+Those that do are inserted one by one, a lane's best first; at the first step the best of all lanes are sorted at once.
 More than 32 picks take a stream each 32, of the keys below the last one that was picked.
 """
 
@@ -15,7 +16,18 @@ from numba_moe.gating.extras import (
     write_nothing,
     write_rest,
 )
-from numba_moe.gating.rows import SMALLEST_SUM, SOFTMAX, load_first, rank_of, score_of, weight_of
+from numba_moe.gating.rows import (
+    SMALLEST_SUM,
+    SOFTMAX,
+    has_no_softmax,
+    load_first,
+    lower_unscored,
+    not_all_finite,
+    rank_of,
+    score_all,
+    score_of,
+    weight_of,
+)
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import (
     COUNTING,
@@ -36,8 +48,8 @@ from numba_moe.runtime.parameters import (
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
-    INFINITY,
     LOWEST_KEY,
+    LOWEST_ORDER,
     NEGATIVE_INFINITY,
     WARP,
     choice_key,
@@ -47,7 +59,10 @@ from numba_moe.runtime.primitives import (
     exp,
     larger,
     load_float,
+    order,
+    order_of_number,
     present,
+    rank_key,
     warp_index,
     warp_max,
     warp_sum,
@@ -55,6 +70,11 @@ from numba_moe.runtime.primitives import (
 
 # Experts that a warp reads at a time, eight to a lane.
 STEP = 8 * WARP
+WARPS_IN_BLOCK = 4
+# With how many blocks are to fit on a multiprocessor: 2 to 10 % less time for 16,384 tokens on an H200.
+BOUNDS = (WARPS_IN_BLOCK * WARP, 6)
+# Below the key of any expert, and not below that of a place past the last one.
+NO_EXPERT = (LOWEST_ORDER << 32) | 0x7FFFFFFF
 
 
 @cuda.jit(device=True)
@@ -85,14 +105,15 @@ def softmax_from_memory(gating_output, row, num_experts, aligned, adjusting):
     expert = int32(8 * cuda.laneid)
     while expert < num_experts:
         load_logits(gating_output, row, expert, num_experts, aligned, adjusting, logits)
+        if not_all_finite(logits, 8):
+            broken = has_no_softmax(logits, 8) or broken
         highest = peak
         for i in range(8):
-            broken = broken or not logits[i] < float32(INFINITY)
             highest = larger(highest, logits[i])
         if highest > peak:
             total *= exp(peak - highest)
             peak = highest
-        if peak > float32(NEGATIVE_INFINITY) and not broken:
+        if peak > float32(NEGATIVE_INFINITY):
             for i in range(8):
                 total += exp(logits[i] - peak)
         expert = int32(expert + STEP)
@@ -102,6 +123,39 @@ def softmax_from_memory(gating_output, row, num_experts, aligned, adjusting):
     if peak < highest:
         total *= exp(peak - highest)
     return highest, warp_sum(total)
+
+
+@cuda.jit(device=True)
+def rank_all(logits, expert, end, aligned, rule, ranks):
+    """Write the ranks of eight experts, as integers of the same order; LOWEST_ORDER from `end` on."""
+    correction_bias, scoring_func, peak, total = rule
+    if present(correction_bias):
+        biases = cuda.local.array(8, float32)
+        load_first(correction_bias, expert, end - expert, aligned, biases)
+        score_all(logits, 8, scoring_func, peak, total, logits)
+        for i in range(8):
+            ranks[i] = order(logits[i] + biases[i])
+    else:
+        for i in range(8):
+            ranks[i] = order_of_number(logits[i])
+        if total == float32(0.0):
+            for i in range(8):
+                ranks[i] = 0
+    if end - expert < 8:
+        for i in range(8):
+            if expert + i >= end:
+                ranks[i] = LOWEST_ORDER
+
+
+@cuda.jit(device=True)
+def highest_below(ranks, expert, below):
+    """Return the highest key below one of eight experts with these ranks, NO_EXPERT if there is none."""
+    highest = int64(NO_EXPERT)
+    for i in range(8):
+        key = rank_key(ranks[i], expert + i)
+        if key < below:
+            highest = max(highest, key)
+    return highest
 
 
 @cuda.jit(device=True)
@@ -131,44 +185,49 @@ def insert(best, key):
 
 
 @cuda.jit(device=True)
+def insert_all(best, ranks, expert, below, wanted):
+    """Insert the keys of eight experts of each lane, those below `below`, as far as they are among so many best."""
+    mine = highest_below(ranks, expert, below)
+    if cuda.shfl_sync(ALL_LANES, best, 0) == NO_EXPERT:
+        best = sort_keys(mine)
+        mine = highest_below(ranks, expert, mine)
+    votes = uint32(cuda.ballot_sync(ALL_LANES, mine > cuda.shfl_sync(ALL_LANES, best, wanted - 1)))
+    while votes != 0:
+        source = int32(cuda.ffs(votes) - 1)
+        best = insert(best, cuda.shfl_sync(ALL_LANES, mine, source))
+        if cuda.laneid == source:
+            mine = highest_below(ranks, expert, mine)
+        votes = uint32(cuda.ballot_sync(ALL_LANES, mine > cuda.shfl_sync(ALL_LANES, best, wanted - 1)))
+    return best
+
+
+@cuda.jit(device=True)
 def keep_best(gating_output, row, first, end, aligned, adjusting, rule, below, wanted, best):
     """Return the warp's best keys after experts [first, end) too, and whether no logit is NaN or +inf.
 
     Keys from `below` on do not count; no more than `wanted` keys need be right.
     """
-    correction_bias, scoring_func, peak, total = rule
     logits = cuda.local.array(8, float32)
     following = cuda.local.array(8, float32)
-    lane = int32(cuda.laneid)
-    threshold = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
+    ranks = cuda.local.array(8, int32)
     broken = False
-    base = int32(first)
-    load_logits(gating_output, row, base + 8 * lane, end, aligned, adjusting, following)
-    while base < end:
-        expert = int32(base + 8 * lane)
+    expert = int32(first + 8 * cuda.laneid)
+    load_logits(gating_output, row, expert, end, aligned, adjusting, following)
+    for _ in range(first, end, STEP):
         for i in range(8):
             logits[i] = following[i]
         load_logits(gating_output, row, expert + STEP, end, aligned, adjusting, following)
-        for i in range(8):
-            key = int64(LOWEST_KEY)
-            if expert + i < end:
-                broken = broken or not logits[i] < float32(INFINITY)
-                rank = rank_of(logits[i], expert + i, correction_bias, scoring_func, peak, total)
-                key = choice_key(rank, expert + i)
-                if key >= below:
-                    key = int64(LOWEST_KEY)
-            votes = uint32(cuda.ballot_sync(ALL_LANES, key > threshold))
-            if i == 0 and threshold == LOWEST_KEY and cuda.shfl_sync(ALL_LANES, best, 0) == LOWEST_KEY:
-                best = sort_keys(key)
-                threshold = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
-                votes = uint32(0)
-            while votes != 0:
-                candidate = cuda.shfl_sync(ALL_LANES, key, cuda.ffs(votes) - 1)
-                if candidate > threshold:
-                    best = insert(best, candidate)
-                    threshold = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
-                votes = uint32(votes & (votes - 1))
-        base = int32(base + STEP)
+        if not_all_finite(logits, 8):
+            broken = has_no_softmax(logits, 8) or broken
+            lower_unscored(logits, 8, rule[1])
+        rank_all(logits, expert, end, aligned, rule, ranks)
+        highest = ranks[0]
+        for i in range(1, 8):
+            highest = max(highest, ranks[i])
+        last = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
+        if cuda.ballot_sync(ALL_LANES, highest > last >> 32) != 0:  # ids rise, so of equal ranks the first stay
+            best = insert_all(best, ranks, expert, below, wanted)
+        expert = int32(expert + STEP)
     return best, cuda.ballot_sync(ALL_LANES, broken) == 0
 
 
@@ -182,7 +241,7 @@ def score_group(gating_output, row, first, size, aligned, adjusting, rule, group
     while picks > 0:
         wanted = int32(min(picks, WARP))
         best, _ = keep_best(
-            *(gating_output, row, first, first + size, aligned, adjusting, rule, below, wanted, int64(LOWEST_KEY))
+            *(gating_output, row, first, first + size, aligned, adjusting, rule, below, wanted, int64(NO_EXPERT))
         )
         below = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
         mine = float32(0.0)
@@ -227,7 +286,7 @@ def scale_weights(topk_weights, first_pick, top_k, weight_sum, renormalize, rout
     return scale
 
 
-@cuda.jit
+@cuda.jit(launch_bounds=BOUNDS)
 def choose_from_memory(
     gating_output: FloatArray,
     correction_bias: OptionalFloat32Array,
@@ -312,7 +371,7 @@ def choose_from_memory(
     base = int32(0)
     while base < top_k:
         wanted = int32(min(top_k - base, WARP))
-        best = int64(LOWEST_KEY)
+        best = int64(NO_EXPERT)
         usable = True
         for group in range(num_expert_group):
             eligible = True

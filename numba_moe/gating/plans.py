@@ -113,6 +113,8 @@ def _plan(
     by_scores = biased or (num_expert_group > 1 and group_picks > 1)
     whole_softmax = scoring_func == "softmax" and (by_scores or not renormalize)
     vectors = in_vectors(gating_output, group_size)
+    with_bias = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
+    together = 8 if with_bias and in_vectors(gating_output, group_size, 8) else 4 * int(with_bias)
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
     exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
     in_block = extra.num_counts if extra.count_rows == 1 and extra.num_counts <= octets.MOST_COUNTS_IN_BLOCK else 0
@@ -124,16 +126,14 @@ def _plan(
         if num_expert_group > 1:
             group_scores = arrays.contiguous(torch.float32, num_tokens, num_expert_group)
         whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
-        of_row = (*sizes, int(vectors), top_k, scoring, int(whole_softmax))
+        of_row = (*sizes, together, top_k, scoring, int(whole_softmax))
         numbers: tuple[float, ...] = (*of_row, *rules, *groups, *last)
-        kernel, where = memory.choose_from_memory, (device, *warps(num_tokens))
+        kernel, where = memory.choose_from_memory, (device, *warps(num_tokens, memory.WARPS_IN_BLOCK))
         choices: dict[str, Any] = {"gating_output": dtype, "role": extra.role}
     elif tiers is COLUMNS and num_tokens >= many and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8):
-        aligned = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
         whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
         mask = (1 << (num_experts - 1).bit_length()) - 1
-        together = 8 if aligned and in_vectors(gating_output, group_size, 8) else 4 * aligned
-        of_row = (*sizes, int(together), top_k, scoring, int(whole_softmax))
+        of_row = (*sizes, together, top_k, scoring, int(whole_softmax))
         of_keys = ((octets.LANES // num_expert_group).bit_length() - 1, mask, int(exact), in_block)
         where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))
         shared_bytes = 4 * in_block

@@ -170,6 +170,19 @@ def test_rows_of_any_size(top_k):
         assert_as_reference("topk_sigmoid", logits, top_k)
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_long_rows_without_a_softmax(renormalize, biased):
+    rng = np.random.default_rng(5)
+    logits = rng.standard_normal((5, 1030), np.float32)
+    logits[0, 3], logits[1, 1029], logits[2, 500] = np.nan, np.inf, -np.inf  # the last of which is no hindrance
+    logits[3] = -np.inf
+    bias = rng.standard_normal(1030, np.float32) if biased else None
+    assert_as_reference("topk_softmax", logits, 3, renormalize, bias)
+    if not biased:
+        assert run("topk_softmax", logits, 3, renormalize).topk_ids[[0, 1, 3]].tolist() == [[0, 1, 2]] * 3
+
+
 @pytest.mark.gpu
 def test_a_graph_reads_padding_tables_and_flags_at_each_replay():
     logits = torch.randn(8, 32, device="cuda")

@@ -113,7 +113,7 @@ def softmax_from_memory(gating_output, row, num_experts, aligned, adjusting):
         if highest > peak:
             total *= exp(peak - highest)
             peak = highest
-        if peak > float32(NEGATIVE_INFINITY):
+        if peak > float32(NEGATIVE_INFINITY) and not broken:
             for i in range(8):
                 total += exp(logits[i] - peak)
         expert = int32(expert + STEP)

@@ -207,6 +207,7 @@ def keep_best(gating_output, row, first, end, aligned, adjusting, rule, below, w
 
     Keys from `below` on do not count; no more than `wanted` keys need be right.
     """
+    _, scoring_func, _, _ = rule
     logits = cuda.local.array(8, float32)
     following = cuda.local.array(8, float32)
     ranks = cuda.local.array(8, int32)
@@ -219,7 +220,7 @@ def keep_best(gating_output, row, first, end, aligned, adjusting, rule, below, w
         load_logits(gating_output, row, expert + STEP, end, aligned, adjusting, following)
         if not_all_finite(logits, 8):
             broken = has_no_softmax(logits, 8) or broken
-            lower_unscored(logits, 8, rule[1])
+            lower_unscored(logits, 8, scoring_func)
         rank_all(logits, expert, end, aligned, rule, ranks)
         highest = ranks[0]
         for i in range(1, 8):

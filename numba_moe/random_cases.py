@@ -5,7 +5,6 @@ function that draws its arguments, and name it in `DRAWS`.
 """
 
 import argparse
-import fnmatch
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from numba_moe import align_sizes, verification
+from numba_moe import align_sizes, testing, verification
 from numba_moe.cases import Case
 from numba_moe.verification import Outcome
 
@@ -441,8 +440,7 @@ def run(options: argparse.Namespace) -> int:
     where = verification.environment(on_gpu)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     chosen = [(index, random_case(index, limits)) for index in indices]
-    patterns = options.op or ["*"]
-    chosen = [(index, case) for index, case in chosen if any(fnmatch.fnmatch(case.op, each) for each in patterns)]
+    chosen = [(index, case) for index, case in chosen if testing.matches(case.op, options.op)]
     outcomes: list[Outcome] = []
     failures = 0
     for index, case in tqdm(chosen, unit="case", disable=not sys.stderr.isatty(), leave=False):

@@ -1,7 +1,8 @@
 """Inputs, poison, tolerances and comparison: shared by the tests, the verification and the benchmark."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,6 +31,15 @@ GATING |= {"grouped_topk": None, "select_experts": None}
 NOT_DISTINCT = ("dispatch", "num_fused_shared_experts", "num_zero_experts", "num_token_non_padded", "is_padding")
 
 ROUTINGS = ("uniform", "zipf", "one_hot")
+
+
+def matches(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether a name fits a pattern, with * and ?, of these; every name does if there are none.
+
+    >>> matches("moe_sum", ["topk_*", "moe_*"]), matches("moe_sum", ["topk_*"]), matches("moe_sum", None)
+    (True, False, True)
+    """
+    return not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def random_ids(rng: np.random.Generator, num_tokens: int, num_experts: int, top_k: int, routing: str) -> np.ndarray:

@@ -5,7 +5,6 @@ On a machine without a CUDA device the same kernels run in Numba's CUDA simulato
 
 import argparse
 import contextlib
-import fnmatch
 import json
 import pickle
 import platform
@@ -174,13 +173,8 @@ def select_cases(options: argparse.Namespace, on_gpu: bool) -> list[Case]:
     else:
         level = "quick" if options.quick else "full" if options.full else "default"
         cases = [*model_cases(level if on_gpu else "simulator"), *edge_cases()]
-    ops, names = options.op or ["*"], options.case or [""]
-    return [
-        case
-        for case in cases
-        if any(fnmatch.fnmatch(case.op, pattern) for pattern in ops)
-        and any(fnmatch.fnmatch(case.name, f"*{pattern}*") for pattern in names)
-    ]
+    names = [f"*{pattern}*" for pattern in options.case or []]
+    return [case for case in cases if testing.matches(case.op, options.op) and testing.matches(case.name, names)]
 
 
 def environment(on_gpu: bool) -> dict[str, str]:

@@ -117,8 +117,9 @@ def test_resources(exported):
         assert 0 < kernel["registers"] * threads <= 64 * 1024
         if name in ("count_slots", "place_slots"):
             assert threads == 1024
-        if name in ("gather_rows", "combine_rows") and kernel["arch"] == "sm_90":
-            assert threads == 256
+        bounds = {"gather_rows": 256, "combine_rows": 256, "choose_from_memory": 128}
+        if name in bounds and kernel["arch"] == "sm_90":
+            assert threads == bounds[name]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from numba_moe.runtime import plans, simulator
 
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
-MANY = 16 if simulator.ENABLED else 5000
+MANY = 32 if simulator.ENABLED else 5000
 
 
 @pytest.fixture(params=["warps", "octets", "memory"])

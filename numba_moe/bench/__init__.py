@@ -8,7 +8,6 @@ launches, which nobody who has a choice would run.
 """
 
 import argparse
-import fnmatch
 import importlib.util
 import lzma
 import sys
@@ -56,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def select_cases(options: argparse.Namespace) -> list[Case]:
     """Return the cases that the options ask for."""
-    patterns, texts = options.op or ["*"], options.shape or [""]
+    texts = options.shape or [""]
     return [
         case
         for name, op in contenders.OPS.items()
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        if testing.matches(name, options.op)
         for case in op.cases(options.routing)
         if any(text in case.name for text in texts)
     ]

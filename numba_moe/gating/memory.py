@@ -71,7 +71,8 @@ from numba_moe.runtime.primitives import (
 # Experts that a warp reads at a time, eight to a lane.
 STEP = 8 * WARP
 WARPS_IN_BLOCK = 4
-# With how many blocks are to fit on a multiprocessor: 2 to 10 % less time for 16,384 tokens on an H200.
+# With how many blocks are to fit on a multiprocessor: 2 to 14 % less time for 16,384 tokens on an H200, measured when
+# infinities were still told by a comparison for each logit.
 BOUNDS = (WARPS_IN_BLOCK * WARP, 6)
 # Below the key of any expert, and not below that of a place past the last one.
 NO_EXPERT = (LOWEST_ORDER << 32) | 0x7FFFFFFF

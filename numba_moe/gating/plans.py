@@ -113,8 +113,9 @@ def _plan(
     by_scores = biased or (num_expert_group > 1 and group_picks > 1)
     whole_softmax = scoring_func == "softmax" and (by_scores or not renormalize)
     vectors = in_vectors(gating_output, group_size)
-    with_bias = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
-    together = 8 if with_bias and in_vectors(gating_output, group_size, 8) else 4 * int(with_bias)
+    # Whether the bias can be read with the logits, and how many of them at a time.
+    bias_too = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
+    together = 8 if bias_too and in_vectors(gating_output, group_size, 8) else 4 * int(bias_too)
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
     exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
     in_block = extra.num_counts if extra.count_rows == 1 and extra.num_counts <= octets.MOST_COUNTS_IN_BLOCK else 0

@@ -144,8 +144,10 @@ class _Trace(NamedTuple):
 
     def cost(self, scenario: Scenario) -> float:
         """Return the time of a scenario with its moves, in steps of perfect balance."""
-        known = self.step_ms is not None and scenario.move_ms is not None
-        return scenario.time * len(self.loads) + (scenario.move_ms / self.step_ms if known else 0)  # type: ignore[operator]
+        steps = scenario.time * len(self.loads)
+        if self.step_ms is None or scenario.move_ms is None:
+            return steps
+        return steps + scenario.move_ms / self.step_ms
 
     def place(self, window: slice, algorithm: str, now: ExpertLocation) -> ExpertLocation:
         """Choose a location by the loads of some steps."""

@@ -19,12 +19,12 @@ def count_choices(topk_ids: np.ndarray, num_experts: int, rank_of_token: np.ndar
     >>> count_choices(np.array([[[[0, 1], [1, -1]]]]), 2, np.array([[0, 1]])).tolist()
     [[[[1, 0], [1, 1]]]]
     """
-    num_steps, num_layers = topk_ids.shape[:2]
-    shape = (num_steps, num_layers, num_experts)
-    steps, layers, tokens, _ = np.nonzero((topk_ids >= 0) & (topk_ids < num_experts))
-    index = [steps, layers, topk_ids[(topk_ids >= 0) & (topk_ids < num_experts)]]
+    shape: tuple[int, ...] = (*topk_ids.shape[:2], num_experts)
+    is_expert = (topk_ids >= 0) & (topk_ids < num_experts)
+    steps, layers, tokens, _ = np.nonzero(is_expert)
+    index = [steps, layers, topk_ids[is_expert]]
     if rank_of_token is not None:
-        shape = (*shape, int(rank_of_token.max()) + 1)  # type: ignore[assignment]
+        shape = (*shape, int(rank_of_token.max()) + 1)
         index.append(rank_of_token[steps, tokens])
     return np.bincount(np.ravel_multi_index(index, shape), minlength=math.prod(shape)).reshape(shape)
 

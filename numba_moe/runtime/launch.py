@@ -12,6 +12,7 @@ ended: the driver's programmatic stream serialisation. Every kernel begins by wa
 
 import ctypes
 import functools
+import itertools
 import struct
 import sys
 import threading
@@ -51,15 +52,17 @@ _MAY_START_EARLY = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_S
 _CLUSTER = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _FORMATS = {"int32": "q", "int64": "q", "float32": "f4x"}
 _thread = threading.local()
-_orders: list[tuple[int, ...]] = []  # places in a thread's buffer of the parameters that PTX takes, by their number
+_numbers = itertools.count()
+_orders: dict[int, tuple[int, ...]] = {}  # where in a thread's buffer each parameter of PTX is, by number of the order
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from torch's CPU build
 
 
 @functools.cache
 def _order(places: tuple[int, ...]) -> int:
-    """Return a small number for an order of parameters, the same for the same order."""
-    _orders.append(places)
-    return len(_orders) - 1
+    """Return a number for an order of parameters, by which each thread keeps their addresses."""
+    number = next(_numbers)
+    _orders[number] = places
+    return number
 
 
 class Launch:

@@ -70,10 +70,12 @@ def kernels() -> list[Any]:
 class Parameter(NamedTuple):
     """What a field of a kernel's records may be: dtypes of an array or number, or the values of a constant.
 
-    With `like` it is an array of the dtype of another field.
+    With `like` it is an array of the dtype of another field. The owner is the record that declares it, or the kernel's
+    function.
     """
 
     name: str
+    owner: Any
     is_array: bool
     is_constant: bool
     options: tuple[Any, ...]
@@ -94,17 +96,22 @@ def _is_constant(annotation: Any) -> bool:
     return CONSTANT in get_args(annotation)[1:2]
 
 
-def _flatten(name: str, annotation: Any) -> Iterator[Parameter]:
-    """Yield a parameter, or the fields of a record in order, those of records within it in their place."""
-    if _is_record(annotation):
-        for field, hint in _hints(annotation).items():
-            yield from _flatten(field, hint)
-        return
+def _flatten(owner: Any) -> Iterator[Parameter]:
+    """Yield the parameters of a kernel's function, and the fields of its records in their place."""
+    for name, annotation in _hints(owner).items():
+        if _is_record(annotation):
+            yield from _flatten(annotation)
+        else:
+            yield _described(name, annotation, owner)
+
+
+def _described(name: str, annotation: Any, owner: Any) -> Parameter:
+    """Return what an annotation says of a parameter or a field."""
     kind, *options = get_args(annotation)
     is_constant = _is_constant(annotation)
     like = options[1] if options[0] == LIKE else None
     options = options[2 if like else is_constant :]
-    yield Parameter(name, kind not in (int, float), is_constant, tuple(options), like)
+    return Parameter(name, owner, kind not in (int, float), is_constant, tuple(options), like)
 
 
 def parameters(kernel: Any) -> tuple[Parameter, ...]:
@@ -114,7 +121,7 @@ def parameters(kernel: Any) -> tuple[Parameter, ...]:
 
 @functools.cache
 def _parameters(function: Any) -> tuple[Parameter, ...]:
-    found = tuple(field for name, hint in _hints(function).items() for field in _flatten(name, hint))
+    found = tuple(_flatten(function))
     names = [field.name for field in found]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -92,8 +92,13 @@ def _plan(
     checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
     aligned = given is None or given.out is None or given.out[0].address == 0
+    written = ["expert_ids", "num_padded"]
+    if given is not None and given.inv_sorted_idx is not None:
+        written.append("position_of_slot")
+    if given is not None and given.counts is not None:
+        written.append("counts")
     sizes = (num_experts, num_positions, block_size, inactive_expert_id)
-    sort = sorting.plan_sort(topk_ids, *sizes, slot_map, block_names, aligned)
+    sort = sorting.plan_sort(topk_ids, *sizes, slot_map, block_names, aligned, written)
     return AlignPlan(
         arrays.contiguous(torch.int32, num_positions),
         arrays.contiguous(torch.int32, -(-num_positions // block_size)),
@@ -249,6 +254,12 @@ def moe_align_block_size(
     else:
         sorted_token_ids, expert_ids, num_tokens_post_padded = out
     slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
-    outputs = (sorted_token_ids, inv_sorted_idx, counts, None, expert_ids, num_tokens_post_padded)
-    sorting.sort(plan.sort, topk_ids, slot_map, block_names, *outputs, workspace)
+    sorting.sort(
+        *(plan.sort, topk_ids, sorted_token_ids, slot_map, workspace),
+        block_names=block_names,
+        position_of_slot=inv_sorted_idx,
+        counts=counts,
+        expert_ids=expert_ids,
+        num_padded=num_tokens_post_padded,
+    )
     return new_tuple(AlignedBlocks, (sorted_token_ids, expert_ids, num_tokens_post_padded))

@@ -23,36 +23,44 @@ POSITIONS = 4
 MOST_BLOCKS = 1024
 
 
+class Batches(NamedTuple):
+    """Tokens in batches."""
+
+    expert_num_tokens: Ids  # [num_batches]
+    num_batches: Int32
+    max_tokens: Int32  # rows of a batch
+
+
+class Blocks(NamedTuple):
+    """GEMM blocks to write."""
+
+    sorted_slots: Int32Array  # [num_positions]
+    expert_ids: Int32Array  # [num_positions / block_size]
+    num_padded: Int32Array  # [1]
+    num_positions: Int32
+    block_size: Int32
+    share: Int32  # positions of a block of threads
+
+
 @cuda.jit(launch_bounds=THREADS)
-def fill_batches(
-    expert_num_tokens: Ids,
-    sorted_slots: Int32Array,
-    expert_ids: Int32Array,
-    num_padded: Int32Array,
-    num_batches: Int32,
-    max_tokens: Int32,
-    block_size: Int32,
-    num_positions: Int32,
-    share: Int32,
-):
-    # expert_num_tokens [num_batches], sorted_slots [num_positions], expert_ids [num_positions / block_size],
-    # num_padded [1]; a block per `share` positions
+def fill_batches(batches: Batches, blocks: Blocks):
+    """Each block of threads writes its share of the positions; the grid covers all of them."""
     starts = flat(cuda.shared.array(THREADS, int32))
     filled = flat(cuda.shared.array(THREADS, int32))
     ends = flat(cuda.shared.array(THREADS, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
-    position = int64(cuda.blockIdx.x) * share + thread
-    share_end = min(int64(cuda.blockIdx.x + 1) * share, int64(num_positions))
+    position = int64(cuda.blockIdx.x) * blocks.share + thread
+    share_end = min(int64(cuda.blockIdx.x + 1) * blocks.share, int64(blocks.num_positions))
     base = int32(0)
     first = int32(0)
-    while first < num_batches:
+    while first < batches.num_batches:
         batch = int32(first + thread)
         tokens = int32(0)
-        if batch < num_batches:
-            tokens = int32(min(max(int64(expert_num_tokens[batch]), int64(0)), int64(max_tokens)))
-        padded = int32(quotient(int32(tokens + block_size - 1), block_size) * block_size)
+        if batch < batches.num_batches:
+            tokens = int32(min(max(int64(batches.expert_num_tokens[batch]), int64(0)), int64(batches.max_tokens)))
+        padded = int32(quotient(int32(tokens + blocks.block_size - 1), blocks.block_size) * blocks.block_size)
         upto, of_chunk = block_sums(padded, warp_sums, int32)  # which all threads reach when they are done with `ends`
         starts[thread] = base + upto - padded
         filled[thread] = base + upto - padded + tokens
@@ -61,24 +69,24 @@ def fill_batches(
         base = int32(base + of_chunk)
         end = min(share_end, int64(base))
         while position < end:
-            index = first_above(ends, min(threads, int32(num_batches - first)), position)
-            slot = int32(num_batches * max_tokens)
+            index = first_above(ends, min(threads, int32(batches.num_batches - first)), position)
+            slot = int32(batches.num_batches * batches.max_tokens)
             if position < filled[index]:
-                slot = int32((first + index) * max_tokens + position - starts[index])
-            sorted_slots[position] = slot
-            block = quotient(position, block_size)
-            if int32(block * block_size) == position:
-                expert_ids[block] = first + index
+                slot = int32((first + index) * batches.max_tokens + position - starts[index])
+            blocks.sorted_slots[position] = slot
+            block = quotient(position, blocks.block_size)
+            if int32(block * blocks.block_size) == position:
+                blocks.expert_ids[block] = first + index
             position += threads
         first = int32(first + threads)
     while position < share_end:
-        sorted_slots[position] = int32(num_batches * max_tokens)
-        block = quotient(position, block_size)
-        if int32(block * block_size) == position:
-            expert_ids[block] = -1
+        blocks.sorted_slots[position] = int32(batches.num_batches * batches.max_tokens)
+        block = quotient(position, blocks.block_size)
+        if int32(block * blocks.block_size) == position:
+            blocks.expert_ids[block] = -1
         position += threads
     if cuda.blockIdx.x == 0 and thread == 0:
-        num_padded[0] = base
+        blocks.num_padded[0] = base
 
 
 class BatchedPlan(NamedTuple):
@@ -99,10 +107,11 @@ def _plan_batched(max_tokens_per_batch: int, block_size: int, expert_num_tokens:
     checks.fits_int32("expert_num_tokens", num_positions, "the number of padded positions")
     threads = block_threads(THREADS)
     share = max(POSITIONS * threads, -(-num_positions // MOST_BLOCKS))
-    numbers = (num_batches, max_tokens, block_size, num_positions, share)
+    outputs = tuple(arrays.contiguous(torch.int32, size) for size in (num_positions, num_blocks, 1))
+    batches = Batches(expert_num_tokens, num_batches, max_tokens)
+    blocks = Blocks(*outputs, num_positions, block_size, share)
     where = (expert_num_tokens.device, max(1, -(-num_positions // share)), threads)
-    fill = Launch(fill_batches, *where, numbers, {"expert_num_tokens": expert_num_tokens.dtype})
-    return BatchedPlan(tuple(arrays.contiguous(torch.int32, size) for size in (num_positions, num_blocks, 1)), fill)
+    return BatchedPlan(outputs, Launch(fill_batches, *where, batches, blocks))
 
 
 @arrays.public
@@ -151,6 +160,8 @@ def batched_moe_align_block_size(max_tokens_per_batch: int, block_size: int, exp
     if arrays.answered_by_reference(expert_num_tokens):
         arguments = (max_tokens_per_batch, block_size, expert_num_tokens)
         return arrays.by_reference(reference.batched_moe_align_block_size, *arguments)
-    outputs = [arrays.empty(*output) for output in plan.outputs]
-    plan.fill(expert_num_tokens, *outputs)
-    return AlignedBlocks(*outputs)
+    sorted_slots, expert_ids, num_padded = (arrays.empty(*output) for output in plan.outputs)
+    plan.fill(
+        expert_num_tokens=expert_num_tokens, sorted_slots=sorted_slots, expert_ids=expert_ids, num_padded=num_padded
+    )
+    return AlignedBlocks(sorted_slots, expert_ids, num_padded)

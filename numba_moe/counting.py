@@ -15,29 +15,38 @@ from numba_moe.runtime.primitives import WARP, block_sums, flat
 from numba_moe.sorting import kernels
 
 
+class Counts(NamedTuple):
+    """The slots of each expert, none negative."""
+
+    counts: Ids  # [num_experts]
+    num_experts: Int32
+
+
+class Offsets(NamedTuple):
+    """Where the rows of each expert begin, and where the last ones end."""
+
+    offset: Int64Array  # [num_experts + 1]
+    alignment: Int32  # at a multiple of it
+
+
 @cuda.jit
-def scan_experts(
-    counts: Ids,
-    offset: Int64Array,
-    num_experts: Int32,
-    alignment: Int32,
-):
-    # counts [num_experts], offset [num_experts + 1]; one block
+def scan_experts(slots: Counts, rows: Offsets):
+    """Sum padded counts in one block of any whole number of warps, an expert to a thread, as often as it takes."""
     warp_sums = flat(cuda.shared.array(WARP, int64))
     base = int64(0)
     first = 0
-    while first < num_experts:
+    while first < slots.num_experts:
         expert = first + cuda.threadIdx.x
         padded = int64(0)
-        if expert < num_experts:
-            padded = (int64(counts[expert]) + alignment - 1) // alignment * alignment
+        if expert < slots.num_experts:
+            padded = (int64(slots.counts[expert]) + rows.alignment - 1) // rows.alignment * rows.alignment
         upto, group_sum = block_sums(padded, warp_sums, int64)
-        if expert < num_experts:
-            offset[expert] = base + upto - padded
+        if expert < slots.num_experts:
+            rows.offset[expert] = base + upto - padded
         base += group_sum
         first += cuda.blockDim.x
     if cuda.threadIdx.x == 0:
-        offset[num_experts] = base
+        rows.offset[slots.num_experts] = base
 
 
 class CountPlan(NamedTuple):
@@ -53,19 +62,23 @@ def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -
     num_experts = checks.routing(topk_ids, num_experts, expert_map)
     num_slots = topk_ids.shape.numel()
     grid = sorting.grid_to_count(num_slots, num_experts)
+    result = arrays.contiguous(torch.int32, num_experts)
+    slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts)
+    counted = kernels.Counted(block_counts=None, counts=result, stride=grid.stride)
+    cleared = kernels.Cleared(sorted_slots=None, num_positions=0, num_words=0)
     where = (topk_ids.device, grid.blocks, grid.threads)
-    ids = sorting.choices_of(topk_ids, expert_map, grid)
-    launch = Launch(kernels.count_slots, *where, (num_slots, num_experts, grid.stride, 0, 0), ids)
-    return CountPlan(arrays.contiguous(torch.int32, num_experts), grid.blocks > 1, launch)
+    launch = Launch(kernels.count_slots, *where, slots, counted, cleared, items=grid.items)
+    return CountPlan(result, grid.blocks > 1, launch)
 
 
 @planned
 def _plan_offsets(counts: Layout, alignment: int) -> tuple[arrays.Contiguous, Launch]:
     checks.array("counts", counts, checks.IDS, (1,))
     alignment = checks.integer("alignment", alignment, 1)
+    num_experts = counts.shape[0]
+    result = arrays.contiguous(torch.int64, num_experts + 1)
     where = (counts.device, 1, block_threads(kernels.MOST_THREADS))
-    launch = Launch(scan_experts, *where, (counts.shape[0], alignment), {"counts": counts.dtype})
-    return arrays.contiguous(torch.int64, counts.shape[0] + 1), launch
+    return result, Launch(scan_experts, *where, Counts(counts, num_experts), Offsets(result, alignment))
 
 
 @arrays.public
@@ -111,7 +124,7 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
     counts = arrays.empty(*plan.counts)
     if plan.several_blocks:
         counts.zero_()
-    plan.launch(topk_ids, expert_map, None, counts, None)
+    plan.launch(topk_ids=topk_ids, expert_map=expert_map, counts=counts)
     return counts
 
 
@@ -152,5 +165,5 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     if arrays.answered_by_reference(counts):
         return arrays.by_reference(reference.expert_offsets, counts, alignment)
     offset = arrays.empty(*result)
-    scan(counts, offset)
+    scan(counts=counts, offset=offset)
     return offset

@@ -161,11 +161,12 @@ def _plan(
     offset = new(torch.int64, num_local + 1)  # of the experts of this rank, which are the first
     between, last = (new(hidden_states.dtype, num_slots, columns) for columns in (2 * width, hidden))
     places = new(torch.int32, num_tokens, top_k)
+    written = ("position_of_slot", "offset")
     return ExpertsPlan(
         num_experts,
         is_grouped(hidden_states, gate_up_proj, down_proj, topk_ids, differentiable),
         indices,
-        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map),
+        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map, written=written),
         plan_gather(hidden_states, top_k, (num_slots,), zero_padding=False, num_ends=num_local),
         plan_activation(between, offset, gate_up_bias, activation, interleaved, limit, alpha),
         down_bias and plan_activation(last, offset, down_bias, "none", None, None, None),
@@ -214,18 +215,18 @@ def _run(
     expert_map: torch.Tensor | None,
 ) -> torch.Tensor:
     offset, permuted_idx, inv_permuted_idx, ends = (arrays.empty(*indices) for indices in plan.indices)
-    sorting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, None, offset)
-    rows = gather(plan.gather, hidden_states, permuted_idx, inv_permuted_idx, None, None, offset, ends)
+    sorting.sort(*(plan.sort, topk_ids, permuted_idx, expert_map), position_of_slot=inv_permuted_idx, offset=offset)
+    rows = gather(plan.gather, hidden_states, permuted_idx, inv_permuted_idx, offset=offset, ends=ends)
     rows = multiply_by_expert(rows, gate_up_proj, ends, plan.grouped)
     activated = arrays.empty(*plan.activation.activated)
-    plan.activation.activate(rows, offset, gate_up_bias, activated)
+    plan.activation.activate(gate_up=rows, offset=offset, bias=gate_up_bias, activated=activated)
     rows = multiply_by_expert(activated, down_proj, ends, plan.grouped)
     if plan.add_bias is not None:
         activated = arrays.empty(*plan.add_bias.activated)
-        plan.add_bias.activate(rows, offset, down_bias, activated)
+        plan.add_bias.activate(gate_up=rows, offset=offset, bias=down_bias, activated=activated)
         rows = activated
     combined: torch.Tensor = arrays.empty(*plan.combined)
-    plan.combine(rows, topk_weights, inv_permuted_idx, combined)
+    plan.combine(rows=rows, topk_weights=topk_weights, places=inv_permuted_idx, combined=combined)
     return combined
 
 

@@ -15,11 +15,46 @@ from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.dialect import cuda, int64
 from numba_moe.runtime.launch import Launch, block_threads
-from numba_moe.runtime.parameters import Ids, Int32, Int32Array, Int64Array, OptionalIds, OptionalInt32Array
+from numba_moe.runtime.parameters import Ids, Int32, Int32Array, Int64Array, OptionalInt32Array
 from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import present, quotient
+from numba_moe.sorting.kernels import Slots
 
 THREADS = 256
+
+
+class Adapters(NamedTuple):
+    """The adapter of each token, and which of them are in use."""
+
+    token_lora_mapping: Ids  # [num_slots / top_k]
+    adapter_enabled: OptionalInt32Array  # [max_loras]; 0 for one whose tokens are skipped
+    lora_ids: OptionalInt32Array  # [num_lora_ids]; tokens of adapters that are not there are skipped
+    top_k: Int32
+    max_loras: Int32
+    num_lora_ids: Int32  # -1 without lora_ids, since an array of no elements has no address either
+
+
+class Grouped(NamedTuple):
+    """Slots sorted by virtual expert."""
+
+    sorted_slots: Int32Array  # [positions]
+    block_experts: Int32Array  # [positions / block_size], the virtual expert of each block
+    offset: Int64Array  # [max_loras * num_experts + 1]
+    num_slots: Int32
+    num_experts: Int32
+
+
+class Spread(NamedTuple):
+    """GEMM blocks of each adapter, in a row of its own."""
+
+    sorted_token_ids: Int32Array  # [max_loras, length]
+    expert_ids: Int32Array  # [max_loras, num_blocks]
+    num_padded: Int32Array  # [max_loras]
+    max_loras: Int32
+    length: Int32
+    num_blocks: Int32
+    block_size: Int32
+    inactive_expert_id: Int32
 
 
 @cuda.jit(device=True)
@@ -34,72 +69,49 @@ def holds(array, size, value):
 
 @cuda.jit
 def pair_slots(
-    topk_ids: Ids,
-    token_lora_mapping: Ids,
-    adapter_enabled: OptionalInt32Array,
-    lora_ids: OptionalInt32Array,
-    expert_map: OptionalIds,
-    virtual_ids: Int32Array,
-    num_slots: Int32,
-    top_k: Int32,
-    num_experts: Int32,
-    max_loras: Int32,
-    num_lora_ids: Int32,
+    slots: Slots,
+    adapters: Adapters,
+    virtual_ids: Int32Array,  # [num_slots]
 ):
-    # topk_ids and virtual_ids [num_slots], token_lora_mapping [num_slots / top_k], adapter_enabled [max_loras],
-    # lora_ids [num_lora_ids], expert_map [num_experts]; a thread per slot
+    """Write the virtual expert of each slot, -1 for a skipped one; a thread takes a slot."""
     slot = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    if slot >= num_slots:
+    if slot >= slots.num_slots:
         return
-    expert = int64(topk_ids[slot])
-    known = expert >= 0 and expert < num_experts
-    if known and present(expert_map):
-        expert = int64(expert_map[expert])
-        known = expert >= 0 and expert < num_experts
-    adapter = int64(token_lora_mapping[quotient(slot, top_k)])
-    active = adapter >= 0 and adapter < max_loras
-    if active and present(adapter_enabled):
-        active = adapter_enabled[adapter] != 0
-    if active and num_lora_ids >= 0:  # and not `present`: an array of no elements has no address either
-        active = holds(lora_ids, num_lora_ids, adapter)
-    virtual_ids[slot] = adapter * num_experts + expert if known and active else -1
+    expert = int64(slots.topk_ids[slot])
+    known = expert >= 0 and expert < slots.num_experts
+    if known and present(slots.expert_map):
+        expert = int64(slots.expert_map[expert])
+        known = expert >= 0 and expert < slots.num_experts
+    adapter = int64(adapters.token_lora_mapping[quotient(slot, adapters.top_k)])
+    active = adapter >= 0 and adapter < adapters.max_loras
+    if active and present(adapters.adapter_enabled):
+        active = adapters.adapter_enabled[adapter] != 0
+    if active and adapters.num_lora_ids >= 0:
+        active = holds(adapters.lora_ids, adapters.num_lora_ids, adapter)
+    virtual_ids[slot] = adapter * slots.num_experts + expert if known and active else -1
 
 
 @cuda.jit
-def spread_adapters(
-    sorted_slots: Int32Array,
-    block_experts: Int32Array,
-    offset: Int64Array,
-    sorted_token_ids: Int32Array,
-    expert_ids: Int32Array,
-    num_padded: Int32Array,
-    num_slots: Int32,
-    num_experts: Int32,
-    max_loras: Int32,
-    length: Int32,
-    num_blocks: Int32,
-    block_size: Int32,
-    inactive_expert_id: Int32,
-):
-    # From a sort by virtual expert: sorted_slots, the virtual expert of each of its blocks, offset
-    # [max_loras * num_experts + 1]. sorted_token_ids [max_loras, length], expert_ids [max_loras, num_blocks],
-    # num_padded [max_loras]; a thread per element of sorted_token_ids
+def spread_adapters(grouped: Grouped, spread: Spread):
+    """Copy the slots of each adapter to its row, and pad the row; a thread takes an element of sorted_token_ids."""
     index = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    if index < max_loras:
-        num_padded[index] = offset[(index + 1) * num_experts] - offset[index * num_experts]
-    if index >= int64(max_loras) * length:
+    if index < spread.max_loras:
+        last = grouped.offset[(index + 1) * grouped.num_experts]
+        spread.num_padded[index] = last - grouped.offset[index * grouped.num_experts]
+    if index >= int64(spread.max_loras) * spread.length:
         return
-    adapter = int64(quotient(index, length))
-    position = index - adapter * length
-    first = offset[adapter * num_experts]
-    used = position < offset[(adapter + 1) * num_experts] - first
-    sorted_token_ids[index] = sorted_slots[first + position] if used else num_slots
-    block = int64(quotient(position, block_size))
-    if block * block_size == position:
-        expert = int64(inactive_expert_id)
+    adapter = int64(quotient(index, spread.length))
+    position = index - adapter * spread.length
+    first = grouped.offset[adapter * grouped.num_experts]
+    used = position < grouped.offset[(adapter + 1) * grouped.num_experts] - first
+    spread.sorted_token_ids[index] = grouped.sorted_slots[first + position] if used else grouped.num_slots
+    block = int64(quotient(position, spread.block_size))
+    if block * spread.block_size == position:
+        expert = int64(spread.inactive_expert_id)
         if used:
-            expert = block_experts[quotient(first + position, block_size)] - adapter * num_experts
-        expert_ids[adapter * num_blocks + block] = expert
+            block_of_sort = quotient(first + position, spread.block_size)
+            expert = grouped.block_experts[block_of_sort] - adapter * grouped.num_experts
+        spread.expert_ids[adapter * spread.num_blocks + block] = expert
 
 
 class LoraPlan(NamedTuple):
@@ -148,24 +160,37 @@ def _plan(
     checks.fits_int32("topk_ids", max(num_sorted, max_loras * length), "the number of padded positions")
 
     threads = block_threads(THREADS)
-    device, dtype = topk_ids.device, topk_ids.dtype
-    num_lora_ids = -1 if lora_ids is None else lora_ids.shape[0]
-    choices = {"topk_ids": dtype, "token_lora_mapping": token_lora_mapping.dtype}
-    if expert_map is not None:
-        choices["expert_map"] = expert_map.dtype
-    numbers = (num_slots, top_k, num_experts, max_loras, num_lora_ids)
-    pair = Launch(pair_slots, device, -(-num_slots // threads), threads, numbers, choices)
+    device = topk_ids.device
     virtual_ids = Layout(torch.Size([num_slots]), torch.int32, device, None, 0)
-    sort = sorting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size)
-    elements = max(max_loras * length, max_loras)
-    sizes = (num_slots, num_experts, max_loras, length, num_blocks, block_size, inactive_expert_id)
-    spread = Launch(spread_adapters, device, -(-elements // threads), threads, sizes)
+    adapters = Adapters(
+        token_lora_mapping,
+        adapter_enabled,
+        lora_ids,
+        top_k=top_k,
+        max_loras=max_loras,
+        num_lora_ids=-1 if lora_ids is None else lora_ids.shape[0],
+    )
+    slots = Slots(topk_ids, expert_map, num_slots, num_experts)
+    pair = Launch(pair_slots, device, -(-num_slots // threads), threads, slots, adapters, virtual_ids)
+    written = ("offset", "expert_ids")
+    sort = sorting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size, written=written)
     scratch = (
         *(arrays.contiguous(torch.int32, size) for size in (num_slots, num_sorted, -(-num_sorted // block_size))),
         arrays.contiguous(torch.int64, num_virtual + 1),
     )
     shapes = ((max_loras, length), (max_loras, num_blocks), (max_loras,))
     outputs = tuple(arrays.contiguous(torch.int32, *shape) for shape in shapes)
+    grouped = Grouped(*scratch[1:], num_slots=num_slots, num_experts=num_experts)
+    into = Spread(
+        *outputs,
+        max_loras=max_loras,
+        length=length,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        inactive_expert_id=inactive_expert_id,
+    )
+    elements = max(max_loras * length, max_loras)
+    spread = Launch(spread_adapters, device, -(-elements // threads), threads, grouped, into)
     return LoraPlan(scratch, outputs, pair, sort, spread)
 
 
@@ -254,8 +279,22 @@ def moe_lora_align_block_size(
         function = reference.moe_lora_align_block_size
         return arrays.by_reference(function, *arguments, inactive_expert_id=inactive_expert_id)
     virtual_ids, sorted_slots, block_experts, offset = (arrays.empty(*array) for array in plan.scratch)
-    outputs = [arrays.empty(*output) for output in plan.outputs]
-    plan.pair(topk_ids, token_lora_mapping, *optional, virtual_ids)
-    sorting.sort(plan.sort, virtual_ids, None, None, sorted_slots, None, None, offset, block_experts)
-    plan.spread(sorted_slots, block_experts, offset, *outputs)
-    return AlignedBlocks(*outputs)
+    sorted_token_ids, expert_ids, num_padded = (arrays.empty(*output) for output in plan.outputs)
+    plan.pair(
+        topk_ids=topk_ids,
+        token_lora_mapping=token_lora_mapping,
+        adapter_enabled=adapter_enabled,
+        lora_ids=lora_ids,
+        expert_map=expert_map,
+        virtual_ids=virtual_ids,
+    )
+    sorting.sort(plan.sort, virtual_ids, sorted_slots, offset=offset, expert_ids=block_experts)
+    plan.spread(
+        sorted_slots=sorted_slots,
+        block_experts=block_experts,
+        offset=offset,
+        sorted_token_ids=sorted_token_ids,
+        expert_ids=expert_ids,
+        num_padded=num_padded,
+    )
+    return AlignedBlocks(sorted_token_ids, expert_ids, num_padded)

@@ -25,69 +25,77 @@ MOST_BLOCKS = 1024
 FIRST_LOG = BLOCK_SIZES[0].bit_length() - 1
 
 
+class Slices(NamedTuple):
+    """Slices of rows, and what is written about them whatever the block size."""
+
+    sizes: Ids  # [num_slices]; less than 0 counts as 0
+    slice_sizes: Int32Array  # [num_slices]
+    slice_offsets: Int32Array  # [num_slices + 1]
+    num_slices: Int32
+
+
+class Schedule(NamedTuple):
+    """The blocks of all slices, for each of the block sizes."""
+
+    block_offsets: Int32Array  # [block sizes, num_slices + 1]
+    block_schedule: Ids  # [block sizes, length]
+    length: Int32
+    shift: Int32  # an entry is block << shift | slice
+    share: Int32  # entries of a block of threads
+    shares: Int32  # blocks of threads for each block size
+
+
 @cuda.jit(launch_bounds=THREADS)
-def schedule_blocks(
-    sizes: Ids,
-    slice_sizes: Int32Array,
-    slice_offsets: Int32Array,
-    block_offsets: Int32Array,
-    block_schedule: Ids,
-    num_slices: Int32,
-    length: Int32,
-    shift: Int32,
-    share: Int32,
-    shares: Int32,
-):
-    # sizes and slice_sizes [num_slices], slice_offsets [num_slices + 1], block_offsets [block sizes, num_slices + 1],
-    # block_schedule [block sizes, length]; `shares` blocks per block size, for `share` entries each
+def schedule_blocks(slices: Slices, schedule: Schedule):
+    """Each block of threads writes its share of the schedule of one block size; the grid has `shares` for each size."""
     starts = flat(cuda.shared.array(THREADS, int32))
     ends = flat(cuda.shared.array(THREADS, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
-    level = quotient(cuda.blockIdx.x, shares)
-    mine = int32(cuda.blockIdx.x - level * shares)
+    level = quotient(cuda.blockIdx.x, schedule.shares)
+    mine = int32(cuda.blockIdx.x - level * schedule.shares)
     log = int32(FIRST_LOG + level)
-    schedule = int64(level) * length
-    offsets = int64(level) * (num_slices + 1)
-    position = int64(mine) * share + thread
-    share_end = min(int64(mine + 1) * share, int64(length))
+    first_entry = int64(level) * schedule.length
+    first_offset = int64(level) * (slices.num_slices + 1)
+    position = int64(mine) * schedule.share + thread
+    share_end = min(int64(mine + 1) * schedule.share, int64(schedule.length))
     base = int32(0)
     rows_base = int32(0)
     first = int32(0)
-    while first < num_slices:
+    while first < slices.num_slices:
         index = int32(first + thread)
         rows = int64(0)
-        if index < num_slices:
-            rows = max(int64(sizes[index]), int64(0))
+        if index < slices.num_slices:
+            rows = max(int64(slices.sizes[index]), int64(0))
         blocks = int32((rows + (1 << log) - 1) >> log)
         upto, of_chunk = block_sums(blocks, warp_sums, int32)  # which all threads reach when they are done with `ends`
         starts[thread] = base + upto - blocks
         ends[thread] = base + upto
-        if mine == 0 and index < num_slices:
-            block_offsets[offsets + index] = base + upto - blocks
+        if mine == 0 and index < slices.num_slices:
+            schedule.block_offsets[first_offset + index] = base + upto - blocks
         if cuda.blockIdx.x == 0:
             rows_upto, rows_of_chunk = block_sums(int32(rows), warp_sums, int32)
-            if index < num_slices:
-                slice_sizes[index] = rows
-                slice_offsets[index] = rows_base + rows_upto - int32(rows)
+            if index < slices.num_slices:
+                slices.slice_sizes[index] = rows
+                slices.slice_offsets[index] = rows_base + rows_upto - int32(rows)
             rows_base = int32(rows_base + rows_of_chunk)
         cuda.syncthreads()
         base = int32(base + of_chunk)
         end = min(share_end, int64(base))
         while position < end:
-            found = first_above(ends, min(threads, int32(num_slices - first)), position)
+            found = first_above(ends, min(threads, int32(slices.num_slices - first)), position)
             block = position - starts[found]
-            block_schedule[schedule + position] = (block << shift) | int64(first + found)
+            schedule.block_schedule[first_entry + position] = (block << schedule.shift) | int64(first + found)
             position += threads
         first = int32(first + threads)
     while position < share_end:
-        block_schedule[schedule + position] = -1
+        schedule.block_schedule[first_entry + position] = -1
         position += threads
     if thread == 0 and mine == 0:
-        block_offsets[offsets + num_slices] = base
+        schedule.block_offsets[first_offset + slices.num_slices] = base
         if level == 0:
-            slice_offsets[num_slices] = rows_base
+            slices.slice_offsets[slices.num_slices] = rows_base
 
 
 class RaggedPlan(NamedTuple):
@@ -108,15 +116,16 @@ def _plan(slice_sizes: Layout, num_rows: int) -> RaggedPlan:
     threads = block_threads(THREADS)
     share = max(ENTRIES * threads, -(-length * len(BLOCK_SIZES) // MOST_BLOCKS))
     shares = max(1, -(-length // share))
-    numbers = (num_slices, length, shift, share, shares)
-    choices = {"sizes": slice_sizes.dtype, "block_schedule": dtype}
     where = (slice_sizes.device, len(BLOCK_SIZES) * shares, threads)
     shapes = ((num_slices,), (num_slices + 1,), (len(BLOCK_SIZES), num_slices + 1))
     outputs = (
         *(arrays.contiguous(torch.int32, *shape) for shape in shapes),
         arrays.contiguous(dtype, len(BLOCK_SIZES), length),
     )
-    return RaggedPlan(outputs, Launch(schedule_blocks, *where, numbers, choices))
+    sizes, offsets, block_offsets, block_schedule = outputs
+    slices = Slices(slice_sizes, sizes, offsets, num_slices)
+    schedule = Schedule(block_offsets, block_schedule, length, shift, share, shares)
+    return RaggedPlan(outputs, Launch(schedule_blocks, *where, slices, schedule))
 
 
 @arrays.public
@@ -165,6 +174,12 @@ def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
     plan = _plan(layout(slice_sizes), num_rows)
     if arrays.answered_by_reference(slice_sizes):
         return arrays.by_reference(reference.make_ragged_metadata, slice_sizes, num_rows)
-    outputs = [arrays.empty(*output) for output in plan.outputs]
-    plan.schedule(slice_sizes, *outputs)
-    return RaggedMetadata(*outputs)
+    outputs = RaggedMetadata(*(arrays.empty(*output) for output in plan.outputs))
+    plan.schedule(
+        sizes=slice_sizes,
+        slice_sizes=outputs.slice_sizes,
+        slice_offsets=outputs.slice_offsets,
+        block_offsets=outputs.block_offsets,
+        block_schedule=outputs.block_schedule,
+    )
+    return outputs

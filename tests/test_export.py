@@ -15,7 +15,7 @@ from numba_moe import cli
 from numba_moe.runtime import compile, export
 
 EXPORT = """
-import inspect, json, sys
+import json, sys
 from numba_moe import cli
 from numba_moe.runtime import compile
 compile.KERNEL_MODULES = tuple(sys.argv[1].split(","))
@@ -25,7 +25,7 @@ def few(kernel):
     return [found for found in every(kernel) if constants(found) in ([], [0], [8], [8, 0])][-2:]
 compile.specialisations = few
 assert cli.main(sys.argv[2:]) == 0
-print(json.dumps({kernel.py_func.__name__: list(inspect.signature(kernel.py_func).parameters)
+print(json.dumps({kernel.py_func.__name__: [parameter.name for parameter in compile.parameters(kernel)]
                   for kernel in compile.kernels()}))
 """
 
@@ -91,11 +91,16 @@ def test_constants_kinds_and_optional_arrays(exported):
     for kernel in of_kernel(manifest, "count_slots"):
         assert kernel["constants"] == {"items": 8}
         parameters = {parameter.pop("name"): parameter for parameter in map(dict, kernel["parameters"])}
-        assert parameters["topk_ids"] == {"kind": "pointer", "dtype": "int64", "size": 8, "optional": False}
-        assert parameters["num_slots"] == {"kind": "scalar", "dtype": "int32", "size": 4}
+        slots = {"record": "Slots", "doc": "[num_slots]"}
+        assert parameters["topk_ids"] == {"kind": "pointer", "dtype": "int64", "size": 8, "optional": False, **slots}
+        assert parameters["num_slots"] == {"kind": "scalar", "dtype": "int32", "size": 4, **slots, "doc": ""}
+        assert parameters["stride"]["record"] == "Counted"
         optional = {name for name, parameter in parameters.items() if parameter.get("optional")}
         assert optional == {"expert_map", "block_counts", "counts", "sorted_slots"}
-        assert kernel["doc"].startswith("topk_ids [num_slots]; ")
+        assert kernel["doc"].startswith("Count the slots of each expert: ")
+    for kernel in of_kernel(manifest, "place_slots"):
+        [chunk] = [parameter for parameter in kernel["parameters"] if parameter["name"] == "chunk"]
+        assert (chunk["record"], chunk["doc"]) == (None, "experts that a block counts at a time")
     of_logits = {"float16": 0, "bfloat16": 0}
     for kernel in of_kernel(manifest, "choose_experts"):
         parameters = {parameter["name"]: parameter for parameter in kernel["parameters"]}

@@ -99,9 +99,9 @@ def test_payload_past_int32_elements():
 def test_kernels_launch_by_hand_on_numba_arrays():
     from numba import cuda
 
-    from numba_moe.counting import scan_experts
+    from numba_moe.counting import Counts, Offsets, scan_experts
 
     counts = cuda.to_device(np.array([3, 0, 5], np.int32))
     offset = cuda.device_array(4, np.int64)
-    scan_experts[1, 32](counts, offset, 3, 4)
+    scan_experts[1, 32](Counts(counts, 3), Offsets(offset, 4))
     assert offset.copy_to_host().tolist() == [0, 4, 4, 12]

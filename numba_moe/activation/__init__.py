@@ -72,22 +72,33 @@ def plan_activation(
     checks.fits_int32("gate_up", num_rows * segments * WARP, "the number of threads")
     where = (gate_up.device, *warps(num_rows * segments))
     limit = math.inf if activation == "none" else rule.limit
-    kind = (KINDS.index(activation), int(rule.interleaved), limit, rule.alpha, rule.shift)
-    numbers = (num_rows, num_experts, width, segments, *kind)
-    choices: dict[str, Any] = {"gate_up": gate_up.dtype, "items": items}
+    kind = rows.Rule(KINDS.index(activation), int(rule.interleaved), limit, rule.alpha, rule.shift)
+    experts = rows.Experts(expert_first_token_offset, bias, num_experts)
+    inputs = (rows.Rows(gate_up, num_rows, width, segments), experts, kind)
+    activated = arrays.contiguous(gate_up.dtype, num_rows, width)
+    grad_gate_up = arrays.contiguous(gate_up.dtype, num_rows, row_width)
+    grad_bias = arrays.contiguous(gate_up.dtype, num_experts, row_width)
     sum_rows = None
     if bias is not None:
         wide = RUN if row_width % RUN == 0 else 1
         parts = -(-row_width // (WARP * wide))
-        sizes = (num_rows, num_experts, row_width, parts)
+        sums = rows.Sums(
+            grad_gate_up,
+            expert_first_token_offset,
+            grad_bias,
+            num_rows=num_rows,
+            width=row_width,
+            segments=parts,
+        )
         place = (gate_up.device, num_experts * parts, block_threads(SUM_THREADS))
-        sum_rows = Launch(rows.sum_expert_rows, *place, sizes, {"gate_up": gate_up.dtype, "items": wide})
+        sum_rows = Launch(rows.sum_expert_rows, *place, sums, items=wide)
+    slopes = rows.Slopes(activated, grad_gate_up)
     return ActivationPlan(
-        arrays.contiguous(gate_up.dtype, num_rows, width),
-        Launch(rows.activate_rows, *where, numbers, choices),
-        arrays.contiguous(gate_up.dtype, num_rows, row_width),
-        Launch(rows.differentiate_activation, *where, numbers, choices),
-        arrays.contiguous(gate_up.dtype, num_experts, row_width),
+        activated,
+        Launch(rows.activate_rows, *where, *inputs, activated, items=items),
+        grad_gate_up,
+        Launch(rows.differentiate_activation, *where, *inputs, slopes, items=items),
+        grad_bias,
         sum_rows,
     )
 
@@ -128,11 +139,13 @@ def activation_backward(
         grad_activated = grad_activated.clone()  # the kernel reads it as it reads the rows
     plan = plan_activation(layout(gate_up), layout(offset), layout(bias), *options.values())
     grad_gate_up = arrays.empty(*plan.grad_gate_up)
-    plan.differentiate(gate_up, offset, bias, grad_activated, grad_gate_up)
+    plan.differentiate(
+        gate_up=gate_up, offset=offset, bias=bias, grad_activated=grad_activated, grad_gate_up=grad_gate_up
+    )
     if not of_bias or plan.sum_rows is None:
         return grad_gate_up, None
     grad_bias = arrays.empty(*plan.grad_bias)
-    plan.sum_rows(grad_gate_up, offset, grad_bias)
+    plan.sum_rows(gate_up=grad_gate_up, offset=offset, sums=grad_bias)
     return grad_gate_up, grad_bias
 
 
@@ -201,5 +214,5 @@ def moe_activation(
         function = reference.moe_activation
         return arrays.by_reference(function, gate_up, expert_first_token_offset, bias, **names).to(gate_up.dtype)
     activated = arrays.empty(*plan.activated)
-    plan.activate(gate_up, expert_first_token_offset, bias, activated)
+    plan.activate(gate_up=gate_up, offset=expert_first_token_offset, bias=bias, activated=activated)
     return activated

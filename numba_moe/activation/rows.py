@@ -1,6 +1,6 @@
 """The kernels of the activation: a warp takes a run of columns of a row, or sums one over an expert's rows."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from numba_moe.reference.activation import RULES
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
@@ -43,24 +43,69 @@ SUM_THREADS = 256
 SUM_FLOATS = SUM_THREADS * RUN
 
 
+class Rows(NamedTuple):
+    """Rows in expert order, and how they are dealt."""
+
+    gate_up: FloatArray  # [num_rows, 2 * width], or [num_rows, width] for NONE
+    num_rows: Int32
+    width: Int32
+    segments: Int32  # warps that serve a row: one for 32 * items columns
+
+
+class Experts(NamedTuple):
+    """Where the rows of each expert begin, and its bias."""
+
+    offset: OptionalInt64Array  # [num_experts + 1]
+    bias: OptionalLikeRows  # [num_experts, columns of gate_up]
+    num_experts: Int32
+
+
+class Rule(NamedTuple):
+    """What is computed of gates and ups; see `moe_activation`."""
+
+    kind: Int32  # its index in KINDS
+    interleaved: Int32
+    limit: Float32
+    alpha: Float32
+    shift: Float32  # added to ups
+
+
+class Slopes(NamedTuple):
+    """The gradient by the result, and that by the rows, which is written."""
+
+    grad_activated: LikeRows  # [num_rows, width]
+    grad_gate_up: LikeRows  # as gate_up
+
+
+class Sums(NamedTuple):
+    """Rows in expert order, and their sum for each expert."""
+
+    gate_up: FloatArray  # [num_rows, width]
+    offset: Int64Array  # [num_experts + 1]
+    sums: LikeRows  # [num_experts, width]
+    num_rows: Int32
+    width: Int32
+    segments: Int32  # blocks that serve an expert: one for 32 * items columns
+
+
 @cuda.jit(device=True)
-def share_of(gate, kind, alpha):
+def share_of(gate, rule):
     """Return what multiplies a gate in its activation."""
-    if kind == GELU:
+    if rule.kind == GELU:
         return float32(0.5) * erfc(gate * float32(-SQUARE_ROOT_HALF))
-    inner = alpha
-    if kind == GELU_TANH:
+    inner = rule.alpha
+    if rule.kind == GELU_TANH:
         inner = float32(TANH_ALPHA) + float32(TANH_CUBIC) * gate * gate
     return reciprocal(float32(1.0) + exp(-gate * inner))
 
 
 @cuda.jit(device=True)
-def slope_of(gate, share, kind, alpha):
+def slope_of(gate, share, rule):
     """Return the derivative of the activation, given what multiplies the gate."""
-    if kind == GELU:
+    if rule.kind == GELU:
         return share + gate * float32(NORMAL_PEAK) * exp(float32(-0.5) * gate * gate)
-    inner = alpha
-    if kind == GELU_TANH:
+    inner = rule.alpha
+    if rule.kind == GELU_TANH:
         inner = float32(TANH_ALPHA) + float32(3.0 * TANH_CUBIC) * gate * gate
     return share + gate * inner * share * (float32(1.0) - share)
 
@@ -92,11 +137,11 @@ def store_run(array, first, values, items):
 
 
 @cuda.jit(device=True)
-def add_gate_up(array, row, column, width, kind, interleaved, gate, up, items):
+def add_gate_up(array, row, column, width, rule, gate, up, items):
     """Add what a row has in some columns to gates and ups; for NONE a row has no ups."""
-    if kind == NONE:
+    if rule.kind == NONE:
         add_run(array, row + column, gate, items)
-    elif interleaved and items == RUN:
+    elif rule.interleaved and items == RUN:
         a, b, c, d, e, f, g, h = load_eight(array, row + 2 * column)
         gate[0] += a
         up[0] += b
@@ -115,7 +160,7 @@ def add_gate_up(array, row, column, width, kind, interleaved, gate, up, items):
         up[6] += f
         gate[7] += g
         up[7] += h
-    elif interleaved:
+    elif rule.interleaved:
         gate[0] += load_float(array, row + 2 * column)
         up[0] += load_float(array, row + 2 * column + 1)
     else:
@@ -124,15 +169,15 @@ def add_gate_up(array, row, column, width, kind, interleaved, gate, up, items):
 
 
 @cuda.jit(device=True)
-def store_gate_up(array, row, column, width, kind, interleaved, gate, up, items):
+def store_gate_up(array, row, column, width, rule, gate, up, items):
     """Write gates and ups to where `add_gate_up` reads them."""
-    if kind == NONE:
+    if rule.kind == NONE:
         store_run(array, row + column, gate, items)
-    elif interleaved and items == RUN:
+    elif rule.interleaved and items == RUN:
         first = row + 2 * column
         store_eight(array, first, (gate[0], up[0], gate[1], up[1], gate[2], up[2], gate[3], up[3]))
         store_eight(array, first + RUN, (gate[4], up[4], gate[5], up[5], gate[6], up[6], gate[7], up[7]))
-    elif interleaved:
+    elif rule.interleaved:
         store_float(array, row + 2 * column, gate[0])
         store_float(array, row + 2 * column + 1, up[0])
     else:
@@ -150,152 +195,120 @@ def place_of(segments, items):
 
 
 @cuda.jit(device=True)
-def load_biased(gate_up, offset, bias, row, column, num_rows, num_experts, width, kind, interleaved, gate, up, items):
+def width_of_row(width, rule):
+    """Return how many columns a row of gates and ups has: gates and ups, or neither."""
+    return int64(width) if rule.kind == NONE else 2 * int64(width)
+
+
+@cuda.jit(device=True)
+def load_biased(rows, experts, rule, row, column, gate, up, items):
     """Load gates and ups with their bias; return whether the row is in use."""
     for item in range(items):
         gate[item] = float32(0.0)
         up[item] = float32(0.0)
-    if present(offset) and row >= offset[num_experts]:
+    if present(experts.offset) and row >= experts.offset[experts.num_experts]:
         return False
-    row_width = int64(width) if kind == NONE else 2 * int64(width)
-    add_gate_up(gate_up, row * row_width, column, width, kind, interleaved, gate, up, items)
-    if present(bias):
-        expert = max(first_above(offset, int32(num_experts + 1), row) - 1, 0)
-        add_gate_up(bias, expert * row_width, column, width, kind, interleaved, gate, up, items)
+    row_width = width_of_row(rows.width, rule)
+    add_gate_up(rows.gate_up, row * row_width, column, rows.width, rule, gate, up, items)
+    if present(experts.bias):
+        expert = max(first_above(experts.offset, int32(experts.num_experts + 1), row) - 1, 0)
+        add_gate_up(experts.bias, expert * row_width, column, rows.width, rule, gate, up, items)
     return True
 
 
 @cuda.jit
 def activate_rows(
-    gate_up: FloatArray,
-    offset: OptionalInt64Array,
-    bias: OptionalLikeRows,
-    activated: LikeRows,
-    num_rows: Int32,
-    num_experts: Int32,
-    width: Int32,
-    segments: Int32,
-    kind: Int32,
-    interleaved: Int32,
-    limit: Float32,
-    alpha: Float32,
-    shift: Float32,
+    rows: Rows,
+    experts: Experts,
+    rule: Rule,
+    activated: LikeRows,  # [num_rows, width]
     items: Run,
 ):
-    # gate_up [num_rows, 2 * width], or [num_rows, width] for NONE, offset [num_experts + 1], bias [num_experts, as
-    # gate_up], activated [num_rows, width]; a warp per 32 * items columns, of which a row has `segments`
-    row, column = place_of(segments, items)
-    if row >= num_rows or column >= width:
+    """Write the activation of each row; the grid has `segments` warps for each, which work for themselves."""
+    row, column = place_of(rows.segments, items)
+    if row >= rows.num_rows or column >= rows.width:
         return
     gate = cuda.local.array(items, float32)
     up = cuda.local.array(items, float32)
-    inputs = (gate_up, offset, bias, row, column, num_rows, num_experts)
-    used = load_biased(*inputs, width, kind, interleaved, gate, up, items)
-    if used and kind != NONE:
+    used = load_biased(rows, experts, rule, row, column, gate, up, items)
+    if used and rule.kind != NONE:
         for item in range(items):
             x = gate[item]
             y = up[item]
-            if x > limit:
-                x = float32(limit)
-            if y > limit:
-                y = float32(limit)
-            elif y < -limit:
-                y = float32(-limit)
-            gate[item] = x * share_of(x, kind, alpha) * (y + shift)
-    store_run(activated, int64(row) * width + column, gate, items)
+            if x > rule.limit:
+                x = float32(rule.limit)
+            if y > rule.limit:
+                y = float32(rule.limit)
+            elif y < -rule.limit:
+                y = float32(-rule.limit)
+            gate[item] = x * share_of(x, rule) * (y + rule.shift)
+    store_run(activated, int64(row) * rows.width + column, gate, items)
 
 
 @cuda.jit
-def differentiate_activation(
-    gate_up: FloatArray,
-    offset: OptionalInt64Array,
-    bias: OptionalLikeRows,
-    grad_activated: LikeRows,
-    grad_gate_up: LikeRows,
-    num_rows: Int32,
-    num_experts: Int32,
-    width: Int32,
-    segments: Int32,
-    kind: Int32,
-    interleaved: Int32,
-    limit: Float32,
-    alpha: Float32,
-    shift: Float32,
-    items: Run,
-):
-    # as in activate_rows; grad_activated [num_rows, width], grad_gate_up as gate_up
-    row, column = place_of(segments, items)
-    if row >= num_rows or column >= width:
+def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: Slopes, items: Run):
+    """Write the gradient by the rows; the grid has `segments` warps for each, which work for themselves."""
+    row, column = place_of(rows.segments, items)
+    if row >= rows.num_rows or column >= rows.width:
         return
     gate = cuda.local.array(items, float32)
     up = cuda.local.array(items, float32)
     grad = cuda.local.array(items, float32)
-    inputs = (gate_up, offset, bias, row, column, num_rows, num_experts)
-    used = load_biased(*inputs, width, kind, interleaved, gate, up, items)
+    used = load_biased(rows, experts, rule, row, column, gate, up, items)
     for item in range(items):
         grad[item] = float32(0.0)
     if used:
-        add_run(grad_activated, int64(row) * width + column, grad, items)
+        add_run(slopes.grad_activated, int64(row) * rows.width + column, grad, items)
     for item in range(items):
         x = gate[item]
         y = up[item]
         through_gate = grad[item]
         through_up = grad[item]
-        if x > limit:
-            x = float32(limit)
+        if x > rule.limit:
+            x = float32(rule.limit)
             through_gate = float32(0.0)
-        if y > limit:
-            y = float32(limit)
+        if y > rule.limit:
+            y = float32(rule.limit)
             through_up = float32(0.0)
-        elif y < -limit:
-            y = float32(-limit)
+        elif y < -rule.limit:
+            y = float32(-rule.limit)
             through_up = float32(0.0)
-        if kind != NONE:
-            share = share_of(x, kind, alpha)
-            through_gate = through_gate * slope_of(x, share, kind, alpha) * (y + shift)
+        if rule.kind != NONE:
+            share = share_of(x, rule)
+            through_gate = through_gate * slope_of(x, share, rule) * (y + rule.shift)
             through_up = through_up * x * share
         gate[item] = through_gate
         up[item] = through_up
-    row_width = int64(width) if kind == NONE else 2 * int64(width)
-    store_gate_up(grad_gate_up, row * row_width, column, width, kind, interleaved, gate, up, items)
+    first = row * width_of_row(rows.width, rule)
+    store_gate_up(slopes.grad_gate_up, first, column, rows.width, rule, gate, up, items)
 
 
 @cuda.jit
-def sum_expert_rows(
-    gate_up: FloatArray,
-    offset: Int64Array,
-    sums: LikeRows,
-    num_rows: Int32,
-    num_experts: Int32,
-    width: Int32,
-    segments: Int32,
-    items: Run,
-):
-    # gate_up [num_rows, width], offset [num_experts + 1], sums [num_experts, width]; a block per expert and 32 * items
-    # columns, of which a row has `segments`; its warps take turns in the expert's rows
+def sum_expert_rows(of: Sums, items: Run):
+    """Sum the rows of each expert: `segments` blocks serve an expert, and warps of a block take turns in its rows."""
     partial = flat(cuda.shared.array(SUM_FLOATS, float32))
     block = int32(cuda.blockIdx.x)
-    expert = quotient(block, segments)
-    start = int32((block - expert * segments) * WARP * items)
+    expert = quotient(block, of.segments)
+    start = int32((block - expert * of.segments) * WARP * items)
     column = int32(start + cuda.laneid * items)
     num_warps = int32(cuda.blockDim.x >> 5)
     warp = int32(cuda.threadIdx.x >> 5)
     total = cuda.local.array(items, float32)
     for item in range(items):
         total[item] = float32(0.0)
-    if column < width:
-        row = offset[expert] + warp
-        end = min(offset[expert + 1], int64(num_rows))
+    if column < of.width:
+        row = of.offset[expert] + warp
+        end = min(of.offset[expert + 1], int64(of.num_rows))
         while row < end:
-            add_run(gate_up, row * width + column, total, items)
+            add_run(of.gate_up, row * of.width + column, total, items)
             row += num_warps
     for item in range(items):
         partial[(warp * WARP + cuda.laneid) * items + item] = total[item]
     cuda.syncthreads()
     column = int32(cuda.threadIdx.x)
-    while column < WARP * items and start + column < width:
+    while column < WARP * items and start + column < of.width:
         whole = float32(0.0)
         for part in range(num_warps):
             whole += partial[part * WARP * items + column]
-        store_float(sums, int64(expert) * width + start + column, whole)
+        store_float(of.sums, int64(expert) * of.width + start + column, whole)
         column = int32(column + cuda.blockDim.x)

@@ -56,12 +56,15 @@ def _plan_permute(
         arrays.contiguous(torch.int32, *topk_ids.shape),
         arrays.contiguous(torch.int32, num_experts),
     )
+    written = ("position_of_slot", "counts", "offset", *(("expert_ids",) if aligned else ()))
     return PermutePlan(
         indices,
         arrays.contiguous(torch.int32, num_rows // block_size) if aligned else None,
         arrays.contiguous(torch.int32, num_rows) if block_size > 1 else None,
-        sorting.plan_sort(topk_ids, num_experts, num_rows, block_size, expert_map=expert_map),
-        plan_gather(hidden_states, top_k, (num_rows,), zero_padding, block_size),
+        sorting.plan_sort(topk_ids, num_experts, num_rows, block_size, expert_map=expert_map, written=written),
+        plan_gather(
+            hidden_states, top_k, (num_rows,), zero_padding, alignment=block_size, named=aligned and block_size > 1
+        ),
         scales and plan_gather(scales, top_k, (num_rows,), zero_padding),
     )
 
@@ -93,8 +96,15 @@ def _permute(
     offset, permuted_idx, inv_permuted_idx, counts = (arrays.empty(*indices) for indices in plan.indices)
     block_experts = None if plan.block_experts is None else arrays.empty(*plan.block_experts)
     m_indices = None if plan.m_indices is None else arrays.empty(*plan.m_indices)
-    sorting.sort(plan.sort, topk_ids, expert_map, None, permuted_idx, inv_permuted_idx, counts, offset, block_experts)
-    rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx, block_experts, m_indices)
+    sorting.sort(
+        *(plan.sort, topk_ids, permuted_idx, expert_map),
+        position_of_slot=inv_permuted_idx,
+        counts=counts,
+        offset=offset,
+        expert_ids=block_experts,
+    )
+    names = {} if m_indices is None else {"block_experts": block_experts, "m_indices": m_indices}
+    rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx, **names)
     moved = None if plan.scales is None else gather(plan.scales, scales, permuted_idx, inv_permuted_idx)
     experts = block_experts if m_indices is None else m_indices
     return new_tuple(PermutedTokens, (rows, offset, permuted_idx, inv_permuted_idx, counts, experts, moved))
@@ -129,7 +139,7 @@ def _unpermute(
         combined = arrays.by_reference(reference.moe_unpermute, permuted, topk_weights, inv_permuted_idx, **options)
         return combined.to(result.dtype)
     combined = arrays.empty(*result)
-    combine(permuted, topk_weights, inv_permuted_idx, combined)
+    combine(rows=permuted, topk_weights=topk_weights, places=inv_permuted_idx, combined=combined)
     return combined
 
 
@@ -158,7 +168,7 @@ def _sum(hidden_states: Any, topk_ids: Any, routed_scaling_factor: float, out_dt
     if arrays.answered_by_reference(hidden_states):
         return arrays.by_reference(reference.moe_sum, hidden_states, topk_ids, **options).to(result.dtype)
     combined = arrays.empty(*result)
-    combine(hidden_states, None, topk_ids, combined)
+    combine(rows=hidden_states, places=topk_ids, combined=combined)
     return combined
 
 

@@ -52,75 +52,106 @@ WARPS_IN_BLOCK = 4
 DIFFERENTIATE_BOUNDS = (WARP * WARPS_IN_BLOCK, 12)
 
 
+class Inverse(NamedTuple):
+    """The row of each slot."""
+
+    inv_permuted_idx: Int32Array  # [num_slots]; outside [0, num_rows) for none
+    num_slots: Int32
+
+
+class ByRow(NamedTuple):
+    """The slot of each row that has one."""
+
+    permuted_idx: Int32Array  # [num_rows], of -1 before
+    num_rows: Int32
+
+
 @cuda.jit
-def invert_index(inv_permuted_idx: Int32Array, permuted_idx: Int32Array, num_slots: Int32, num_rows: Int32):
-    # inv_permuted_idx [num_slots], permuted_idx [num_rows] of -1: the slot of each row that has one
+def invert_index(slots: Inverse, by_row: ByRow):
+    """Write the slot of each row that has one; a thread takes a slot."""
     slot = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-    if slot < num_slots:
-        row = inv_permuted_idx[slot]
-        if row >= 0 and row < num_rows:
-            permuted_idx[row] = slot
+    if slot < slots.num_slots:
+        row = slots.inv_permuted_idx[slot]
+        if row >= 0 and row < by_row.num_rows:
+            by_row.permuted_idx[row] = slot
+
+
+class Forward(NamedTuple):
+    """The rows that were combined."""
+
+    rows: FloatArray  # [num_rows, hidden], row_stride apart
+    num_rows: Int32
+    hidden: Int32
+    row_stride: Int64
+    lanes: Int32  # elements of a thread: 16 bytes of them, or one
+
+
+class Weighted(NamedTuple):
+    """The row and the weight of each slot, and the factor of all of them."""
+
+    topk_weights: FloatArray  # [num_slots]
+    inv_permuted_idx: Int32Array  # [num_slots]; outside [0, num_rows) for none
+    num_slots: Int32
+    top_k: Int32
+    factor: Float32
+
+
+class Slopes(NamedTuple):
+    """The gradient by the result."""
+
+    grad: FloatArray  # [num_tokens, hidden], grad_stride apart
+    grad_stride: Int64
+
+
+class Gradients(NamedTuple):
+    """Gradients by rows and weights, those that are wanted."""
+
+    permuted_idx: OptionalInt32Array  # [num_rows], for grad_rows: -1 for no slot
+    grad_rows: Annotated[Any, LIKE, "rows", None]  # [num_rows, hidden]
+    grad_weights: OptionalFloat32Array  # [num_slots]
 
 
 @cuda.jit(launch_bounds=DIFFERENTIATE_BOUNDS)
-def differentiate_rows(
-    rows: FloatArray,
-    topk_weights: FloatArray,
-    inv_permuted_idx: Int32Array,
-    permuted_idx: OptionalInt32Array,
-    grad: FloatArray,
-    grad_rows: Annotated[Any, LIKE, "rows", None],
-    grad_weights: OptionalFloat32Array,
-    num_slots: Int32,
-    top_k: Int32,
-    num_rows: Int32,
-    hidden: Int32,
-    row_stride: Int64,
-    grad_stride: Int64,
-    factor: Float32,
-    lanes: Int32,
-):
-    # rows [num_rows, hidden] and grad [num_tokens, hidden], row_stride and grad_stride apart; topk_weights,
-    # inv_permuted_idx and grad_weights [num_slots]; permuted_idx [num_rows], -1 for no slot; grad_rows
-    # [num_rows, hidden]; a thread takes `lanes` elements, which are 16 bytes of a row or one
+def differentiate_rows(forward: Forward, slots: Weighted, slopes: Slopes, gradients: Gradients):
+    """Write gradients: a warp takes a slot, and the row of its own number; `lanes` columns to a thread at a time."""
     turn = int64(cuda.blockIdx.x) * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5)
     row = int64(-1)
-    if turn < num_slots:
-        row = int64(inv_permuted_idx[turn])
-    zeros = floats_of(rows, (int32(0), int32(0), int32(0), int32(0)))
-    first = int32(cuda.laneid * lanes)
-    step = int32(WARP * lanes)
+    if turn < slots.num_slots:
+        row = int64(slots.inv_permuted_idx[turn])
+    zeros = floats_of(forward.rows, (int32(0), int32(0), int32(0), int32(0)))
+    first = int32(cuda.laneid * forward.lanes)
+    step = int32(WARP * forward.lanes)
     total = float32(0.0)
-    if row >= 0 and row < num_rows:
-        weight = float32(factor) * load_float(topk_weights, turn)
-        source = row * row_stride
-        of_token = (turn // top_k) * grad_stride
+    if row >= 0 and row < forward.num_rows:
+        weight = float32(slots.factor) * load_float(slots.topk_weights, turn)
+        source = row * forward.row_stride
+        of_token = (turn // slots.top_k) * slopes.grad_stride
         column = first
-        while column < hidden:
-            if lanes == 1:
-                slope = load_float(grad, of_token + column)
-                if present(grad_weights):
-                    total += load_float(rows, source + column) * slope
-                if present(grad_rows):
-                    store_float(grad_rows, row * hidden + column, weight * slope)
+        while column < forward.hidden:
+            if forward.lanes == 1:
+                slope = load_float(slopes.grad, of_token + column)
+                if present(gradients.grad_weights):
+                    total += load_float(forward.rows, source + column) * slope
+                if present(gradients.grad_rows):
+                    store_float(gradients.grad_rows, row * forward.hidden + column, weight * slope)
             else:
-                slopes = load_like(grad, of_token + column, rows)
-                if present(grad_weights):
-                    total += dot(load_like(rows, source + column, rows), slopes)
-                if present(grad_rows):
-                    store_floats(grad_rows, row * hidden + column, add_scaled(zeros, weight, slopes))
+                eight = load_like(slopes.grad, of_token + column, forward.rows)
+                if present(gradients.grad_weights):
+                    total += dot(load_like(forward.rows, source + column, forward.rows), eight)
+                if present(gradients.grad_rows):
+                    store_floats(gradients.grad_rows, row * forward.hidden + column, add_scaled(zeros, weight, eight))
             column = int32(column + step)
-    if present(grad_weights):
+    if present(gradients.grad_weights):
         total = warp_sum(total)
-        if cuda.laneid == 0 and turn < num_slots:
-            grad_weights[turn] = float32(factor) * total
-    if present(grad_rows) and turn < num_rows and permuted_idx[turn] < 0:
+        if cuda.laneid == 0 and turn < slots.num_slots:
+            gradients.grad_weights[turn] = float32(slots.factor) * total
+    if present(gradients.grad_rows) and turn < forward.num_rows and gradients.permuted_idx[turn] < 0:
         column = first
-        while column < hidden:
-            if lanes == 1:
-                store_float(grad_rows, turn * hidden + column, float32(0.0))
+        while column < forward.hidden:
+            if forward.lanes == 1:
+                store_float(gradients.grad_rows, turn * forward.hidden + column, float32(0.0))
             else:
-                store_floats(grad_rows, turn * hidden + column, zeros)
+                store_floats(gradients.grad_rows, turn * forward.hidden + column, zeros)
             column = int32(column + step)
 
 
@@ -136,7 +167,12 @@ class BackwardPlan(NamedTuple):
 
 @planned
 def _plan_backward(
-    permuted: Layout, topk_weights: Layout, inv_permuted_idx: Layout, grad: Layout, factor: float
+    permuted: Layout,
+    topk_weights: Layout,
+    inv_permuted_idx: Layout,
+    grad: Layout,
+    factor: float,
+    wanted: tuple[bool, bool],
 ) -> BackwardPlan:
     num_rows, hidden = permuted.shape
     num_slots, top_k = topk_weights.shape.numel(), topk_weights.shape[1]
@@ -145,14 +181,22 @@ def _plan_backward(
     if permuted.address or grad.address or any(number % lanes for number in (hidden, *strides)):
         lanes = 1
     threads, most = block_threads(THREADS), max(num_slots, num_rows)
-    numbers = (num_slots, top_k, num_rows, hidden, *strides, float(factor), lanes)
-    dtypes = {"rows": permuted.dtype, "topk_weights": topk_weights.dtype, "grad": grad.dtype}
+    grad_rows = arrays.contiguous(permuted.dtype, num_rows, hidden)
+    grad_weights = arrays.contiguous(torch.float32, *topk_weights.shape)
+    permuted_idx = arrays.contiguous(torch.int32, num_rows)
+    of_rows = (permuted_idx, grad_rows) if wanted[0] else (None, None)
+    inverse = Inverse(inv_permuted_idx, num_slots)
+    blocks = -(-num_slots // threads)
     return BackwardPlan(
-        arrays.contiguous(permuted.dtype, num_rows, hidden),
-        arrays.contiguous(torch.float32, *topk_weights.shape),
-        arrays.contiguous(torch.int32, num_rows),
-        Launch(invert_index, permuted.device, -(-num_slots // threads), threads, (num_slots, num_rows)),
-        Launch(differentiate_rows, permuted.device, *warps(most, WARPS_IN_BLOCK), numbers, dtypes),
+        *(grad_rows, grad_weights, permuted_idx),
+        Launch(invert_index, permuted.device, blocks, threads, inverse, ByRow(permuted_idx, num_rows)),
+        Launch(
+            *(differentiate_rows, permuted.device, *warps(most, WARPS_IN_BLOCK)),
+            Forward(permuted, num_rows, hidden, row_stride=strides[0], lanes=lanes),
+            Weighted(topk_weights, inv_permuted_idx, num_slots, top_k, float(factor)),
+            Slopes(grad, strides[1]),
+            Gradients(*of_rows, grad_weights if wanted[1] else None),
+        ),
     )
 
 
@@ -171,15 +215,23 @@ def unpermute_backward(
         found = arrays.by_reference(reference.unpermute_backward, *arguments, routed_scaling_factor)
         return found[0].to(permuted.dtype), found[1].to(topk_weights.dtype)
     rows, weights, index, slopes = map(layout, arguments)
-    plan = _plan_backward(rows, weights, index, slopes, routed_scaling_factor)
+    plan = _plan_backward(rows, weights, index, slopes, routed_scaling_factor, tuple(wanted))
     permuted_idx = grad_rows = grad_weights = None
     if wanted[0]:
         grad_rows = arrays.empty(*plan.grad_rows)
         permuted_idx = arrays.empty(*plan.permuted_idx).fill_(-1)
-        plan.invert(inv_permuted_idx, permuted_idx)
+        plan.invert(inv_permuted_idx=inv_permuted_idx, permuted_idx=permuted_idx)
     if wanted[1]:
         grad_weights = arrays.empty(*plan.grad_weights)
-    plan.differentiate(permuted, topk_weights, inv_permuted_idx, permuted_idx, grad, grad_rows, grad_weights)
+    plan.differentiate(
+        rows=permuted,
+        topk_weights=topk_weights,
+        inv_permuted_idx=inv_permuted_idx,
+        grad=grad,
+        permuted_idx=permuted_idx,
+        grad_rows=grad_rows,
+        grad_weights=grad_weights,
+    )
     return grad_rows, None if grad_weights is None else grad_weights.to(topk_weights.dtype)
 
 
@@ -199,7 +251,7 @@ def permute_backward(inv_permuted_idx: torch.Tensor, grad: torch.Tensor) -> torc
         return arrays.by_reference(reference.moe_unpermute, grad, ones, inv_permuted_idx).to(grad.dtype)
     result, combine = _plan_permute_backward(layout(grad), layout(inv_permuted_idx))
     found: torch.Tensor = arrays.empty(*result)
-    combine(grad, None, inv_permuted_idx, found)
+    combine(rows=grad, places=inv_permuted_idx, combined=found)
     return found
 
 

@@ -18,39 +18,47 @@ from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 from numba_moe.runtime.primitives import quotient
 
 
+class Grouped(NamedTuple):
+    """Slots in the order of experts."""
+
+    sorted_slots: Int32Array  # [num_slots]
+    offset: Int64Array  # [num_experts + 1]; where the slots of each expert begin, and where the last ones end
+    num_slots: Int32
+
+
+class Batches(NamedTuple):
+    """A batch of max_m rows for each of the first num_batches experts."""
+
+    inv_permuted_idx: Int32Array  # [num_slots]; written: the row of each slot that is sorted, -1 for none
+    permuted_idx: Int32Array  # [num_batches, max_m]; the slot of each row, num_slots for none
+    masked_m: Int32Array  # [num_batches]; rows in use
+    num_batches: Int32
+    max_m: Int32
+    parts: Int32  # blocks of threads that serve an expert
+
+
 @cuda.jit
-def lay_out_rows(
-    sorted_slots: Int32Array,
-    offset: Int64Array,
-    inv_permuted_idx: Int32Array,
-    permuted_idx: Int32Array,
-    masked_m: Int32Array,
-    num_slots: Int32,
-    num_batches: Int32,
-    max_m: Int32,
-    parts: Int32,
-):
-    # sorted_slots [num_slots], offset [num_experts + 1], permuted_idx [num_batches, max_m], masked_m [num_batches];
-    # inv_permuted_idx [num_slots], positions in sorted_slots that become rows; `parts` blocks serve an expert
-    expert = quotient(cuda.blockIdx.x, parts)
-    part = int32(cuda.blockIdx.x - expert * parts)
-    first = int32(offset[expert])
-    count = int32(offset[expert + 1] - first)
-    rows = max_m if expert < num_batches else int32(0)
-    if part == 0 and cuda.threadIdx.x == 0 and expert < num_batches:
-        masked_m[expert] = min(count, rows)
+def lay_out_rows(grouped: Grouped, batches: Batches):
+    """Give each sorted slot a row of its expert's batch; `parts` blocks, of any number of threads, serve an expert."""
+    expert = quotient(cuda.blockIdx.x, batches.parts)
+    part = int32(cuda.blockIdx.x - expert * batches.parts)
+    first = int32(grouped.offset[expert])
+    count = int32(grouped.offset[expert + 1] - first)
+    rows = batches.max_m if expert < batches.num_batches else int32(0)
+    if part == 0 and cuda.threadIdx.x == 0 and expert < batches.num_batches:
+        batches.masked_m[expert] = min(count, rows)
     row = int32(part * cuda.blockDim.x + cuda.threadIdx.x)
     while row < max(count, rows):
-        slot = num_slots
+        slot = grouped.num_slots
         place = int32(-1)
         if row < rows:
-            place = int32(expert * max_m + row)
+            place = int32(expert * batches.max_m + row)
         if row < count:
-            slot = sorted_slots[first + row]
-            inv_permuted_idx[slot] = place
+            slot = grouped.sorted_slots[first + row]
+            batches.inv_permuted_idx[slot] = place
         if row < rows:
-            permuted_idx[place] = slot
-        row = int32(row + parts * cuda.blockDim.x)
+            batches.permuted_idx[place] = slot
+        row = int32(row + batches.parts * cuda.blockDim.x)
 
 
 class MaskedPlan(NamedTuple):
@@ -89,11 +97,14 @@ def _plan_masked(
         arrays.contiguous(torch.int32, batches),
     )
     threads, parts = deal(num_experts, max_m)
-    numbers = (num_slots, batches, max_m, parts)
+    sorted_slots, offset, inv_permuted_idx, permuted_idx, masked_m = indices
+    grouped = Grouped(sorted_slots, offset, num_slots)
+    into = Batches(inv_permuted_idx, permuted_idx, masked_m, num_batches=batches, max_m=max_m, parts=parts)
+    written = ("position_of_slot", "offset")
     return MaskedPlan(
         indices,
-        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map),
-        Launch(lay_out_rows, topk_ids.device, num_experts * parts, threads, numbers),
+        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map, written=written),
+        Launch(lay_out_rows, topk_ids.device, num_experts * parts, threads, grouped, into),
         plan_gather(hidden_states, top_k, (batches, max_m), zero_padding),
         scales and plan_gather(scales, top_k, (batches, max_m), zero_padding),
     )
@@ -123,8 +134,14 @@ def _permute_masked(
     if arrays.answered_by_reference(hidden_states):
         return permute_by_reference(reference.moe_permute_masked, hidden_states, **arguments)
     sorted_slots, offset, inv_permuted_idx, permuted_idx, masked_m = (arrays.empty(*array) for array in plan.indices)
-    sorting.sort(plan.sort, topk_ids, expert_map, None, sorted_slots, inv_permuted_idx, None, offset)
-    plan.lay_out(sorted_slots, offset, inv_permuted_idx, permuted_idx, masked_m)
+    sorting.sort(*(plan.sort, topk_ids, sorted_slots, expert_map), position_of_slot=inv_permuted_idx, offset=offset)
+    plan.lay_out(
+        sorted_slots=sorted_slots,
+        offset=offset,
+        inv_permuted_idx=inv_permuted_idx,
+        permuted_idx=permuted_idx,
+        masked_m=masked_m,
+    )
     rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx)
     moved = None if plan.scales is None else gather(plan.scales, scales, permuted_idx, inv_permuted_idx)
     return new_tuple(MaskedTokens, (rows, masked_m, permuted_idx, inv_permuted_idx, moved))
@@ -136,7 +153,8 @@ def _plan_reorder(
 ) -> tuple[sorting.SortPlan, arrays.Contiguous, arrays.Contiguous]:
     num_experts = checks.routing(topk_ids, num_experts, expert_map)
     num_slots = topk_ids.shape.numel()
-    sort = sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map)
+    written = ("position_of_slot", "offset", "expert_ids")
+    sort = sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map, written=written)
     return sort, arrays.contiguous(torch.int32, num_slots), arrays.contiguous(torch.int64, num_experts + 1)
 
 
@@ -259,5 +277,6 @@ def moe_reorder(topk_ids: Any, num_experts: int, expert_map: Any = None) -> Reor
         return arrays.by_reference(reference.moe_reorder, topk_ids, num_experts, expert_map)
     sorted_slots, reorder_topk_ids, src2dst = (arrays.empty(*slots) for _ in range(3))
     seg_indptr = arrays.empty(*offset)
-    sorting.sort(sort, topk_ids, expert_map, None, sorted_slots, src2dst, None, seg_indptr, reorder_topk_ids)
+    written = {"position_of_slot": src2dst, "offset": seg_indptr, "expert_ids": reorder_topk_ids}
+    sorting.sort(sort, topk_ids, sorted_slots, expert_map, **written)
     return new_tuple(ReorderedSlots, (reorder_topk_ids, src2dst, seg_indptr))

@@ -64,148 +64,186 @@ ROW_BATCH = 4
 ROW_BATCH_WORDS = 4 * ROW_BATCH
 
 
+class Tokens(NamedTuple):
+    """Rows of tokens, in words of whatever size allows it."""
+
+    hidden_states: Words  # [num_tokens, row_words], rows row_stride apart
+    num_tokens: Int32
+    row_words: Int32
+    row_stride: Int64
+
+
+class Index(NamedTuple):
+    """Which slot has which row."""
+
+    permuted_idx: Int32Array  # [num_rows]; the slot of a row, num_slots where there is none
+    inv_permuted_idx: Int32Array  # [num_tokens, top_k]; the row of a slot, -1 for none
+    num_rows: Int32
+    top_k: Int32
+
+
+class RowNames(NamedTuple):
+    """The expert of each row, if it is asked for."""
+
+    block_experts: OptionalInt32Array  # [num_rows / alignment]
+    m_indices: OptionalInt32Array  # [num_rows]; written: the expert of a row, -1 where there is no slot
+    alignment: Int32
+
+
+class Ends(NamedTuple):
+    """Where the rows of each expert end, in 32 bits, if it is asked for."""
+
+    offset: OptionalInt64Array  # [num_ends + 1]
+    ends: OptionalInt32Array  # [num_ends]; written: the elements of offset from the second on
+    num_ends: Int32
+
+
+class Permuted(NamedTuple):
+    """Rows in their places, and how the work is dealt."""
+
+    permuted: Annotated[Any, LIKE, "hidden_states"]  # [num_rows, row_words]
+    zero_padding: Int32  # whether rows without a slot are zeros, and not what was in memory
+    parts: Int32  # blocks of threads that serve a token
+    share: Int32  # rows, at most 32, that each block looks at for those without a slot
+
+
 @cuda.jit(launch_bounds=GATHER_BOUNDS)
-def gather_rows(
-    hidden_states: Words,
-    permuted_idx: Int32Array,
-    inv_permuted_idx: Int32Array,
-    block_experts: OptionalInt32Array,
-    m_indices: OptionalInt32Array,
-    permuted: Annotated[Any, LIKE, "hidden_states"],
-    offset: OptionalInt64Array,
-    ends: OptionalInt32Array,
-    num_tokens: Int32,
-    top_k: Int32,
-    num_rows: Int32,
-    row_words: Int32,
-    row_stride: Int64,
-    parts: Int32,
-    share: Int32,
-    alignment: Int32,
-    zero_padding: Int32,
-    num_ends: Int32,
-):
-    # hidden_states [num_tokens, row_words] with rows row_stride apart; permuted_idx and m_indices [num_rows];
-    # inv_permuted_idx [num_tokens, top_k]; block_experts [num_rows / alignment]; permuted [num_rows, row_words];
-    # `parts` blocks serve a token, and every block looks for rows without a slot among its `share` of at most 32;
-    # ends [num_ends] are the elements of offset from the second on
+def gather_rows(tokens: Tokens, index: Index, names: RowNames, experts: Ends, target: Permuted):
+    """Copy each token's row to its places: `parts` blocks serve a token, a thread takes a word after another.
+
+    Each block also looks at its share of the rows, and the grid covers all of both.
+    """
     block = int32(cuda.blockIdx.x)
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
     lane = int32(cuda.laneid)
-    first_row = int64(block) * share
-    if block == 0 and present(ends):
+    first_row = int64(block) * target.share
+    if block == 0 and present(experts.ends):
         expert = thread
-        while expert < num_ends:
-            ends[expert] = int32(offset[expert + 1])
+        while expert < experts.num_ends:
+            experts.ends[expert] = int32(experts.offset[expert + 1])
             expert = int32(expert + threads)
     unused = False
-    if lane < share and first_row + lane < num_rows:
-        unused = permuted_idx[first_row + lane] == num_tokens * top_k
-        if present(m_indices) and thread < WARP:
+    if lane < target.share and first_row + lane < index.num_rows:
+        unused = index.permuted_idx[first_row + lane] == tokens.num_tokens * index.top_k
+        if present(names.m_indices) and thread < WARP:
             expert = int32(-1)
             if not unused:
-                expert = block_experts[quotient(first_row + lane, alignment)]
-            m_indices[first_row + lane] = expert
-    holes = cuda.ballot_sync(ALL_LANES, unused and zero_padding != 0)
+                expert = names.block_experts[quotient(first_row + lane, names.alignment)]
+            names.m_indices[first_row + lane] = expert
+    holes = cuda.ballot_sync(ALL_LANES, unused and target.zero_padding != 0)
 
-    token = quotient(block, parts)
-    if token < num_tokens and row_words > 0:
-        source = int64(token) * row_stride
+    token = quotient(block, target.parts)
+    if token < tokens.num_tokens and tokens.row_words > 0:
+        source = int64(token) * tokens.row_stride
         first = int32(0)
-        while first < top_k:
+        while first < index.top_k:
             mine = int32(-1)
-            if first + lane < top_k:
-                mine = inv_permuted_idx[int64(token) * top_k + first + lane]
-            slots = int32(min(WARP, top_k - first))
-            start = int32((block - token * parts) * threads)
-            word = load_word(hidden_states, source + min(int32(start + thread), int32(row_words - 1)))
+            if first + lane < index.top_k:
+                mine = index.inv_permuted_idx[int64(token) * index.top_k + first + lane]
+            slots = int32(min(WARP, index.top_k - first))
+            start = int32((block - token * target.parts) * threads)
+            word = load_word(tokens.hidden_states, source + min(int32(start + thread), int32(tokens.row_words - 1)))
             if cuda.ballot_sync(ALL_LANES, mine >= 0) == 0:
-                start = row_words
-            while start < row_words:
+                start = tokens.row_words
+            while start < tokens.row_words:
                 place = int32(start + thread)
                 for k in range(slots):
                     row = int32(cuda.shfl_sync(ALL_LANES, mine, k))
-                    if row >= 0 and place < row_words:
-                        store_word(permuted, int64(row) * row_words + place, word)
-                start = int32(start + parts * threads)
-                if start < row_words:
-                    word = load_word(hidden_states, source + min(int32(start + thread), int32(row_words - 1)))
+                    if row >= 0 and place < tokens.row_words:
+                        store_word(target.permuted, int64(row) * tokens.row_words + place, word)
+                start = int32(start + target.parts * threads)
+                if start < tokens.row_words:
+                    word = load_word(
+                        tokens.hidden_states, source + min(int32(start + thread), int32(tokens.row_words - 1))
+                    )
             first = int32(first + WARP)
 
     if holes != 0:
-        for hole in range(share):
+        for hole in range(target.share):
             if (holes >> hole) & 1:
                 place = thread
-                while place < row_words:
-                    clear_word(permuted, (first_row + hole) * row_words + place)
+                while place < tokens.row_words:
+                    clear_word(target.permuted, (first_row + hole) * tokens.row_words + place)
                     place = int32(place + threads)
 
 
 @cuda.jit(device=True)
-def place_of(places, slot, k, by_index, num_rows):
+def place_of(slots, slot, k, num_rows):
     """Return which row a slot adds, -1 for none: what an index says, or the k-th unless the slot's id is below 0."""
     row = int64(k)
-    if present(places):
-        place = int64(places[slot])
-        if by_index or place < 0:
+    if present(slots.places):
+        place = int64(slots.places[slot])
+        if slots.by_index or place < 0:
             row = place
     if row >= num_rows:
         row = int64(-1)
     return int32(max(row, int64(-1)))
 
 
+class Source(NamedTuple):
+    """Rows to be summed: [num_rows, hidden] by index, row_stride apart, and else [num_tokens, top_k, hidden]."""
+
+    rows: FloatArray
+    num_rows: Int32  # top_k where they are not by index
+    hidden: Int32
+    row_stride: Int64
+    token_stride: Int64  # 0 by index
+    lanes: Int32  # elements of a thread: 16 bytes of them, or one
+
+
+class Summands(NamedTuple):
+    """Which rows each token sums, and with what weights."""
+
+    topk_weights: OptionalFloatArray  # [num_tokens, top_k]
+    places: OptionalIds  # [num_tokens, top_k]; rows by index; otherwise ids, and slots with an id below 0 are skipped
+    by_index: Int32
+    top_k: Int32
+
+
+class Combined(NamedTuple):
+    """The sums, and how the work is dealt."""
+
+    combined: FloatArray  # [num_tokens, hidden]
+    factor: Float32  # what sums are multiplied by
+    parts: Int32  # blocks of threads that serve a token
+
+
 @cuda.jit(launch_bounds=COMBINE_BOUNDS)
-def combine_rows(
-    rows: FloatArray,
-    topk_weights: OptionalFloatArray,
-    places: OptionalIds,
-    combined: FloatArray,
-    top_k: Int32,
-    num_rows: Int32,
-    hidden: Int32,
-    row_stride: Int64,
-    token_stride: Int64,
-    by_index: Int32,
-    factor: Float32,
-    parts: Int32,
-    lanes: Int32,
-):
-    # topk_weights and places [num_tokens, top_k]; combined [num_tokens, hidden]. By index, places are those of rows
-    # [num_rows, hidden], row_stride apart; else rows are [num_tokens, top_k, hidden], and places below 0 are skipped.
-    # `parts` blocks serve a token; a thread takes `lanes` elements, which are 16 bytes or one
+def combine_rows(source: Source, slots: Summands, result: Combined):
+    """Sum each token's rows; `parts` blocks of the grid serve a token, and a thread takes `lanes` columns at a time."""
     words = cuda.local.array(ROW_BATCH_WORDS, int32)
     thread = int32(cuda.threadIdx.x)
     lane = int32(cuda.laneid)
-    token = quotient(cuda.blockIdx.x, parts)
-    first_slot = int64(token) * top_k
-    base = int64(token) * token_stride
-    step = int32(parts * cuda.blockDim.x * lanes)
-    start = int32((cuda.blockIdx.x - token * parts) * cuda.blockDim.x * lanes)
-    zeros = floats_of(rows, (int32(0), int32(0), int32(0), int32(0)))
-    while start < hidden:
-        column = int32(start + thread * lanes)
-        inside = column < hidden
+    token = quotient(cuda.blockIdx.x, result.parts)
+    first_slot = int64(token) * slots.top_k
+    base = int64(token) * source.token_stride
+    step = int32(result.parts * cuda.blockDim.x * source.lanes)
+    start = int32((cuda.blockIdx.x - token * result.parts) * cuda.blockDim.x * source.lanes)
+    zeros = floats_of(source.rows, (int32(0), int32(0), int32(0), int32(0)))
+    while start < source.hidden:
+        column = int32(start + thread * source.lanes)
+        inside = column < source.hidden
         total = float32(0.0)
         totals = zeros
         first = int32(0)
-        while first < top_k:
+        while first < slots.top_k:
             mine = int32(-1)
             weight = float32(0.0)
-            if first + lane < top_k:
-                mine = place_of(places, first_slot + first + lane, int32(first + lane), by_index, num_rows)
+            if first + lane < slots.top_k:
+                mine = place_of(slots, first_slot + first + lane, int32(first + lane), source.num_rows)
             if mine >= 0:
                 weight = float32(1.0)
-                if present(topk_weights):
-                    weight = load_float(topk_weights, first_slot + first + lane)
-            slots = int32(min(WARP, top_k - first))
+                if present(slots.topk_weights):
+                    weight = load_float(slots.topk_weights, first_slot + first + lane)
+            count = int32(min(WARP, slots.top_k - first))
             k = int32(0)
-            while k < slots:
-                if lanes == 1:
+            while k < count:
+                if source.lanes == 1:
                     row = int32(cuda.shfl_sync(ALL_LANES, mine, k))
                     of_row = cuda.shfl_sync(ALL_LANES, weight, k)
                     if row >= 0 and inside:
-                        total += of_row * load_float(rows, base + row * row_stride + column)
+                        total += of_row * load_float(source.rows, base + row * source.row_stride + column)
                     k = int32(k + 1)
                 else:
                     for i in range(ROW_BATCH):  # all on their way before the first is used
@@ -213,19 +251,25 @@ def combine_rows(
                         for word in range(4):
                             words[4 * i + word] = 0
                         if row >= 0 and inside:
-                            four = load_words(rows, base + row * row_stride + column)
+                            four = load_words(source.rows, base + row * source.row_stride + column)
                             for word in range(4):
                                 words[4 * i + word] = four[word]
                     for i in range(ROW_BATCH):
                         four = (words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3])
-                        totals = add_scaled(totals, cuda.shfl_sync(ALL_LANES, weight, k + i), floats_of(rows, four))
+                        totals = add_scaled(
+                            totals, cuda.shfl_sync(ALL_LANES, weight, k + i), floats_of(source.rows, four)
+                        )
                     k = int32(k + ROW_BATCH)
             first = int32(first + WARP)
         if inside:
-            if lanes == 1:
-                store_float(combined, int64(token) * hidden + column, total * float32(factor))
+            if source.lanes == 1:
+                store_float(result.combined, int64(token) * source.hidden + column, total * float32(result.factor))
             else:
-                store_floats(combined, int64(token) * hidden + column, add_scaled(zeros, float32(factor), totals))
+                store_floats(
+                    result.combined,
+                    int64(token) * source.hidden + column,
+                    add_scaled(zeros, float32(result.factor), totals),
+                )
         start = int32(start + step)
 
 
@@ -289,9 +333,20 @@ class Gather(NamedTuple):
 
 
 def plan_gather(
-    rows: Layout, top_k: int, shape: tuple[int, ...], zero_padding: bool, alignment: int = 1, num_ends: int = 0
+    rows: Layout,
+    top_k: int,
+    shape: tuple[int, ...],
+    zero_padding: bool,
+    *,
+    alignment: int = 1,
+    named: bool = False,
+    num_ends: int = 0,
 ) -> Gather:
-    """Plan the copy of rows, [num_tokens] to places of some shape, in the widest words possible."""
+    """Plan the copy of rows, [num_tokens] to places of some shape, in the widest words possible.
+
+    If `named`, it writes the expert of each row too, given those of blocks of `alignment` rows. With `num_ends` it
+    writes where the rows of each of that number of experts end.
+    """
     num_tokens, num_rows = rows.shape[0], math.prod(shape)
     row_bytes, stride_bytes = (rows.dtype.itemsize * n for n in (rows.shape[1:].numel(), stride_of(rows)))
     units = (row_bytes, stride_bytes, rows.address)
@@ -300,9 +355,15 @@ def plan_gather(
     threads, parts = deal(num_tokens, row_words, top_k)
     blocks = max(num_tokens * parts, -(-num_rows // WARP), min(1, num_ends))
     share = -(-num_rows // max(1, blocks))
-    sizes = (num_tokens, top_k, num_rows, row_words, stride_bytes // word.itemsize)
-    numbers = (*sizes, parts, share, alignment, int(zero_padding), num_ends)
-    launch = Launch(gather_rows, rows.device, blocks, threads, numbers, {"hidden_states": word})
+    index_dtype = torch.int32
+    launch = Launch(
+        *(gather_rows, rows.device, blocks, threads),
+        Tokens(word, num_tokens, row_words, row_stride=stride_bytes // word.itemsize),
+        Index(index_dtype, index_dtype, num_rows, top_k),
+        RowNames(*((index_dtype, index_dtype) if named else (None, None)), alignment),
+        Ends(*((torch.int64, torch.int32) if num_ends else (None, None)), num_ends),
+        Permuted(word, int(zero_padding), parts=parts, share=share),
+    )
     return Gather(arrays.contiguous(rows.dtype, *shape, *rows.shape[1:]), word, launch)
 
 
@@ -311,17 +372,16 @@ def gather(
     rows: torch.Tensor,
     permuted_idx: torch.Tensor,
     inv_permuted_idx: torch.Tensor,
-    block_experts: torch.Tensor | None = None,
-    m_indices: torch.Tensor | None = None,
-    offset: torch.Tensor | None = None,
-    ends: torch.Tensor | None = None,
+    **others: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Allocate the places and copy rows there; name the expert of each, or where experts end, if asked to."""
+    """Allocate the places and copy rows there; the others are arrays of `RowNames` or `Ends`, if those were planned."""
     permuted: torch.Tensor = arrays.empty(*plan.permuted)
     source, target = rows, permuted
     if simulator.ENABLED:
         source, target = (array.view(plan.word) if array.numel() else array for array in (rows, permuted))
-    plan.launch(source, permuted_idx, inv_permuted_idx, block_experts, m_indices, target, offset, ends)
+    plan.launch(
+        hidden_states=source, permuted=target, permuted_idx=permuted_idx, inv_permuted_idx=inv_permuted_idx, **others
+    )
     return permuted
 
 
@@ -342,11 +402,9 @@ def plan_combine(
     if rows.address or any(number % lanes for number in (hidden, *strides)):
         lanes = 1
     threads, parts = deal(num_tokens, -(-hidden // lanes), top_k)
-    numbers = (top_k, rows.shape[0] if by_index else top_k, hidden, *strides, int(by_index), factor, parts, lanes)
-    dtypes = {
-        "rows": rows.dtype,
-        "topk_weights": weights and weights.dtype,
-        "places": places and places.dtype,
-        "combined": out_dtype,
-    }
-    return Launch(combine_rows, rows.device, num_tokens * parts if hidden else 0, threads, numbers, dtypes)
+    source = Source(rows, rows.shape[0] if by_index else top_k, hidden, *strides, lanes)
+    return Launch(
+        *(combine_rows, rows.device, num_tokens * parts if hidden else 0, threads, source),
+        Summands(weights, places, int(by_index), top_k),
+        Combined(out_dtype, factor, parts),
+    )

@@ -5,7 +5,7 @@ is no queue. The flag and the number of real tokens are read on the device: a ca
 replay.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,11 +15,11 @@ from numba_moe.runtime.compile import MOST_SHARED_BYTES
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.parameters import (
-    Float32Array,
     Ids,
     Int32,
     Int32Array,
     Int64Array,
+    OptionalFloat32Array,
     OptionalFloatArray,
     OptionalInt32Array,
 )
@@ -39,6 +39,48 @@ MOST_THREADS = 1024
 MOST_BLOCKS = 264
 
 
+class Routed(NamedTuple):
+    """The experts of the tokens of a call."""
+
+    topk_ids: Ids  # [num_rows, top_k]
+    num_rows: Int32
+    top_k: Int32
+    first_row: Int32  # that of the pass which this call's first row is
+    num_experts: Int32
+
+
+class Switch(NamedTuple):
+    """What the device says about recording."""
+
+    enabled: OptionalInt32Array  # [1]; 0 for off
+    num_tokens: OptionalInt32Array  # [1]; rows of the pass that are tokens and not padding
+
+
+class Counters(NamedTuple):
+    """Counts to be added to."""
+
+    counts: Int64Array  # [num_experts]
+    num_in_shared: Int32  # num_experts, if a block counts in shared memory first, or else 0
+
+
+class Addition(NamedTuple):
+    """Counts that are added to others."""
+
+    given: Ids  # [num_experts]; less than 0 counts as 0
+    counts: Int64Array  # [num_experts]
+    num_experts: Int32
+
+
+class Stage(NamedTuple):
+    """Where the tokens of a layer go: from that layer on, rows of all layers, written from to_row on."""
+
+    ids: Int32Array  # [rows, num_layers, top_k]
+    weights: OptionalFloat32Array  # [rows, num_layers, top_k], where there are topk_weights
+    stored: Int32Array  # [num_layers]; rows of the pass that a layer has
+    to_row: Int32
+    num_layers: Int32
+
+
 @cuda.jit(device=True)
 def is_off(enabled):
     """Whether recording is switched off; without a flag it is on."""
@@ -46,97 +88,84 @@ def is_off(enabled):
 
 
 @cuda.jit(device=True)
-def real_rows(num_tokens, first_row, num_rows):
-    """Return how many of a call's rows, the first of which is first_row of the pass, are tokens and not padding."""
-    rows = int64(num_rows)
-    if present(num_tokens):
-        rows = min(rows, max(int64(num_tokens[0]) - first_row, int64(0)))
+def real_rows(switch, routed):
+    """Return how many rows of a call are tokens and not padding."""
+    rows = int64(routed.num_rows)
+    if present(switch.num_tokens):
+        rows = min(rows, max(int64(switch.num_tokens[0]) - routed.first_row, int64(0)))
     return rows
 
 
 @cuda.jit(launch_bounds=MOST_THREADS)
-def count_ids(
-    topk_ids: Ids,
-    enabled: OptionalInt32Array,
-    num_tokens: OptionalInt32Array,
-    counts: Int64Array,
-    num_rows: Int32,
-    top_k: Int32,
-    first_row: Int32,
-    num_experts: Int32,
-    num_in_shared: Int32,
-):
-    # topk_ids [num_rows, top_k]; enabled and num_tokens [1]; counts [num_experts]
-    in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared], which is num_experts or 0
+def count_ids(routed: Routed, switch: Switch, counters: Counters):
+    """Count slots by expert; a thread takes a slot, and one a grid further on, as often as it takes.
+
+    Shared memory of a block: int32 [num_in_shared].
+    """
+    in_block = flat(cuda.shared.array(0, int32))
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
     slot = int64(cuda.blockIdx.x) * threads + thread
-    expert = int64(topk_ids[min(slot, int64(num_rows) * top_k - 1)])  # on its way while the flag is read
-    if is_off(enabled):
+    last = int64(routed.num_rows) * routed.top_k - 1
+    expert = int64(routed.topk_ids[min(slot, last)])  # on its way while the flag is read
+    if is_off(switch.enabled):
         return
-    fill(in_block, num_in_shared, 0, thread, threads)
+    fill(in_block, counters.num_in_shared, 0, thread, threads)
     cuda.syncthreads()
-    num_slots = real_rows(num_tokens, first_row, num_rows) * top_k
+    num_slots = real_rows(switch, routed) * routed.top_k
     while slot < num_slots:
-        if expert >= 0 and expert < num_experts:
-            if num_in_shared > 0:
+        if expert >= 0 and expert < routed.num_experts:
+            if counters.num_in_shared > 0:
                 atomic_add(in_block, expert, 1)
             else:
-                add_to_global(counts, expert, 1)
+                add_to_global(counters.counts, expert, 1)
         slot += int64(cuda.gridDim.x) * threads
         if slot < num_slots:
-            expert = int64(topk_ids[slot])
+            expert = int64(routed.topk_ids[slot])
     cuda.syncthreads()
     index = thread
-    while index < num_in_shared:
+    while index < counters.num_in_shared:
         count = in_block[index]
         if count > 0:
-            add_to_global(counts, index, int64(count))
+            add_to_global(counters.counts, index, int64(count))
         index = int32(index + threads)
 
 
 @cuda.jit(launch_bounds=MOST_THREADS)
-def add_counts(given: Ids, enabled: OptionalInt32Array, counts: Int64Array, num_experts: Int32):
-    # given and counts [num_experts]; enabled [1]
+def add_counts(
+    addition: Addition,
+    enabled: OptionalInt32Array,  # [1]; 0 for off
+):
+    """Add counts to counters; a thread takes an expert."""
     index = int32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
-    if index < num_experts and not is_off(enabled):
-        counts[index] += max(int64(given[index]), int64(0))
+    if index < addition.num_experts and not is_off(enabled):
+        addition.counts[index] += max(int64(addition.given[index]), int64(0))
 
 
 @cuda.jit(launch_bounds=MOST_THREADS)
 def store_tokens(
-    topk_ids: Ids,
-    topk_weights: OptionalFloatArray,
-    enabled: OptionalInt32Array,
-    num_tokens: OptionalInt32Array,
-    ids: Int32Array,
-    weights: Float32Array,
-    stored: Int32Array,
-    num_rows: Int32,
-    top_k: Int32,
-    first_row: Int32,
-    to_row: Int32,
-    num_layers: Int32,
-    num_experts: Int32,
+    routed: Routed,
+    topk_weights: OptionalFloatArray,  # [num_rows, top_k]
+    switch: Switch,
+    stage: Stage,
 ):
-    # topk_ids and topk_weights [num_rows, top_k]; enabled and num_tokens [1]; from a layer on ids and weights
-    # [rows, num_layers, top_k], to be written from to_row on, and stored [num_layers], how many rows a layer has
-    if is_off(enabled):
+    """Copy the slots of tokens to where a layer's go; a thread takes a slot, and one a grid further on."""
+    if is_off(switch.enabled):
         return
-    real = real_rows(num_tokens, first_row, num_rows)
+    real = real_rows(switch, routed)
     thread = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if thread == 0 and real > 0:
-        stored[0] = int32(first_row + real)
+        stage.stored[0] = int32(routed.first_row + real)
     slot = thread
-    while slot < real * top_k:
-        row = quotient(int32(slot), top_k)
-        place = (int64(to_row) + row) * num_layers * top_k + slot - int64(row) * top_k
-        expert = int64(topk_ids[slot])
-        if expert < 0 or expert >= num_experts:
+    while slot < real * routed.top_k:
+        row = quotient(int32(slot), routed.top_k)
+        place = (int64(stage.to_row) + row) * stage.num_layers * routed.top_k + slot - int64(row) * routed.top_k
+        expert = int64(routed.topk_ids[slot])
+        if expert < 0 or expert >= routed.num_experts:
             expert = int64(-1)
-        ids[place] = int32(expert)
+        stage.ids[place] = int32(expert)
         if present(topk_weights):
-            weights[place] = float32(load_float(topk_weights, slot))
+            stage.weights[place] = float32(load_float(topk_weights, slot))
         slot += int64(cuda.gridDim.x) * cuda.blockDim.x
 
 
@@ -152,7 +181,10 @@ def _check_ids(topk_ids: Any) -> tuple[int, int]:
 
 
 @planned
-def plan_count(topk_ids: Layout, num_experts: int, first_row: int, where: torch.device) -> Launch:
+def plan_count(
+    topk_ids: Layout, num_experts: int, first_row: int, where: torch.device, switched: bool, limited: bool
+) -> Launch:
+    """Plan to count slots in counters somewhere, with a flag or not, and with a number of tokens or not."""
     num_rows, top_k = _check_ids(topk_ids)
     here = topk_ids.device
     checks.holds("topk_ids", f"on the device of the counters, {where}", here == where, str(here))
@@ -161,9 +193,12 @@ def plan_count(topk_ids: Layout, num_experts: int, first_row: int, where: torch.
     blocks, threads = _grid(num_rows * top_k)
     in_shared = blocks > 1 and 4 * num_experts <= MOST_SHARED_BYTES
     num_in_shared = num_experts if in_shared else 0
-    numbers = (num_rows, top_k, first_row, num_experts, num_in_shared)
-    choices = {"topk_ids": topk_ids.dtype}
-    return Launch(count_ids, topk_ids.device, blocks, threads, numbers, choices, 4 * num_in_shared)
+    routed = Routed(topk_ids, num_rows, top_k, first_row, num_experts)
+    switch = Switch(torch.int32 if switched else None, torch.int32 if limited else None)
+    counters = Counters(torch.int64, num_in_shared)
+    return Launch(
+        *(count_ids, topk_ids.device, blocks, threads, routed, switch, counters), shared_bytes=4 * num_in_shared
+    )
 
 
 @planned
@@ -182,7 +217,8 @@ def plan_add(given: Layout, counts: Layout) -> Launch:
     checks.array("counts", given, checks.IDS, (1,), like=("the recorder's counters", counts))
     num_experts = given.shape[0]
     threads = block_threads(128)
-    return Launch(add_counts, given.device, -(-num_experts // threads), threads, (num_experts,), {"given": given.dtype})
+    addition = Addition(given, counts, num_experts)
+    return Launch(add_counts, given.device, -(-num_experts // threads), threads, addition, torch.int32)
 
 
 @planned
@@ -201,9 +237,11 @@ def plan_store(
         checks.array("topk_weights", topk_weights, checks.FLOATS, (1, 2), like=("topk_ids", topk_ids))
         checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "that of `topk_ids`")
     blocks, threads = _grid(num_rows * top_k)
-    numbers = (num_rows, top_k, first_row, to_row, staging.shape[1], num_experts)
-    choices = {"topk_ids": topk_ids.dtype, "topk_weights": topk_weights and topk_weights.dtype}
-    return Launch(store_tokens, topk_ids.device, blocks, threads, numbers, choices)
+    weights = None if topk_weights is None else torch.float32
+    routed = Routed(topk_ids, num_rows, top_k, first_row, num_experts)
+    switch = Switch(enabled=torch.int32, num_tokens=torch.int32)
+    stage = Stage(torch.int32, weights, torch.int32, to_row=to_row, num_layers=staging.shape[1])
+    return Launch(store_tokens, topk_ids.device, blocks, threads, routed, topk_weights, switch, stage)
 
 
 @arrays.public_writing("counts")
@@ -253,10 +291,12 @@ def add_expert_counts(
     """
     given = layout(topk_ids)
     num_experts = _check_counters(layout(counts), layout(enabled), layout(num_tokens))
-    launch = plan_count(given, num_experts, first_row, counts.device)
+    launch = plan_count(
+        *(given, num_experts, first_row, counts.device), switched=enabled is not None, limited=num_tokens is not None
+    )
     if arrays.answered_by_reference(topk_ids):
         options = {"counts": counts, "enabled": enabled, "num_tokens": num_tokens, "first_row": first_row}
         arrays.by_reference(reference.add_expert_counts, topk_ids, **options)
     else:
-        launch(topk_ids, enabled, num_tokens, counts)
+        launch(topk_ids=topk_ids, enabled=enabled, num_tokens=num_tokens, counts=counts)
     return counts

@@ -189,13 +189,13 @@ class Hooks:
                 self._store(name, layer, first_row, topk_ids, topk_weights, capturing)
             else:
                 past = first_row if capturing or self._limited else 0  # that matters where `num_tokens` says less
-                launch = plan_count(layout(topk_ids), self.num_slots, past, self.device)
+                launch = plan_count(*(layout(topk_ids), self.num_slots, past, self.device), switched=True, limited=True)
                 enabled, num_tokens = self._flags
                 counts = self._counter(name).first_rows[layer]
                 if arrays.answered_by_reference(topk_ids):
                     add_expert_counts(topk_ids, counts=counts, enabled=enabled, num_tokens=num_tokens, first_row=past)
                 else:
-                    launch(topk_ids, enabled, num_tokens, counts)
+                    launch(topk_ids=topk_ids, enabled=enabled, num_tokens=num_tokens, counts=counts)
         if rows_of is not None:
             rows_of[key] = first_row + topk_ids.shape[0]
 
@@ -224,7 +224,7 @@ class Hooks:
         launch = plan_add(layout(counts), layout(counter))
         with self._on_device():
             if not arrays.answered_by_reference(counts):
-                launch(counts, self._flags[0], counter)
+                launch(given=counts, enabled=self._flags[0], counts=counter)
             elif self._flags[0]:
                 counter += counts.clamp(min=0)
 

@@ -195,7 +195,16 @@ class TokenStream:
         stored = self._staging[0].stored
         if not arrays.answered_by_reference(ids):
             there = staging.weights if staging.weights is None else staging.weights[:, layer]
-            launch(ids, weights, *state, staging.ids[:, layer], there, stored[layer:])
+            enabled, num_tokens = state
+            launch(
+                topk_ids=ids,
+                topk_weights=weights,
+                enabled=enabled,
+                num_tokens=num_tokens,
+                ids=staging.ids[:, layer],
+                weights=there,
+                stored=stored[layer:],
+            )
             return
         real = min(len(ids), max(int(state[1]) - row, 0))
         if int(state[0]) and real:

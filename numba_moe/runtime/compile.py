@@ -7,14 +7,13 @@ NVVM, and cuda.core links the PTX. Numba is imported when something must be comp
 import contextlib
 import functools
 import importlib
-import inspect
 import itertools
 import logging
 import sys
 import time
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
@@ -69,31 +68,101 @@ def kernels() -> list[Any]:
 
 
 class Parameter(NamedTuple):
-    """What a parameter may be: dtypes of an array or number, or the values of a constant; or an array like another."""
+    """What a field of a kernel's records may be: dtypes of an array or number, or the values of a constant.
+
+    With `like` it is an array of the dtype of another field. The owner is the record that declares it, or the kernel's
+    function.
+    """
 
     name: str
+    owner: Any
     is_array: bool
     is_constant: bool
     options: tuple[Any, ...]
     like: str | None = None
 
 
+def _hints(owner: Any) -> dict[str, Any]:
+    """Return the annotations of a kernel's parameters, or of a record's fields."""
+    hints = get_type_hints(owner, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and hasattr(annotation, "_fields")
+
+
+def _is_constant(annotation: Any) -> bool:
+    return CONSTANT in get_args(annotation)[1:2]
+
+
+def _flatten(owner: Any) -> Iterator[Parameter]:
+    """Yield the parameters of a kernel's function, and the fields of its records in their place."""
+    for name, annotation in _hints(owner).items():
+        if _is_record(annotation):
+            yield from _flatten(annotation)
+        else:
+            yield _described(name, annotation, owner)
+
+
+def _described(name: str, annotation: Any, owner: Any) -> Parameter:
+    """Return what an annotation says of a parameter or a field."""
+    kind, *options = get_args(annotation)
+    is_constant = _is_constant(annotation)
+    like = options[1] if options[0] == LIKE else None
+    options = options[2 if like else is_constant :]
+    return Parameter(name, owner, kind not in (int, float), is_constant, tuple(options), like)
+
+
+def parameters(kernel: Any) -> tuple[Parameter, ...]:
+    """Return the fields of all parameters of a kernel, in the order in which PTX takes them."""
+    return _parameters(kernel.py_func)
+
+
 @functools.cache
 def _parameters(function: Any) -> tuple[Parameter, ...]:
-    found = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        kind, *options = get_args(parameter.annotation)
-        is_constant = options[0] == CONSTANT
-        like = options[1] if options[0] == LIKE else None
-        options = options[2 if like else is_constant :]
-        found.append(Parameter(name, kind not in (int, float), is_constant, tuple(options), like))
-    return tuple(found)
+    found = tuple(_flatten(function))
+    names = [field.name for field in found]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise TypeError(f"kernel {function.__name__} has two fields named {twice}")
+    return found
+
+
+def arguments(kernel: Any, values: Iterable[Any]) -> list[Any]:
+    """Return what each parameter of a kernel takes, records or values, given the values of all fields in order."""
+    remaining = iter(values)
+
+    def build(annotation: Any) -> Any:
+        if _is_record(annotation):
+            return annotation(*map(build, _hints(annotation).values()))
+        return next(remaining)
+
+    return [build(hint) for hint in _hints(kernel.py_func).values()]
+
+
+def values_of(kernel: Any, records: Iterable[Any]) -> dict[str, Any]:
+    """Return the values of a kernel's fields by name, given its records; constants are none of them."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, annotation: Any, value: Any) -> None:
+        if not _is_record(annotation):
+            found[name] = value
+        elif type(value) is annotation:
+            for (field, hint), part in zip(_hints(annotation).items(), value, strict=True):
+                add(field, hint, part)
+        else:
+            raise TypeError(f"kernel {kernel.py_func.__name__} takes {annotation.__name__} for {name}, got {value!r}")
+
+    hints = {name: hint for name, hint in _hints(kernel.py_func).items() if not _is_constant(hint)}
+    for (name, hint), value in zip(hints.items(), records, strict=True):
+        add(name, hint, value)
+    return found
 
 
 def _varying(kernel: Any) -> list[Parameter]:
     """Return the parameters that a specialisation says something about."""
-    parameters = _parameters(kernel.py_func)
-    return [one for one in parameters if (one.is_array or one.is_constant) and one.like is None]
+    return [one for one in parameters(kernel) if (one.is_array or one.is_constant) and one.like is None]
 
 
 def specialisations(kernel: Any) -> list[Specialisation]:
@@ -117,35 +186,37 @@ def specialisation_for(kernel: Any, choices: Mapping[str, str | int | None]) -> 
     return tuple(found)
 
 
-def formats(kernel: Any) -> tuple[int, str]:
-    """Return how many arrays a launch passes, and the formats, as of `struct`, of its numbers in eight bytes each."""
-    kinds = {"int32": "q", "int64": "q", "float32": "f4x"}
-    parameters = _parameters(kernel.py_func)
-    numbers = (parameter for parameter in parameters if not parameter.is_array and not parameter.is_constant)
-    formats = "".join(kinds[parameter.options[0]] for parameter in numbers)
-    return sum(parameter.is_array for parameter in parameters), formats
-
-
 def chosen(kernel: Any, specialisation: Specialisation) -> Iterator[tuple[Parameter, str | int]]:
-    """Yield every parameter with its dtype, or the value of a constant, in one specialisation."""
+    """Yield every field with its dtype, or the value of a constant, in one specialisation."""
     choices = dict(zip((parameter.name for parameter in _varying(kernel)), specialisation, strict=True))
-    for parameter in _parameters(kernel.py_func):
+    for parameter in parameters(kernel):
         name = parameter.like or parameter.name
         yield parameter, choices[name] if name in choices else parameter.options[0]
 
 
 def signature(kernel: Any, specialisation: Specialisation) -> Any:
-    """Return the Numba signature of one specialisation: pointers for arrays, numbers by value, constants not at all."""
+    """Return the Numba signature of one specialisation: pointers for arrays, numbers by value, constants not at all.
+
+    Numba passes the fields of a record to PTX one by one, as if each were a parameter.
+    """
     from numba import types
 
-    arguments: list[Any] = []
+    fields: list[Any] = []
     for parameter, choice in chosen(kernel, specialisation):
         if parameter.is_constant:
-            arguments.append(types.Omitted(choice))
+            fields.append(types.Omitted(choice))
         else:
             element = getattr(types, ELEMENT_TYPES.get(str(choice), str(choice)))
-            arguments.append(types.CPointer(element) if parameter.is_array else element)
-    return types.void(*arguments)
+            fields.append(types.CPointer(element) if parameter.is_array else element)
+
+    def type_of(value: Any) -> Any:
+        return (
+            types.BaseTuple.from_types([type_of(part) for part in value], type(value))
+            if _is_record(type(value))
+            else value
+        )
+
+    return types.void(*map(type_of, arguments(kernel, fields)))
 
 
 @contextlib.contextmanager

@@ -15,13 +15,15 @@ A kernel's object has
 - `constants`: values that this specialisation was compiled for, by name; they are no parameters;
 - `parameters`: what cuLaunchKernel takes, in this order. Each has a `name`, a `kind` ("pointer" to device memory, or
   "scalar"), a `dtype`, of the elements or of the scalar (NumPy's name, or "bfloat16"), its `size` in bytes, and a
-  pointer has `optional`, true where null says that the array is absent;
+  pointer has `optional`, true where null says that the array is absent. `record` names the record that it is a field
+  of in the kernel's source, null for none, and `doc` is what the source says of it: the shape of an array, for
+  instance;
 - `max_threads_per_block`: the launch bound that it was compiled with, or 1024, or what its registers allow;
 - `static_shared_bytes`: shared memory of its own arrays, without what the driver keeps for itself in each block;
 - `max_dynamic_shared_bytes`: the most dynamic shared memory that this library launches with. More than 48 KiB of shared
   memory in all needs CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES raised first;
 - `registers`: those of a thread;
-- `doc`: what its source says of shapes. Grids are chosen by the function that launches it there.
+- `doc`: what it does, its grid, and its dynamic shared memory. The function that launches it chooses the grid.
 
 From sm_90 on a kernel begins by waiting for the one ahead of it on the stream, so it may be launched with
 CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, as this library does; it need not.
@@ -29,12 +31,16 @@ CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, as this library does; it 
 Kernels read some arrays 16 bytes at a time from their beginning, where memory from cuMemAlloc is aligned well enough.
 """
 
+import ast
+import functools
 import hashlib
 import inspect
-import itertools
+import io
 import json
 import os
 import struct
+import textwrap
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,12 +105,14 @@ def describe(kernel: Any, entry: cache.Entry) -> dict[str, Any]:
     for parameter, choice in compile.chosen(kernel, entry.specialisation):
         if parameter.is_constant:
             constants[parameter.name] = choice
-        elif parameter.is_array:
+            continue
+        if parameter.is_array:
             about = {"kind": "pointer", "dtype": choice, "size": POINTER_BYTES, "optional": None in parameter.options}
-            parameters.append({"name": parameter.name, **about})
         else:
             about = {"kind": "scalar", "dtype": choice, "size": np.dtype(str(choice)).itemsize}
-            parameters.append({"name": parameter.name, **about})
+        record = parameter.owner.__name__ if isinstance(parameter.owner, type) else None
+        said = {"record": record, "doc": comments(parameter.owner)[parameter.name]}
+        parameters.append({"name": parameter.name, **about, **said})
     arch = int(entry.arch.removeprefix("sm_"))
     static_shared_bytes, registers = _resources(entry.cubin, entry.entry_name, arch)
     bounds = compile.launch_bounds(kernel, divmod(arch, 10)) or MOST_THREADS
@@ -122,14 +130,23 @@ def describe(kernel: Any, entry: cache.Entry) -> dict[str, Any]:
         "static_shared_bytes": static_shared_bytes,
         "max_dynamic_shared_bytes": compile.MOST_SHARED_BYTES,
         "registers": registers,
-        "doc": _first_comment(kernel.py_func),
+        "doc": inspect.getdoc(kernel.py_func) or "",
     }
 
 
-def _first_comment(function: Any) -> str:
-    lines = (line.strip() for line in inspect.getsource(function).splitlines())
-    from_comment = itertools.dropwhile(lambda line: not line.startswith("#"), lines)
-    return " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), from_comment))
+@functools.cache
+def comments(owner: Any) -> dict[str, str]:
+    """Return the comments behind the fields of a record, or behind the parameters of a function; "" where is none."""
+    source = textwrap.dedent(inspect.getsource(owner))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    (definition,) = ast.parse(source).body
+    if isinstance(definition, ast.ClassDef):
+        fields = [(ast.unparse(node.target), node) for node in definition.body if isinstance(node, ast.AnnAssign)]
+    else:
+        assert isinstance(definition, ast.FunctionDef)
+        fields = [(node.arg, node) for node in definition.args.args]
+    return {name: by_line.get(node.end_lineno or 0, "") for name, node in fields}
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -12,10 +12,10 @@ ended: the driver's programmatic stream serialisation. Every kernel begins by wa
 
 import ctypes
 import functools
+import itertools
 import struct
 import sys
 import threading
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,8 +50,19 @@ class _Attribute(ctypes.Structure):
 
 _MAY_START_EARLY = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _CLUSTER = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_FORMATS = {"int32": "q", "int64": "q", "float32": "f4x"}
 _thread = threading.local()
+_numbers = itertools.count()
+_orders: dict[int, tuple[int, ...]] = {}  # where in a thread's buffer each parameter of PTX is, by number of the order
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from torch's CPU build
+
+
+@functools.cache
+def _order(places: tuple[int, ...]) -> int:
+    """Return a number for an order of parameters, by which each thread keeps their addresses."""
+    number = next(_numbers)
+    _orders[number] = places
+    return number
 
 
 class Launch:
@@ -60,22 +71,21 @@ class Launch:
     Parameters
     ----------
     kernel
-        A kernel whose parameters are annotated with types of `numba_moe.runtime.parameters`: arrays first, then
-        numbers, then constants.
+        A kernel whose parameters are records: NamedTuples whose fields are annotated with types of
+        `numba_moe.runtime.parameters`.
     device
         Where its arrays will be.
     blocks, threads
         Grid size, and threads per block. A grid of no blocks launches nothing.
-    numbers
-        The kernel's number parameters.
-    choices
-        By name: the dtype of each array that may have several (None for an absent one), the value of each constant.
+    records
+        What the kernel takes but for its constants, in order. In the place of an array there is its layout, or anything
+        else with a dtype, and None where it is absent; numbers are themselves.
     shared_bytes
         Dynamic shared memory of a block, at most compile.MOST_SHARED_BYTES.
     one_cluster
         Whether all blocks run together and can read each other's shared memory: if it `fits` the device.
-    num_absent
-        How many of the kernel's last arrays are absent and not given in a call, so that a call takes no time for them.
+    constants
+        By name: the values that the kernel is compiled for.
     """
 
     def __init__(
@@ -84,35 +94,47 @@ class Launch:
         device: torch.device,
         blocks: int,
         threads: int,
-        numbers: Sequence[int | float],
-        choices: Mapping[str, torch.dtype | int | None] | None = None,
+        *records: Any,
         shared_bytes: int = 0,
         one_cluster: bool = False,
-        num_absent: int = 0,
+        **constants: int,
     ) -> None:
         self._kernel, self._blocks, self._threads = kernel, blocks, threads
-        self._numbers, self._shared_bytes, self._device = tuple(numbers), shared_bytes, device.index
+        self._shared_bytes, self._device = shared_bytes, device.index
         self._one_cluster, self._on_gpu = one_cluster, device.type == "cuda"
-        names = {name: _name(choice) for name, choice in (choices or {}).items()}
-        self._specialisation = compile.specialisation_for(kernel, names)
-        self._constants = tuple(choice for choice in self._specialisation if isinstance(choice, int))
-        num_arrays, number_formats = compile.formats(kernel)
-        self._number_bytes = bytes(8 * num_absent) + struct.pack(f"<{number_formats}", *numbers)
-        self._pack = struct.Struct(f"<{num_arrays - num_absent}Q{len(self._number_bytes)}s").pack_into
-        self._absent = (None,) * num_absent
+        fields = [field for field in compile.parameters(kernel) if not field.is_constant]
+        self._values = compile.values_of(kernel, records)
+        dtypes = {field.name: _name(self._values[field.name]) for field in fields if field.is_array and not field.like}
+        self._specialisation, self._constants = compile.specialisation_for(kernel, dtypes | constants), constants
+        arrays = [field for field in fields if field.is_array]
+        given = [field.name for field in arrays if self._values[field.name] is not None]
+        absent = [field.name for field in arrays if self._values[field.name] is None]
+        numbers = [field for field in fields if not field.is_array]
+        order = [*given, *absent, *(field.name for field in numbers)]
+        self._order = _order(tuple(order.index(field.name) for field in fields))
+        formats = "".join(_FORMATS[field.options[0]] for field in numbers)
+        self._fixed = bytes(8 * len(absent)) + struct.pack(
+            f"<{formats}", *(self._values[field.name] for field in numbers)
+        )
+        self._given = tuple(given)
+        self._pack = struct.Struct(f"<{len(given)}Q{len(self._fixed)}s").pack_into
         self._configured: dict[int, Any] = {}  # by stream
 
-    def __call__(self, *arrays: torch.Tensor | None) -> None:
-        """Launch the kernel on tensors, None for an absent one, on the current stream of the current device."""
+    def __call__(self, **arrays: torch.Tensor | None) -> None:
+        """Launch the kernel on the arrays that it was told of, by name, on the current stream of the current device.
+
+        Names of absent arrays may be left out, and so may be None.
+        """
         if not self._blocks:
             return
-        try:
-            values, parameters = _thread.memory
-        except AttributeError:
-            values, parameters = _prepare_thread(self._device)
-        self._pack(values, 0, *[0 if array is None else array.data_ptr() for array in arrays], self._number_bytes)
         stream = _current_stream(self._device)
         launch, config, function = self._configured.get(stream) or self._configure(stream)
+        try:
+            values, addresses = _thread.memory
+        except AttributeError:
+            values, addresses = _prepare_thread(self._device)
+        parameters = addresses.get(self._order) or _addresses(values, addresses, self._order)
+        self._pack(values, 0, *[arrays[name].data_ptr() for name in self._given], self._fixed)
         if status := launch(config, function, parameters, None):
             _check(f"the launch of {self._kernel.py_func.__name__}", driver.CUresult(status))
 
@@ -147,9 +169,17 @@ class Launch:
         status = _libcuda().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), function, config)
         return bool(status == _SUCCESS and clusters.value > 0)
 
-    def _simulate(self, *arrays: torch.Tensor | None) -> None:
+    def _simulate(self, **arrays: torch.Tensor | None) -> None:
+        for name, array in arrays.items():
+            if (array is None) != (self._values[name] is None):
+                raise TypeError(
+                    f"{self._kernel.py_func.__name__}: {name} was planned as {self._values[name]}, got {array}"
+                )
         if self._blocks:
-            arguments = (*arrays, *self._absent, *self._numbers, *self._constants)
+            values = self._values | {name: arrays[name] for name in self._given} | self._constants
+            arguments = compile.arguments(
+                self._kernel, [values[field.name] for field in compile.parameters(self._kernel)]
+            )
             shape = (self._blocks, self._threads, self._shared_bytes, self._one_cluster)
             simulator.launch(self._kernel, arguments, *shape)
 
@@ -169,8 +199,9 @@ def block_threads(wanted: int) -> int:
     return min(128, wanted) if simulator.ENABLED else wanted
 
 
-def _name(choice: torch.dtype | int | None) -> str | int | None:
-    return str(choice).removeprefix("torch.") if isinstance(choice, torch.dtype) else choice
+def _name(array: Any) -> str | None:
+    """Return the name of the dtype of what stands for an array, which may be a dtype itself; None if it is absent."""
+    return None if array is None else str(getattr(array, "dtype", array)).removeprefix("torch.")
 
 
 def _check(what: str, status: Any, *results: Any) -> Any:
@@ -207,11 +238,16 @@ def _prepare_thread(device: int) -> Any:
     """
     context = _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
     _check("the primary context", *driver.cuCtxSetCurrent(context))
-    values = ctypes.create_string_buffer(8 * MOST_PARAMETERS)
-    first = ctypes.addressof(values)
-    addresses = (ctypes.c_void_p * MOST_PARAMETERS)(*range(first, first + 8 * MOST_PARAMETERS, 8))
-    _thread.memory = values, addresses
+    _thread.memory = ctypes.create_string_buffer(8 * MOST_PARAMETERS), {}
     return _thread.memory
+
+
+def _addresses(values: Any, known: dict[int, Any], order: int) -> Any:
+    """Return where the driver finds each parameter in a thread's memory, and keep it for the order of parameters."""
+    first = ctypes.addressof(values)
+    places = _orders[order]
+    known[order] = (ctypes.c_void_p * len(places))(*(first + 8 * place for place in places))
+    return known[order]
 
 
 @functools.cache

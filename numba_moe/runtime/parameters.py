@@ -1,17 +1,24 @@
-"""The types that kernel parameters may have, written as annotations in the kernels' signatures.
+"""The types that fields of kernels' records may have, written as annotations.
 
-A kernel states for every parameter what it can be compiled for, so that the launcher, the PTX tests and a
-reader all take it from the same place::
+A kernel takes records: NamedTuples whose fields say what it can be compiled for, so that the launcher, the PTX tests,
+exports and a reader all take it from the same place::
+
+    class Slots(NamedTuple):
+        ids: Ids  # [num_slots]
+        expert_map: OptionalIds  # [num_experts]
+        num_slots: Int32
+        num_experts: Int32
 
     @cuda.jit
-    def count_slots(topk_ids: Ids, expert_map: ExpertMap, num_slots: Int32, ..., tile_counts: Int32Array):
+    def count_slots(slots: Slots, counts: Counts, items: Items): ...
 
-Array parameters are flat: kernels index them with one integer. `None` among the dtypes means that the
-argument may be absent, which the kernel asks by `present(array)`: it then is a null pointer of the first dtype.
-(Numba's own launch takes no None: by hand, give an array there.)
+Numba passes the fields of a record one by one, so a record costs nothing. Field names are unique in a kernel. Arrays
+are flat: kernels index them with one integer. `None` among the dtypes means that the array may be absent, which the
+kernel asks by `present(array)`: it then is a null pointer of the first dtype. (Numba's own launch takes no None: by
+hand, give an array there.)
 
-A `Constant` parameter is a number that is known when the kernel is compiled, so that it can size a local array or
-unroll a loop; the launch names it by keyword. A `LIKE` parameter is an array of the dtype of another one.
+A `Constant` is a parameter of its own: a number that is known when the kernel is compiled, so that it can size a local
+array or unroll a loop. A `LIKE` field is an array of the dtype of another field.
 """
 
 from typing import Annotated, Any

@@ -10,7 +10,7 @@ import contextlib
 import os
 import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,12 +86,17 @@ def words(array: Any, index: int) -> Any:
 
 
 def launch(
-    kernel: Any, arguments: tuple[Any, ...], blocks: int, threads: int, shared_bytes: int = 0, one_cluster: bool = False
+    kernel: Any, arguments: Sequence[Any], blocks: int, threads: int, shared_bytes: int = 0, one_cluster: bool = False
 ) -> None:
     """Run a kernel in the simulator on CPU tensors, its blocks one after another unless they are one cluster."""
-    pointers = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    def pointed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*map(pointed, value))
+        return Pointer(value) if isinstance(value, torch.Tensor) else value
+
     _Block.together = one_cluster
-    kernel[blocks, threads, 0, shared_bytes](*pointers)
+    kernel[blocks, threads, 0, shared_bytes](*map(pointed, arguments))
 
 
 if ENABLED:

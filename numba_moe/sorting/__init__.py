@@ -29,7 +29,8 @@ warps of its block, and one before it in its warp.
 No position depends on which thread came first, so the order is stable and the same at every run.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +40,14 @@ from numba_moe.runtime.plans import Layout
 from numba_moe.runtime.primitives import reciprocal_of
 from numba_moe.sorting import kernels
 
+# What a sort writes if asked to, beside the sorted slots; see `kernels.Placed` and `kernels.GemmBlocks`.
+OPTIONAL = {
+    "position_of_slot": torch.int32,
+    "counts": torch.int32,
+    "offset": torch.int64,
+    "expert_ids": torch.int32,
+    "num_padded": torch.int32,
+}
 # Blocks of one cluster read each other's counts, which is a launch less: as many of them as the device runs together,
 # with so many threads and slots to a thread. Measured on an H200: 4,096 slots take 3.6 us instead of 5.4, 32,768 6.4
 # instead of 6.6.
@@ -126,18 +135,13 @@ def workspace_size(num_slots: int, num_experts: int) -> int:
     return max(most_counts // 2, sum(array.shape[0] * array.dtype.itemsize // 4 for array in scratch))
 
 
-def choices_of(topk_ids: Layout, expert_map: Layout | None, grid: Grid) -> dict[str, Any]:
-    """Return what kernels that read ids are compiled for."""
-    return {"topk_ids": topk_ids.dtype, "expert_map": expert_map and expert_map.dtype, "items": grid.items}
-
-
 class SortPlan(NamedTuple):
     """The launches of a sort, and the scratch between them: counts by block, and their sums."""
 
     block_counts: arrays.Contiguous | None
     block_offsets: arrays.Contiguous | None
-    count_slots: Launch
-    scan_blocks: Launch
+    count_slots: Launch | None
+    scan_blocks: Launch | None
     place_slots: Launch
 
 
@@ -150,55 +154,74 @@ def plan_sort(
     expert_map: Layout | None = None,
     block_names: Layout | None = None,
     aligned: bool = True,
+    written: Iterable[str] = (),
 ) -> SortPlan:
     """Plan the sort of slots by expert, the rows of each padded to a multiple of block_size.
 
-    The sorted slots begin at a multiple of 16 bytes if they are aligned.
+    The sorted slots begin at a multiple of 16 bytes if they are aligned. What is written beside them is some of
+    `OPTIONAL`.
     """
     num_slots = topk_ids.shape.numel()
-    positions = (num_positions, num_positions // 4 if aligned else 0)
-    names = {"block_names": block_names and block_names.dtype}
-    blocks = (-(-num_positions // block_size), block_size, *reciprocal_of(block_size), inactive_expert_id)
+    outputs = {name: dtype if name in written else None for name, dtype in OPTIONAL.items()}
+    expert_ids = outputs.pop("expert_ids")
+    positions = {"num_positions": num_positions, "num_words": num_positions // 4 if aligned else 0}
+    slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts)
+    padding = kernels.Padding(block_size, *reciprocal_of(block_size))
+    gemm = kernels.GemmBlocks(expert_ids, block_names, -(-num_positions // block_size), inactive_expert_id)
+    placed = kernels.Placed(sorted_slots=torch.int32, **outputs, **positions)
     for most_in_cluster in (*CLUSTERS, 0):
         grid = grid_of(num_slots, num_experts, most_in_cluster)
+        block_counts, block_offsets = _scratch(grid, num_experts)
         where = (topk_ids.device, grid.blocks, grid.threads)
-        ids = choices_of(topk_ids, expert_map, grid)
-        sizes = (num_slots, num_experts, grid.stride, grid.chunk, *positions, *blocks)
-        place = Launch(kernels.place_slots, *where, sizes, ids | names, grid.shared_bytes, grid.one_cluster)
+        place = Launch(
+            *(kernels.place_slots, *where, slots),
+            *(kernels.Elsewhere(block_counts, block_offsets, grid.stride), padding, gemm, placed, grid.chunk),
+            shared_bytes=grid.shared_bytes,
+            one_cluster=grid.one_cluster,
+            items=grid.items,
+        )
         if place.fits():
             break
-    return SortPlan(
-        *_scratch(grid, num_experts),
-        Launch(kernels.count_slots, *where, (num_slots, num_experts, grid.stride, *positions), ids),
-        Launch(kernels.scan_blocks, topk_ids.device, *warps(num_experts), (grid.blocks, num_experts, grid.stride)),
-        place,
-    )
+    count = scan = None
+    if block_counts:
+        counted = kernels.Counted(block_counts, None, grid.stride)
+        cleared = kernels.Cleared(sorted_slots=torch.int32, **positions)
+        count = Launch(kernels.count_slots, *where, slots, counted, cleared, items=grid.items)
+    if block_offsets:
+        by_block = kernels.BlockCounts(block_counts, grid.blocks, grid.stride)
+        before = kernels.BlockOffsets(block_offsets, num_experts)
+        scan = Launch(kernels.scan_blocks, topk_ids.device, *warps(num_experts), by_block, before)
+    return SortPlan(block_counts, block_offsets, count, scan, place)
 
 
 def sort(
     plan: SortPlan,
     topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    block_names: torch.Tensor | None,
     sorted_slots: torch.Tensor,
-    position_of_slot: torch.Tensor | None = None,
-    counts: torch.Tensor | None = None,
-    offset: torch.Tensor | None = None,
-    expert_ids: torch.Tensor | None = None,
-    num_padded: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    **others: torch.Tensor | None,
 ) -> None:
-    """Write every slot to its position, and what else is asked for; positions without a slot hold num_slots.
+    """Write every slot to its position; positions without a slot hold num_slots.
 
-    Scratch is allocated, or lies in a workspace of `workspace_size` int32 elements, at a multiple of 16 bytes.
+    The others are `block_names` and what the plan was told is written beside the sorted slots. Scratch is allocated, or
+    lies in a workspace of `workspace_size` int32 elements, at a multiple of 16 bytes.
     """
     block_counts = block_offsets = None
-    if plan.block_counts:
+    if plan.count_slots:
+        assert plan.block_counts
         words = plan.block_counts.shape[0] // 2
         block_counts = arrays.empty(*plan.block_counts) if workspace is None else workspace[:words].view(torch.int16)
-        plan.count_slots(topk_ids, expert_map, block_counts, None, sorted_slots)
-        if plan.block_offsets:
+        plan.count_slots(topk_ids=topk_ids, expert_map=expert_map, block_counts=block_counts, sorted_slots=sorted_slots)
+        if plan.scan_blocks:
+            assert plan.block_offsets
             block_offsets = arrays.empty(*plan.block_offsets) if workspace is None else workspace[words:]
-            plan.scan_blocks(block_counts, block_offsets)
-    inputs = (topk_ids, expert_map, block_names, block_counts, block_offsets)
-    plan.place_slots(*inputs, sorted_slots, position_of_slot, counts, offset, expert_ids, num_padded)
+            plan.scan_blocks(block_counts=block_counts, offsets=block_offsets)
+    plan.place_slots(
+        topk_ids=topk_ids,
+        expert_map=expert_map,
+        block_counts=block_counts,
+        block_offsets=block_offsets,
+        sorted_slots=sorted_slots,
+        **others,
+    )

@@ -125,7 +125,7 @@ def physical_of(expert, slot, token, dispatch):
 
 @cuda.jit(launch_bounds=MOST_THREADS)
 def map_ids(slots: Slots, dispatch: Dispatch, counted: PhysicalCounts):
-    """Each thread maps a slot, and then the one that lies a whole grid further on; any grid covers all slots.
+    """Map slots, a thread one and then the one that lies a whole grid further on; any grid covers all slots.
 
     Dynamic shared memory: an int32 for each of `num_in_shared` counters.
     """

@@ -6,17 +6,8 @@ import torch
 
 from numba_moe.align import moe_align_block_size
 from numba_moe.gating import plans
-from numba_moe.gating.routing import MOST_EXPERTS, MOST_THREADS, route_tokens
-from numba_moe.gating.selection import (
-    NONE,
-    Options,
-    extra_arrays,
-    layouts,
-    options_of,
-    plan_selection,
-    refuse_gradient,
-    select_experts,
-)
+from numba_moe.gating.routing import MOST_EXPERTS, MOST_THREADS, Blocks, Sorting, route_tokens
+from numba_moe.gating.selection import Options, options_of, plan_selection, refuse_gradient, select_experts
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 from numba_moe.reference.gating import TopK
 from numba_moe.reference.routing import RoutedTokens
@@ -70,13 +61,13 @@ def _plan_route(
     alignment: Alignment,
 ) -> RoutePlan:
     rules = (top_k, num_expert_group, topk_group, renormalize, scoring_func, correction_bias, group_score)
-    plan, extras = plan_selection(gating_output, *rules, routed_scaling_factor, bias_mode, options, ROUTE_COLUMNS)
+    plan = plan_selection(gating_output, *rules, routed_scaling_factor, bias_mode, options)
     num_tokens, num_slots = plan.topk_ids.shape[0], plan.topk_ids.shape[0] * plan.topk_ids.shape[1]
     block_size = checks.integer("block_size", alignment.block_size, 1)
     checks.boolean("pad_sorted_ids", alignment.pad_sorted_ids)
     checks.boolean("ignore_invalid_experts", alignment.ignore_invalid_experts)
     inactive = checks.integer("inactive_expert_id", alignment.inactive_expert_id, -(2**31))
-    num_sorted = gating_output.shape[1] - extras.num_zero_experts + extras.num_shared
+    num_sorted = gating_output.shape[1] - options.num_zero_experts + options.num_fused_shared_experts
     needed = options.dispatch is not None
     given = alignment.num_physical_experts
     checks.holds(
@@ -95,16 +86,21 @@ def _plan_route(
     route = None
     most = block_threads(MOST_THREADS)
     few = num_tokens <= MOST_TOKENS and num_slots <= most and num_sorted <= MOST_EXPERTS
-    if few and not plan.in_memory:
-        blocks = 1 if num_tokens <= ALONE else -(-num_tokens // EACH)
-        threads = min(most, -(-max(num_slots, num_sorted, WARP * -(-num_tokens // blocks)) // 128) * 128)
+    columns = next((columns for columns in ROUTE_COLUMNS if few and plan.columns and columns >= plan.columns), None)
+    if columns is not None:
+        num_blocks = 1 if num_tokens <= ALONE else -(-num_tokens // EACH)
+        threads = min(most, -(-max(num_slots, num_sorted, WARP * -(-num_tokens // num_blocks)) // 128) * 128)
         by_map = int(alignment.ignore_invalid_experts and map_bytes > 0)
-        positions = (num_positions, num_positions // 4, num_names)
-        sizes = (num_sorted, map_bytes, by_map, *positions, block_size, *reciprocal_of(block_size), inactive)
-        shared_bytes = 4 * -(-num_slots // WARP) * num_sorted
-        absent = plans.EXTRA_ARRAYS if options is NONE and bias_mode == "choice" else 0
-        where, numbers = (gating_output.device, blocks, threads), (*plan.numbers, *sizes)
-        launch = Launch(route_tokens, *where, numbers, plan.choices, shared_bytes, blocks > 1, num_absent=absent)
+        sorting = Sorting(plans.sized(expert_map), map_bytes, by_map, num_sorted)
+        sizes = (num_positions, num_positions // 4, num_names, block_size, *reciprocal_of(block_size), inactive)
+        blocks = Blocks(torch.int32, torch.int32, torch.int32, *sizes)
+        launch = Launch(
+            *(route_tokens, gating_output.device, num_blocks, threads, *plan.records, sorting, blocks),
+            shared_bytes=4 * -(-num_slots // WARP) * num_sorted,
+            one_cluster=num_blocks > 1,
+            columns=columns,
+            role=plan.role,
+        )
         route = launch if launch.fits() else None
     return RoutePlan(
         *(plan.topk_weights, plan.topk_ids),
@@ -261,7 +257,7 @@ def route(
     aligning = (pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, num_physical_experts)
     alignment = new_tuple(Alignment, (block_size, layout(expert_map), *aligning))
     rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode)
-    plan = _plan_route(layout(gating_output), *chosen, *rules, layouts(options), alignment)
+    plan = _plan_route(layout(gating_output), *chosen, *rules, options.layouts(), alignment)
     refuse_gradient(gating_output)
     if plan.route is None or checks.VALIDATE or arrays.answered_by_reference(gating_output):
         topk = select_experts(
@@ -285,11 +281,18 @@ def route(
     sorted_token_ids = arrays.empty(*plan.sorted_token_ids)
     expert_ids = arrays.empty(*plan.expert_ids)
     num_padded = arrays.empty(*plan.num_tokens_post_padded)
-    outputs = (topk_weights, topk_ids, sorted_token_ids, expert_ids, num_padded)
-    if options is NONE and bias_mode == "choice":
-        plan.route(gating_output, correction_bias, expert_map, *outputs)
-    else:
-        logit_bias, moving = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
-        plan.route(gating_output, moving, expert_map, *outputs, logit_bias, *extra_arrays(options))
+    logit_bias, moving = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
+    plan.route(
+        gating_output=gating_output,
+        correction_bias=moving,
+        logit_bias=logit_bias,
+        expert_map=expert_map,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        sorted_slots=sorted_token_ids,
+        expert_ids=expert_ids,
+        num_padded=num_padded,
+        **options.arrays(),
+    )
     topk = new_tuple(TopK, (topk_weights, topk_ids))
     return new_tuple(RoutedTokens, (topk, new_tuple(AlignedBlocks, (sorted_token_ids, expert_ids, num_padded))))

@@ -10,22 +10,17 @@ import numba_moe as moe
 from numba_moe import cases, reference, testing, verification
 from numba_moe.gating import plans as gating_plans
 from numba_moe.recorder import ExpertDistributionRecorder
-from numba_moe.runtime import plans, simulator
+from numba_moe.runtime import simulator
 
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 MANY = 32 if simulator.ENABLED else 5000
 
 
-@pytest.fixture(params=["warps", "octets", "memory"])
-def kernel(request, monkeypatch):
-    monkeypatch.setattr(gating_plans, "MANY_TOKENS", 0 if request.param == "octets" else 2**31)
-    monkeypatch.setattr(gating_plans, "MANY_TOKENS_PER_EXPERT", 0)
-    if request.param == "memory":
-        monkeypatch.setattr(gating_plans, "WARP", 0)  # lanes that hold a group's ranks
-    plans.forget()
-    yield request.param
-    plans.forget()
+@pytest.fixture(params=gating_plans.KERNELS)
+def kernel(request):
+    with gating_plans.preferring(request.param):
+        yield request.param
 
 
 def run(op, *args, **kwargs):

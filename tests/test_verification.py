@@ -109,12 +109,12 @@ FAULTS = {
     ),
     "rows not padded": ("lora", "spread_adapters", "if used else grouped.num_slots", "if used else 0"),
     "blocks counted on": ("ragged", "schedule_blocks", "(block << schedule.shift)", "(position << schedule.shift)"),
-    "another place": ("placement.dispatch", "map_ids", "out[slot] = physical", "out[slot] = physical ^ 1"),
+    "another place": ("placement.dispatch", "map_ids", "slots.out[slot] = physical", "slots.out[slot] = physical ^ 1"),
     "counted twice": (
         "placement.dispatch",
         "map_ids",
-        "add_to_global(counts, physical, 1)",
-        "add_to_global(counts, physical, 2)",
+        "add_to_global(counted.counts, physical, 1)",
+        "add_to_global(counted.counts, physical, 2)",
     ),
     "no counts of a block": ("placement.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
     "padding recorded": (

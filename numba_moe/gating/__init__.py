@@ -17,15 +17,19 @@ def run_plan(
     plan: GatingPlan,
     gating_output: torch.Tensor,
     correction_bias: torch.Tensor | None,
-    extras: tuple[torch.Tensor | None, ...] = (),
+    **extras: torch.Tensor | None,
 ) -> TopK:
     topk_weights = arrays.empty(*plan.topk_weights)
     topk_ids = arrays.empty(*plan.topk_ids)
-    if not plan.in_memory:
-        plan.choose(gating_output, correction_bias, topk_weights, topk_ids, *extras)
-    else:
-        scores = arrays.empty(*plan.group_scores) if plan.group_scores else None
-        plan.choose(gating_output, correction_bias, scores, topk_weights, topk_ids, *extras)
+    if plan.group_scores is not None:
+        extras["group_scores"] = arrays.empty(*plan.group_scores)
+    plan.choose(
+        gating_output=gating_output,
+        correction_bias=correction_bias,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        **extras,
+    )
     return new_tuple(TopK, (topk_weights, topk_ids))
 
 

@@ -12,18 +12,27 @@ Softmax scores come from the weights, so no row is reduced again.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from numba_moe.gating.rows import SCORING, SIGMOID, SMALLEST_SUM, SOFTMAX, SOFTPLUS_SQRT, score_of, weight_of
+from numba_moe.gating.rows import (
+    SCORING,
+    SIGMOID,
+    SMALLEST_SUM,
+    SOFTMAX,
+    SOFTPLUS_SQRT,
+    Weighing,
+    score_of,
+    weight_of,
+)
 from numba_moe.reference import gating as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import Float32, Float32Array, FloatArray, Int32, Int32Array, Int64
+from numba_moe.runtime.parameters import LIKE, Float32Array, FloatArray, Int32, Int32Array, Int64
 from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
     ALL_LANES,
@@ -45,6 +54,24 @@ from numba_moe.runtime.primitives import (
 SMALLEST_SCORE = 1e-30
 
 
+class Weighed(NamedTuple):
+    """What was weighed, and what came of it."""
+
+    gating_output: FloatArray  # [num_tokens, num_experts]
+    topk_weights: Float32Array  # [num_tokens, top_k]
+    topk_ids: Int32Array  # [num_tokens, top_k]
+    num_tokens: Int32
+    num_experts: Int32
+    row_stride: Int64  # elements from one row of logits to the next
+
+
+class Gradients(NamedTuple):
+    """The gradient by the weights, and that by the logits, which is written."""
+
+    grad_weights: Float32Array  # [num_tokens, top_k]
+    grad_logits: Annotated[Any, LIKE, "gating_output"]  # [num_tokens, num_experts]
+
+
 @cuda.jit(device=True)
 def slope_of(logit, scoring_func):
     """Return the derivative of a score that depends on its own logit alone."""
@@ -62,30 +89,17 @@ def slope_of(logit, scoring_func):
 
 
 @cuda.jit
-def differentiate_weights(
-    gating_output: FloatArray,
-    topk_weights: Float32Array,
-    topk_ids: Int32Array,
-    grad_weights: Float32Array,
-    grad_logits: FloatArray,
-    num_tokens: Int32,
-    num_experts: Int32,
-    row_stride: Int64,
-    top_k: Int32,
-    scoring_func: Int32,
-    renormalize: Int32,
-    routed_scaling_factor: Float32,
-):
-    # gating_output [num_tokens, num_experts] with rows row_stride apart, topk_weights, topk_ids and grad_weights
-    # [num_tokens, top_k], grad_logits [num_tokens, num_experts]; a warp per token
+def differentiate_weights(weighed: Weighed, weighing: Weighing, gradients: Gradients):
+    """Write the gradient of a token's row, by a warp, a lane every 32nd expert; the grid has a warp per token."""
     token = warp_index()
-    if token >= num_tokens:
+    if token >= weighed.num_tokens:
         return
+    scoring_func, top_k = weighing.scoring_func, weighing.top_k
     lane = int32(cuda.laneid)
-    row = int64(token) * row_stride
-    grad_row = int64(token) * num_experts
+    row = int64(token) * weighed.row_stride
+    grad_row = int64(token) * weighed.num_experts
     first_pick = int64(token) * top_k
-    factor = float32(routed_scaling_factor)
+    factor = float32(weighing.routed_scaling_factor)
     to_score = float32(0.0)
     if factor != float32(0.0):
         to_score = divide(float32(1.0), factor)
@@ -96,54 +110,54 @@ def differentiate_weights(
     best = int32(0)
     pick = lane
     while pick < top_k:
-        weight = topk_weights[first_pick + pick]
-        dot += grad_weights[first_pick + pick] * weight
-        chosen = topk_ids[first_pick + pick]
+        weight = weighed.topk_weights[first_pick + pick]
+        dot += gradients.grad_weights[first_pick + pick] * weight
+        chosen = weighed.topk_ids[first_pick + pick]
         if scoring_func == SOFTMAX:
             if weight * to_score > score:
                 score = weight * to_score
                 best = chosen
         else:
-            logit = load_float(gating_output, row + chosen)
+            logit = load_float(weighed.gating_output, row + chosen)
             total += weight_of(logit, scoring_func, float32(0.0), float32(1.0))
         pick = int32(pick + WARP)
     dot = warp_sum(dot)
     inverse = float32(1.0)
     if scoring_func != SOFTMAX:
         total = warp_sum(total)
-        if renormalize and total > float32(SMALLEST_SUM):
+        if weighing.renormalize and total > float32(SMALLEST_SUM):
             inverse = divide(float32(1.0), total)
         else:
             dot = float32(0.0)
 
     # All scores of a softmax follow from the largest that was chosen; it is 0 in a row without one.
     peak = float32(0.0)
-    if scoring_func == SOFTMAX and not renormalize:
+    if scoring_func == SOFTMAX and not weighing.renormalize:
         rank = order(score)
         winner = first_lane(rank == warp_highest(rank))
         score = cuda.shfl_sync(ALL_LANES, score, winner)
-        peak = load_float(gating_output, row + cuda.shfl_sync(ALL_LANES, best, winner))
-    if renormalize or score <= float32(SMALLEST_SCORE):
+        peak = load_float(weighed.gating_output, row + cuda.shfl_sync(ALL_LANES, best, winner))
+    if weighing.renormalize or score <= float32(SMALLEST_SCORE):
         score = float32(0.0)
     expert = lane
-    while expert < num_experts:
+    while expert < weighed.num_experts:
         grad = float32(0.0)
         if score > float32(0.0):
-            grad = -dot * (score * exp(load_float(gating_output, row + expert) - peak))
-        store_float(grad_logits, grad_row + expert, grad)
+            grad = -dot * (score * exp(load_float(weighed.gating_output, row + expert) - peak))
+        store_float(gradients.grad_logits, grad_row + expert, grad)
         expert = int32(expert + WARP)
     cuda.syncwarp()  # what follows overwrites what other lanes wrote
     pick = lane
     while pick < top_k:
-        chosen = topk_ids[first_pick + pick]
+        chosen = weighed.topk_ids[first_pick + pick]
         if scoring_func == SOFTMAX:
-            slope = topk_weights[first_pick + pick] * to_score
+            slope = weighed.topk_weights[first_pick + pick] * to_score
         else:
-            slope = slope_of(load_float(gating_output, row + chosen), scoring_func) * inverse
+            slope = slope_of(load_float(weighed.gating_output, row + chosen), scoring_func) * inverse
         grad = float32(0.0)
         if slope != float32(0.0):
-            grad = slope * (factor * grad_weights[first_pick + pick] - dot)
-        store_float(grad_logits, grad_row + chosen, grad)
+            grad = slope * (factor * gradients.grad_weights[first_pick + pick] - dot)
+        store_float(gradients.grad_logits, grad_row + chosen, grad)
         pick = int32(pick + WARP)
 
 
@@ -161,10 +175,10 @@ def _plan_backward(
     num_tokens, num_experts = gating_output.shape
     dtype = gating_output.dtype
     stride = num_experts if gating_output.strides is None else gating_output.strides[0]
-    rules = (SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
-    numbers = (num_tokens, num_experts, stride, top_k, *rules)
-    choices = {"gating_output": dtype, "grad_logits": dtype}
-    differentiate = Launch(differentiate_weights, gating_output.device, *warps(num_tokens), numbers, choices)
+    weighed = Weighed(gating_output, torch.float32, torch.int32, num_tokens, num_experts, stride)
+    weighing = Weighing(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
+    records = (weighed, weighing, Gradients(torch.float32, dtype))
+    differentiate = Launch(differentiate_weights, gating_output.device, *warps(num_tokens), *records)
     return BackwardPlan(arrays.contiguous(dtype, num_tokens, num_experts), differentiate)
 
 
@@ -185,7 +199,13 @@ def gating_backward(
         return found.to(gating_output.dtype)
     plan = _plan_backward(layout(gating_output), topk_ids.shape[1], *rules)
     grad_logits = arrays.empty(*plan.grad_logits)
-    plan.differentiate(gating_output, topk_weights, topk_ids, grad_weights, grad_logits)
+    plan.differentiate(
+        gating_output=gating_output,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        grad_weights=grad_weights,
+        grad_logits=grad_logits,
+    )
     return grad_logits
 
 

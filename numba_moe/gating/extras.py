@@ -4,8 +4,18 @@ The kernels of gating have calls that count where they are compiled for that rol
 compiled for every one; what a call has no use for is an absent array or a 0.
 """
 
-from numba_moe.placement.dispatch import physical_of
+from typing import Any, NamedTuple
+
+from numba_moe.placement.dispatch import Dispatch, physical_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
+from numba_moe.runtime.parameters import (
+    Float32,
+    Int32,
+    OptionalFlags,
+    OptionalFloat32Array,
+    OptionalInt32Array,
+    OptionalSizedArray,
+)
 from numba_moe.runtime.primitives import (
     LARGEST_FLOAT,
     WARP,
@@ -14,29 +24,100 @@ from numba_moe.runtime.primitives import (
     as_int64,
     atomic_add,
     larger,
+    load_float,
     present,
     tanh,
     warp_sum,
 )
 
 
+class Adjusting(NamedTuple):
+    """How logits change before they are scored."""
+
+    logit_bias: OptionalFloat32Array  # [num_experts]
+    softcap: Float32  # 0 for none
+
+
+class Padding(NamedTuple):
+    """Which tokens are padding."""
+
+    num_token_non_padded: OptionalSizedArray  # [1]
+    scalar_bytes: Int32  # of an element of it
+    is_padding: OptionalFlags  # [num_tokens]
+
+
+class ZeroExperts(NamedTuple):
+    """The experts from `num_real` on, which give a token back as it is."""
+
+    num_real: Int32
+    zero_expert_id: Int32  # written in their place
+    identity_weights: OptionalFloat32Array  # [num_tokens], written: what those of a token weigh
+
+
+class SharedExperts(NamedTuple):
+    """The experts of every token, in slots after those that are chosen; their ids are num_real, num_real + 1, ..."""
+
+    num_shared: Int32
+    shared_factor: Float32  # multiplies their weight
+
+
+class Counting(NamedTuple):
+    """Counters of experts, of which token t takes row t % count_rows."""
+
+    counts: OptionalSizedArray  # [count_rows, num_counts], added to
+    counts_enabled: OptionalInt32Array  # [1]
+    num_counts: Int32
+    count_rows: Int32  # a power of two
+    count_bytes: Int32  # of a counter
+
+
+class Extras(NamedTuple):
+    """What a call asks for besides choosing and weighing."""
+
+    adjusting: Adjusting
+    padding: Padding
+    zero: ZeroExperts
+    shared: SharedExperts
+    dispatch: Dispatch
+    counting: Counting
+    id_bytes: Int32  # of an element of `topk_ids`
+
+
+class Tally(NamedTuple):
+    """The counters, and those that a block has of its own."""
+
+    counting: Counting
+    flag: Any  # 0 while nothing is counted
+    in_block: Any  # [num_in_block]
+    num_in_block: Any  # num_counts, or 0 for none
+
+
 @cuda.jit(device=True)
-def adjusted(logit, expert, logit_bias, softcap):
+def adjusted(logit, expert, adjusting):
     """Return a logit, if finite kept within the cap, and with its expert's bias."""
-    if softcap > float32(0.0) and larger(logit, -logit) <= float32(LARGEST_FLOAT):
-        logit = softcap * tanh(logit / softcap)
-    if present(logit_bias):
-        logit += logit_bias[expert]
+    if adjusting.softcap > float32(0.0) and larger(logit, -logit) <= float32(LARGEST_FLOAT):
+        logit = adjusting.softcap * tanh(logit / adjusting.softcap)
+    if present(adjusting.logit_bias):
+        logit += adjusting.logit_bias[expert]
     return logit
 
 
 @cuda.jit(device=True)
-def adjust(logits, columns, first, count, logit_bias, softcap):
+def adjust(logits, columns, first, count, adjusting):
     """Adjust the logits of experts first, first + 1, ..., of which `count` are there."""
-    if softcap > float32(0.0) or present(logit_bias):
+    if adjusting.softcap > float32(0.0) or present(adjusting.logit_bias):
         for column in range(columns):
             if column < count:
-                logits[column] = adjusted(logits[column], first + column, logit_bias, softcap)
+                logits[column] = adjusted(logits[column], first + column, adjusting)
+
+
+@cuda.jit(device=True)
+def load_logit(gating_output, row, expert, adjusting, extended):
+    """Read the logit of an expert, adjusted where the kernel is compiled for that."""
+    logit = load_float(gating_output, row + expert)
+    if extended:
+        logit = adjusted(logit, expert, adjusting)
+    return logit
 
 
 @cuda.jit(device=True)
@@ -48,11 +129,12 @@ def load_integer(array, index, size):
 
 
 @cuda.jit(device=True)
-def is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
+def is_padded(token, padding):
     """Whether a token is padding, by the number of those that are not, or by its flag."""
-    if present(num_token_non_padded) and token >= load_integer(num_token_non_padded, 0, scalar_bytes):
+    scalar = padding.num_token_non_padded
+    if present(scalar) and token >= load_integer(scalar, 0, padding.scalar_bytes):
         return True
-    return present(is_padding) and is_padding[token] != 0
+    return present(padding.is_padding) and padding.is_padding[token] != 0
 
 
 @cuda.jit(device=True)
@@ -81,87 +163,77 @@ def counting_flag(counts_enabled):
 
 
 @cuda.jit(device=True)
-def add_to_count(counts, expert, count, count_bytes):
-    if count_bytes == 8:
-        add_to_global(as_int64(counts), expert, int64(count))
+def add_to_count(counting, index, count):
+    if counting.count_bytes == 8:
+        add_to_global(as_int64(counting.counts), index, int64(count))
     else:
-        add_to_global(counts, expert, int32(count))
+        add_to_global(counting.counts, index, int32(count))
 
 
 @cuda.jit(device=True)
-def count_expert(expert, token, counting):
+def count_expert(expert, token, tally):
     """Count an expert if it has a counter: one of the block's own, or in the row of the token."""
-    counts, num_counts, count_rows, count_bytes, flag, in_block, num_in_block = counting
-    if expert >= 0 and expert < num_counts and flag != 0:
-        if num_in_block > 0:
-            atomic_add(in_block, expert, 1)
+    if expert >= 0 and expert < tally.counting.num_counts and tally.flag != 0:
+        if tally.num_in_block > 0:
+            atomic_add(tally.in_block, expert, 1)
         else:
-            row = int32(token & (count_rows - 1))
-            add_to_count(counts, int32(row * num_counts + expert), 1, count_bytes)
+            row = int32(token & (tally.counting.count_rows - 1))
+            add_to_count(tally.counting, int32(row * tally.counting.num_counts + expert), 1)
 
 
 @cuda.jit(device=True)
-def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
-    """Write an expert, or the place that its slot goes to, and count what is written.
-
-    dispatch has the tables and numbers of `physical_of`; the table is absent where experts keep their ids.
-    """
-    id_bytes, _, _ = ids
-    physical_map = dispatch[0]
-    if present(physical_map):
-        expert = physical_of(expert, slot, token, *dispatch)
-    store_id(topk_ids, slot, expert, id_bytes)
-    count_expert(expert, token, counting)
+def write_expert(expert, slot, token, topk_ids, extras, tally):
+    """Write an expert, or the place that its slot goes to, and count what is written."""
+    if present(extras.dispatch.physical_map):
+        expert = physical_of(expert, slot, token, extras.dispatch)
+    store_id(topk_ids, slot, expert, extras.id_bytes)
+    count_expert(expert, token, tally)
 
 
 @cuda.jit(device=True)
-def write_choice(expert, slot, token, topk_ids, ids, dispatch, counting):
+def write_choice(expert, slot, token, topk_ids, extras, tally):
     """Write the expert of a pick, which may be a zero expert: it has no place, and is not counted."""
-    id_bytes, num_real, zero_expert_id = ids
-    if expert >= num_real:
-        store_id(topk_ids, slot, zero_expert_id, id_bytes)
+    if expert >= extras.zero.num_real:
+        store_id(topk_ids, slot, extras.zero.zero_expert_id, extras.id_bytes)
     else:
-        write_expert(expert, slot, token, topk_ids, ids, dispatch, counting)
+        write_expert(expert, slot, token, topk_ids, extras, tally)
 
 
 @cuda.jit(device=True)
-def write_shared(token, lane, lanes, width, num_shared, weight, topk_weights, topk_ids, ids, dispatch, counting):
+def write_shared(token, lane, lanes, num_slots, weight, chosen, extras, tally):
     """Write the shared experts of a token, the last of its slots, whose lanes these are."""
-    _, num_real, _ = ids
+    num_shared = extras.shared.num_shared
     shared = int32(lane)
     while shared < num_shared:
-        slot = int64(token) * width + (width - num_shared + shared)
-        write_expert(int32(num_real + shared), int32(slot), token, topk_ids, ids, dispatch, counting)
-        topk_weights[slot] = weight
+        slot = int64(token) * num_slots + (num_slots - num_shared + shared)
+        write_expert(int32(extras.zero.num_real + shared), int32(slot), token, chosen.topk_ids, extras, tally)
+        chosen.topk_weights[slot] = weight
         shared = int32(shared + lanes)
 
 
 @cuda.jit(device=True)
-def write_rest(token, scale, weight_sum, identity, renormalize, rest, ids, dispatch, counting):
+def write_rest(token, num_slots, scale, weight_sum, identity, renormalize, chosen, extras, tally):
     """Write what a token that a warp serves has beside its picks, given the lanes' sums of weights."""
-    width, num_shared, shared_factor, topk_weights, topk_ids, identity_weights = rest
     lane = int32(cuda.laneid)
-    if num_shared > 0:
-        shared = float32(shared_factor)
+    if extras.shared.num_shared > 0:
+        shared = float32(extras.shared.shared_factor)
         if not renormalize:
             shared *= warp_sum(weight_sum)
-        where = (token, lane, WARP, width, num_shared, shared, topk_weights, topk_ids)
-        write_shared(*where, ids, dispatch, counting)
-    if present(identity_weights):
+        write_shared(token, lane, WARP, num_slots, shared, chosen, extras, tally)
+    if present(extras.zero.identity_weights):
         identity = warp_sum(identity)
         if lane == 0:
-            identity_weights[token] = identity * scale
+            extras.zero.identity_weights[token] = identity * scale
 
 
 @cuda.jit(device=True)
-def write_nothing(token, lane, lanes, width, topk_weights, topk_ids, ids, identity_weights):
+def write_nothing(token, lane, lanes, num_slots, chosen, extras):
     """Write what a token of padding has: no experts, and weights of 0."""
-    id_bytes, _, _ = ids
     pick = int32(lane)
-    while pick < width:
-        slot = int64(token) * width + pick
-        store_id(topk_ids, slot, int32(-1), id_bytes)
-        topk_weights[slot] = float32(0.0)
+    while pick < num_slots:
+        slot = int64(token) * num_slots + pick
+        store_id(chosen.topk_ids, slot, int32(-1), extras.id_bytes)
+        chosen.topk_weights[slot] = float32(0.0)
         pick = int32(pick + lanes)
-    if lane == 0 and present(identity_weights):
-        identity_weights[token] = float32(0.0)
+    if lane == 0 and present(extras.zero.identity_weights):
+        extras.zero.identity_weights[token] = float32(0.0)

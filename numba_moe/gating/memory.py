@@ -6,12 +6,16 @@ Those that do are inserted one by one, a lane's best first; at the first step th
 More than 32 picks take a stream each 32, of the keys below the last one that was picked.
 """
 
+from typing import Any, NamedTuple
+
 from numba_moe.gating.extras import (
+    Extras,
+    Tally,
     adjust,
-    adjusted,
     count_expert,
     counting_flag,
     is_padded,
+    load_logit,
     write_choice,
     write_nothing,
     write_rest,
@@ -19,6 +23,11 @@ from numba_moe.gating.extras import (
 from numba_moe.gating.rows import (
     SMALLEST_SUM,
     SOFTMAX,
+    Choice,
+    Chosen,
+    Rows,
+    Scores,
+    Weighing,
     has_no_softmax,
     load_first,
     lower_unscored,
@@ -29,22 +38,7 @@ from numba_moe.gating.rows import (
     weight_of,
 )
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
-from numba_moe.runtime.parameters import (
-    COUNTING,
-    EXTENDED,
-    Float32,
-    Float32Array,
-    FloatArray,
-    Int32,
-    Int32Array,
-    Int64,
-    OptionalFlags,
-    OptionalFloat32Array,
-    OptionalInt32Array,
-    OptionalInt64Array,
-    OptionalSizedArray,
-    Role,
-)
+from numba_moe.runtime.parameters import COUNTING, EXTENDED, OptionalFloat32Array, Role
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
@@ -58,7 +52,6 @@ from numba_moe.runtime.primitives import (
     divide,
     exp,
     larger,
-    load_float,
     order,
     order_of_number,
     present,
@@ -78,26 +71,31 @@ BOUNDS = (WARPS_IN_BLOCK * WARP, 6)
 NO_EXPERT = (LOWEST_ORDER << 32) | 0x7FFFFFFF
 
 
+class Source(NamedTuple):
+    """A token's row, and how its logits are read."""
+
+    gating_output: Any  # [num_tokens, num_experts]
+    row: Any  # where it begins
+    vector: Any
+    adjusting: Any
+    extended: Any  # whether logits are adjusted
+
+
 @cuda.jit(device=True)
-def load_logits(gating_output, row, expert, end, aligned, adjusting, logits):
+def load_logits(source, expert, end, logits):
     """Read the logits of eight experts, adjusted; -inf from `end` on."""
-    extended, logit_bias, softcap = adjusting
-    load_first(gating_output, row + expert, end - expert, aligned, logits)
-    if extended:
-        adjust(logits, 8, expert, end - expert, logit_bias, softcap)
+    load_first(source.gating_output, source.row + expert, end - expert, source.vector, logits)
+    if source.extended:
+        adjust(logits, 8, expert, end - expert, source.adjusting)
 
 
 @cuda.jit(device=True)
-def load_logit(gating_output, row, expert, adjusting):
-    extended, logit_bias, softcap = adjusting
-    logit = load_float(gating_output, row + expert)
-    if extended:
-        logit = adjusted(logit, expert, logit_bias, softcap)
-    return logit
+def load_one(source, expert):
+    return load_logit(source.gating_output, source.row, expert, source.adjusting, source.extended)
 
 
 @cuda.jit(device=True)
-def softmax_from_memory(gating_output, row, num_experts, aligned, adjusting):
+def softmax_from_memory(source, num_experts):
     """Return the largest logit of a row and the sum of exponentials; a sum of 0 if the row has no softmax."""
     logits = cuda.local.array(8, float32)
     peak = float32(NEGATIVE_INFINITY)
@@ -105,7 +103,7 @@ def softmax_from_memory(gating_output, row, num_experts, aligned, adjusting):
     broken = False
     expert = int32(8 * cuda.laneid)
     while expert < num_experts:
-        load_logits(gating_output, row, expert, num_experts, aligned, adjusting, logits)
+        load_logits(source, expert, num_experts, logits)
         if not_all_finite(logits, 8):
             broken = has_no_softmax(logits, 8) or broken
         highest = peak
@@ -127,19 +125,18 @@ def softmax_from_memory(gating_output, row, num_experts, aligned, adjusting):
 
 
 @cuda.jit(device=True)
-def rank_all(logits, expert, end, aligned, rule, ranks):
+def rank_all(logits, expert, end, vector, scores, ranks):
     """Write the ranks of eight experts, as integers of the same order; LOWEST_ORDER from `end` on."""
-    correction_bias, scoring_func, peak, total = rule
-    if present(correction_bias):
+    if present(scores.correction_bias):
         biases = cuda.local.array(8, float32)
-        load_first(correction_bias, expert, end - expert, aligned, biases)
-        score_all(logits, 8, scoring_func, peak, total, logits)
+        load_first(scores.correction_bias, expert, end - expert, vector, biases)
+        score_all(logits, 8, scores.scoring_func, scores.peak, scores.total, logits)
         for i in range(8):
             ranks[i] = order(logits[i] + biases[i])
     else:
         for i in range(8):
             ranks[i] = order_of_number(logits[i])
-        if total == float32(0.0):
+        if scores.total == float32(0.0):
             for i in range(8):
                 ranks[i] = 0
     if end - expert < 8:
@@ -203,26 +200,25 @@ def insert_all(best, ranks, expert, below, wanted):
 
 
 @cuda.jit(device=True)
-def keep_best(gating_output, row, first, end, aligned, adjusting, rule, below, wanted, best):
+def keep_best(source, first, end, scores, below, wanted, best):
     """Return the warp's best keys after experts [first, end) too, and whether no logit is NaN or +inf.
 
     Keys from `below` on do not count; no more than `wanted` keys need be right.
     """
-    _, scoring_func, _, _ = rule
     logits = cuda.local.array(8, float32)
     following = cuda.local.array(8, float32)
     ranks = cuda.local.array(8, int32)
     broken = False
     expert = int32(first + 8 * cuda.laneid)
-    load_logits(gating_output, row, expert, end, aligned, adjusting, following)
+    load_logits(source, expert, end, following)
     for _ in range(first, end, STEP):
         for i in range(8):
             logits[i] = following[i]
-        load_logits(gating_output, row, expert + STEP, end, aligned, adjusting, following)
+        load_logits(source, expert + STEP, end, following)
         if not_all_finite(logits, 8):
             broken = has_no_softmax(logits, 8) or broken
-            lower_unscored(logits, 8, scoring_func)
-        rank_all(logits, expert, end, aligned, rule, ranks)
+            lower_unscored(logits, 8, scores.scoring_func)
+        rank_all(logits, expert, end, source.vector, scores, ranks)
         highest = ranks[0]
         for i in range(1, 8):
             highest = max(highest, ranks[i])
@@ -234,26 +230,23 @@ def keep_best(gating_output, row, first, end, aligned, adjusting, rule, below, w
 
 
 @cuda.jit(device=True)
-def score_group(gating_output, row, first, size, aligned, adjusting, rule, group_picks):
+def score_group(source, first, size, scores, group_picks):
     """Return the score of the group of experts [first, first + size): its best rank, or the sum of so many."""
-    correction_bias, scoring_func, peak, total = rule
     value = float32(0.0)
     below = int64(HIGHEST_KEY)
     picks = int32(min(size, group_picks))
     while picks > 0:
         wanted = int32(min(picks, WARP))
-        best, _ = keep_best(
-            *(gating_output, row, first, first + size, aligned, adjusting, rule, below, wanted, int64(NO_EXPERT))
-        )
+        best, _ = keep_best(source, first, first + size, scores, below, wanted, int64(NO_EXPERT))
         below = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
         mine = float32(0.0)
         if cuda.laneid < wanted:
             expert = chosen_index(best)
-            logit = load_logit(gating_output, row, expert, adjusting)
-            if group_picks == 1 or present(correction_bias):
-                mine = rank_of(logit, expert, correction_bias, scoring_func, peak, total)
+            logit = load_one(source, expert)
+            if group_picks == 1 or present(scores.correction_bias):
+                mine = rank_of(logit, expert, scores)
             else:
-                mine = score_of(logit, scoring_func, peak, total)
+                mine = score_of(logit, scores.scoring_func, scores.peak, scores.total)
         if group_picks == 1:
             return cuda.shfl_sync(ALL_LANES, mine, 0)
         value += warp_sum(mine)
@@ -276,95 +269,61 @@ def last_group_key(group_scores, row, num_expert_group, topk_group):
 
 
 @cuda.jit(device=True)
-def scale_weights(topk_weights, first_pick, top_k, weight_sum, renormalize, routed_scaling_factor):
+def scale_weights(topk_weights, first_pick, weight_sum, weighing):
     """Scale the weights of a token, each by the lane that wrote it; return the factor."""
-    scale = float32(routed_scaling_factor)
-    if renormalize:
+    scale = float32(weighing.routed_scaling_factor)
+    if weighing.renormalize:
         weight_sum = warp_sum(weight_sum)
         if weight_sum > float32(SMALLEST_SUM):
             scale = divide(scale, weight_sum)
-    for pick in range(cuda.laneid, top_k, WARP):
+    for pick in range(cuda.laneid, weighing.top_k, WARP):
         topk_weights[first_pick + pick] *= scale
     return scale
 
 
 @cuda.jit(launch_bounds=BOUNDS)
 def choose_from_memory(
-    gating_output: FloatArray,
-    correction_bias: OptionalFloat32Array,
+    rows: Rows,
+    choice: Choice,
     group_scores: OptionalFloat32Array,
-    topk_weights: Float32Array,
-    topk_ids: Int32Array,
-    logit_bias: OptionalFloat32Array,
-    num_token_non_padded: OptionalSizedArray,
-    is_padding: OptionalFlags,
-    physical_map: OptionalInt32Array,
-    num_valid: OptionalInt32Array,
-    step: OptionalInt64Array,
-    counts: OptionalSizedArray,
-    counts_enabled: OptionalInt32Array,
-    identity_weights: OptionalFloat32Array,
-    num_tokens: Int32,
-    num_experts: Int32,
-    row_stride: Int64,
-    aligned: Int32,
-    top_k: Int32,
-    scoring_func: Int32,
-    whole_softmax: Int32,
-    renormalize: Int32,
-    routed_scaling_factor: Float32,
-    num_expert_group: Int32,
-    topk_group: Int32,
-    group_picks: Int32,
-    softcap: Float32,
-    scalar_bytes: Int32,
-    id_bytes: Int32,
-    num_real: Int32,
-    zero_expert_id: Int32,
-    num_shared: Int32,
-    shared_factor: Float32,
-    num_rows: Int32,
-    width: Int32,
-    algorithm: Int32,
-    seed: Int64,
-    num_counts: Int32,
-    count_rows: Int32,
-    count_bytes: Int32,
+    weighing: Weighing,
+    chosen: Chosen,
+    extras: Extras,
     role: Role,
 ):
-    # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts],
-    # group_scores [num_tokens, num_expert_group], topk_weights and topk_ids [num_tokens, top_k]; a warp per token
+    """Choose for a token, by a warp that streams its row; the grid has a warp per token.
+
+    `group_scores` [num_tokens, num_expert_group] is scratch, absent where there is one group.
+    """
     token = warp_index()
-    if token >= num_tokens:
+    if token >= rows.num_tokens:
         return
-    ids = (id_bytes, num_real, zero_expert_id)
-    dispatch = (physical_map, num_valid, step, num_rows, width, algorithm, seed)
-    counting = (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0)
+    tally = Tally(extras.counting, counting_flag(extras.counting.counts_enabled), extras.counting.counts, 0)
+    scoring_func, top_k = weighing.scoring_func, weighing.top_k
     extended = role == EXTENDED
-    num_slots = int32(top_k + num_shared if extended else top_k)
+    num_slots = int32(top_k + extras.shared.num_shared if extended else top_k)
     lane = int32(cuda.laneid)
-    if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
-        write_nothing(token, lane, WARP, num_slots, topk_weights, topk_ids, ids, identity_weights)
+    if extended and is_padded(token, extras.padding):
+        write_nothing(token, lane, WARP, num_slots, chosen, extras)
         return
-    row = int64(token) * row_stride
-    adjusting = (extended, logit_bias, softcap)
+    row = int64(token) * rows.row_stride
+    source = Source(rows.gating_output, row, rows.vector, extras.adjusting, extended)
     peak = float32(0.0)
     total = float32(1.0)
-    if whole_softmax:
-        peak, total = softmax_from_memory(gating_output, row, num_experts, aligned, adjusting)
-    rule = (correction_bias, scoring_func, peak, total)
+    if choice.whole_softmax:
+        peak, total = softmax_from_memory(source, rows.num_experts)
+    scores = Scores(choice.correction_bias, scoring_func, peak, total)
 
-    groups = int64(token) * num_expert_group
-    group_size = int32(num_experts // num_expert_group)
+    num_groups, group_size = choice.num_expert_group, choice.group_size
+    groups = int64(token) * num_groups
     last_group = int64(LOWEST_KEY)
     if present(group_scores):
-        for group in range(num_expert_group):
-            where = (gating_output, row, int32(group * group_size), group_size, aligned)
-            value = score_group(*where, adjusting, rule, group_picks)
+        for group in range(num_groups):
+            value = score_group(source, int32(group * group_size), group_size, scores, choice.group_picks)
             if lane == 0:
                 group_scores[groups + group] = value
         cuda.syncwarp()
-        last_group = last_group_key(group_scores, groups, num_expert_group, topk_group)
+        last_group = last_group_key(group_scores, groups, num_groups, choice.topk_group)
 
     first_pick = int64(token) * num_slots
     below = int64(HIGHEST_KEY)
@@ -375,23 +334,23 @@ def choose_from_memory(
         wanted = int32(min(top_k - base, WARP))
         best = int64(NO_EXPERT)
         usable = True
-        for group in range(num_expert_group):
+        for group in range(num_groups):
             eligible = True
             if present(group_scores):
                 eligible = choice_key(group_scores[groups + group], group) >= last_group
             if eligible:
-                where = (gating_output, row, int32(group * group_size), int32((group + 1) * group_size), aligned)
-                best, finite = keep_best(*where, adjusting, rule, below, wanted, best)
+                first, end = int32(group * group_size), int32((group + 1) * group_size)
+                best, finite = keep_best(source, first, end, scores, below, wanted, best)
                 usable = usable and finite
         below = cuda.shfl_sync(ALL_LANES, best, wanted - 1)
-        chosen = chosen_index(best)
-        if scoring_func == SOFTMAX and not whole_softmax and (not usable or total == float32(0.0)):
-            chosen = int32(base + lane)  # all experts of a row without a softmax have rank 0
+        expert = chosen_index(best)
+        if scoring_func == SOFTMAX and not choice.whole_softmax and (not usable or total == float32(0.0)):
+            expert = int32(base + lane)  # all experts of a row without a softmax have rank 0
             total = float32(0.0)
         logit = float32(NEGATIVE_INFINITY)
         if lane < wanted:
-            logit = load_logit(gating_output, row, chosen, adjusting)
-        if scoring_func == SOFTMAX and not whole_softmax and base == 0:
+            logit = load_one(source, expert)
+        if scoring_func == SOFTMAX and not choice.whole_softmax and base == 0:
             peak = cuda.shfl_sync(ALL_LANES, logit, 0)
             if peak == float32(NEGATIVE_INFINITY):
                 total = float32(0.0)
@@ -400,18 +359,17 @@ def choose_from_memory(
             weight = weight_of(logit, scoring_func, peak, total)
             weight_sum += weight
             if extended:
-                write_choice(chosen, int32(slot), token, topk_ids, ids, dispatch, counting)
-                if chosen >= num_real:
+                write_choice(expert, int32(slot), token, chosen.topk_ids, extras, tally)
+                if expert >= extras.zero.num_real:
                     identity += weight
                     weight = float32(0.0)
             else:
-                topk_ids[slot] = chosen
+                chosen.topk_ids[slot] = expert
                 if role == COUNTING:
-                    count_expert(chosen, token, counting)
-            topk_weights[slot] = weight
+                    count_expert(expert, token, tally)
+            chosen.topk_weights[slot] = weight
         base = int32(base + WARP)
 
-    scale = scale_weights(topk_weights, first_pick, top_k, weight_sum, renormalize, routed_scaling_factor)
+    scale = scale_weights(chosen.topk_weights, first_pick, weight_sum, weighing)
     if extended:
-        rest = (num_slots, num_shared, shared_factor, topk_weights, topk_ids, identity_weights)
-        write_rest(token, scale, weight_sum, identity, renormalize, rest, ids, dispatch, counting)
+        write_rest(token, num_slots, scale, weight_sum, identity, weighing.renormalize, chosen, extras, tally)

@@ -1,14 +1,18 @@
-"""What a choice of experts needs beside its data: which kernel serves it, with what numbers."""
+"""What a choice of experts needs beside its data: which kernel serves it, with what records."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from numba_moe.gating import memory, octets, registers
-from numba_moe.gating.rows import SCORING
-from numba_moe.runtime import arrays, checks
+from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
+from numba_moe.gating.rows import SCORING, Choice, Chosen, Rows, Weighing
+from numba_moe.placement.dispatch import Dispatch
+from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import COLUMNS, EXTENDED, PLAIN
+from numba_moe.runtime.parameters import COLUMNS, PLAIN
 from numba_moe.runtime.plans import Layout, planned
 from numba_moe.runtime.primitives import WARP
 
@@ -23,48 +27,48 @@ MANY_TOKENS_PER_EXPERT = 32
 TOKENS_FOR_EIGHT_WARPS = 256
 
 
-class Extras(NamedTuple):
-    """What a call asks for besides choosing and weighing, of which an array is there or not; see `extras`."""
-
-    softcap: float = 0.0
-    bias_in_logits: bool = False
-    scalar_bytes: int = 0
-    id_dtype: torch.dtype = torch.int32
-    num_zero_experts: int = 0
-    zero_expert_id: int = -1
-    num_shared: int = 0
-    shared_factor: float = 1.0
-    table: tuple[int, ...] = (0, 0, 0, 0)  # rows and columns, the algorithm and its seed
-    num_counts: int = 0
-    count_rows: int = 1
-    count_bytes: int = 0
-    role: int = EXTENDED
-
-    def numbers(self, num_experts: int) -> tuple[float, ...]:
-        """Return what the kernels take last."""
-        num_real = num_experts - self.num_zero_experts
-        ids = (self.id_dtype.itemsize, num_real, self.zero_expert_id, self.num_shared, self.shared_factor)
-        return (self.softcap, self.scalar_bytes, *ids, *self.table, self.num_counts, self.count_rows, self.count_bytes)
+NO_DISPATCH = Dispatch(None, None, None, 0, 0, 0, 0)
+NO_EXTRAS = Extras(
+    Adjusting(None, 0.0),
+    Padding(None, 0, None),
+    ZeroExperts(0, -1, None),
+    SharedExperts(0, 1.0),
+    NO_DISPATCH,
+    Counting(None, None, 0, 1, 0),
+    torch.int32.itemsize,
+)
+KERNELS = ("registers", "octets", "memory")
+_preferred: str | None = None
 
 
-NO_EXTRAS = Extras(role=PLAIN)
-# The kernels' arrays for extras.
-EXTRA_ARRAYS = 9
+@contextlib.contextmanager
+def preferring(kernel: str) -> Iterator[None]:
+    """Let one of KERNELS serve every call that it can, for tests."""
+    global _preferred
+    checks.choice("kernel", kernel, KERNELS)
+    before, _preferred = _preferred, kernel
+    plans.forget()
+    try:
+        yield
+    finally:
+        _preferred = before
+        plans.forget()
 
 
 class GatingPlan(NamedTuple):
-    """The results, the launch, whether it is of the kernel for rows of any size, and the group scores of that one.
+    """The results, the launch, and the group scores that rows read from memory need.
 
-    And the numbers and choices of the launch, for a kernel that does the same and more.
+    And the records and constants of the launch, for a kernel that does the same and more; `columns` is None where lanes
+    hold no rows.
     """
 
     topk_weights: arrays.Contiguous
     topk_ids: arrays.Contiguous
     choose: Launch
-    in_memory: bool
     group_scores: arrays.Contiguous | None
-    numbers: tuple[float, ...]
-    choices: dict[str, Any]
+    records: tuple[Any, ...]
+    columns: int | None
+    role: int
 
 
 def in_vectors(gating_output: Layout, group_size: int, size: int = 4) -> bool:
@@ -72,6 +76,38 @@ def in_vectors(gating_output: Layout, group_size: int, size: int = 4) -> bool:
     stride = gating_output.shape[1] if gating_output.strides is None else gating_output.strides[0]
     bytes_read = min(16, size * gating_output.dtype.itemsize)
     return not (group_size % size or stride % size or gating_output.address % bytes_read)
+
+
+def sized(array: Any) -> torch.dtype | None:
+    """Return what a record of a `Launch` has for integers of any size: kernels are told the size by a number."""
+    return None if array is None else torch.int32
+
+
+def check_bias(correction_bias: Layout | None, gating_output: Layout) -> None:
+    if correction_bias is not None:
+        num_experts = gating_output.shape[1]
+        like = ("gating_output", gating_output)
+        checks.array("correction_bias", correction_bias, (torch.float32,), (1,), like=like)
+        checks.shape("correction_bias", correction_bias, (num_experts,), "(num_experts,)")
+
+
+def rows_of(gating_output: Layout, vector: int) -> Rows:
+    num_tokens, num_experts = gating_output.shape
+    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
+    return Rows(gating_output, num_tokens, num_experts, stride, vector)
+
+
+def kernel_for(
+    num_tokens: int, num_experts: int, top_k: int, num_expert_group: int, group_picks: int, few_per_expert: bool
+) -> str:
+    """Return which of KERNELS serves a call; `few_per_expert` tells that eight lanes pay from half the tokens on."""
+    lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
+    fits = lane_bits >= 0 and COLUMNS[-1] << lane_bits >= num_experts // num_expert_group
+    if not fits or (num_expert_group > 1 and group_picks > 2) or _preferred == "memory":
+        return "memory"
+    many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts // (2 if few_per_expert else 1))
+    eight = num_tokens >= many if _preferred is None else _preferred == "octets"
+    return "octets" if eight and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8) else "registers"
 
 
 def _plan(
@@ -84,80 +120,62 @@ def _plan(
     topk_group: int = 1,
     group_picks: int = 1,
     routed_scaling_factor: float = 1.0,
-    extras: Extras | None = None,
-    tiers: tuple[int, ...] = COLUMNS,
+    extras: Extras = NO_EXTRAS,
+    role: int = PLAIN,
+    id_dtype: torch.dtype = torch.int32,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_tokens, num_experts = gating_output.shape
     checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
     top_k = checks.integer("top_k", top_k, 1, num_experts, f"num_experts = {num_experts}")
     checks.boolean("renormalize", renormalize)
-    num_slots = top_k + (0 if extras is None else extras.num_shared)
+    num_slots = top_k + extras.shared.num_shared
     checks.fits_int32("gating_output", num_tokens * num_slots, "num_tokens * top_k")
-    if correction_bias is not None:
-        like = ("gating_output", gating_output)
-        checks.array("correction_bias", correction_bias, (torch.float32,), (1,), like=like)
-        checks.shape("correction_bias", correction_bias, (num_experts,), "(num_experts,)")
+    check_bias(correction_bias, gating_output)
 
     dtype, device, group_size = gating_output.dtype, gating_output.device, num_experts // num_expert_group
-    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
-    sizes = (num_tokens, num_experts, stride)
-    scoring = SCORING.index(scoring_func)
-    rules = (int(renormalize), float(routed_scaling_factor))
-    groups = (num_expert_group, topk_group, group_picks)
-    extra = NO_EXTRAS if extras is None else extras
-    biased = correction_bias is not None and not extra.bias_in_logits
-    last = extra.numbers(num_experts)
-    absent = EXTRA_ARRAYS if extras is None else 0
+    biased, grouped, softmax = correction_bias is not None, num_expert_group > 1, scoring_func == "softmax"
+    adjusting, counting = extras.adjusting, extras.counting
     # Weights that sum to one, and a choice by logits, do without the sum of all exponentials.
-    by_scores = biased or (num_expert_group > 1 and group_picks > 1)
-    whole_softmax = scoring_func == "softmax" and (by_scores or not renormalize)
-    vectors = in_vectors(gating_output, group_size)
+    by_scores = biased or (grouped and group_picks > 1)
+    whole_softmax = softmax and (by_scores or not renormalize)
     # Whether the bias can be read with the logits, and how many of them at a time.
-    bias_too = vectors and (not biased or (correction_bias is not None and correction_bias.address == 0))
+    bias_too = in_vectors(gating_output, group_size) and (correction_bias is None or correction_bias.address == 0)
     together = 8 if bias_too and in_vectors(gating_output, group_size, 8) else 4 * int(bias_too)
-    lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
-    exact = correction_bias is None and dtype.itemsize == 2 and not extra.softcap
-    in_block = extra.num_counts if extra.count_rows == 1 and extra.num_counts <= octets.MOST_COUNTS_IN_BLOCK else 0
-    per_expert = MANY_TOKENS_PER_EXPERT // (2 if num_expert_group == 1 and (exact or in_block) else 1)
-    many = max(MANY_TOKENS, per_expert * num_experts)
-    group_scores, shared_bytes = None, 0
-    in_memory = lane_bits < 0 or tiers[-1] << lane_bits < group_size or (num_expert_group > 1 and group_picks > 2)
-    if in_memory:
-        if num_expert_group > 1:
-            group_scores = arrays.contiguous(torch.float32, num_tokens, num_expert_group)
-        whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
-        of_row = (*sizes, together, top_k, scoring, int(whole_softmax))
-        numbers: tuple[float, ...] = (*of_row, *rules, *groups, *last)
-        kernel, where = memory.choose_from_memory, (device, *warps(num_tokens, memory.WARPS_IN_BLOCK))
-        choices: dict[str, Any] = {"gating_output": dtype, "role": extra.role}
-    elif tiers is COLUMNS and num_tokens >= many and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8):
-        whole_softmax = whole_softmax or (scoring_func == "softmax" and num_expert_group > 1)
-        mask = (1 << (num_experts - 1).bit_length()) - 1
-        of_row = (*sizes, together, top_k, scoring, int(whole_softmax))
-        of_keys = ((octets.LANES // num_expert_group).bit_length() - 1, mask, int(exact), in_block)
-        where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))
-        shared_bytes = 4 * in_block
-        numbers = (*of_row, *rules, *groups, group_size, *of_keys, *last)
-        kernel, choices = octets.choose_for_many, {"gating_output": dtype, "role": extra.role}
-    else:
-        columns = next(columns for columns in tiers if columns << lane_bits >= group_size)
-        aligned = vectors and columns >= 4
-        ragged = num_experts != WARP * columns
-        flags = (int(aligned), int(ragged), top_k, int(exact), scoring, int(whole_softmax))
-        numbers = (*sizes, *flags, *rules, *groups, group_size, lane_bits, *last)
-        warps_in_block = 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4
-        kernel, where = registers.choose_experts, (device, *warps(num_tokens, warps_in_block))
-        choices = {"gating_output": dtype, "columns": columns, "role": extra.role}
-    return GatingPlan(
-        arrays.contiguous(torch.float32, num_tokens, num_slots),
-        arrays.contiguous(extra.id_dtype, num_tokens, num_slots),
-        Launch(kernel, *where, numbers, choices, shared_bytes, num_absent=absent),
-        in_memory,
-        group_scores,
-        numbers,
-        choices,
+    lane_bits = (WARP // num_expert_group).bit_length() - 1
+    exact = int(not biased and adjusting.logit_bias is None and dtype.itemsize == 2 and not adjusting.softcap)
+    counts_fit = counting.count_rows == 1 and counting.num_counts <= octets.MOST_COUNTS_IN_BLOCK
+    in_block = counting.num_counts if counts_fit else 0
+    kernel = kernel_for(
+        num_tokens, num_experts, top_k, num_expert_group, group_picks, not grouped and bool(exact or in_block)
     )
+    if kernel != "registers":
+        whole_softmax = whole_softmax or (softmax and grouped)
+    rows = rows_of(gating_output, 4 * in_vectors(gating_output, group_size) if kernel == "registers" else together)
+    groups = (num_expert_group, topk_group, group_picks, group_size)
+    choice = Choice(correction_bias, int(whole_softmax), *groups)
+    weighing = Weighing(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
+    chosen = Chosen(torch.float32, sized(gating_output))
+    group_scores, columns = None, None
+    if kernel == "memory":
+        if grouped:
+            group_scores = arrays.contiguous(torch.float32, num_tokens, num_expert_group)
+        records: tuple[Any, ...] = (rows, choice, group_scores, weighing, chosen, extras)
+        where = (device, *warps(num_tokens, memory.WARPS_IN_BLOCK))
+        choose = Launch(memory.choose_from_memory, *where, *records, role=role)
+    elif kernel == "octets":
+        mask = (1 << (num_experts - 1).bit_length()) - 1
+        lanes = octets.OctetLanes((octets.LANES // num_expert_group).bit_length() - 1, mask, exact, in_block)
+        records = (rows, choice, weighing, lanes, chosen, extras)
+        where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))
+        choose = Launch(octets.choose_for_many, *where, *records, shared_bytes=4 * in_block, role=role)
+    else:
+        columns = next(columns for columns in COLUMNS if columns << lane_bits >= group_size)
+        records = (rows, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
+        where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
+        choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
+    weights_and_ids = (arrays.contiguous(dtype, num_tokens, num_slots) for dtype in (torch.float32, id_dtype))
+    return GatingPlan(*weights_and_ids, choose, group_scores, records, columns, role)
 
 
 @planned
@@ -178,8 +196,9 @@ def plan_grouped(
     correction_bias: Layout | None,
     group_score: str | None,
     routed_scaling_factor: float,
-    extras: Extras | None = None,
-    tiers: tuple[int, ...] = COLUMNS,
+    extras: Extras = NO_EXTRAS,
+    role: int = PLAIN,
+    id_dtype: torch.dtype = torch.int32,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_experts = gating_output.shape[1]
@@ -192,8 +211,7 @@ def plan_grouped(
     top_k = checks.integer("top_k", top_k, 1, eligible, f"the {eligible} experts of {topk_group} groups")
     checks.choice("scoring_func", scoring_func, SCORING)
     if group_score is None:
-        moves_choice = correction_bias is not None and not (extras is not None and extras.bias_in_logits)
-        group_score = "top2_sum" if moves_choice else "max"
+        group_score = "max" if correction_bias is None else "top2_sum"
     checks.choice("group_score", group_score, GROUP_SCORES)
     if group_score == "topk_sum":
         checks.at_least("top_k", top_k, topk_group, "topk_group")
@@ -201,4 +219,4 @@ def plan_grouped(
     picks = {"max": 1, "top2_sum": 2, "topk_sum": top_k // topk_group}[group_score]
     groups = (num_expert_group, topk_group, picks)
     rules = (top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor)
-    return _plan(gating_output, *rules, extras, tiers)
+    return _plan(gating_output, *rules, extras, role, id_dtype)

@@ -14,12 +14,16 @@ More than 31 picks, or more experts than that with the same upper bits, go by ra
 Experts rank by their logits, or by score + bias where there is a correction bias.
 """
 
+from typing import Any, NamedTuple
+
 from numba_moe.gating.extras import (
+    Extras,
+    Tally,
     adjust,
-    adjusted,
     count_expert,
     counting_flag,
     is_padded,
+    load_logit,
     write_choice,
     write_nothing,
     write_rest,
@@ -28,6 +32,11 @@ from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
 from numba_moe.gating.rows import (
     SMALLEST_SUM,
     SOFTMAX,
+    Choice,
+    Chosen,
+    Rows,
+    Scores,
+    Weighing,
     has_no_softmax,
     lower_unscored,
     not_all_finite,
@@ -36,23 +45,7 @@ from numba_moe.gating.rows import (
     weight_of,
 )
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
-from numba_moe.runtime.parameters import (
-    COUNTING,
-    EXTENDED,
-    Columns,
-    Float32,
-    Float32Array,
-    FloatArray,
-    Int32,
-    Int32Array,
-    Int64,
-    OptionalFlags,
-    OptionalFloat32Array,
-    OptionalInt32Array,
-    OptionalInt64Array,
-    OptionalSizedArray,
-    Role,
-)
+from numba_moe.runtime.parameters import COUNTING, EXTENDED, Columns, Int32, Role
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     LOWEST_ORDER,
@@ -72,6 +65,21 @@ from numba_moe.runtime.primitives import (
     warp_index,
     warp_sum,
 )
+
+
+class WarpLanes(NamedTuple):
+    """How experts lie with the lanes of a warp."""
+
+    lane_bits: Int32  # 1 << lane_bits lanes hold a group
+    exact: Int32  # whether keys hold whole ranks
+
+
+class Own(NamedTuple):
+    """Arrays of a lane's own, with an element for each of its experts."""
+
+    logits: Any
+    ranks: Any
+    scores: Any
 
 
 @cuda.jit(device=True)
@@ -258,42 +266,31 @@ def choose_one_by_one(ranks, columns, first, picks):
 
 
 @cuda.jit(device=True)
-def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, role):
-    """Choose and weigh the experts of a token, for which the whole warp works.
-
-    `own` arrays have `columns` elements of a lane's own; the other tuples have the parameters of `choose_experts`.
-    """
-    logits, ranks, scores = own
-    gating_output, correction_bias, topk_weights, topk_ids = arrays
-    row_stride, aligned, ragged = rows
-    top_k, exact, scoring_func, whole_softmax, renormalize, routed_scaling_factor = rules
-    num_expert_group, topk_group, group_picks, group_size, lane_bits = groups
-    adjusting, padding, ids, dispatch, counters, more = extras
-    logit_bias, softcap = adjusting
-    num_token_non_padded, scalar_bytes, is_padding = padding
-    _, num_real, _ = ids
-    counts, num_counts, count_rows, count_bytes, counts_enabled = counters
-    num_shared, shared_factor, identity_weights = more
+def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extras, columns, role):
+    """Choose and weigh the experts of a token, for which the whole warp works."""
+    logits, ranks = own.logits, own.ranks
+    bias, scoring_func, top_k = choice.correction_bias, weighing.scoring_func, weighing.top_k
     extended = role == EXTENDED
-    num_slots = int32(top_k + num_shared if extended else top_k)
+    num_slots = int32(top_k + extras.shared.num_shared if extended else top_k)
     lane = int32(cuda.laneid)
-    if extended and is_padded(token, num_token_non_padded, scalar_bytes, is_padding):
-        write_nothing(token, lane, WARP, num_slots, topk_weights, topk_ids, ids, identity_weights)
+    if extended and is_padded(token, extras.padding):
+        write_nothing(token, lane, WARP, num_slots, chosen, extras)
         return
-    group = int32(lane >> lane_bits)
-    lanes = int32(1 << lane_bits)
+    group = int32(lane >> lanes_of.lane_bits)
+    lanes = int32(1 << lanes_of.lane_bits)
     in_group = int32(int32(lane & (lanes - 1)) * int32(columns))
-    first = int32(group * group_size + in_group)
+    first = int32(group * choice.group_size + in_group)
     count = int32(columns)
+    ragged = rows.num_experts != WARP * columns
     if ragged:
-        count = int32(min(group_size - in_group, columns))
-        if group >= num_expert_group:
+        count = int32(min(choice.group_size - in_group, columns))
+        if group >= choice.num_expert_group:
             count = int32(0)
-    row = int64(token) * row_stride
-    load_row(gating_output, row + first, count, aligned, columns, logits)
-    counting = (counts, num_counts, count_rows, count_bytes, counting_flag(counts_enabled), counts, 0)
+    row = int64(token) * rows.row_stride
+    load_row(rows.gating_output, row + first, count, columns >= 4 and rows.vector, columns, logits)
+    tally = Tally(extras.counting, counting_flag(extras.counting.counts_enabled), extras.counting.counts, 0)
     if extended:
-        adjust(logits, columns, first, count, logit_bias, softcap)
+        adjust(logits, columns, first, count, extras.adjusting)
     peak = float32(0.0)
     total = float32(1.0)
     broken = False
@@ -303,54 +300,53 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
     if scoring_func == SOFTMAX:
         if cuda.ballot_sync(ALL_LANES, broken) != 0:
             total = float32(0.0)
-        elif whole_softmax:
+        elif choice.whole_softmax:
             peak, total = sum_exponentials(logits, columns)
     for column in range(columns):
         ranks[column] = order_of_number(logits[column])
     if total == float32(0.0):
         for column in range(columns):
             ranks[column] = 0
-    if present(correction_bias) or (num_expert_group > 1 and group_picks > 1):
+    if present(bias) or (choice.num_expert_group > 1 and choice.group_picks > 1):
         score_all(logits, columns, scoring_func, peak, total, logits)
-    if present(correction_bias):
+    if present(bias):
         for column in range(columns):
             if column < count:
-                ranks[column] = order(logits[column] + correction_bias[first + column])
-    if num_expert_group > 1:
-        if group_picks == 1 or present(correction_bias):
-            rank = score_group(ranks, count, columns, lanes, group_picks > 1)
+                ranks[column] = order(logits[column] + bias[first + column])
+    if choice.num_expert_group > 1:
+        if choice.group_picks == 1 or present(bias):
+            rank = score_group(ranks, count, columns, lanes, choice.group_picks > 1)
         else:
             for column in range(columns):
-                scores[column] = order(logits[column])
-            rank = score_group(scores, count, columns, lanes, True)
-        if not in_chosen_group(rank, group, num_expert_group, topk_group):
+                own.scores[column] = order(logits[column])
+            rank = score_group(own.scores, count, columns, lanes, True)
+        if not in_chosen_group(rank, group, choice.num_expert_group, choice.topk_group):
             count = int32(0)
-    if ragged or num_expert_group > 1:
+    if ragged or choice.num_expert_group > 1:
         for column in range(columns):
             if column >= count:
                 ranks[column] = LOWEST_ORDER
 
-    chosen = int32(0)
+    expert = int32(0)
     logit = float32(NEGATIVE_INFINITY)
     decided = False
     if top_k < WARP:
+        exact = lanes_of.exact
         best = cuda.local.array(4, int32)
         best_four(ranks, columns, first, best)
         key, picks, decided = pick_keys(ranks, columns, first, best, top_k, top_k if exact else int32(WARP))
         decided = decided or exact
-        chosen = int32(int32(WARP * columns - 1) & ~key)
+        expert = int32(int32(WARP * columns - 1) & ~key)
         if lane < picks:
-            logit = load_float(gating_output, row + chosen)
-            if extended:
-                logit = adjusted(logit, chosen, logit_bias, softcap)
+            logit = load_logit(rows.gating_output, row, expert, extras.adjusting, extended)
         if not exact:
             rank = int32(LOWEST_ORDER)
             if lane < picks:
-                rank = order(rank_of(logit, chosen, correction_bias, scoring_func, peak, total))
+                rank = order(rank_of(logit, expert, Scores(bias, scoring_func, peak, total)))
             next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
             if cuda.ballot_sync(ALL_LANES, int32(lane + 1) < picks and rank < next_rank) != 0:
                 source = lane_of_pick(rank, picks)
-                chosen = cuda.shfl_sync(ALL_LANES, chosen, source)
+                expert = cuda.shfl_sync(ALL_LANES, expert, source)
                 logit = cuda.shfl_sync(ALL_LANES, logit, source)
 
     first_slot = int32(token * num_slots)
@@ -362,12 +358,10 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
         pick = int32(base + lane)
         is_mine = pick < top_k
         if not decided:
-            chosen = choose_one_by_one(ranks, columns, first, min(int32(top_k - base), int32(WARP)))
+            expert = choose_one_by_one(ranks, columns, first, min(int32(top_k - base), int32(WARP)))
             if is_mine:
-                logit = load_float(gating_output, row + chosen)
-                if extended:
-                    logit = adjusted(logit, chosen, logit_bias, softcap)
-        if scoring_func == SOFTMAX and not whole_softmax and base == 0:
+                logit = load_logit(rows.gating_output, row, expert, extras.adjusting, extended)
+        if scoring_func == SOFTMAX and not choice.whole_softmax and base == 0:
             peak = cuda.shfl_sync(ALL_LANES, logit, 0)
             if peak == float32(NEGATIVE_INFINITY):
                 total = float32(0.0)
@@ -376,23 +370,23 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
             weight = weight_of(logit, scoring_func, peak, total)
             slot = int32(first_slot + pick)
             if extended:
-                write_choice(chosen, slot, token, topk_ids, ids, dispatch, counting)
+                write_choice(expert, slot, token, chosen.topk_ids, extras, tally)
             else:
-                topk_ids[slot] = chosen
+                chosen.topk_ids[slot] = expert
                 if role == COUNTING:
-                    count_expert(chosen, token, counting)
+                    count_expert(expert, token, tally)
             if top_k > WARP:
-                topk_weights[slot] = weight
+                chosen.topk_weights[slot] = weight
         weight_sum += weight
-        if extended and is_mine and chosen >= num_real:
+        if extended and is_mine and expert >= extras.zero.num_real:
             identity += weight
             weight = float32(0.0)
             if top_k > WARP:
-                topk_weights[int32(first_slot + pick)] = weight
+                chosen.topk_weights[int32(first_slot + pick)] = weight
         base = int32(base + WARP)
 
-    scale = float32(routed_scaling_factor)
-    if renormalize:
+    scale = float32(weighing.routed_scaling_factor)
+    if weighing.renormalize:
         lanes = int32(min(top_k, WARP))
         distance = int32(1)
         while distance < lanes:
@@ -402,82 +396,33 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
             scale = divide(scale, weight_sum)
     if top_k > WARP:
         for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
-            topk_weights[int32(first_slot + pick)] *= scale
+            chosen.topk_weights[int32(first_slot + pick)] *= scale
     elif lane < top_k:
-        topk_weights[int32(first_slot + lane)] = weight * scale
+        chosen.topk_weights[int32(first_slot + lane)] = weight * scale
     if extended:
-        rest = (num_slots, num_shared, shared_factor, topk_weights, topk_ids, identity_weights)
-        write_rest(token, scale, weight_sum, identity, renormalize, rest, ids, dispatch, counting)
+        write_rest(token, num_slots, scale, weight_sum, identity, weighing.renormalize, chosen, extras, tally)
 
 
 @cuda.jit
 def choose_experts(
-    gating_output: FloatArray,
-    correction_bias: OptionalFloat32Array,
-    topk_weights: Float32Array,
-    topk_ids: Int32Array,
-    logit_bias: OptionalFloat32Array,
-    num_token_non_padded: OptionalSizedArray,
-    is_padding: OptionalFlags,
-    physical_map: OptionalInt32Array,
-    num_valid: OptionalInt32Array,
-    step: OptionalInt64Array,
-    counts: OptionalSizedArray,
-    counts_enabled: OptionalInt32Array,
-    identity_weights: OptionalFloat32Array,
-    num_tokens: Int32,
-    num_experts: Int32,
-    row_stride: Int64,
-    aligned: Int32,
-    ragged: Int32,
-    top_k: Int32,
-    exact: Int32,
-    scoring_func: Int32,
-    whole_softmax: Int32,
-    renormalize: Int32,
-    routed_scaling_factor: Float32,
-    num_expert_group: Int32,
-    topk_group: Int32,
-    group_picks: Int32,
-    group_size: Int32,
-    lane_bits: Int32,
-    softcap: Float32,
-    scalar_bytes: Int32,
-    id_bytes: Int32,
-    num_real: Int32,
-    zero_expert_id: Int32,
-    num_shared: Int32,
-    shared_factor: Float32,
-    num_rows: Int32,
-    width: Int32,
-    algorithm: Int32,
-    seed: Int64,
-    num_counts: Int32,
-    count_rows: Int32,
-    count_bytes: Int32,
+    rows: Rows,
+    choice: Choice,
+    weighing: Weighing,
+    lanes: WarpLanes,
+    chosen: Chosen,
+    extras: Extras,
     columns: Columns,
     role: Role,
 ):
-    # gating_output [num_tokens, num_experts] with rows row_stride apart, correction_bias [num_experts], topk_weights
-    # and topk_ids [num_tokens, top_k]; a warp per token, 1 << lane_bits lanes of it for a group, whose score is the
-    # best rank or the sum of the best two
-    own = (
+    """Choose for a token, by a warp whose lanes hold `columns` neighbours each; the grid has a warp per token.
+
+    A group's score is its best rank, or the sum of its best two scores.
+    """
+    own = Own(
         cuda.local.array(columns, float32),
         cuda.local.array(columns, int32),
         cuda.local.array(columns, int32),
     )
-    arrays = (gating_output, correction_bias, topk_weights, topk_ids)
-    rows = (row_stride, aligned, ragged)
-    rules = (top_k, exact, scoring_func, whole_softmax, renormalize, routed_scaling_factor)
-    groups = (num_expert_group, topk_group, group_picks, group_size, lane_bits)
-    extras = (
-        (logit_bias, softcap),
-        (num_token_non_padded, scalar_bytes, is_padding),
-        (id_bytes, num_real, zero_expert_id),
-        (physical_map, num_valid, step, num_rows, width, algorithm, seed),
-        (counts, num_counts, count_rows, count_bytes, counts_enabled),
-        (num_shared, shared_factor, identity_weights),
-    )
     token = warp_index()
-    if token < num_tokens:
-        choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, role)
+    if token < rows.num_tokens:
+        choose_for_token(token, own, rows, choice, weighing, lanes, chosen, extras, columns, role)

@@ -1,6 +1,17 @@
 """Logits, scores, ranks and weights, as the kernels of gating share them."""
 
+from typing import Any, NamedTuple
+
 from numba_moe.runtime.dialect import cuda, float32
+from numba_moe.runtime.parameters import (
+    Float32,
+    Float32Array,
+    FloatArray,
+    Int32,
+    Int32Array,
+    Int64,
+    OptionalFloat32Array,
+)
 from numba_moe.runtime.primitives import (
     INFINITY,
     NEGATIVE_INFINITY,
@@ -20,6 +31,52 @@ SOFTMAX = 0
 SIGMOID = 1
 SOFTPLUS_SQRT = 2
 SMALLEST_SUM = 1e-35  # of scores that are renormalised: a factor over less may be no float32
+
+
+class Rows(NamedTuple):
+    """The router's logits."""
+
+    gating_output: FloatArray  # [num_tokens, num_experts]
+    num_tokens: Int32
+    num_experts: Int32
+    row_stride: Int64  # elements from one row to the next
+    vector: Int32  # logits that one load reads: 8 or 4, or 0 for one
+
+
+class Choice(NamedTuple):
+    """How experts are chosen: groups first, by their best rank or the sum of their best, then experts in them."""
+
+    correction_bias: OptionalFloat32Array  # [num_experts]
+    whole_softmax: Int32  # whether ranks or weights need the sum over the whole row
+    num_expert_group: Int32
+    topk_group: Int32
+    group_picks: Int32  # experts that are summed for the score of a group; 1 for the best rank
+    group_size: Int32
+
+
+class Weighing(NamedTuple):
+    """How the scores of chosen experts become weights."""
+
+    top_k: Int32
+    scoring_func: Int32  # the index in SCORING
+    renormalize: Int32
+    routed_scaling_factor: Float32
+
+
+class Chosen(NamedTuple):
+    """The results; a token has `top_k` slots, and then one for each shared expert."""
+
+    topk_weights: Float32Array  # [num_tokens, num_slots]
+    topk_ids: Int32Array  # [num_tokens, num_slots], or of other integers if Extras says so
+
+
+class Scores(NamedTuple):
+    """What turns the logits of a row into scores and ranks."""
+
+    correction_bias: Any  # [num_experts]
+    scoring_func: Any
+    peak: Any  # of a softmax: the largest logit
+    total: Any  # and the sum of exponentials, 0 for a row that has none
 
 
 @cuda.jit(device=True)
@@ -124,13 +181,14 @@ def lower_unscored(logits, count, scoring_func):
 
 
 @cuda.jit(device=True)
-def rank_of(logit, expert, correction_bias, scoring_func, peak, total):
+def rank_of(logit, expert, scores):
     """Return the number by which an expert is chosen."""
-    if present(correction_bias):
-        return score_of(logit, scoring_func, peak, total) + correction_bias[expert]
-    if scoring_func == SOFTMAX and total == float32(0.0):
+    if present(scores.correction_bias):
+        score = score_of(logit, scores.scoring_func, scores.peak, scores.total)
+        return score + scores.correction_bias[expert]
+    if scores.scoring_func == SOFTMAX and scores.total == float32(0.0):
         return float32(0.0)
-    if scoring_func > SIGMOID and not logit < float32(INFINITY):
+    if scores.scoring_func > SIGMOID and not logit < float32(INFINITY):
         return float32(NEGATIVE_INFINITY)
     return logit
 

@@ -6,13 +6,14 @@ import torch
 
 from numba_moe import gating
 from numba_moe.gating import given, plans
-from numba_moe.gating.rows import SCORING
-from numba_moe.placement.dispatch import ALGORITHMS, plan_dispatch
+from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
+from numba_moe.gating.rows import SCORING, Chosen, Weighing
+from numba_moe.placement.dispatch import ALGORITHMS, Dispatch, plan_dispatch
 from numba_moe.reference import selection as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import COLUMNS, COUNTING, EXTENDED
+from numba_moe.runtime.parameters import COUNTING, EXTENDED
 from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 
 BIAS_MODES = ("choice", "logits")
@@ -21,7 +22,7 @@ GIVEN_IDS = (torch.int32, torch.int64, torch.int16)
 
 
 class Options(NamedTuple):
-    """What is asked for besides choosing and weighing; arrays, or their layouts."""
+    """What is asked for besides choosing and weighing, by the names of `select_experts`; arrays, or their layouts."""
 
     softcap: Any = 0.0
     num_fused_shared_experts: Any = 0
@@ -36,49 +37,48 @@ class Options(NamedTuple):
     counts_enabled: Any = None
     indices_dtype: Any = "int32"
 
+    def layouts(self) -> "Options":
+        """Return these options with layouts of arrays."""
+        if self is NONE:
+            return self
+        found: Options = new_tuple(Options, map(layout, self))
+        return found if found.dispatch is None else found._replace(dispatch=tuple(map(layout, self.dispatch)))
+
+    def arrays(self) -> dict[str, torch.Tensor | None]:
+        """Return the arrays among them, by the names that kernels have for them."""
+        found = {
+            "identity_weights": self.identity_weights,
+            "num_token_non_padded": self.num_token_non_padded,
+            "is_padding": self.is_padding,
+            "counts": self.counts,
+            "counts_enabled": self.counts_enabled,
+        }
+        if self.dispatch is not None:
+            found["physical_map"], found["num_valid"], _, _, found["step"] = self.dispatch
+        return found
+
+    def for_reference(self) -> dict[str, Any]:
+        """Return these options as the reference takes them."""
+        return self._asdict() | {"indices_dtype": str(self.indices_dtype).removeprefix("torch.")}
+
 
 NONE = Options()
-NO_NUMBERS = (*NONE[:5], NONE.indices_dtype)
+NO_NUMBERS, NO_ARRAYS = (*NONE[:5], NONE.indices_dtype), list(NONE[5:11])
 
 
-def options_of(
-    softcap: Any,
-    num_shared: Any,
-    on_output: Any,
-    num_zero: Any,
-    zero_expert_id: Any,
-    identity_weights: Any,
-    num_token_non_padded: Any,
-    is_padding: Any,
-    dispatch: Any,
-    counts: Any,
-    counts_enabled: Any,
-    indices_dtype: Any,
-) -> Options:
+def options_of(*values: Any) -> Options:
     """Return options, or `NONE` if nothing is asked for: to compare tensors would take microseconds."""
-    if num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None:
-        numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id, indices_dtype)
-        if numbers == NO_NUMBERS:
-            return NONE
-    given = (identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype)
-    return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *given))
+    given: Options = new_tuple(Options, values)
+    softcap, num_shared, on_output, num_zero, zero_expert_id, *arrays, indices_dtype = values
+    if arrays == NO_ARRAYS and (softcap, num_shared, on_output, num_zero, zero_expert_id, indices_dtype) == NO_NUMBERS:
+        return NONE
+    return given
 
 
-def layouts(options: Options) -> Options:
-    """Return options with layouts of arrays."""
-    if options is NONE:
-        return options
-    softcap, num_shared, on_output, num_zero, zero_expert_id, *given, indices_dtype = options
-    identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled = given
-    if isinstance(dispatch, tuple):
-        dispatch = tuple(map(layout, dispatch))
-    padding = (layout(num_token_non_padded), layout(is_padding))
-    found = (layout(identity_weights), *padding, dispatch, layout(counts), layout(counts_enabled), indices_dtype)
-    return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *found))
-
-
-def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, options: Options) -> plans.Extras:
-    """Check options, and return what of them kernels are told."""
+def _check(
+    gating_output: Layout, top_k: int, routed_scaling_factor: float, logit_bias: Layout | None, options: Options
+) -> tuple[Extras, torch.dtype]:
+    """Check options; return what of them kernels are told, and the dtype of ids."""
     like = ("gating_output", gating_output)
     num_tokens, num_experts = gating_output.shape
     checks.number("softcap", options.softcap)
@@ -109,7 +109,7 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
     if options.is_padding is not None:
         checks.array("is_padding", options.is_padding, (torch.bool,), (1,), like=like)
         checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
-    table = (0, 0, 0, 0)
+    dispatch = plans.NO_DISPATCH
     if options.dispatch is not None:
         checks.tuple_of("dispatch", options.dispatch, 5)
         physical_map, num_valid, algorithm, seed, step = options.dispatch
@@ -118,7 +118,8 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
         num_rows = physical_map.shape[0]
         if algorithm != "fake":
             checks.at_least("len(dispatch.physical_map)", num_rows, num_experts - num_zero + num_shared, "experts")
-        table = (num_rows, physical_map.shape.numel() // num_rows, ALGORITHMS.index(algorithm), seed)
+        rule = (num_rows, physical_map.shape.numel() // num_rows, ALGORITHMS.index(algorithm), seed)
+        dispatch = Dispatch(physical_map, num_valid, step, *rule)
     counters = (0, 1, 0)
     if options.counts is not None:
         checks.array("counts", options.counts, checks.IDS, (1, 2), like=like)
@@ -136,19 +137,16 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
     fits = name != "int16" or largest < 2**15
     checks.holds("indices_dtype", f"wide enough for expert {largest}", fits, name)
     shared_factor = 1.0 / routed_scaling_factor if divides else 1.0
-    return plans.Extras(
-        softcap=float(options.softcap),
-        scalar_bytes=scalar_bytes,
-        id_dtype=ID_DTYPES[name],
-        num_zero_experts=num_zero,
-        zero_expert_id=zero_expert_id,
-        num_shared=num_shared,
-        shared_factor=shared_factor,
-        table=table,
-        num_counts=counters[0],
-        count_rows=counters[1],
-        count_bytes=counters[2],
+    extras = Extras(
+        Adjusting(logit_bias, float(options.softcap)),
+        Padding(plans.sized(options.num_token_non_padded), scalar_bytes, options.is_padding and torch.uint8),
+        ZeroExperts(num_experts - num_zero, zero_expert_id, options.identity_weights),
+        SharedExperts(num_shared, shared_factor),
+        dispatch,
+        Counting(plans.sized(options.counts), options.counts_enabled, *counters),
+        ID_DTYPES[name].itemsize,
     )
+    return extras, ID_DTYPES[name]
 
 
 def plan_selection(
@@ -163,25 +161,25 @@ def plan_selection(
     routed_scaling_factor: float,
     bias_mode: str,
     options: Options,
-    tiers: tuple[int, ...] = COLUMNS,
-) -> tuple[plans.GatingPlan, plans.Extras]:
+) -> plans.GatingPlan:
     """Check everything about a selection, and plan it."""
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     top_k = checks.integer("top_k", top_k, 1)
     checks.choice("bias_mode", bias_mode, BIAS_MODES)
-    extras = _check(gating_output, top_k, routed_scaling_factor, options)
-    factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
-    rules = (renormalize, scoring_func, correction_bias, group_score, factor)
     in_logits = bias_mode == "logits"
+    logit_bias, moving = (correction_bias, None) if in_logits else (None, correction_bias)
+    extras, id_dtype = _check(gating_output, top_k, routed_scaling_factor, logit_bias, options)
+    plans.check_bias(logit_bias, gating_output)
+    factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
+    rules = (renormalize, scoring_func, moving, group_score, factor)
+    if options is NONE and not in_logits:
+        return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules)
     only_counts = not in_logits and options._replace(counts=None, counts_enabled=None) == NONE
-    extras = extras._replace(bias_in_logits=in_logits, role=COUNTING if only_counts else EXTENDED)
-    used = None if options is NONE and not in_logits else extras
-    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
+    what = (extras, COUNTING if only_counts else EXTENDED, id_dtype)
+    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, *what)
 
 
-@planned
-def _plan_selection(*arguments: Any) -> plans.GatingPlan:
-    return plan_selection(*arguments)[0]
+_plan_selection = planned(plan_selection)
 
 
 class WeighingPlan(NamedTuple):
@@ -221,29 +219,19 @@ def _plan_weighing(
     if logit_bias is not None:
         checks.array("logit_bias", logit_bias, (torch.float32,), (1,), like=like)
         checks.shape("logit_bias", logit_bias, (num_experts,), "(num_experts,)")
-    extras = _check(gating_output, top_k, routed_scaling_factor, options)
-    num_slots = top_k + extras.num_shared
+    extras, id_dtype = _check(gating_output, top_k, routed_scaling_factor, logit_bias, options)
+    num_slots = top_k + extras.shared.num_shared
     checks.fits_int32("gating_output", num_tokens * num_slots, "num_tokens * top_k")
-    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
-    aligned = plans.in_vectors(gating_output, num_experts)
-    sizes = (num_tokens, num_experts, stride, int(aligned), num_given, input_ids.dtype.itemsize if input_ids else 0)
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
-    rules = (top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
-    numbers = (*sizes, *rules, *extras.numbers(num_experts))
-    choices = {"gating_output": gating_output.dtype, "given_ids": topk_ids.dtype}
+    rows = plans.rows_of(gating_output, 4 * plans.in_vectors(gating_output, num_experts))
+    already = given.Given(topk_ids, plans.sized(input_ids), num_given, input_ids.dtype.itemsize if input_ids else 0)
+    weighing = Weighing(top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
+    records = (rows, already, weighing, Chosen(torch.float32, torch.int32), extras)
     return WeighingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),
-        arrays.contiguous(extras.id_dtype, num_tokens, num_slots),
-        Launch(given.weigh_given, gating_output.device, *warps(num_tokens), numbers, choices),
+        arrays.contiguous(id_dtype, num_tokens, num_slots),
+        Launch(given.weigh_given, gating_output.device, *warps(num_tokens), *records),
     )
-
-
-def extra_arrays(options: Options) -> tuple[torch.Tensor | None, ...]:
-    """Return the arrays that kernels take last, but for the bias of logits."""
-    physical_map, num_valid, _, _, step = options.dispatch or (None, None, None, None, None)
-    padding = (options.num_token_non_padded, options.is_padding)
-    counting = (options.counts, options.counts_enabled)
-    return (*padding, physical_map, num_valid, step, *counting, options.identity_weights)
 
 
 def _check_data(gating_output: torch.Tensor, options: Options) -> None:
@@ -401,13 +389,12 @@ def select_experts(
             routed_scaling_factor,
         )
     groups = (num_expert_group, topk_group, renormalize, scoring_func, layout(correction_bias), group_score)
-    rules = (routed_scaling_factor, bias_mode, layouts(options))
+    rules = (routed_scaling_factor, bias_mode, options.layouts())
     plan = _plan_selection(layout(gating_output), top_k, *groups, *rules)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)
     if arrays.answered_by_reference(gating_output):
-        named = options._replace(indices_dtype=str(indices_dtype).removeprefix("torch."))._asdict()
         return arrays.by_reference(
             reference.select_experts,
             *(gating_output, top_k),
@@ -419,10 +406,10 @@ def select_experts(
             group_score=group_score,
             routed_scaling_factor=routed_scaling_factor,
             bias_mode=bias_mode,
-            **named,
+            **options.for_reference(),
         )
     logit_bias, correction_bias = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
-    return gating.run_plan(plan, gating_output, correction_bias, (logit_bias, *extra_arrays(options)))
+    return gating.run_plan(plan, gating_output, correction_bias, logit_bias=logit_bias, **options.arrays())
 
 
 @arrays.public_writing("identity_weights", "counts")
@@ -524,14 +511,13 @@ def weigh_experts(
         *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
         *(dispatch, counts, counts_enabled, indices_dtype),
     )
-    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), layouts(options))
+    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), options.layouts())
     plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)
         checks.ids(topk_ids, gating_output.shape[1])
     if arrays.answered_by_reference(gating_output):
-        named = options._replace(indices_dtype=str(indices_dtype).removeprefix("torch."))._asdict()
         return arrays.by_reference(
             reference.weigh_experts,
             *(gating_output, topk_ids),
@@ -540,10 +526,17 @@ def weigh_experts(
             renormalize=renormalize,
             routed_scaling_factor=routed_scaling_factor,
             logit_bias=logit_bias,
-            **named,
+            **options.for_reference(),
         )
     topk_weights = arrays.empty(*plan.topk_weights)
     written = arrays.empty(*plan.topk_ids)
-    inputs = (gating_output, topk_ids, input_ids)
-    plan.weigh(*inputs, topk_weights, written, logit_bias, *extra_arrays(options))
+    plan.weigh(
+        gating_output=gating_output,
+        given_ids=topk_ids,
+        input_ids=input_ids,
+        topk_weights=topk_weights,
+        topk_ids=written,
+        logit_bias=logit_bias,
+        **options.arrays(),
+    )
     return new_tuple(TopK, (topk_weights, written))

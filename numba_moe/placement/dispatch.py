@@ -8,7 +8,7 @@ that a busy expert's counter is no queue.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +22,8 @@ from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.parameters import (
     Ids,
     Int32,
-    Int32Array,
     Int64,
+    LikeTopkIds,
     OptionalIds,
     OptionalInt32Array,
     OptionalInt64Array,
@@ -52,6 +52,35 @@ MOST_THREADS = 1024
 MOST_BLOCKS = 264
 
 
+class Dispatch(NamedTuple):
+    """The places of experts, and the rule by which a slot goes to one of them."""
+
+    physical_map: OptionalInt32Array  # [num_rows, width]; absent where experts keep their ids
+    num_valid: OptionalInt32Array  # [num_rows]
+    step: OptionalInt64Array  # [1]
+    num_rows: Int32
+    width: Int32  # 1 where an expert has one place
+    algorithm: Int32  # the index in ALGORITHMS
+    seed: Int64
+
+
+class Slots(NamedTuple):
+    """The experts of slots, and where their places are written."""
+
+    topk_ids: Ids  # [num_slots]
+    out: LikeTopkIds  # [num_slots]
+    num_slots: Int32
+    top_k: Int32
+
+
+class PhysicalCounts(NamedTuple):
+    """Counters of places."""
+
+    counts: OptionalIds  # [num_physical]
+    num_physical: Int32
+    num_in_shared: Int32  # num_physical where a block counts in shared memory first, else 0
+
+
 @cuda.jit(device=True)
 def random_word(slot, step, seed):
     """Return the first word of Philox4x32-10 for counter (slot, 0, step) and key seed."""
@@ -74,71 +103,54 @@ def random_word(slot, step, seed):
 
 
 @cuda.jit(device=True)
-def physical_of(expert, slot, token, physical_map, num_valid, step, num_rows, width, algorithm, seed):
-    """Return the physical id that a slot of a token goes to for its expert, -1 for none.
-
-    physical_map [num_rows, width], num_valid [num_rows], step [1]; the width is 1 where there is no choice.
-    """
-    if expert < 0 or (expert >= num_rows and algorithm != FAKE):
+def physical_of(expert, slot, token, dispatch):
+    """Return the physical id that a slot of a token goes to for its expert, -1 for none."""
+    if expert < 0 or (expert >= dispatch.num_rows and dispatch.algorithm != FAKE):
         return int32(-1)
-    index = int64(expert) * width
-    if algorithm == FAKE:
-        index = int64(slot - quotient(slot, num_rows) * num_rows)
-    elif algorithm != STATIC:
-        valid = min(num_valid[expert], width)
+    index = int64(expert) * dispatch.width
+    if dispatch.algorithm == FAKE:
+        index = int64(slot - quotient(slot, dispatch.num_rows) * dispatch.num_rows)
+    elif dispatch.algorithm != STATIC:
+        valid = min(dispatch.num_valid[expert], dispatch.width)
         if valid < 1:
             return int32(-1)
-        if algorithm == DYNAMIC:
-            word = uint64(random_word(slot, step[0], seed))
+        if dispatch.algorithm == DYNAMIC:
+            word = uint64(random_word(slot, dispatch.step[0], dispatch.seed))
             index += int64((word * uint64(valid)) >> 32)
         else:
             word = uint64(uint32(int64(token) * HASH_MULTIPLIER))
             index += int64(word % uint64(valid))
-    return int32(max(physical_map[index], -1))
+    return int32(max(dispatch.physical_map[index], -1))
 
 
 @cuda.jit(launch_bounds=MOST_THREADS)
-def map_ids(
-    topk_ids: Ids,
-    physical_map: Int32Array,
-    num_valid: OptionalInt32Array,
-    step: OptionalInt64Array,
-    counts: OptionalIds,
-    out: Ids,
-    num_slots: Int32,
-    top_k: Int32,
-    num_rows: Int32,
-    width: Int32,
-    num_physical: Int32,
-    num_in_shared: Int32,
-    algorithm: Int32,
-    seed: Int64,
-):
-    # topk_ids and out [num_slots]; physical_map [num_rows, width]; num_valid [num_rows]; step [1]; counts
-    # [num_physical]
-    in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared], which is num_physical or 0
+def map_ids(slots: Slots, dispatch: Dispatch, counted: PhysicalCounts):
+    """Map slots, a thread one and then the one that lies a whole grid further on; any grid covers all slots.
+
+    Dynamic shared memory: an int32 for each of `num_in_shared` counters.
+    """
+    in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared]
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
-    fill(in_block, num_in_shared, 0, thread, threads)
+    fill(in_block, counted.num_in_shared, 0, thread, threads)
     cuda.syncthreads()
     slot = int64(cuda.blockIdx.x) * threads + thread
-    while slot < num_slots:
-        token = quotient(int32(slot), top_k)
-        rules = num_rows, width, algorithm, seed
-        physical = physical_of(topk_ids[slot], int32(slot), token, physical_map, num_valid, step, *rules)
-        out[slot] = physical
-        if physical >= 0 and physical < num_physical:
-            if num_in_shared > 0:
+    while slot < slots.num_slots:
+        token = quotient(int32(slot), slots.top_k)
+        physical = physical_of(slots.topk_ids[slot], int32(slot), token, dispatch)
+        slots.out[slot] = physical
+        if physical >= 0 and physical < counted.num_physical:
+            if counted.num_in_shared > 0:
                 atomic_add(in_block, physical, 1)
             else:
-                add_to_global(counts, physical, 1)
+                add_to_global(counted.counts, physical, 1)
         slot += int64(cuda.gridDim.x) * threads
     cuda.syncthreads()
     physical = thread
-    while physical < num_in_shared:
+    while physical < counted.num_in_shared:
         count = in_block[physical]
         if count > 0:
-            add_to_global(counts, physical, count)
+            add_to_global(counted.counts, physical, count)
         physical = int32(physical + threads)
 
 
@@ -200,10 +212,12 @@ def plan_dispatch(
     in_shared = blocks > 1 and 4 * num_physical <= MOST_SHARED_BYTES
     num_in_shared = num_physical if in_shared else 0
     top_k = max(topk_ids.shape[1], 1) if len(topk_ids.shape) == 2 else 1
-    sizes = (num_slots, top_k, num_rows, num_entries // num_rows, num_physical, num_in_shared)
-    numbers = (*sizes, ALGORITHMS.index(algorithm), seed)
-    choices = {"topk_ids": topk_ids.dtype, "counts": counts and counts.dtype, "out": topk_ids.dtype}
-    launch = Launch(map_ids, topk_ids.device, blocks, threads, numbers, choices, 4 * num_in_shared)
+    slots = Slots(topk_ids, topk_ids, num_slots, top_k)
+    rule = (num_rows, num_entries // num_rows, ALGORITHMS.index(algorithm), seed)
+    dispatch = Dispatch(physical_map, num_valid, step, *rule)
+    counted = PhysicalCounts(counts, num_physical, num_in_shared)
+    where = (topk_ids.device, blocks, threads)
+    launch = Launch(map_ids, *where, slots, dispatch, counted, shared_bytes=4 * num_in_shared)
     return arrays.contiguous(topk_ids.dtype, *topk_ids.shape), launch
 
 
@@ -289,7 +303,7 @@ def dispatch_ids(
         return found if out is None else out
     if out is None:
         out = arrays.empty(*result)
-    launch(topk_ids, physical_map, num_valid, step, counts, out)
+    launch(topk_ids=topk_ids, physical_map=physical_map, num_valid=num_valid, step=step, counts=counts, out=out)
     return out
 
 

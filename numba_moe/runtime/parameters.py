@@ -46,6 +46,8 @@ OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
 # What rows are moved in, whatever they hold: words of 16 bytes are complex128 (see primitives.load_word).
 Words = Annotated[Any, "complex128", "int64", "int32", "int16", "uint8"]
 
+LikeTopkIds = Annotated[Any, LIKE, "topk_ids"]
+
 OptionalFlags = Annotated[Any, "uint8", None]
 # Integers whose size a number says: to compile a kernel for each would be many kernels for little.
 SizedArray = Annotated[Any, "int32"]

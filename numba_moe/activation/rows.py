@@ -111,18 +111,23 @@ def slope_of(gate, share, rule):
 
 
 @cuda.jit(device=True)
+def add_eight(values, eight):
+    """Add eight numbers, not in a loop: the compiler unrolls loops around it only if there is none within."""
+    values[0] += eight[0]
+    values[1] += eight[1]
+    values[2] += eight[2]
+    values[3] += eight[3]
+    values[4] += eight[4]
+    values[5] += eight[5]
+    values[6] += eight[6]
+    values[7] += eight[7]
+
+
+@cuda.jit(device=True)
 def add_run(array, first, values, items):
     """Add the elements from `first` on to as many values."""
     if items == RUN:
-        a, b, c, d, e, f, g, h = load_eight(array, first)
-        values[0] += a
-        values[1] += b
-        values[2] += c
-        values[3] += d
-        values[4] += e
-        values[5] += f
-        values[6] += g
-        values[7] += h
+        add_eight(values, load_eight(array, first))
     else:
         values[0] += load_float(array, first)
 
@@ -142,24 +147,10 @@ def add_gate_up(array, row, column, width, rule, gate, up, items):
     if rule.kind == NONE:
         add_run(array, row + column, gate, items)
     elif rule.interleaved and items == RUN:
-        a, b, c, d, e, f, g, h = load_eight(array, row + 2 * column)
-        gate[0] += a
-        up[0] += b
-        gate[1] += c
-        up[1] += d
-        gate[2] += e
-        up[2] += f
-        gate[3] += g
-        up[3] += h
-        a, b, c, d, e, f, g, h = load_eight(array, row + 2 * column + RUN)
-        gate[4] += a
-        up[4] += b
-        gate[5] += c
-        up[5] += d
-        gate[6] += e
-        up[6] += f
-        gate[7] += g
-        up[7] += h
+        low = load_eight(array, row + 2 * column)
+        high = load_eight(array, row + 2 * column + RUN)
+        add_eight(gate, (low[0], low[2], low[4], low[6], high[0], high[2], high[4], high[6]))
+        add_eight(up, (low[1], low[3], low[5], low[7], high[1], high[3], high[5], high[7]))
     elif rule.interleaved:
         gate[0] += load_float(array, row + 2 * column)
         up[0] += load_float(array, row + 2 * column + 1)

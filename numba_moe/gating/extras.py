@@ -6,6 +6,7 @@ compiled for every one; what a call has no use for is an absent array or a 0.
 
 from typing import Any, NamedTuple
 
+from numba_moe.gating.rows import load_first
 from numba_moe.placement.dispatch import Dispatch, physical_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.parameters import (
@@ -18,7 +19,6 @@ from numba_moe.runtime.parameters import (
 )
 from numba_moe.runtime.primitives import (
     LARGEST_FLOAT,
-    WARP,
     add_to_global,
     as_int16,
     as_int64,
@@ -27,7 +27,6 @@ from numba_moe.runtime.primitives import (
     load_float,
     present,
     tanh,
-    warp_sum,
 )
 
 
@@ -92,6 +91,16 @@ class Tally(NamedTuple):
     num_in_block: Any  # num_counts, or 0 for none
 
 
+class Source(NamedTuple):
+    """A token's row, and how its logits are read."""
+
+    gating_output: Any  # [num_tokens, num_experts]
+    row: Any  # where it begins
+    vector: Any
+    adjusting: Any
+    extended: Any  # whether logits are adjusted
+
+
 @cuda.jit(device=True)
 def adjusted(logit, expert, adjusting):
     """Return a logit, if finite kept within the cap, and with its expert's bias."""
@@ -112,11 +121,19 @@ def adjust(logits, columns, first, count, adjusting):
 
 
 @cuda.jit(device=True)
-def load_logit(gating_output, row, expert, adjusting, extended):
-    """Read the logit of an expert, adjusted where the kernel is compiled for that."""
-    logit = load_float(gating_output, row + expert)
-    if extended:
-        logit = adjusted(logit, expert, adjusting)
+def load_logits(source, expert, count, logits):
+    """Read the logits of the first `count` of eight experts, adjusted; -inf for the others."""
+    load_first(source.gating_output, source.row + expert, count, source.vector, logits)
+    if source.extended:
+        adjust(logits, 8, expert, count, source.adjusting)
+
+
+@cuda.jit(device=True)
+def load_one(source, expert):
+    """Read the logit of an expert, adjusted."""
+    logit = load_float(source.gating_output, source.row + expert)
+    if source.extended:
+        logit = adjusted(logit, expert, source.adjusting)
     return logit
 
 
@@ -209,21 +226,6 @@ def write_shared(token, lane, lanes, num_slots, weight, chosen, extras, tally):
         write_expert(int32(extras.zero.num_real + shared), int32(slot), token, chosen.topk_ids, extras, tally)
         chosen.topk_weights[slot] = weight
         shared = int32(shared + lanes)
-
-
-@cuda.jit(device=True)
-def write_rest(token, num_slots, scale, weight_sum, identity, renormalize, chosen, extras, tally):
-    """Write what a token that a warp serves has beside its picks, given the lanes' sums of weights."""
-    lane = int32(cuda.laneid)
-    if extras.shared.num_shared > 0:
-        shared = float32(extras.shared.shared_factor)
-        if not renormalize:
-            shared *= warp_sum(weight_sum)
-        write_shared(token, lane, WARP, num_slots, shared, chosen, extras, tally)
-    if present(extras.zero.identity_weights):
-        identity = warp_sum(identity)
-        if lane == 0:
-            extras.zero.identity_weights[token] = identity * scale
 
 
 @cuda.jit(device=True)

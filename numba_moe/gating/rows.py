@@ -181,6 +181,16 @@ def lower_unscored(logits, count, scoring_func):
 
 
 @cuda.jit(device=True)
+def lower_broken(logits, count, scoring_func):
+    """Let logits that have no rank be -inf, as `lower_unscored` does; return whether the row has no softmax."""
+    broken = False
+    if not_all_finite(logits, count):
+        broken = has_no_softmax(logits, count)
+        lower_unscored(logits, count, scoring_func)
+    return broken
+
+
+@cuda.jit(device=True)
 def rank_of(logit, expert, scores):
     """Return the number by which an expert is chosen."""
     if present(scores.correction_bias):

@@ -151,9 +151,9 @@ def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
     Notes
     -----
     One launch on the caller's current stream, which captures into CUDA graphs; allocates the results only. The
-    formulas are those of triton_kernels' ragged metadata. On the GPU nobody reads sizes beforehand: offsets of more rows
-    than int32 holds are their lower 32 bits there, and nothing is read or written out of bounds; NUMBA_MOE_VALIDATE=1
-    makes them an error.
+    formulas are those of triton_kernels' ragged metadata. On the GPU nobody reads sizes beforehand: of more rows than
+    int32 holds, offsets are the lower 32 bits there, and nothing is read or written out of bounds;
+    NUMBA_MOE_VALIDATE=1 makes them an error.
 
     Examples
     --------

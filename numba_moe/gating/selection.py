@@ -69,9 +69,9 @@ def options_of(
     if softcap == INFINITY:
         softcap = 0.0
     numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id)
-    if num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None:
-        if numbers == NO_NUMBERS and isinstance(indices_dtype, str) and indices_dtype == NONE.indices_dtype:
-            return NONE
+    no_arrays = num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None
+    if no_arrays and numbers == NO_NUMBERS and isinstance(indices_dtype, str) and indices_dtype == NONE.indices_dtype:
+        return NONE
     given = (identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype)
     return new_tuple(Options, (*numbers, *given))
 

@@ -29,8 +29,9 @@ def moe_align_block_size(
     """Group slots by expert, padded to blocks; `num_experts` counts one more, for slots of id -1.
 
     Those come first, in blocks that `experts_ids` calls -1. Padding is written in any case; `cumsum_buffer` is SGLang's
-    scratch, which nothing here needs. `num_tokens_post_pad` may have a second number: the blocks called -1. Releases before that one more had counters of tokens before `cumsum_buffer`, which
-    so was where the flag is now: where a tensor is there, `num_experts` is the number of experts.
+    scratch, which nothing here needs. `num_tokens_post_pad` may have a second number, of the blocks called -1. Older
+    releases had counters of tokens before `cumsum_buffer`, which was where the flag is now: where a tensor is there,
+    `num_experts` is the number of experts.
     """
     given = sorted_token_ids, experts_ids, num_tokens_post_pad[:1]
     if isinstance(pad_sorted_token_ids, torch.Tensor):

@@ -23,11 +23,14 @@ from numba_moe.runtime.primitives import (
     as_int16,
     as_int64,
     atomic_add,
+    divide_rounded,
     larger,
     load_float,
     present,
     tanh,
 )
+
+LARGEST_INT16 = 2**15 - 1
 
 
 class Adjusting(NamedTuple):
@@ -104,8 +107,9 @@ class Source(NamedTuple):
 @cuda.jit(device=True)
 def adjusted(logit, expert, adjusting):
     """Return a logit, if finite kept within the cap, and with its expert's bias."""
-    if adjusting.softcap > float32(0.0) and larger(logit, -logit) <= float32(LARGEST_FLOAT):
-        logit = adjusting.softcap * tanh(logit / adjusting.softcap)
+    softcap = adjusting.softcap
+    if softcap > float32(0.0) and larger(logit, -logit) <= float32(LARGEST_FLOAT):
+        logit = float32(softcap) * tanh(divide_rounded(logit, softcap))
     if present(adjusting.logit_bias):
         logit += adjusting.logit_bias[expert]
     return logit
@@ -203,6 +207,8 @@ def write_expert(expert, slot, token, topk_ids, extras, tally):
     """Write an expert, or the place that its slot goes to, and count what is written."""
     if present(extras.dispatch.physical_map):
         expert = physical_of(expert, slot, token, extras.dispatch)
+        if extras.id_bytes == 2 and expert > LARGEST_INT16:
+            expert = int32(-1)
     store_id(topk_ids, slot, expert, extras.id_bytes)
     count_expert(expert, token, tally)
 

@@ -63,7 +63,7 @@ def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -
     num_slots = topk_ids.shape.numel()
     grid = sorting.grid_to_count(num_slots, num_experts)
     result = arrays.contiguous(torch.int32, num_experts)
-    slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts)
+    slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts, num_experts)
     counted = kernels.Counted(block_counts=None, counts=result, stride=grid.stride)
     cleared = kernels.Cleared(sorted_slots=None, num_positions=0, num_words=0)
     where = (topk_ids.device, grid.blocks, grid.threads)

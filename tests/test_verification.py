@@ -79,14 +79,14 @@ FAULTS = {
     "another expert": (
         "gating.registers",
         "choose_for_token",
-        "topk_ids[slot] = chosen",
-        "topk_ids[slot] = num_experts - 1 - chosen",
+        "write_pick(expert, logit,",
+        "write_pick(rows.num_experts - 1 - expert, logit,",
     ),
     "not renormalised": (
         "gating.registers",
         "choose_for_token",
-        "scale = divide(scale, weight_sum)",
-        "scale = scale",
+        "scale_of(score_sum,",
+        "scale_of(float32(0.0),",
     ),
     "row off by one": ("permute.rows", "gather_rows", "source + min(", "source + min(1 + "),
     "last slot not moved": ("permute.rows", "gather_rows", "in range(slots)", "in range(slots - 1)"),

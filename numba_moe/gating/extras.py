@@ -6,6 +6,7 @@ compiled for every one; what a call has no use for is an absent array or a 0.
 
 from typing import Any, NamedTuple
 
+from numba_moe.gating.rows import load_first
 from numba_moe.placement.dispatch import Dispatch, physical_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.parameters import (
@@ -18,17 +19,18 @@ from numba_moe.runtime.parameters import (
 )
 from numba_moe.runtime.primitives import (
     LARGEST_FLOAT,
-    WARP,
     add_to_global,
     as_int16,
     as_int64,
     atomic_add,
+    divide_rounded,
     larger,
     load_float,
     present,
     tanh,
-    warp_sum,
 )
+
+LARGEST_INT16 = 2**15 - 1
 
 
 class Adjusting(NamedTuple):
@@ -92,11 +94,22 @@ class Tally(NamedTuple):
     num_in_block: Any  # num_counts, or 0 for none
 
 
+class Source(NamedTuple):
+    """A token's row, and how its logits are read."""
+
+    gating_output: Any  # [num_tokens, num_experts]
+    row: Any  # where it begins
+    vector: Any
+    adjusting: Any
+    extended: Any  # whether logits are adjusted
+
+
 @cuda.jit(device=True)
 def adjusted(logit, expert, adjusting):
     """Return a logit, if finite kept within the cap, and with its expert's bias."""
-    if adjusting.softcap > float32(0.0) and larger(logit, -logit) <= float32(LARGEST_FLOAT):
-        logit = adjusting.softcap * tanh(logit / adjusting.softcap)
+    softcap = adjusting.softcap
+    if softcap > float32(0.0) and larger(logit, -logit) <= float32(LARGEST_FLOAT):
+        logit = float32(softcap) * tanh(divide_rounded(logit, softcap))
     if present(adjusting.logit_bias):
         logit += adjusting.logit_bias[expert]
     return logit
@@ -112,11 +125,19 @@ def adjust(logits, columns, first, count, adjusting):
 
 
 @cuda.jit(device=True)
-def load_logit(gating_output, row, expert, adjusting, extended):
-    """Read the logit of an expert, adjusted where the kernel is compiled for that."""
-    logit = load_float(gating_output, row + expert)
-    if extended:
-        logit = adjusted(logit, expert, adjusting)
+def load_logits(source, expert, count, logits):
+    """Read the logits of the first `count` of eight experts, adjusted; -inf for the others."""
+    load_first(source.gating_output, source.row + expert, count, source.vector, logits)
+    if source.extended:
+        adjust(logits, 8, expert, count, source.adjusting)
+
+
+@cuda.jit(device=True)
+def load_one(source, expert):
+    """Read the logit of an expert, adjusted."""
+    logit = load_float(source.gating_output, source.row + expert)
+    if source.extended:
+        logit = adjusted(logit, expert, source.adjusting)
     return logit
 
 
@@ -186,6 +207,8 @@ def write_expert(expert, slot, token, topk_ids, extras, tally):
     """Write an expert, or the place that its slot goes to, and count what is written."""
     if present(extras.dispatch.physical_map):
         expert = physical_of(expert, slot, token, extras.dispatch)
+        if extras.id_bytes == 2 and expert > LARGEST_INT16:
+            expert = int32(-1)
     store_id(topk_ids, slot, expert, extras.id_bytes)
     count_expert(expert, token, tally)
 
@@ -209,21 +232,6 @@ def write_shared(token, lane, lanes, num_slots, weight, chosen, extras, tally):
         write_expert(int32(extras.zero.num_real + shared), int32(slot), token, chosen.topk_ids, extras, tally)
         chosen.topk_weights[slot] = weight
         shared = int32(shared + lanes)
-
-
-@cuda.jit(device=True)
-def write_rest(token, num_slots, scale, weight_sum, identity, renormalize, chosen, extras, tally):
-    """Write what a token that a warp serves has beside its picks, given the lanes' sums of weights."""
-    lane = int32(cuda.laneid)
-    if extras.shared.num_shared > 0:
-        shared = float32(extras.shared.shared_factor)
-        if not renormalize:
-            shared *= warp_sum(weight_sum)
-        write_shared(token, lane, WARP, num_slots, shared, chosen, extras, tally)
-    if present(extras.zero.identity_weights):
-        identity = warp_sum(identity)
-        if lane == 0:
-            extras.zero.identity_weights[token] = identity * scale
 
 
 @cuda.jit(device=True)

@@ -2,21 +2,21 @@
 
 from typing import NamedTuple
 
-from numba_moe.gating.extras import (
-    Extras,
-    Tally,
-    counting_flag,
-    is_padded,
-    load_integer,
-    write_choice,
-    write_nothing,
-    write_rest,
+from numba_moe.gating.extras import Extras, Source, load_integer, load_one
+from numba_moe.gating.memory import softmax_from_memory
+from numba_moe.gating.rows import SOFTMAX, Chosen, Rows, Scores, Weighing
+from numba_moe.gating.token import (
+    begin_counting,
+    count_slots,
+    finish_token,
+    leaves_out,
+    scale_of,
+    scale_weights,
+    write_pick,
 )
-from numba_moe.gating.memory import Source, load_one, scale_weights, softmax_from_memory
-from numba_moe.gating.rows import SOFTMAX, Chosen, Rows, Weighing, weight_of
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
-from numba_moe.runtime.parameters import AnyIds, Int32, OptionalSizedArray
-from numba_moe.runtime.primitives import WARP, present, warp_index
+from numba_moe.runtime.parameters import EXTENDED, AnyIds, Int32, OptionalSizedArray
+from numba_moe.runtime.primitives import NEGATIVE_INFINITY, WARP, present, warp_index
 
 
 class Given(NamedTuple):
@@ -34,11 +34,10 @@ def weigh_given(rows: Rows, given: Given, weighing: Weighing, chosen: Chosen, ex
     token = warp_index()
     if token >= rows.num_tokens:
         return
-    tally = Tally(extras.counting, counting_flag(extras.counting.counts_enabled), extras.counting.counts, 0)
-    num_slots = int32(weighing.top_k + extras.shared.num_shared)
+    tally = begin_counting(extras.counting)
+    num_slots = count_slots(weighing, extras, EXTENDED)
     lane = int32(cuda.laneid)
-    if is_padded(token, extras.padding):
-        write_nothing(token, lane, WARP, num_slots, chosen, extras)
+    if leaves_out(token, lane, WARP, num_slots, chosen, extras, EXTENDED):
         return
     source = Source(rows.gating_output, int64(token) * rows.row_stride, rows.vector, extras.adjusting, True)
     peak = float32(0.0)
@@ -49,26 +48,29 @@ def weigh_given(rows: Rows, given: Given, weighing: Weighing, chosen: Chosen, ex
     given_row = int64(token)
     if present(given.input_ids):
         given_row = load_integer(given.input_ids, token, given.input_bytes)
-    first_pick = int64(token) * num_slots
-    weight_sum = float32(0.0)
+    scores = Scores(None, weighing.scoring_func, peak, total)
+    first_slot = int32(token * num_slots)
+    score_sum = float32(0.0)
     identity = float32(0.0)
     pick = lane
     while pick < weighing.top_k:
         expert = int64(-1)
         if given_row >= 0 and given_row < given.num_given:
             expert = int64(given.given_ids[given_row * weighing.top_k + pick])
-        weight = float32(0.0)
+        logit = float32(NEGATIVE_INFINITY)
         if expert >= 0 and expert < rows.num_experts:
-            weight = weight_of(load_one(source, expert), weighing.scoring_func, peak, total)
+            logit = load_one(source, expert)
         else:
             expert = int64(-1)
-        weight_sum += weight
-        slot = first_pick + pick
-        write_choice(int32(expert), int32(slot), token, chosen.topk_ids, extras, tally)
-        if expert >= extras.zero.num_real:
-            identity += weight
-            weight = float32(0.0)
+        slot = int32(first_slot + pick)
+        score, weight = write_pick(int32(expert), logit, slot, token, scores, chosen, extras, tally, EXTENDED)
+        score_sum += score
+        identity += score - weight
         chosen.topk_weights[slot] = weight
         pick = int32(pick + WARP)
-    scale = scale_weights(chosen.topk_weights, first_pick, weight_sum, weighing)
-    write_rest(token, num_slots, scale, weight_sum, identity, weighing.renormalize, chosen, extras, tally)
+    scale = scale_of(score_sum, WARP, weighing)
+    scale_weights(chosen.topk_weights, first_slot, weighing.top_k, scale)
+    finish_token(
+        *(token, lane, WARP, True, num_slots, score_sum, identity, scale),
+        *(weighing, chosen, extras, tally),
+    )

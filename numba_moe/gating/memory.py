@@ -6,22 +6,9 @@ Those that do are inserted one by one, a lane's best first; at the first step th
 More than 32 picks take a stream each 32, of the keys below the last one that was picked.
 """
 
-from typing import Any, NamedTuple
-
-from numba_moe.gating.extras import (
-    Extras,
-    Tally,
-    adjust,
-    count_expert,
-    counting_flag,
-    is_padded,
-    load_logit,
-    write_choice,
-    write_nothing,
-    write_rest,
-)
+from numba_moe.gating.extras import Extras, Source, load_logits, load_one
+from numba_moe.gating.picks import lower_missing, rank_eight
 from numba_moe.gating.rows import (
-    SMALLEST_SUM,
     SOFTMAX,
     Choice,
     Chosen,
@@ -29,16 +16,23 @@ from numba_moe.gating.rows import (
     Scores,
     Weighing,
     has_no_softmax,
-    load_first,
-    lower_unscored,
+    lower_broken,
     not_all_finite,
     rank_of,
-    score_all,
     score_of,
-    weight_of,
+)
+from numba_moe.gating.token import (
+    begin_counting,
+    count_slots,
+    finish_token,
+    leaves_out,
+    scale_of,
+    scale_weights,
+    softmax_of_chosen,
+    write_pick,
 )
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
-from numba_moe.runtime.parameters import COUNTING, EXTENDED, OptionalFloat32Array, Role
+from numba_moe.runtime.parameters import EXTENDED, OptionalFloat32Array, Role
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
@@ -49,11 +43,8 @@ from numba_moe.runtime.primitives import (
     choice_key,
     chosen_index,
     count_lanes,
-    divide,
     exp,
     larger,
-    order,
-    order_of_number,
     present,
     rank_key,
     warp_index,
@@ -71,29 +62,6 @@ BOUNDS = (WARPS_IN_BLOCK * WARP, 6)
 NO_EXPERT = (LOWEST_ORDER << 32) | 0x7FFFFFFF
 
 
-class Source(NamedTuple):
-    """A token's row, and how its logits are read."""
-
-    gating_output: Any  # [num_tokens, num_experts]
-    row: Any  # where it begins
-    vector: Any
-    adjusting: Any
-    extended: Any  # whether logits are adjusted
-
-
-@cuda.jit(device=True)
-def load_logits(source, expert, end, logits):
-    """Read the logits of eight experts, adjusted; -inf from `end` on."""
-    load_first(source.gating_output, source.row + expert, end - expert, source.vector, logits)
-    if source.extended:
-        adjust(logits, 8, expert, end - expert, source.adjusting)
-
-
-@cuda.jit(device=True)
-def load_one(source, expert):
-    return load_logit(source.gating_output, source.row, expert, source.adjusting, source.extended)
-
-
 @cuda.jit(device=True)
 def softmax_from_memory(source, num_experts):
     """Return the largest logit of a row and the sum of exponentials; a sum of 0 if the row has no softmax."""
@@ -103,7 +71,7 @@ def softmax_from_memory(source, num_experts):
     broken = False
     expert = int32(8 * cuda.laneid)
     while expert < num_experts:
-        load_logits(source, expert, num_experts, logits)
+        load_logits(source, expert, num_experts - expert, logits)
         if not_all_finite(logits, 8):
             broken = has_no_softmax(logits, 8) or broken
         highest = peak
@@ -122,27 +90,6 @@ def softmax_from_memory(source, num_experts):
     if peak < highest:
         total *= exp(peak - highest)
     return highest, warp_sum(total)
-
-
-@cuda.jit(device=True)
-def rank_all(logits, expert, end, vector, scores, ranks):
-    """Write the ranks of eight experts, as integers of the same order; LOWEST_ORDER from `end` on."""
-    if present(scores.correction_bias):
-        biases = cuda.local.array(8, float32)
-        load_first(scores.correction_bias, expert, end - expert, vector, biases)
-        score_all(logits, 8, scores.scoring_func, scores.peak, scores.total, logits)
-        for i in range(8):
-            ranks[i] = order(logits[i] + biases[i])
-    else:
-        for i in range(8):
-            ranks[i] = order_of_number(logits[i])
-        if scores.total == float32(0.0):
-            for i in range(8):
-                ranks[i] = 0
-    if end - expert < 8:
-        for i in range(8):
-            if expert + i >= end:
-                ranks[i] = LOWEST_ORDER
 
 
 @cuda.jit(device=True)
@@ -210,15 +157,14 @@ def keep_best(source, first, end, scores, below, wanted, best):
     ranks = cuda.local.array(8, int32)
     broken = False
     expert = int32(first + 8 * cuda.laneid)
-    load_logits(source, expert, end, following)
+    load_logits(source, expert, end - expert, following)
     for _ in range(first, end, STEP):
         for i in range(8):
             logits[i] = following[i]
-        load_logits(source, expert + STEP, end, following)
-        if not_all_finite(logits, 8):
-            broken = has_no_softmax(logits, 8) or broken
-            lower_unscored(logits, 8, scores.scoring_func)
-        rank_all(logits, expert, end, source.vector, scores, ranks)
+        load_logits(source, expert + STEP, end - expert - STEP, following)
+        broken = lower_broken(logits, 8, scores.scoring_func) or broken
+        rank_eight(logits, expert, end - expert, source.vector, scores, ranks)
+        lower_missing(ranks, 8, end - expert)
         highest = ranks[0]
         for i in range(1, 8):
             highest = max(highest, ranks[i])
@@ -268,19 +214,6 @@ def last_group_key(group_scores, row, num_expert_group, topk_group):
     return last
 
 
-@cuda.jit(device=True)
-def scale_weights(topk_weights, first_pick, weight_sum, weighing):
-    """Scale the weights of a token, each by the lane that wrote it; return the factor."""
-    scale = float32(weighing.routed_scaling_factor)
-    if weighing.renormalize:
-        weight_sum = warp_sum(weight_sum)
-        if weight_sum > float32(SMALLEST_SUM):
-            scale = divide(scale, weight_sum)
-    for pick in range(cuda.laneid, weighing.top_k, WARP):
-        topk_weights[first_pick + pick] *= scale
-    return scale
-
-
 @cuda.jit(launch_bounds=BOUNDS)
 def choose_from_memory(
     rows: Rows,
@@ -298,16 +231,14 @@ def choose_from_memory(
     token = warp_index()
     if token >= rows.num_tokens:
         return
-    tally = Tally(extras.counting, counting_flag(extras.counting.counts_enabled), extras.counting.counts, 0)
+    tally = begin_counting(extras.counting)
     scoring_func, top_k = weighing.scoring_func, weighing.top_k
-    extended = role == EXTENDED
-    num_slots = int32(top_k + extras.shared.num_shared if extended else top_k)
+    num_slots = count_slots(weighing, extras, role)
     lane = int32(cuda.laneid)
-    if extended and is_padded(token, extras.padding):
-        write_nothing(token, lane, WARP, num_slots, chosen, extras)
+    if leaves_out(token, lane, WARP, num_slots, chosen, extras, role):
         return
     row = int64(token) * rows.row_stride
-    source = Source(rows.gating_output, row, rows.vector, extras.adjusting, extended)
+    source = Source(rows.gating_output, row, rows.vector, extras.adjusting, role == EXTENDED)
     peak = float32(0.0)
     total = float32(1.0)
     if choice.whole_softmax:
@@ -325,9 +256,9 @@ def choose_from_memory(
         cuda.syncwarp()
         last_group = last_group_key(group_scores, groups, num_groups, choice.topk_group)
 
-    first_pick = int64(token) * num_slots
+    first_slot = int32(token * num_slots)
     below = int64(HIGHEST_KEY)
-    weight_sum = float32(0.0)
+    score_sum = float32(0.0)
     identity = float32(0.0)
     base = int32(0)
     while base < top_k:
@@ -351,25 +282,20 @@ def choose_from_memory(
         if lane < wanted:
             logit = load_one(source, expert)
         if scoring_func == SOFTMAX and not choice.whole_softmax and base == 0:
-            peak = cuda.shfl_sync(ALL_LANES, logit, 0)
-            if peak == float32(NEGATIVE_INFINITY):
-                total = float32(0.0)
+            peak, total = softmax_of_chosen(logit, 0, total)
         if lane < wanted:
-            slot = first_pick + (base + lane)
-            weight = weight_of(logit, scoring_func, peak, total)
-            weight_sum += weight
-            if extended:
-                write_choice(expert, int32(slot), token, chosen.topk_ids, extras, tally)
-                if expert >= extras.zero.num_real:
-                    identity += weight
-                    weight = float32(0.0)
-            else:
-                chosen.topk_ids[slot] = expert
-                if role == COUNTING:
-                    count_expert(expert, token, tally)
+            slot = int32(first_slot + base + lane)
+            final = Scores(choice.correction_bias, scoring_func, peak, total)
+            score, weight = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
+            score_sum += score
+            identity += score - weight
             chosen.topk_weights[slot] = weight
         base = int32(base + WARP)
 
-    scale = scale_weights(chosen.topk_weights, first_pick, weight_sum, weighing)
-    if extended:
-        write_rest(token, num_slots, scale, weight_sum, identity, weighing.renormalize, chosen, extras, tally)
+    scale = scale_of(score_sum, WARP, weighing)
+    scale_weights(chosen.topk_weights, first_slot, top_k, scale)
+    if role == EXTENDED:
+        finish_token(
+            *(token, lane, WARP, True, num_slots, score_sum, identity, scale),
+            *(weighing, chosen, extras, tally),
+        )

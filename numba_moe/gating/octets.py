@@ -8,24 +8,22 @@ Picks whose keys have the same upper bits are then ordered by rank. If some expe
 of the last pick, the warp looks through the row for all that have them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numba_moe.gating.extras import (
     Extras,
+    Source,
     Tally,
     add_to_count,
-    adjust,
-    count_expert,
     counting_flag,
     is_padded,
-    load_logit,
-    write_choice,
+    load_logits,
+    load_one,
     write_nothing,
-    write_shared,
 )
 from numba_moe.gating.networks import highest_left_out, keep_best_eight, sort_eight
+from numba_moe.gating.picks import best_two, lower_missing, order_picks, rank_eight, rank_group
 from numba_moe.gating.rows import (
-    SMALLEST_SUM,
     SOFTMAX,
     Choice,
     Chosen,
@@ -33,15 +31,13 @@ from numba_moe.gating.rows import (
     Scores,
     Weighing,
     has_no_softmax,
-    load_first,
-    lower_unscored,
-    not_all_finite,
+    lower_broken,
     rank_of,
     score_all,
-    weight_of,
 )
+from numba_moe.gating.token import count_slots, finish_token, scale_of, softmax_of_chosen, sum_over, write_pick
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
-from numba_moe.runtime.parameters import COUNTING, EXTENDED, PLAIN, Int32, Role
+from numba_moe.runtime.parameters import EXTENDED, PLAIN, Int32, Role
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
@@ -50,17 +46,14 @@ from numba_moe.runtime.primitives import (
     NEGATIVE_INFINITY,
     chosen_index,
     count_lanes,
-    divide,
     exp,
     fill,
     flat,
     larger,
     order,
-    order_of_number,
     present,
     quotient,
     rank_key,
-    value_of,
     warp_index,
     warp_max,
 )
@@ -80,6 +73,14 @@ class OctetLanes(NamedTuple):
     num_in_block: Int32  # num_counts where a block counts in shared memory first, else 0
 
 
+class Span(NamedTuple):
+    """Which experts of a row a lane takes: eight from `first` on, from `first` + `stride` on, and so up to `end`."""
+
+    first: Any
+    end: Any
+    stride: Any
+
+
 @cuda.jit(device=True)
 def in_octet(predicate):
     """Whether a predicate holds for a lane of this octet."""
@@ -88,79 +89,48 @@ def in_octet(predicate):
 
 
 @cuda.jit(device=True)
-def softmax_of_octet(rows, start, first, end, step, adjusting, extended):
+def softmax_of_octet(source, span):
     """Return the largest logit of the octet's row and the sum of exponentials; 0 if the row has no softmax."""
     logits = cuda.local.array(8, float32)
     peak = float32(NEGATIVE_INFINITY)
     broken = False
-    at = first
-    while at < end:
-        load_first(rows.gating_output, start + at, end - at, rows.vector, logits)
-        if extended:
-            adjust(logits, 8, at, end - at, adjusting)
+    at = span.first
+    while at < span.end:
+        load_logits(source, at, span.end - at, logits)
         broken = has_no_softmax(logits, 8) or broken
         for i in range(8):
             peak = larger(peak, logits[i])
-        at = int32(at + step)
+        at = int32(at + span.stride)
     for distance in (1, 2, 4):
         peak = larger(peak, cuda.shfl_xor_sync(ALL_LANES, peak, distance))
     broken = in_octet(broken) or peak == float32(NEGATIVE_INFINITY)
     total = float32(0.0)
-    at = first
+    at = span.first
     if broken:
-        at = end
-    while at < end:
-        load_first(rows.gating_output, start + at, end - at, rows.vector, logits)
-        if extended:
-            adjust(logits, 8, at, end - at, adjusting)
+        at = span.end
+    while at < span.end:
+        load_logits(source, at, span.end - at, logits)
         for i in range(8):
             total += exp(logits[i] - peak)
-        at = int32(at + step)
-    for distance in (1, 2, 4):
-        total += cuda.shfl_xor_sync(ALL_LANES, total, distance)
-    return peak, total
+        at = int32(at + span.stride)
+    return peak, sum_over(total, LANES)
 
 
 @cuda.jit(device=True)
-def in_best_groups(best, second, with_second, lanes, topk_group):
-    """Whether the group of this lane is among the best, by its best rank, or by its best two's sum."""
-    distance = int32(1)
-    while distance < lanes:
-        other = cuda.shfl_xor_sync(ALL_LANES, best, distance)
-        other_second = cuda.shfl_xor_sync(ALL_LANES, second, distance)
-        second = max(min(best, other), max(second, other_second))
-        best = max(best, other)
-        distance = int32(distance << 1)
-    if with_second and second > LOWEST_ORDER:
-        best = order(value_of(best) + value_of(second))
+def in_best_groups(rank, lanes, topk_group):
+    """Whether the group of this lane, which has this rank, is among the best of the octet."""
     better = int32(0)
     distance = int32(lanes)
     while distance < LANES:
-        other = cuda.shfl_xor_sync(ALL_LANES, best, distance)
-        if other > best or (other == best and (cuda.laneid ^ distance) < cuda.laneid):
+        other = cuda.shfl_xor_sync(ALL_LANES, rank, distance)
+        if other > rank or (other == rank and (cuda.laneid ^ distance) < cuda.laneid):
             better = int32(better + 1)
         distance = int32(distance + lanes)
     return better < topk_group
 
 
 @cuda.jit(device=True)
-def lane_of_pick(rank):
-    """Return the lane of this octet whose expert this lane's pick should be, by ranks and then by lanes."""
-    lane = int32(cuda.laneid)
-    place = int32(0)
-    for distance in range(1, LANES):
-        other = cuda.shfl_xor_sync(ALL_LANES, rank, distance)
-        if other > rank or (other == rank and lane ^ distance < lane):
-            place = int32(place + 1)
-    found = lane
-    for distance in range(LANES):
-        if cuda.shfl_xor_sync(ALL_LANES, place, distance) == lane & 7:
-            found = int32(lane ^ distance)
-    return found
-
-
-@cuda.jit(device=True)
-def choose_at_edge(rows, row, edge, wanted, groups, group_size, octet, scores, adjusting, extended):
+def choose_at_edge(source, num_experts, edge, wanted, groups, group_size, octet, scores):
     """Return in lane i, for i < wanted, the i-th best of a row's experts whose keys have the upper bits of `edge`.
 
     Here the whole warp serves one token; `groups` has the bits of the lanes that have experts to offer.
@@ -170,15 +140,15 @@ def choose_at_edge(rows, row, edge, wanted, groups, group_size, octet, scores, a
     logits = cuda.local.array(8, float32)
     for pick in range(wanted):
         best = int64(LOWEST_KEY)
-        for base in range(0, rows.num_experts, 8 * 32):
+        for base in range(0, num_experts, 8 * 32):
             for i in range(8):
                 expert = int32(base + 32 * i + cuda.laneid)
-                expert = min(expert, int32(rows.num_experts - 1))
-                logits[i] = load_logit(rows.gating_output, row, expert, adjusting, extended)
+                expert = min(expert, int32(num_experts - 1))
+                logits[i] = load_one(source, expert)
             for i in range(8):
                 expert = int32(base + 32 * i + cuda.laneid)
                 of_group = int32(quotient(expert, group_size) << octet.lane_bits)
-                if expert < rows.num_experts and (groups >> of_group) & 1:
+                if expert < num_experts and (groups >> of_group) & 1:
                     rank = order(rank_of(logits[i], expert, scores))
                     key = rank_key(rank, expert)
                     if (rank | octet.mask) == (edge | octet.mask) and key < last:
@@ -187,6 +157,73 @@ def choose_at_edge(rows, row, edge, wanted, groups, group_size, octet, scores, a
         if cuda.laneid == pick:
             found = chosen_index(last)
     return found
+
+
+@cuda.jit(device=True)
+def sort_own(source, span, scores, choice, octet, best):
+    """Write the best eight keys of this lane, sorted, to `best`.
+
+    Return the highest key that was left out, the lane's best two ranks, and whether some logit is NaN or +inf.
+    """
+    logits = cuda.local.array(8, float32)
+    keys = cuda.local.array(8, int32)
+    values = cuda.local.array(8, int32)
+    left_out = int32(LOWEST_ORDER)
+    highest = int32(LOWEST_ORDER)
+    second = int32(LOWEST_ORDER)
+    broken = False
+    at = span.first
+    while at < span.end:
+        count = int32(span.end - at)
+        load_logits(source, at, count, logits)
+        broken = lower_broken(logits, 8, scores.scoring_func) or broken
+        rank_eight(logits, at, count, source.vector, scores, keys)
+        if choice.num_expert_group > 1:
+            if choice.group_picks > 1 and not present(scores.correction_bias):
+                score_all(logits, 8, scores.scoring_func, scores.peak, scores.total, logits)
+                for i in range(8):
+                    values[i] = order(logits[i])
+                highest, second = best_two(values, 8, count, highest, second)
+            else:
+                highest, second = best_two(keys, 8, count, highest, second)
+        for i in range(8):
+            keys[i] = int32((keys[i] | octet.mask) - (at + i))
+        lower_missing(keys, 8, count)
+        sort_eight(keys)
+        if at == span.first:
+            for i in range(8):
+                best[i] = keys[i]
+        else:
+            if not octet.exact:
+                left_out = max(left_out, highest_left_out(best, keys))
+            keep_best_eight(best, keys)
+        at = int32(at + span.stride)
+    return left_out, highest, second, broken
+
+
+@cuda.jit(device=True)
+def merge_octet(best, left_out, exact):
+    """Let `best` be the best eight keys of the octet, in every lane; return the highest one that was left out."""
+    keys = cuda.local.array(8, int32)
+    for distance in (1, 2, 4):
+        for i in range(8):
+            keys[i] = cuda.shfl_xor_sync(ALL_LANES, best[i], distance)
+        if not exact:
+            left_out = max(left_out, cuda.shfl_xor_sync(ALL_LANES, left_out, distance))
+            left_out = max(left_out, highest_left_out(best, keys))
+        keep_best_eight(best, keys)
+    return left_out
+
+
+@cuda.jit(device=True)
+def count_block(tally):
+    """Add what the block counted in shared memory to the counters."""
+    cuda.syncthreads()
+    expert = int32(cuda.threadIdx.x)
+    while expert < tally.num_in_block:
+        if tally.in_block[expert] != 0:
+            add_to_count(tally.counting, expert, tally.in_block[expert])
+        expert = int32(expert + cuda.blockDim.x)
 
 
 @cuda.jit
@@ -205,9 +242,8 @@ def choose_for_many(
     `num_in_block` counters.
     """
     in_block = flat(cuda.shared.array(0, int32))  # [num_in_block]
-    bias, mask, num_in_block = choice.correction_bias, octet.mask, octet.num_in_block
+    mask, num_in_block = octet.mask, octet.num_in_block
     scoring_func, top_k = weighing.scoring_func, weighing.top_k
-    extended = role == EXTENDED
     lane = int32(cuda.laneid)
     member = int32(lane & 7)
     token = int32(warp_index() * 4 + (lane >> 3))
@@ -217,69 +253,17 @@ def choose_for_many(
     origin = int32((member >> octet.lane_bits) * choice.group_size)
     first = int32(origin + (member & (lanes - 1)) * 8)
     end = int32(origin + choice.group_size)
-    stride = int32(lanes * 8)
     row = int64(token) * rows.row_stride
+    source = Source(rows.gating_output, row, rows.vector, extras.adjusting, role == EXTENDED)
+    span = Span(first, end, int32(lanes * 8))
 
     peak = float32(0.0)
     total = float32(1.0)
     if choice.whole_softmax:
-        peak, total = softmax_of_octet(rows, row, first, end, stride, extras.adjusting, extended)
-    logits = cuda.local.array(8, float32)
-    scores = cuda.local.array(8, float32)
-    biases = cuda.local.array(8, float32)
-    keys = cuda.local.array(8, int32)
-    values = cuda.local.array(8, int32)
+        peak, total = softmax_of_octet(source, span)
+    scores = Scores(choice.correction_bias, scoring_func, peak, total)
     best = cuda.local.array(8, int32)
-    left_out = int32(LOWEST_ORDER)
-    highest = int32(LOWEST_ORDER)
-    second = int32(LOWEST_ORDER)
-    broken = False
-    at = first
-    while at < end:
-        count = int32(end - at)
-        load_first(rows.gating_output, row + at, count, rows.vector, logits)
-        if extended:
-            adjust(logits, 8, at, count, extras.adjusting)
-        if not_all_finite(logits, 8):
-            broken = has_no_softmax(logits, 8) or broken
-            lower_unscored(logits, 8, scoring_func)
-        for i in range(8):
-            keys[i] = order_of_number(logits[i])
-        if total == float32(0.0):
-            for i in range(8):
-                keys[i] = 0
-        if present(bias):
-            score_all(logits, 8, scoring_func, peak, total, scores)
-            load_first(bias, at, count, rows.vector, biases)
-            for i in range(8):
-                keys[i] = order(scores[i] + biases[i])
-        if choice.num_expert_group > 1:
-            if choice.group_picks > 1 and not present(bias):
-                score_all(logits, 8, scoring_func, peak, total, scores)
-                for i in range(8):
-                    values[i] = order(scores[i])
-            else:
-                for i in range(8):
-                    values[i] = keys[i]
-            for i in range(8):
-                if i < count:
-                    second = max(second, min(highest, values[i]))
-                    highest = max(highest, values[i])
-        for i in range(8):
-            keys[i] = int32((keys[i] | mask) - (at + i))
-        if count < 8:
-            for i in range(8):
-                if i >= count:
-                    keys[i] = LOWEST_ORDER
-        sort_eight(keys)
-        if at == first:
-            for i in range(8):
-                best[i] = keys[i]
-        else:
-            if not octet.exact:
-                left_out = max(left_out, highest_left_out(best, keys))
-            keep_best_eight(best, keys)
-        at = int32(at + stride)
+    left_out, highest, second, broken = sort_own(source, span, scores, choice, octet, best)
     # behind the loads of logits, which are to come first
     tally = Tally(extras.counting, counting_flag(extras.counting.counts_enabled), in_block, num_in_block)
     if role != PLAIN and num_in_block > 0:
@@ -287,19 +271,14 @@ def choose_for_many(
         cuda.syncthreads()
     offers = first < end
     if choice.num_expert_group > 1:
-        chosen_group = in_best_groups(highest, second, choice.group_picks > 1, lanes, choice.topk_group)
-        offers = offers and chosen_group
+        rank = rank_group(highest, second, lanes, choice.group_picks > 1)
+        of_best_group = in_best_groups(rank, lanes, choice.topk_group)
+        offers = offers and of_best_group
     if not offers:
         left_out = int32(LOWEST_ORDER)
         for i in range(8):
             best[i] = LOWEST_ORDER
-    for distance in (1, 2, 4):
-        for i in range(8):
-            keys[i] = cuda.shfl_xor_sync(ALL_LANES, best[i], distance)
-        if not octet.exact:
-            left_out = max(left_out, cuda.shfl_xor_sync(ALL_LANES, left_out, distance))
-            left_out = max(left_out, highest_left_out(best, keys))
-        keep_best_eight(best, keys)
+    left_out = merge_octet(best, left_out, octet.exact)
 
     key = best[0]
     for i in range(1, 8):
@@ -308,87 +287,58 @@ def choose_for_many(
     expert = int32(mask & ~key)
     logit = float32(NEGATIVE_INFINITY)
     if key > int32(LOWEST_ORDER | mask):
-        logit = load_logit(rows.gating_output, row, expert, extras.adjusting, extended)
+        logit = load_one(source, expert)
     if not octet.exact:
         rank = int32(LOWEST_ORDER)
         if key > int32(LOWEST_ORDER | mask):
-            rank = order(rank_of(logit, expert, Scores(bias, scoring_func, peak, total)))
-        next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
-        if cuda.ballot_sync(ALL_LANES, member < 7 and rank < next_rank) != 0:
-            source = lane_of_pick(rank)
-            expert = cuda.shfl_sync(ALL_LANES, expert, source)
-            logit = cuda.shfl_sync(ALL_LANES, logit, source)
+            rank = order(rank_of(logit, expert, scores))
+        expert, logit = order_picks(expert, logit, rank, LANES, LANES)
         last = cuda.shfl_sync(ALL_LANES, key, (lane & 24) + top_k - 1)
         groups = uint32(cuda.ballot_sync(ALL_LANES, offers))
         votes = uint32(cuda.ballot_sync(ALL_LANES, member == 0 and (last | mask) == (left_out | mask)))
         while votes != 0:
-            source = int32(cuda.ffs(votes) - 1)
-            edge = cuda.shfl_sync(ALL_LANES, last, source)
+            there = int32(cuda.ffs(votes) - 1)
+            edge = cuda.shfl_sync(ALL_LANES, last, there)
             above = uint32(cuda.ballot_sync(ALL_LANES, (key | mask) > (edge | mask)))
-            sure = count_lanes((above >> source) & 0xFF)  # picks before the edge
-            row_there = cuda.shfl_sync(ALL_LANES, row, source)
-            peak_there = cuda.shfl_sync(ALL_LANES, peak, source)
-            scores_there = Scores(bias, scoring_func, peak_there, cuda.shfl_sync(ALL_LANES, total, source))
+            sure = count_lanes((above >> there) & 0xFF)  # picks before the edge
+            row_there = cuda.shfl_sync(ALL_LANES, row, there)
+            source_there = Source(source.gating_output, row_there, source.vector, source.adjusting, source.extended)
+            peak_there = cuda.shfl_sync(ALL_LANES, peak, there)
+            total_there = cuda.shfl_sync(ALL_LANES, total, there)
+            scores_there = Scores(scores.correction_bias, scoring_func, peak_there, total_there)
             found = choose_at_edge(
-                *(rows, row_there, edge, int32(top_k - sure), groups >> source, choice.group_size, octet),
-                *(scores_there, extras.adjusting, extended),
+                *(source_there, rows.num_experts, edge, int32(top_k - sure), groups >> there, choice.group_size),
+                *(octet, scores_there),
             )
             found = cuda.shfl_sync(ALL_LANES, found, (member - sure) & 7)
-            if lane & 24 == source and member >= sure:
+            if lane & 24 == there and member >= sure:
                 expert = found
-                logit = load_logit(rows.gating_output, row, expert, extras.adjusting, extended)
+                logit = load_one(source, expert)
             votes = uint32(votes & (votes - 1))
 
-    is_pick = member < top_k
     if scoring_func == SOFTMAX and not choice.whole_softmax:
         if in_octet(broken):
             expert = member
             total = float32(0.0)
-        peak = cuda.shfl_sync(ALL_LANES, logit, lane & 24)
-        if peak == float32(NEGATIVE_INFINITY):
-            total = float32(0.0)
+        peak, total = softmax_of_chosen(logit, lane & 24, total)
+    num_slots = count_slots(weighing, extras, role)
+    if role == EXTENDED and exists and is_padded(token, extras.padding):
+        write_nothing(token, member, LANES, num_slots, chosen, extras)
+        exists = False
+    score = float32(0.0)
     weight = float32(0.0)
-    if is_pick:
-        weight = weight_of(logit, scoring_func, peak, total)
-    scale = float32(weighing.routed_scaling_factor)
-    if weighing.renormalize:
-        weight_sum = weight
-        for distance in (1, 2, 4):
-            weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
-        if weight_sum > float32(SMALLEST_SUM):
-            scale = divide(scale, weight_sum)
-    if extended:
-        num_slots = int32(top_k + extras.shared.num_shared)
-        is_zero = is_pick and expert >= extras.zero.num_real
-        shared = weight
-        identity = weight if is_zero else float32(0.0)
-        for distance in (1, 2, 4):
-            shared += cuda.shfl_xor_sync(ALL_LANES, shared, distance)
-            identity += cuda.shfl_xor_sync(ALL_LANES, identity, distance)
-        if exists and is_padded(token, extras.padding):
-            write_nothing(token, member, LANES, num_slots, chosen, extras)
-            exists = False
-        if exists:
-            if is_pick:
-                slot = int32(token * num_slots + member)
-                write_choice(expert, slot, token, chosen.topk_ids, extras, tally)
-                chosen.topk_weights[slot] = float32(0.0) if is_zero else weight * scale
-            if weighing.renormalize:
-                shared = float32(1.0)
-            shared *= extras.shared.shared_factor
-            write_shared(token, member, LANES, num_slots, shared, chosen, extras, tally)
-            if member == 0 and present(extras.zero.identity_weights):
-                extras.zero.identity_weights[token] = identity * scale
-    elif is_pick and exists:
-        slot = int32(token * top_k + member)
-        chosen.topk_ids[slot] = expert
+    slot = int32(token * num_slots + member)
+    is_mine = exists and member < top_k
+    if is_mine:
+        final = Scores(scores.correction_bias, scoring_func, peak, total)
+        score, weight = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
+    scale = scale_of(score, LANES, weighing)
+    if is_mine:
         chosen.topk_weights[slot] = weight * scale
-        if role == COUNTING:
-            count_expert(expert, token, tally)
+    if role == EXTENDED:
+        finish_token(
+            *(token, member, LANES, exists, num_slots, score, score - weight, scale),
+            *(weighing, chosen, extras, tally),
+        )
     if role != PLAIN and num_in_block > 0:
-        cuda.syncthreads()
-        expert = int32(cuda.threadIdx.x)
-        while expert < num_in_block:
-            if in_block[expert] != 0:
-                add_to_count(extras.counting, expert, in_block[expert])
-            expert = int32(expert + cuda.blockDim.x)
+        count_block(tally)

@@ -16,42 +16,27 @@ Experts rank by their logits, or by score + bias where there is a correction bia
 
 from typing import Any, NamedTuple
 
-from numba_moe.gating.extras import (
-    Extras,
-    Tally,
-    adjust,
-    count_expert,
-    counting_flag,
-    is_padded,
-    load_logit,
-    write_choice,
-    write_nothing,
-    write_rest,
-)
+from numba_moe.gating.extras import Extras, Source, adjust, load_one
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
-from numba_moe.gating.rows import (
-    SMALLEST_SUM,
-    SOFTMAX,
-    Choice,
-    Chosen,
-    Rows,
-    Scores,
-    Weighing,
-    has_no_softmax,
-    lower_unscored,
-    not_all_finite,
-    rank_of,
-    score_all,
-    weight_of,
+from numba_moe.gating.picks import best_two, lower_missing, order_picks, rank_group
+from numba_moe.gating.rows import SOFTMAX, Choice, Chosen, Rows, Scores, Weighing, lower_broken, rank_of, score_all
+from numba_moe.gating.token import (
+    begin_counting,
+    count_slots,
+    finish_token,
+    leaves_out,
+    scale_of,
+    scale_weights,
+    softmax_of_chosen,
+    write_pick,
 )
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
-from numba_moe.runtime.parameters import COUNTING, EXTENDED, Columns, Int32, Role
+from numba_moe.runtime.parameters import EXTENDED, Columns, Int32, Role
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     LOWEST_ORDER,
     NEGATIVE_INFINITY,
     WARP,
-    divide,
     exp,
     first_lane,
     larger,
@@ -113,27 +98,6 @@ def sum_exponentials(logits, columns):
             total += exp(logits[column] - peak)
         total = warp_sum(total)
     return peak, total
-
-
-@cuda.jit(device=True)
-def score_group(ranks, count, columns, lanes, with_second):
-    """Return the rank of the group that this lane and its neighbours share: of its best, or of its best two's sum."""
-    best = int32(LOWEST_ORDER)
-    second = int32(LOWEST_ORDER)
-    for column in range(columns):
-        if column < count:
-            second = max(second, min(best, ranks[column]))
-            best = max(best, ranks[column])
-    distance = int32(1)
-    while distance < lanes:
-        other = cuda.shfl_xor_sync(ALL_LANES, best, distance)
-        other_second = cuda.shfl_xor_sync(ALL_LANES, second, distance)
-        second = max(min(best, other), max(second, other_second))
-        best = max(best, other)
-        distance = int32(distance << 1)
-    if with_second and second > LOWEST_ORDER:
-        best = order(value_of(best) + value_of(second))
-    return best
 
 
 @cuda.jit(device=True)
@@ -212,23 +176,6 @@ def pick_keys(ranks, columns, first, best, top_k, most):
 
 
 @cuda.jit(device=True)
-def lane_of_pick(rank, picks):
-    """Return the lane whose expert this lane's pick should be, by ranks and then by lanes."""
-    lane = int32(cuda.laneid)
-    place = int32(0)
-    for other in range(picks):
-        other_rank = cuda.shfl_sync(ALL_LANES, rank, other)
-        if other_rank > rank or (other_rank == rank and other < lane):
-            place = int32(place + 1)
-    found = lane
-    for pick in range(picks):
-        source = first_lane(place == pick)
-        if lane == pick:
-            found = source
-    return found
-
-
-@cuda.jit(device=True)
 def strike_out(ranks, columns, highest):
     """Strike out this lane's first expert of the highest rank; return its column, and the highest rank of the rest."""
     struck = int32(0)
@@ -271,10 +218,9 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
     logits, ranks = own.logits, own.ranks
     bias, scoring_func, top_k = choice.correction_bias, weighing.scoring_func, weighing.top_k
     extended = role == EXTENDED
-    num_slots = int32(top_k + extras.shared.num_shared if extended else top_k)
+    num_slots = count_slots(weighing, extras, role)
     lane = int32(cuda.laneid)
-    if extended and is_padded(token, extras.padding):
-        write_nothing(token, lane, WARP, num_slots, chosen, extras)
+    if leaves_out(token, lane, WARP, num_slots, chosen, extras, role):
         return
     group = int32(lane >> lanes_of.lane_bits)
     lanes = int32(1 << lanes_of.lane_bits)
@@ -287,16 +233,14 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
         if group >= choice.num_expert_group:
             count = int32(0)
     row = int64(token) * rows.row_stride
+    source = Source(rows.gating_output, row, rows.vector, extras.adjusting, extended)
     load_row(rows.gating_output, row + first, count, columns >= 4 and rows.vector, columns, logits)
-    tally = Tally(extras.counting, counting_flag(extras.counting.counts_enabled), extras.counting.counts, 0)
+    tally = begin_counting(extras.counting)
     if extended:
         adjust(logits, columns, first, count, extras.adjusting)
     peak = float32(0.0)
     total = float32(1.0)
-    broken = False
-    if not_all_finite(logits, columns):
-        broken = has_no_softmax(logits, columns)
-        lower_unscored(logits, columns, scoring_func)
+    broken = lower_broken(logits, columns, scoring_func)
     if scoring_func == SOFTMAX:
         if cuda.ballot_sync(ALL_LANES, broken) != 0:
             total = float32(0.0)
@@ -314,43 +258,39 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
             if column < count:
                 ranks[column] = order(logits[column] + bias[first + column])
     if choice.num_expert_group > 1:
+        lowest = int32(LOWEST_ORDER)
         if choice.group_picks == 1 or present(bias):
-            rank = score_group(ranks, count, columns, lanes, choice.group_picks > 1)
+            best, second = best_two(ranks, columns, count, lowest, lowest)
         else:
             for column in range(columns):
                 own.scores[column] = order(logits[column])
-            rank = score_group(own.scores, count, columns, lanes, True)
+            best, second = best_two(own.scores, columns, count, lowest, lowest)
+        rank = rank_group(best, second, lanes, choice.group_picks > 1)
         if not in_chosen_group(rank, group, choice.num_expert_group, choice.topk_group):
             count = int32(0)
     if ragged or choice.num_expert_group > 1:
-        for column in range(columns):
-            if column >= count:
-                ranks[column] = LOWEST_ORDER
+        lower_missing(ranks, columns, count)
 
     expert = int32(0)
     logit = float32(NEGATIVE_INFINITY)
     decided = False
     if top_k < WARP:
         exact = lanes_of.exact
-        best = cuda.local.array(4, int32)
-        best_four(ranks, columns, first, best)
-        key, picks, decided = pick_keys(ranks, columns, first, best, top_k, top_k if exact else int32(WARP))
+        four = cuda.local.array(4, int32)
+        best_four(ranks, columns, first, four)
+        key, picks, decided = pick_keys(ranks, columns, first, four, top_k, top_k if exact else int32(WARP))
         decided = decided or exact
         expert = int32(int32(WARP * columns - 1) & ~key)
         if lane < picks:
-            logit = load_logit(rows.gating_output, row, expert, extras.adjusting, extended)
+            logit = load_one(source, expert)
         if not exact:
             rank = int32(LOWEST_ORDER)
             if lane < picks:
                 rank = order(rank_of(logit, expert, Scores(bias, scoring_func, peak, total)))
-            next_rank = cuda.shfl_down_sync(ALL_LANES, rank, 1)
-            if cuda.ballot_sync(ALL_LANES, int32(lane + 1) < picks and rank < next_rank) != 0:
-                source = lane_of_pick(rank, picks)
-                expert = cuda.shfl_sync(ALL_LANES, expert, source)
-                logit = cuda.shfl_sync(ALL_LANES, logit, source)
+            expert, logit = order_picks(expert, logit, rank, picks, WARP)
 
     first_slot = int32(token * num_slots)
-    weight_sum = float32(0.0)
+    score_sum = float32(0.0)
     weight = float32(0.0)
     identity = float32(0.0)
     base = int32(0)
@@ -360,47 +300,29 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
         if not decided:
             expert = choose_one_by_one(ranks, columns, first, min(int32(top_k - base), int32(WARP)))
             if is_mine:
-                logit = load_logit(rows.gating_output, row, expert, extras.adjusting, extended)
+                logit = load_one(source, expert)
         if scoring_func == SOFTMAX and not choice.whole_softmax and base == 0:
-            peak = cuda.shfl_sync(ALL_LANES, logit, 0)
-            if peak == float32(NEGATIVE_INFINITY):
-                total = float32(0.0)
-        weight = float32(0.0)
+            peak, total = softmax_of_chosen(logit, 0, total)
         if is_mine:
-            weight = weight_of(logit, scoring_func, peak, total)
             slot = int32(first_slot + pick)
-            if extended:
-                write_choice(expert, slot, token, chosen.topk_ids, extras, tally)
-            else:
-                chosen.topk_ids[slot] = expert
-                if role == COUNTING:
-                    count_expert(expert, token, tally)
+            scores = Scores(bias, scoring_func, peak, total)
+            score, weight = write_pick(expert, logit, slot, token, scores, chosen, extras, tally, role)
+            score_sum += score
+            identity += score - weight
             if top_k > WARP:
                 chosen.topk_weights[slot] = weight
-        weight_sum += weight
-        if extended and is_mine and expert >= extras.zero.num_real:
-            identity += weight
-            weight = float32(0.0)
-            if top_k > WARP:
-                chosen.topk_weights[int32(first_slot + pick)] = weight
         base = int32(base + WARP)
 
-    scale = float32(weighing.routed_scaling_factor)
-    if weighing.renormalize:
-        lanes = int32(min(top_k, WARP))
-        distance = int32(1)
-        while distance < lanes:
-            weight_sum += cuda.shfl_xor_sync(ALL_LANES, weight_sum, distance)
-            distance = int32(distance << 1)
-        if weight_sum > float32(SMALLEST_SUM):
-            scale = divide(scale, weight_sum)
+    scale = scale_of(score_sum, min(top_k, int32(WARP)), weighing)
     if top_k > WARP:
-        for pick in range(lane, top_k, WARP):  # the lane that wrote this pick
-            chosen.topk_weights[int32(first_slot + pick)] *= scale
+        scale_weights(chosen.topk_weights, first_slot, top_k, scale)
     elif lane < top_k:
         chosen.topk_weights[int32(first_slot + lane)] = weight * scale
     if extended:
-        write_rest(token, num_slots, scale, weight_sum, identity, weighing.renormalize, chosen, extras, tally)
+        finish_token(
+            *(token, lane, WARP, True, num_slots, score_sum, identity, scale),
+            *(weighing, chosen, extras, tally),
+        )
 
 
 @cuda.jit

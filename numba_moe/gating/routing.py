@@ -12,6 +12,7 @@ from numba_moe.gating.rows import Choice, Chosen, Rows, Weighing
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import Int32, Int32Array, Int64, OptionalSizedArray, Role, RouteColumns
 from numba_moe.runtime.primitives import (
+    LARGEST_INT32,
     WARP,
     atomic_or,
     block_sums,
@@ -145,6 +146,8 @@ def route_tokens(
             name = expert
             if sorting.map_bytes and not sorting.by_map:
                 name = load_integer(sorting.expert_map, expert, sorting.map_bytes)
+                if name < 0 or name > LARGEST_INT32:
+                    name = int64(-1)
             blocks.expert_ids[name_index] = int32(name)
     unused = int32(divided(base, blocks.reciprocal, blocks.shift) + thread)
     fill(blocks.expert_ids, blocks.num_names, blocks.inactive_expert_id, unused, threads)

@@ -31,6 +31,7 @@ SOFTMAX = 0
 SIGMOID = 1
 SOFTPLUS_SQRT = 2
 SMALLEST_SUM = 1e-35  # of scores that are renormalised: a factor over less may be no float32
+FAR_BELOW = -32.0  # from here down softplus(x) is exp(x), whose root is a float32 where it is none itself
 
 
 class Rows(NamedTuple):
@@ -128,6 +129,8 @@ def score_of(logit, scoring_func, peak, total):
     if not logit < float32(INFINITY):
         logit = float32(NEGATIVE_INFINITY)
     if scoring_func == SOFTPLUS_SQRT:
+        if logit < float32(FAR_BELOW):
+            return exp(float32(0.5) * logit)
         return square_root(softplus(logit))
     return logit
 
@@ -178,6 +181,16 @@ def lower_unscored(logits, count, scoring_func):
     for i in range(count):
         if not logits[i] < float32(INFINITY) and (scoring_func > SIGMOID or logits[i] != float32(INFINITY)):
             logits[i] = float32(NEGATIVE_INFINITY)
+
+
+@cuda.jit(device=True)
+def lower_broken(logits, count, scoring_func):
+    """Let logits that have no rank be -inf, as `lower_unscored` does; return whether the row has no softmax."""
+    broken = False
+    if not_all_finite(logits, count):
+        broken = has_no_softmax(logits, count)
+        lower_unscored(logits, count, scoring_func)
+    return broken
 
 
 @cuda.jit(device=True)

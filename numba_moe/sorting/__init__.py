@@ -155,17 +155,19 @@ def plan_sort(
     block_names: Layout | None = None,
     aligned: bool = True,
     written: Iterable[str] = (),
+    num_local: int | None = None,
 ) -> SortPlan:
     """Plan the sort of slots by expert, the rows of each padded to a multiple of block_size.
 
     The sorted slots begin at a multiple of 16 bytes if they are aligned. What is written beside them is some of
-    `OPTIONAL`.
+    `OPTIONAL`. What a map sends to num_local, num_experts by default, or past it is another rank's.
     """
     num_slots = topk_ids.shape.numel()
+    num_local = num_experts if num_local is None else num_local
     outputs = {name: dtype if name in written else None for name, dtype in OPTIONAL.items()}
     expert_ids = outputs.pop("expert_ids")
     positions = {"num_positions": num_positions, "num_words": num_positions // 4 if aligned else 0}
-    slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts)
+    slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts, num_local)
     padding = kernels.Padding(block_size, *reciprocal_of(block_size))
     gemm = kernels.GemmBlocks(expert_ids, block_names, -(-num_positions // block_size), inactive_expert_id)
     placed = kernels.Placed(sorted_slots=torch.int32, **outputs, **positions)

@@ -17,6 +17,7 @@ from numba_moe.runtime.parameters import (
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
+    LARGEST_INT32,
     WARP,
     as_uint32,
     atomic_add,
@@ -51,6 +52,7 @@ class Slots(NamedTuple):
     expert_map: OptionalIds  # [num_experts]
     num_slots: Int32
     num_experts: Int32
+    num_local: Int32  # what the map says is an expert below it
 
 
 class Counted(NamedTuple):
@@ -141,7 +143,7 @@ def find_experts(slots, ids, first, step, items, experts):
         for item in range(items):
             if experts[item] < slots.num_experts:
                 expert = int64(slots.expert_map[experts[item]])
-                if expert < 0 or expert > slots.num_experts:
+                if expert < 0 or expert >= slots.num_local:
                     expert = int64(slots.num_experts)
                 experts[item] = int32(expert)
 
@@ -213,11 +215,13 @@ def scan_blocks(by_block: BlockCounts, before: BlockOffsets):
 
 @cuda.jit(device=True)
 def write_name(gemm, index, expert):
-    """Write the expert of a GEMM block, or what it is to be named instead."""
+    """Write the expert of a GEMM block, or its name if there are names: -1 for one below 0 or past int32."""
     name = int64(expert)
     if present(gemm.block_names):
         name = int64(gemm.block_names[name])
-    gemm.expert_ids[index] = name
+        if name < 0 or name > LARGEST_INT32:
+            name = int64(-1)
+    gemm.expert_ids[index] = int32(name)
 
 
 @cuda.jit(device=True)

@@ -173,7 +173,7 @@ def moe_align_block_size(
     num_experts : int
         Number of experts that ids range over.
     expert_map : array of int32 or int64, shape [num_experts], optional
-        This rank's id of each expert, -1 for an expert of another rank.
+        This rank's id of each expert; -1, any other number below 0, or one past int32 for an expert of another rank.
     pad_sorted_ids : bool
         Round the length of `sorted_token_ids` up to a multiple of the block size.
     ignore_invalid_experts : bool

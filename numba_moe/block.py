@@ -138,6 +138,7 @@ class MoEBlock(torch.nn.Module):
         shared = checks.integer("shared_size", shared_size, 0)
         checks.choice("activation", activation, KINDS[:-1])
         checks.choice("scoring_func", scoring_func, tuple(SCORING))
+        checks.number("routed_scaling_factor", routed_scaling_factor)
         options = {
             "scoring_func": scoring_func,
             "renormalize": renormalize,

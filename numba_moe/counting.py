@@ -55,7 +55,7 @@ def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -
     grid = sorting.grid_to_count(num_slots, num_experts)
     where = (topk_ids.device, grid.blocks, grid.threads)
     ids = sorting.choices_of(topk_ids, expert_map, grid)
-    launch = Launch(kernels.count_slots, *where, (num_slots, num_experts, grid.stride, 0, 0), ids)
+    launch = Launch(kernels.count_slots, *where, (num_slots, num_experts, num_experts, grid.stride, 0, 0), ids)
     return CountPlan(arrays.contiguous(torch.int32, num_experts), grid.blocks > 1, launch)
 
 

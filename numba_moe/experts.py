@@ -165,7 +165,7 @@ def _plan(
         num_experts,
         is_grouped(hidden_states, gate_up_proj, down_proj, topk_ids, differentiable),
         indices,
-        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map),
+        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map, num_local=num_local),
         plan_gather(hidden_states, top_k, (num_slots,), zero_padding=False, num_ends=num_local),
         plan_activation(between, offset, gate_up_bias, activation, interleaved, limit, alpha),
         down_bias and plan_activation(last, offset, down_bias, "none", None, None, None),
@@ -188,9 +188,11 @@ def compose(
     multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Compose `fused_experts`, for experts of all ranks that number num_experts, of functions with gradients."""
+    num_local = down_proj.shape[0]
+    if num_local < num_experts:  # a place past the matrices is none: no GEMM computes its rows
+        expert_map = torch.where(expert_map < num_local, expert_map, -1)
     permuted = moe_permute(hidden_states, topk_ids, num_experts, expert_map, zero_padding=False)
     offset = permuted.expert_first_token_offset
-    num_local = down_proj.shape[0]
     if num_local < num_experts:
         offset = offset[: num_local + 1]
     ends = offset[1:].to(torch.int32)
@@ -263,8 +265,8 @@ def fused_experts(
     activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai"}
         What lies between the matrices, as in `moe_activation`.
     expert_map : array of int32 or int64, shape [experts of all ranks], optional
-        The place in the matrices of each expert of all ranks, -1 for an expert of another rank, which adds nothing.
-        Places past the last are not allowed.
+        The place in the matrices of each expert of all ranks, -1 or any other number outside ``[0, num_experts)`` for
+        an expert of another rank, which adds nothing.
     gate_up_bias : array of the dtype of `hidden_states`, shape [num_experts, 2 * width], optional
         Added after the first matrix.
     down_bias : array of the dtype of `hidden_states`, shape [num_experts, hidden], optional

@@ -126,7 +126,7 @@ def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
     Parameters
     ----------
     slice_sizes : array of int32 or int64, shape [num_slices]
-        Rows of each slice, the tokens of each expert for instance; less than 0 counts as 0.
+        Rows of each slice, the tokens of each expert for instance; less than 0 counts as 0. Together they fit int32.
     num_rows : int
         Rows in all, or more: what the caller knows without asking the device. If there are more than this, the
         schedule ends early.
@@ -146,12 +146,14 @@ def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        Wrong shape or layout, negative num_rows.
+        Wrong shape or layout, negative num_rows; on the CPU, slices of more rows together than int32 holds.
 
     Notes
     -----
     One launch on the caller's current stream, which captures into CUDA graphs; allocates the results only. The
-    formulas are those of triton_kernels' ragged metadata.
+    formulas are those of triton_kernels' ragged metadata. On the GPU nobody reads sizes beforehand: of more rows than
+    int32 holds, offsets are the lower 32 bits there, and nothing is read or written out of bounds;
+    NUMBA_MOE_VALIDATE=1 makes them an error.
 
     Examples
     --------
@@ -163,7 +165,12 @@ def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
     (array([    0,     0,     2, 65535], dtype=int32), array([ 0,  1,  0, -1], dtype=int32))
     """
     plan = _plan(layout(slice_sizes), num_rows)
-    if arrays.answered_by_reference(slice_sizes):
+    by_reference = arrays.answered_by_reference(slice_sizes)
+    if by_reference or checks.VALIDATE:
+        total = int(slice_sizes.long().clamp(0, 2**31).sum())
+        rule = f"of no more rows together than int32 holds ({checks.LARGEST_INT32})"
+        checks.holds("slice_sizes", rule, total <= checks.LARGEST_INT32, f"{total} or more")
+    if by_reference:
         return arrays.by_reference(reference.make_ragged_metadata, slice_sizes, num_rows)
     outputs = [arrays.empty(*output) for output in plan.outputs]
     plan.schedule(slice_sizes, *outputs)

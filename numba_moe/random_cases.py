@@ -6,7 +6,7 @@ function that draws its arguments, and name it in `DRAWS`.
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,10 @@ from numba_moe.cases import Case
 from numba_moe.verification import Outcome
 
 BLOCK_SIZES = (1, 3, 4, 16, 32, 64, 100, 128, 256)
-NO_EXPERT = np.array([-1, -1, -2, -(2**31), 2**31 - 1])
+NO_EXPERT = (-1, -1, -2, -(2**31), 2**31 - 1)
+# The lower 32 bits of these are an expert.
+PAST_INT32 = (2**32, 2**32 + 1, -(2**32), 2**40, -(2**63))
+SOFTCAPS = (0, 3, np.inf, 1e-40)
 FAILURES_SHOWN = 10
 
 
@@ -50,6 +53,11 @@ def dtype(rng: np.random.Generator) -> str:
     return str(rng.choice(["int32", "int64"]))
 
 
+def outside(rng: np.random.Generator, kind: str, count: int, size: Any) -> np.ndarray:
+    """Draw integers that are not in ``[0, count)``, past int32 too if the dtype is that wide."""
+    return rng.choice([*NO_EXPERT, count, *(PAST_INT32 if kind == "int64" else ())], size)
+
+
 def shares(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
     """Draw numbers below `count`: of one popularity, skewed, or nearly all the same."""
     skew = rng.choice([1, 1, 3, 50])
@@ -61,10 +69,10 @@ def routing(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     num_experts = number(rng, 1, limits.experts)
     top_k = number(rng, 1, 16)
     tokens = slots(rng, limits) // top_k
-    ids = shares(rng, tokens * top_k, num_experts)
+    ids, kind = shares(rng, tokens * top_k, num_experts), dtype(rng)
     invalid = rng.random(ids.size) < rng.choice([0, 0, 0.02, 0.5, 1], p=[0.3, 0.3, 0.2, 0.18, 0.02])
-    ids[invalid] = rng.choice([*NO_EXPERT, num_experts], ids.size)[invalid]
-    return {"topk_ids": ids.reshape(tokens, top_k).astype(dtype(rng)), "num_experts": num_experts}
+    ids[invalid] = outside(rng, kind, num_experts, ids.size)[invalid]
+    return {"topk_ids": ids.reshape(tokens, top_k).astype(kind), "num_experts": num_experts}
 
 
 def expert_map(rng: np.random.Generator, num_experts: int) -> np.ndarray | None:
@@ -72,9 +80,9 @@ def expert_map(rng: np.random.Generator, num_experts: int) -> np.ndarray | None:
     if rng.random() < 0.5:
         return None
     local = np.where(rng.random(num_experts) < rng.random(), rng.permutation(num_experts), -1)
-    invalid = rng.random(num_experts) < rng.choice([0, 0.1])
-    local[invalid] = rng.choice([*NO_EXPERT, num_experts], num_experts)[invalid]
-    return local.astype(dtype(rng))
+    invalid, kind = rng.random(num_experts) < rng.choice([0, 0.1]), dtype(rng)
+    local[invalid] = outside(rng, kind, num_experts + int(rng.integers(2)), num_experts)[invalid]
+    return local.astype(kind)
 
 
 def flag(rng: np.random.Generator) -> bool:
@@ -117,12 +125,20 @@ def rows(rng: np.random.Generator, limits: Limits, lowest: int = 0) -> np.ndarra
     return sizes.astype(dtype(rng))
 
 
+def past_int32(rng: np.random.Generator, counts: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Put large values among some counts if they are int64."""
+    if counts.dtype == np.int64 and flag(rng):
+        counts[rng.random(counts.size) < 0.2] = rng.choice(values)
+    return counts
+
+
 def offsets(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
-    return {"counts": rows(rng, limits), "alignment": int(rng.choice(BLOCK_SIZES))}
+    counts = past_int32(rng, rows(rng, limits), (2**32, 2**40 + 1))
+    return {"counts": counts, "alignment": int(rng.choice(BLOCK_SIZES))}
 
 
 def batched(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
-    sizes = rows(rng, limits, lowest=-3)
+    sizes = past_int32(rng, rows(rng, limits, lowest=-3), PAST_INT32)
     return {
         "max_tokens_per_batch": number(rng, 0, 8 * limits.slots // (len(sizes) + 1)),
         "block_size": int(rng.choice(BLOCK_SIZES)),
@@ -133,9 +149,9 @@ def batched(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 def lora(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     drawn = routing(rng, limits._replace(slots=limits.slots // 4, experts=min(256, limits.experts)))
     max_loras = number(rng, 1, 16)
-    adapters = rng.integers(-1, max_loras + 1, len(drawn["topk_ids"]))
+    adapters = rng.integers(-1, max_loras + 1, len(drawn["topk_ids"])).astype(dtype(rng))
     return drawn | {
-        "token_lora_mapping": adapters.astype(dtype(rng)),
+        "token_lora_mapping": past_int32(rng, adapters, PAST_INT32),
         "block_size": int(rng.choice(BLOCK_SIZES)),
         "max_loras": max_loras,
         "adapter_enabled": rng.integers(0, 2, max_loras + 1).astype(np.int32) if flag(rng) else None,
@@ -242,13 +258,20 @@ def selection(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         "routed_scaling_factor": float(rng.choice([1, 2.5])),
     }
     if flag(rng):
-        return chosen
+        return lowered(rng, chosen)
     if scoring_func != "raw" and flag(rng):
-        chosen |= {"softcap": float(rng.choice([0, 3])), "bias_mode": str(rng.choice(["choice", "logits"]))}
+        chosen |= {"softcap": float(rng.choice(SOFTCAPS)), "bias_mode": str(rng.choice(["choice", "logits"]))}
     # Rows that hang on the rounding of scores may choose, and so count, other experts.
     biased = chosen["correction_bias"] is not None and chosen.get("bias_mode") != "logits"
     exact = not (biased or chosen.get("softcap") or chosen["group_score"] in ("top2_sum", "topk_sum"))
-    return chosen | options(rng, len(drawn), num_experts, scoring_func != "raw", exact)
+    return lowered(rng, chosen | options(rng, len(drawn), num_experts, scoring_func != "raw", exact))
+
+
+def lowered(rng: np.random.Generator, drawn: dict[str, Any]) -> dict[str, Any]:
+    """Lower logits now and then, until scores sum to next to nothing; then no identity weights are compared."""
+    if drawn["scoring_func"] in ("sigmoid", "softplus_sqrt") and drawn.get("identity_weights") is None:
+        drawn["gating_output"] -= drawn["gating_output"].dtype.type(rng.choice([0, 0, 0, 60, 84]))
+    return drawn
 
 
 def options(
@@ -268,7 +291,8 @@ def options(
         "indices_dtype": str(rng.choice(["int32", "int64", "int16"])),
     }
     if flag(rng):
-        drawn["num_token_non_padded"] = np.array([number(rng, 0, tokens + 1)]).astype(dtype(rng))
+        real = np.array([number(rng, 0, tokens + 1)]).astype(dtype(rng))
+        drawn["num_token_non_padded"] = past_int32(rng, real, PAST_INT32)
     if flag(rng):
         drawn["is_padding"] = rng.random(tokens) < 0.3
     known = num_experts - num_zero + num_shared
@@ -287,10 +311,11 @@ def tables(rng: np.random.Generator, num_experts: int) -> tuple[Any, ...]:
     """Draw the places of experts, and how to pick among them."""
     algorithm = str(rng.choice(["static", "dynamic", "hash", "fake"]))
     places = rng.integers(-1, 2 * num_experts, (num_experts, 3)).astype(np.int32)
+    places[places < 0] = rng.choice([-1, -2, -(2**31)])
     if algorithm in ("static", "fake"):
         return places[:, 0].copy(), None, algorithm, 0, None
     step = rng.integers(-(2**63), 2**63 - 1, 1) if algorithm == "dynamic" else None
-    return places, rng.integers(0, 4, num_experts).astype(np.int32), algorithm, int(rng.integers(2**40)), step
+    return places, rng.integers(-1, 5, num_experts).astype(np.int32), algorithm, int(rng.integers(2**40)), step
 
 
 def given_experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
@@ -299,17 +324,20 @@ def given_experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     tokens, rows = len(drawn), number(rng, 0, 100)
     by_table = flag(rng)
     ids = rng.integers(-2, num_experts + 2, (rows if by_table else tokens, top_k))
-    return {
+    ids = ids.astype(str(rng.choice(["int16", "int32", "int64"])))
+    input_ids = past_int32(rng, rng.integers(-1, rows + 1, tokens).astype(dtype(rng)), PAST_INT32)
+    given = {
         "gating_output": drawn,
-        "topk_ids": ids.astype(str(rng.choice(["int16", "int32", "int64"]))),
-        "input_ids": rng.integers(-1, rows + 1, tokens).astype(dtype(rng)) if by_table else None,
+        "topk_ids": past_int32(rng, ids.ravel(), PAST_INT32).reshape(ids.shape),
+        "input_ids": input_ids if by_table else None,
         "scoring_func": str(rng.choice(["softmax", "sigmoid", "softplus_sqrt"])),
         "renormalize": flag(rng),
         "routed_scaling_factor": float(rng.choice([1, 2.5])),
-        "softcap": float(rng.choice([0, 3])),
+        "softcap": float(rng.choice(SOFTCAPS)),
         "logit_bias": rng.standard_normal(num_experts).astype(np.float32) if flag(rng) else None,
         **options(rng, tokens, num_experts),
     }
+    return lowered(rng, given)
 
 
 def decode(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
@@ -358,9 +386,10 @@ def experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     local = num_experts
     if flag(rng):
         local = number(rng, 1, num_experts)
-        places = np.full(num_experts, -1)
+        kind = dtype(rng)
+        places = outside(rng, kind, local, num_experts)
         places[rng.permutation(num_experts)[:local]] = rng.permutation(local)
-        drawn["expert_map"] = places.astype(dtype(rng))
+        drawn["expert_map"] = places.astype(kind)
     hidden, width = (number(rng, 1, 24) * int(rng.choice([1, 8])) for _ in range(2))
     # Where few terms make a result, it may be as small as the roundings of float16 before it, and with a bias, which
     # may take away nearly all of a term, as those of float32.

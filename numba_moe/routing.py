@@ -172,7 +172,7 @@ def route(
     routed_scaling_factor : float
         Multiplies the weights, after renormalising.
     softcap : float
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 for none.
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
     bias_mode : {"choice", "logits"}
         "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
         is in the weights, as SGLang has it for softmax.

@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from numba_moe import reference
+from numba_moe.gating.rows import SMALLEST_SUM
 from numba_moe.runtime import arrays
 
 # (relative, absolute) error of a float result against the reference. float32: sums of up to a few thousand
@@ -29,6 +31,12 @@ GATING |= {"grouped_topk": None, "select_experts": None}
 
 # Options of gating by which ids of a token may be the same, or no expert's.
 NOT_DISTINCT = ("dispatch", "num_fused_shared_experts", "num_zero_experts", "num_token_non_padded", "is_padding")
+
+# Options of gating that say what becomes of weights, not what they are before.
+BESIDES_WEIGHING = (
+    *("routed_scaling_factor", "apply_routed_scaling_factor_on_output", "zero_expert_id", "identity_weights"),
+    *("counts", "counts_enabled", "indices_dtype", *NOT_DISTINCT),
+)
 
 ROUTINGS = ("uniform", "zipf", "one_hot")
 
@@ -230,6 +238,23 @@ def rows_decided_by_rounding(arguments: Mapping[str, Any], rows: np.ndarray, sco
     return close
 
 
+def as_kernels_weigh(name: str, expected: Any, arguments: Mapping[str, Any]) -> Any:
+    """Return the reference's weights, but not renormalised where scores sum to 1e-35 or less, as the contract says."""
+    if not arguments.get("renormalize"):
+        return expected
+    function = getattr(reference, name)
+    weighing = inspect.signature(function).parameters.keys() - BESIDES_WEIGHING
+    bare = {option: arguments[option] for option in weighing if option in arguments}
+    scores = function(**bare | {"renormalize": False}).topk_weights.astype(np.float64)
+    on_output = arguments.get("apply_routed_scaling_factor_on_output", True)
+    factor = arguments.get("routed_scaling_factor", 1.0) if on_output else 1.0
+    little = scores.sum(axis=1) <= SMALLEST_SUM
+    weights = expected.topk_weights.copy()
+    routed = weights[:, : scores.shape[1]]  # a view
+    routed[little] = np.where(routed[little] != 0.0, factor * scores[little], 0.0)  # 0 for what has no weight at all
+    return expected._replace(topk_weights=weights)
+
+
 def compare_topk(result: Any, expected: Any, arguments: Mapping[str, Any], scoring_func: str) -> list[Comparison]:
     """Compare weights and ids of a gating call, leaving out rows that float32 rounding decides; ids stay distinct."""
     got = to_numpy(result.topk_ids)
@@ -264,6 +289,8 @@ def compare_results(name: str, result: Any, expected: Any, arguments: Mapping[st
         if (to_numpy(result.topk.topk_ids) != expected.topk.topk_ids).any():
             return compared  # other slots have other blocks
         return compared + compare_results("moe_align_block_size", result.blocks, expected.blocks, arguments)
+    if name in GATING or name == "weigh_experts":
+        expected = as_kernels_weigh(name, expected, arguments)
     if name in GATING:
         return compare_topk(result, expected, arguments, GATING[name] or arguments.get("scoring_func", "softmax"))
     if not isinstance(expected, tuple):

@@ -36,8 +36,13 @@ def rule_of(activation: str, interleaved: bool | None, limit: float | None, alph
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Return 1 / (1 + exp(-x)), without overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * x)
+    """Return ``1 / (1 + exp(-x))``, with all digits however far below zero x is.
+
+    >>> sigmoid(np.array([-100.0, 0.0]))
+    array([3.72007598e-44, 5.00000000e-01])
+    """
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-x))
 
 
 def normal_cdf(x: np.ndarray) -> np.ndarray:
@@ -53,8 +58,8 @@ def curve(gate: np.ndarray, activation: str, alpha: float) -> np.ndarray:
     """Return the activation of gates."""
     if activation == "gelu":
         return gate * normal_cdf(gate)
-    if activation == "gelu_tanh":
-        return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    if activation == "gelu_tanh":  # 1 + tanh(x) is 2 * sigmoid(2 * x), which keeps its digits
+        return gate * sigmoid(math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3))
     return gate * sigmoid(alpha * gate)
 
 
@@ -63,11 +68,12 @@ def slope(gate: np.ndarray, activation: str, alpha: float) -> np.ndarray:
     if activation == "gelu":
         return normal_cdf(gate) + gate * np.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
     if activation == "gelu_tanh":
-        tanh = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
-        inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
-        return 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * inner
-    share = sigmoid(alpha * gate)
-    return share + alpha * gate * share * (1 - share)
+        inside = math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3)
+        slope_inside = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * gate**2)
+        share, rest = sigmoid(inside), sigmoid(-inside)
+        return share + gate * slope_inside * share * rest
+    share, rest = sigmoid(alpha * gate), sigmoid(-alpha * gate)
+    return share + alpha * gate * share * rest
 
 
 def biased_rows(
@@ -78,7 +84,8 @@ def biased_rows(
         return gate_up.astype(np.float64)
     rows = gate_up[: expert_first_token_offset[-1]].astype(np.float64)
     if bias is not None:
-        rows += np.repeat(bias, np.diff(expert_first_token_offset), axis=0)
+        first = np.clip(expert_first_token_offset, 0, len(rows))
+        rows += np.repeat(bias, np.diff(first), axis=0)
     return rows
 
 

@@ -53,7 +53,8 @@ def moe_align_block_size(
     num_experts
         Number of experts that ids range over.
     expert_map
-        int32 or int64 [num_experts]: this rank's id of each expert, -1 for an expert of another rank.
+        int32 or int64 [num_experts]: this rank's id of each expert; -1, any other number below 0, or one past int32
+        for an expert of another rank.
     pad_sorted_ids
         Round the length of `sorted_token_ids` up to a multiple of the block size.
     ignore_invalid_experts
@@ -107,11 +108,13 @@ def moe_align_block_size(
     sorted_token_ids[:] = num_slots
     expert_ids[:] = inactive_expert_id
     num_tokens_post_padded[:] = offsets[-1]
+    names = np.arange(num_experts)
+    if expert_map is not None and not ignore_invalid_experts:
+        names = np.where((expert_map >= 0) & (expert_map < 2**31), expert_map, -1)
     by_expert = np.argsort(experts, kind="stable")[np.count_nonzero(experts < 0) :]
     for expert, (group, first) in enumerate(zip(np.split(by_expert, np.cumsum(sizes)[:-1]), offsets, strict=False)):
         sorted_token_ids[first : first + len(group)] = group
-        name = expert if expert_map is None or ignore_invalid_experts else expert_map[expert]
-        expert_ids[first // block_size : offsets[expert + 1] // block_size] = name
+        expert_ids[first // block_size : offsets[expert + 1] // block_size] = names[expert]
     if inv_sorted_idx is not None:
         positions = np.flatnonzero(sorted_token_ids < num_slots)
         inv_sorted_idx[...] = -1

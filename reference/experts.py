@@ -73,8 +73,8 @@ def fused_experts(
     activation, interleaved, limit, alpha
         What lies between the matrices, as in `moe_activation`.
     expert_map
-        int32 or int64, for each expert of all ranks its place in the matrices, or -1 for an expert of another rank,
-        which adds nothing.
+        int32 or int64, for each expert of all ranks its place in the matrices, or -1, or any other number outside
+        ``[0, num_experts)``, for an expert of another rank, which adds nothing.
     gate_up_bias
         float [num_experts, 2 * width], added after the first matrix.
     down_bias

@@ -44,8 +44,8 @@ def make_ragged_metadata(slice_sizes: np.ndarray, num_rows: int) -> RaggedMetada
     Parameters
     ----------
     slice_sizes
-        int32 or int64 [num_slices], the rows of each slice, the tokens of each expert for instance; less than 0
-        counts as 0.
+        int32 or int64 [num_slices], the rows of each slice, the tokens of each expert for instance, which together fit
+        int32; less than 0 counts as 0.
     num_rows
         Rows in all, or more. If there are more than this, the schedule ends early.
 
@@ -80,10 +80,9 @@ def make_ragged_metadata(slice_sizes: np.ndarray, num_rows: int) -> RaggedMetada
     block_offsets = np.zeros((len(BLOCK_SIZES), num_slices + 1), np.int64)
     block_schedule = np.full((len(BLOCK_SIZES), length), -1, np.int32 if shift == 16 else np.int64)
     for block_size, offsets, schedule in zip(BLOCK_SIZES, block_offsets, block_schedule, strict=True):
-        num_blocks = -(-sizes // block_size)
-        offsets[1:] = np.cumsum(num_blocks)
-        slices = np.repeat(np.arange(num_slices), num_blocks)
-        blocks = np.arange(len(slices)) - offsets[slices]
-        schedule[: len(slices)] = (blocks << shift | slices)[:length]
+        offsets[1:] = np.cumsum(-(-sizes // block_size))
+        positions = np.arange(min(offsets[-1], length))
+        slices = np.searchsorted(offsets[1:], positions, side="right")
+        schedule[: len(positions)] = positions - offsets[slices] << shift | slices
     slice_offsets = np.concatenate([[0], np.cumsum(sizes)])
     return RaggedMetadata(*(part.astype(np.int32) for part in (sizes, slice_offsets, block_offsets)), block_schedule)

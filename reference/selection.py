@@ -14,7 +14,7 @@ def adjust(gating_output: np.ndarray, softcap: float = 0.0, logit_bias: np.ndarr
     array([[ 0.5    , 26.10185,     -inf]], dtype=float32)
     """
     logits = gating_output.astype(np.float64)
-    if softcap:
+    if 0 < softcap < np.inf:
         logits = np.where(np.isfinite(logits), softcap * np.tanh(logits / softcap), logits)
     logits = logits.astype(np.float32)
     return logits if logit_bias is None else logits + logit_bias.astype(np.float32)
@@ -53,7 +53,7 @@ def select_experts(
     Parameters
     ----------
     softcap
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 for none.
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
     bias_mode
         "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
         is in the weights.
@@ -74,7 +74,8 @@ def select_experts(
     is_padding
         bool [num_tokens]. Tokens of padding have ids -1 and weights 0.
     dispatch
-        A `DispatchTables`: what `dispatch_ids` makes of the ids is returned. Zero experts have no place.
+        A `DispatchTables`: what `dispatch_ids` makes of the ids is returned, -1 for what `indices_dtype` cannot hold.
+        Zero experts have no place.
     counts
         int32 or int64 [any], written: 1 is added for each slot at the id that is returned, if it is one of `counts`.
         Padding and zero experts are not counted. In counts [rows, any], token t adds to row t % rows.
@@ -224,6 +225,7 @@ def send(
         physical_map, num_valid, algorithm, seed, step = dispatch
         rules = {"algorithm": algorithm, "seed": seed, "step": step}
         topk_ids = dispatch_ids(topk_ids, physical_map, num_valid, **rules)
+        topk_ids = np.where(topk_ids <= np.iinfo(indices_dtype).max, topk_ids, -1)
     if counts is not None and (counts_enabled is None or counts_enabled[0]):
         tokens, picks = np.nonzero((topk_ids >= 0) & (topk_ids < counts.shape[-1]))
         rows = np.atleast_2d(counts)  # a view

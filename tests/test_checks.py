@@ -1,10 +1,16 @@
 """Bad arguments get an error that names the argument, the rule and the value, before any launch."""
 
+import inspect
+import math
+import tracemalloc
+import typing
+
 import numpy as np
 import pytest
 import torch
 
 import numba_moe as moe
+from numba_moe import placement, recorder
 from numba_moe.placement import DispatchTables, dispatch_ids
 from numba_moe.runtime import arrays, checks
 
@@ -180,6 +186,122 @@ def test_bad_arguments(name, device, monkeypatch):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def takes_float(parameter):
+    return float in (parameter.annotation, *typing.get_args(parameter.annotation))
+
+
+def is_called(value):
+    """Whether something public is a function, or a class that is neither an exception nor a tuple of results."""
+    return callable(value) and not (isinstance(value, type) and issubclass(value, Exception | tuple))
+
+
+FLOAT_OPTIONS = [
+    (name, option)
+    for package in (moe, placement, recorder)
+    for name in package.__all__
+    if is_called(getattr(package, name))
+    for option, parameter in inspect.signature(getattr(package, name)).parameters.items()
+    if takes_float(parameter)
+]
+# What each function with such an option takes besides.
+CALLS = {
+    "MoEBlock": lambda **option: moe.MoEBlock(8, 8, 4, 2, **option),
+    "fused_experts": lambda **option: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS, **option),
+    "grouped_topk": lambda **option: moe.grouped_topk(LOGITS, 2, 4, 2, **option),
+    "moe_activation": lambda **option: moe.moe_activation(ROWS, **option),
+    "moe_sum": lambda **option: moe.moe_sum(ROWS[:, None], **option),
+    "moe_unpermute": lambda **option: moe.moe_unpermute(ROWS, WEIGHTS, IDS, **option),
+    "route": lambda **option: moe.route(LOGITS, 2, 4, **option),
+    "select_experts": lambda **option: moe.select_experts(LOGITS, 2, **option),
+    "simulate": lambda **option: placement.simulate(np.ones((1, 1, 4)), 4, 1, 1, 2, **option),
+    "weigh_experts": lambda **option: moe.weigh_experts(LOGITS, IDS, **option),
+}
+NO_LIMIT = ("limit", "softcap")  # which infinity stands for
+
+
+@pytest.mark.parametrize(("name", "option"), FLOAT_OPTIONS)
+def test_a_float_past_float32_is_refused_by_name(name, option):
+    values = [1e39, -1e39, 10**400, -(10**5000), math.nan, -math.inf]
+    for value in values if option in NO_LIMIT else [*values, math.inf]:
+        with pytest.raises(ValueError, match=f"^`{option}` must be "):
+            CALLS[name](**{option: value})
+    with pytest.raises(TypeError, match=f"^`{option}` must be a number, got str"):
+        CALLS[name](**{option: "1"})
+
+
+@pytest.mark.parametrize(("name", "option"), [pair for pair in FLOAT_OPTIONS if pair[1] in NO_LIMIT])
+def test_an_infinite_limit_is_none(name, option):
+    none = None if option == "limit" else 0.0
+    found, wanted = (CALLS[name](**{option: value}) for value in (math.inf, none))
+    for part, expected in zip(*map(torch.utils._pytree.tree_leaves, (found, wanted)), strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_a_cap_that_float32_makes_0_is_refused():
+    with pytest.raises(ValueError, match="`softcap` must be 0, or what float32 holds above 0, got 1e-60"):
+        moe.select_experts(LOGITS, 2, softcap=1e-60)
+    with pytest.raises(ValueError, match="`routed_scaling_factor` must be large enough for float32 to hold 1 over it"):
+        moe.select_experts(
+            *(LOGITS, 2),
+            num_fused_shared_experts=1,
+            apply_routed_scaling_factor_on_output=False,
+            routed_scaling_factor=1e-39,
+        )
+
+
+NAMES = {
+    "scoring_func": lambda value: moe.grouped_topk(LOGITS, 2, 4, 2, scoring_func=value),
+    "group_score": lambda value: moe.grouped_topk(LOGITS, 2, 4, 2, group_score=value),
+    "bias_mode": lambda value: moe.select_experts(LOGITS, 2, bias_mode=value),
+    "algorithm": lambda value: dispatch_ids(IDS, TABLE, algorithm=value),
+    "activation": lambda value: moe.moe_activation(ROWS, activation=value),
+}
+
+
+@pytest.mark.parametrize("value", [np.array(["max", "choice"]), torch.zeros(2), np.zeros(1), ["max"], 3], ids=repr)
+@pytest.mark.parametrize("argument", NAMES)
+def test_what_is_no_text_is_no_name(argument, value):
+    with pytest.raises(TypeError, match=f"^`{argument}` must be one of '.*, got {type(value).__name__}"):
+        NAMES[argument](value)
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), torch.zeros(1), False, np.bool_(False), [0]], ids=repr)
+@pytest.mark.parametrize(
+    "option",
+    ["softcap", "num_fused_shared_experts", "num_zero_experts", "zero_expert_id"],
+)
+def test_an_array_or_a_flag_is_no_number(option, value):
+    moe.select_experts(LOGITS, 2)  # whose plan is not that of what only equals its options
+    for function in (moe.select_experts, moe.weigh_experts, moe.route):
+        arguments = {moe.select_experts: (2,), moe.weigh_experts: (IDS,), moe.route: (2, 4)}[function]
+        with pytest.raises(TypeError, match=f"^`{option}` must be "):
+            function(LOGITS, *arguments, **{option: value})
+
+
+@pytest.mark.parametrize("sizes", [[2**40], [2**31 - 1, 2**31 - 1], [2**62] * 4, [1, -5, 2**31 - 1]])
+def test_slices_past_int32_are_refused_before_memory_is_asked_for(sizes):
+    dtypes = [torch.int64] if max(sizes) >= 2**31 else [torch.int64, torch.int32]
+    for dtype in dtypes:
+        with pytest.raises(ValueError, match="`slice_sizes` must be of no more rows together than int32 holds"):
+            moe.make_ragged_metadata(torch.tensor(sizes, dtype=dtype), 10)
+
+
+def test_memory_of_a_schedule_follows_from_its_length():
+    tracemalloc.start()
+    ragged = moe.make_ragged_metadata(torch.tensor([5, 2**31 - 6]), 40)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert ragged.slice_offsets.tolist() == [0, 5, 2**31 - 1]
+    assert ragged.block_schedule[0].tolist() == [0, 1, 1 << 16 | 1, 2 << 16 | 1]
+    assert peak < 2**20
+    rows, offset = torch.ones(2, 8), torch.tensor([0, 1, 2**40])
+    tracemalloc.start()
+    assert moe.moe_activation(rows, offset, torch.ones(2, 8), activation="none").tolist() == [[2.0] * 8] * 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_too_many_slots():

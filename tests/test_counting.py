@@ -46,6 +46,35 @@ def test_every_path(path, chunk, device, monkeypatch):
     plans.forget()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_ids_and_maps_past_int32_are_no_experts(path, device, monkeypatch, request):
+    for name, value in PATHS[path].items():
+        monkeypatch.setattr(sorting, name, value)
+    plans.forget()
+    request.addfinalizer(plans.forget)
+    rng = np.random.default_rng(0)
+    for tokens, experts in [(7, 12), (150, 20)]:
+        ids = rng.integers(-2, experts + 2, (tokens, 8))
+        ids[rng.random(ids.shape) < 0.2] = 2**32 + 1  # whose lower 32 bits are expert 1, as are those of the next
+        ids[rng.random(ids.shape) < 0.1] = -(2**32) + 1
+        local = np.arange(experts)
+        local[1:9] = experts, experts + 1, -2, 2**32, -(2**32) + 2, 2**31, 2**63 - 1, 2**40 + 3
+        names = [int(name) if 0 <= name < 2**31 else -1 for name in local]
+        ours, ours_local = torch.from_numpy(ids).to(device), torch.from_numpy(local).to(device)
+        blocks = moe.moe_align_block_size(ours, 4, experts, ours_local)
+        wanted = reference.moe_align_block_size(ids, 4, experts, np.array(names))
+        assert [part.tolist() for part in blocks] == [part.tolist() for part in wanted]
+        assert (blocks.expert_ids == -1).any()
+        known = [int(local[slot]) for slot in ids.ravel() if 0 <= slot < experts and 0 <= local[slot] < experts]
+        assert 0 < len(known) < ids.size
+        counts = moe.count_tokens_per_expert(ours, experts, ours_local)
+        assert counts.tolist() == np.bincount(known, minlength=experts).tolist()
+        blocks = moe.moe_align_block_size(ours, 4, experts, ours_local, ignore_invalid_experts=True)
+        wanted = reference.moe_align_block_size(ids, 4, experts, local, ignore_invalid_experts=True)
+        assert [part.tolist() for part in blocks] == [part.tolist() for part in wanted]
+        assert blocks.num_tokens_post_padded.item() == sum(-(-count // 4) * 4 for count in counts.tolist())
+
+
 @pytest.mark.parametrize("most_in_cluster", [*sorting.CLUSTERS, 0])
 def test_grids_keep_within_what_a_block_has(most_in_cluster):
     for num_slots, num_experts in itertools.product(

@@ -1,13 +1,14 @@
 """The experts' feed-forward: against the reference in cases, its gradients and those of the block against torch's."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 
 import numba_moe as moe
 from numba_moe import experts, testing
-from numba_moe.runtime import simulator
+from numba_moe.runtime import plans, simulator
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -132,6 +133,54 @@ def test_experts_of_ranks_add_up():
         assert torch.allclose(total, wanted, rtol=1e-5, atol=1e-6)
         for got, grad in zip(gradients(total, arguments), gradients(wanted, arguments), strict=True):
             assert torch.allclose(got, grad, rtol=1e-5, atol=1e-6)
+
+
+def grouped_with_undefined_rows(rows, weights, offs):
+    """Multiply as torch's grouped GEMM does where it is in one launch: rows past the last end are left as they were."""
+    if weights.dim() == 2:  # of a gradient of matrices
+        bounds = [0, *offs.tolist()]
+        return torch.stack([rows[:, a:b] @ weights[a:b] for a, b in itertools.pairwise(bounds)])
+    products = torch.full((len(rows), weights.shape[2]), torch.nan)
+    for expert, (begin, end) in enumerate(itertools.pairwise([0, *offs.tolist()])):
+        products[begin:end] = rows[begin:end] @ weights[expert]
+    return products
+
+
+def assert_places_past_the_matrices_add_nothing(bias, dtype=torch.float32):
+    arguments, ids = drawn(300 if ON_GPU else 9, 8, 2, 16, 8, bias=bias, dtype=dtype)
+    shared = {"hidden_states", "topk_weights"}
+    local = {name: part if name in shared else part.detach()[:3].requires_grad_() for name, part in arguments.items()}
+    past = torch.tensor([1, 3, 0, 5, -1, 7, 2, 2**32], device=DEVICE)
+    with running():
+        wanted = moe.fused_experts(topk_ids=ids, expert_map=torch.where(past < 3, past, -1), **local)
+        wanted_gradients = gradients(wanted, local)
+        for places in (past, past.where(past < 2**31, 9).int()):
+            with testing.poisoned_memory():
+                found = moe.fused_experts(topk_ids=ids, expert_map=places, **local)
+                with torch.no_grad():
+                    plain = moe.fused_experts(topk_ids=ids, expert_map=places, **local)
+            assert torch.equal(found, wanted)
+            assert torch.allclose(plain, wanted, rtol=1e-5, atol=1e-6)
+            for got, grad in zip(gradients(found, local), wanted_gradients, strict=True):
+                assert got.isfinite().all()
+                assert torch.allclose(got, grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grouped", [False, pytest.param(True, marks=pytest.mark.skipif(ON_GPU, reason="below"))])
+def test_places_past_the_matrices_add_nothing(grouped, bias, monkeypatch, request):
+    if grouped:
+        monkeypatch.setattr(experts, "_grouped_mm", grouped_with_undefined_rows)
+        monkeypatch.setattr(experts, "has_grouped", lambda *_: True)
+        plans.forget()
+        request.addfinalizer(plans.forget)
+    assert_places_past_the_matrices_add_nothing(bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_places_past_the_matrices_add_nothing_to_grouped_gemms(bias):
+    assert_places_past_the_matrices_add_nothing(bias, torch.bfloat16)
 
 
 def test_no_tokens_have_gradients_of_zero():

@@ -15,6 +15,7 @@ from numba_moe.runtime import plans, simulator
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 MANY = 32 if simulator.ENABLED else 5000
+FEW = 4 if simulator.ENABLED else 5000
 
 
 @pytest.fixture(params=["warps", "octets", "memory"])
@@ -158,6 +159,125 @@ def test_a_recorder_counts_by_gating():
     wanted = np.bincount(testing.to_numpy(ids).ravel(), minlength=16)
     assert recorder.layer_counts(1).sum(dim=0).tolist() == wanted.tolist()
     assert recorder.dump_record(output_mode="object").logical_count[0, 1].tolist() == wanted.tolist()
+
+
+def test_an_infinite_cap_is_none(kernel):
+    logits = np.array([[0.0, 1.0, 3.0, -np.inf], [np.nan, 2.0, -1.0, 0.5]] * 2, np.float32)
+    for options in ({}, {"num_fused_shared_experts": 1}, {"bias_mode": "logits", "correction_bias": logits[0]}):
+        capped, plain = (run("select_experts", logits, 2, softcap=cap, **options) for cap in (np.inf, 0.0))
+        assert all(map(torch.equal, capped, plain))
+        capped, plain = (reference.select_experts(logits, 2, softcap=cap, **options) for cap in (np.inf, 0.0))
+        assert all(map(np.array_equal, capped, plain))
+    leaf = torch.from_numpy(logits[:1]).requires_grad_()
+    assert moe.select_experts(leaf, 2, softcap=np.inf).topk_weights.requires_grad
+
+
+@pytest.mark.parametrize("softcap", [1e-45, 0.5])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+def test_caps_of_any_size_leave_infinities_alone(kernel, scoring_func, softcap):
+    special = [np.inf, 3.0, -np.inf, np.nan, -2.0, 0.0, 1.0, 8.0]
+    logits = np.array([special, special[::-1], [*special[4:], *special[4:]], [-np.inf] * 8], np.float32)
+    assert_as_reference("select_experts", logits, 4, scoring_func=scoring_func, softcap=softcap)
+    if scoring_func == "sigmoid":
+        assert run("select_experts", logits, 1, scoring_func="sigmoid", softcap=softcap).topk_weights[0].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("logit", "weight"),
+    [(-57.5, 0.5), (-75.0, 0.5), (-82.0, 2.44e-36)],  # scores of 1.1e-25, 2.7e-33 and 2.44e-36
+)
+@pytest.mark.parametrize("renormalizing", ["select_experts", "weigh_experts"])
+def test_scores_are_renormalised_unless_they_sum_to_next_to_nothing(kernel, renormalizing, logit, weight):
+    logits = np.full((FEW, 8), logit, np.float32)
+    chosen = 2 if renormalizing == "select_experts" else np.tile(np.array([3, 5]), (FEW, 1))
+    weights = run(renormalizing, logits, chosen, scoring_func="sigmoid", renormalize=True).topk_weights.cpu()
+    assert torch.allclose(weights.double(), torch.tensor(weight).double(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_roots_of_softplus_keep_their_digits_far_below_zero(kernel, renormalize):
+    logits = np.linspace(-160, -20, FEW * 4, dtype=np.float32).reshape(FEW, 4)
+    weights = run("topk_softplus_sqrt", logits, 4, renormalize).topk_weights.cpu().double()
+    scores = torch.from_numpy(logits).double().exp().log1p().sqrt().flip(1)
+    wanted = scores / scores.sum(1, keepdim=True) if renormalize else scores
+    assert torch.allclose(weights, wanted, rtol=3e-5, atol=0)
+
+
+def test_sigmoid_scores_and_slopes_keep_their_digits():
+    logits = torch.linspace(-100, 100, 4001, dtype=torch.float64).requires_grad_()
+    wanted = torch.sigmoid(logits)
+    found = reference.gating.sigmoid(logits.detach().numpy())
+    np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-14)
+    slopes = reference.gating.slopes(logits.detach().numpy(), "sigmoid")
+    np.testing.assert_allclose(slopes, (wanted * torch.sigmoid(-logits)).detach().numpy(), rtol=1e-14)
+    narrow = logits.detach().numpy().astype(np.float32)[:: 200 if simulator.ENABLED else 1, None]
+    weights = reference.topk_sigmoid(narrow, 1).topk_weights[:, 0]
+    exact = torch.sigmoid(torch.from_numpy(narrow[:, 0]).double()).numpy()
+    np.testing.assert_allclose(weights, exact, rtol=1e-7, atol=np.finfo(np.float32).smallest_subnormal)
+    normal = exact > np.finfo(np.float32).tiny
+    on_device = run("topk_sigmoid", narrow, 1).topk_weights[:, 0].cpu().numpy()
+    np.testing.assert_allclose(on_device[normal], exact[normal], rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["static", "fake"])
+def test_a_place_that_the_dtype_of_ids_cannot_hold_is_none(kernel, algorithm):
+    logits = np.tile(np.array([3.0, 2.0, 1.0, 0.0], np.float32), (FEW, 1))
+    places = np.array([40000, 32767, -5, 32768], np.int32)
+    tables = reference.DispatchTables(torch.from_numpy(places).to("cuda" if ON_GPU else "cpu"), algorithm=algorithm)
+    counts = np.zeros(32769, np.int32)
+    given = torch.from_numpy(counts.copy()).to("cuda" if ON_GPU else "cpu")
+    ids = run("select_experts", logits, 4, dispatch=tables, counts=given, indices_dtype="int16").topk_ids
+    wanted = reference.DispatchTables(places, algorithm=algorithm)
+    options = {"dispatch": wanted, "counts": counts, "indices_dtype": "int16"}
+    assert np.array_equal(testing.to_numpy(ids), reference.select_experts(logits, 4, **options).topk_ids)
+    assert ids[0].tolist() == [-1, 32767, -1, -1]
+    assert given.tolist() == counts.tolist()
+    assert counts.sum() == counts[32767] == FEW
+
+
+@pytest.mark.parametrize("flag", [-1, 1, 0])
+def test_any_flag_but_0_lets_counts_be_counted(kernel, flag):
+    logits = np.random.default_rng(1).standard_normal((FEW, 8), np.float32)
+    counts = torch.zeros(8, dtype=torch.int32, device="cuda" if ON_GPU else "cpu")
+    run("select_experts", logits, 3, counts=counts, counts_enabled=np.array([flag], np.int32))
+    assert counts.sum().item() == (3 * FEW if flag else 0)
+
+
+def test_padding_has_no_identity_weight(kernel):
+    logits = np.random.default_rng(2).standard_normal((FEW, 8), np.float32)
+    padding = np.arange(FEW) % 2 == 1
+    identity = torch.full((FEW,), torch.nan, device="cuda" if ON_GPU else "cpu")
+    options = {"num_zero_experts": 4, "is_padding": padding}
+    run("select_experts", logits, 3, identity_weights=identity, **options)
+    wanted = np.full(FEW, np.nan, np.float32)
+    reference.select_experts(logits, 3, identity_weights=wanted, **options)
+    assert not wanted[padding].any()
+    assert not testing.compare(identity, wanted).mismatches
+    identity.fill_(torch.nan)
+    ids = np.tile(np.array([7, 0, 5]), (FEW, 1))
+    run("weigh_experts", logits, ids, identity_weights=identity, **options)
+    assert not identity.cpu()[padding].any()
+    assert identity.isfinite().all()
+
+
+@pytest.mark.parametrize("on_output", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("num_zero", [0, 1])
+def test_shared_experts_by_hand(kernel, renormalize, on_output, num_zero):
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]] * FEW, np.float32))
+    options = {"renormalize": renormalize, "apply_routed_scaling_factor_on_output": on_output, "softcap": 0.0}
+    options |= {"num_fused_shared_experts": 2, "num_zero_experts": num_zero, "routed_scaling_factor": 4.0}
+    # Two of four are chosen, of which the scores are 0.5 and 0.3: 0.8 in all.
+    routed = [0.625, 0.375] if renormalize else [0.5, 0.3]
+    shared = (1.0 if renormalize else 0.8) / (1.0 if on_output else 4.0)
+    wanted = [weight * (4.0 if on_output else 1.0) for weight in routed] + [shared, shared]
+    real = 4 - num_zero
+    chosen = np.tile(np.array([0, 1]), (FEW, 1))
+    found = [run("select_experts", logits, 2, **options), run("weigh_experts", logits, chosen, **options)]
+    found.append(reference.select_experts(logits, 2, **options))
+    for weights, ids in found:
+        assert ids.tolist() == [[0, 1, real, real + 1]] * FEW
+        np.testing.assert_allclose(np.asarray(weights.tolist()), [wanted] * FEW, rtol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [3, 33])

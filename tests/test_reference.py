@@ -44,6 +44,18 @@ def test_alignment_by_loops(ids, block_size, pad, ignore, data):
     assert got.sorted_token_ids.dtype == got.expert_ids.dtype == got.num_tokens_post_padded.dtype == np.int32
 
 
+def test_names_that_int32_cannot_hold_are_no_experts():
+    local = np.array([2, -5, 2**32, 2**31 - 1, 2**31, -(2**63)])
+    ids = np.array([0, 1, 2, 3, 4, 5, 2**32, -(2**32), 6])
+    blocks = reference.moe_align_block_size(ids, 2, 6, local)
+    assert blocks.expert_ids.tolist() == [2, -1, -1, 2**31 - 1, -1, -1, -1, -1]
+    assert blocks.num_tokens_post_padded.tolist() == [12]
+    blocks = reference.moe_align_block_size(ids, 2, 6, local, ignore_invalid_experts=True)
+    assert blocks.sorted_token_ids[:2].tolist() == [0, 9]
+    assert blocks.num_tokens_post_padded.tolist() == [2]
+    assert reference.count_tokens_per_expert(ids, 6, local).tolist() == [0, 0, 1, 0, 0, 0]
+
+
 def test_alignment_into_given_memory():
     ids = np.array([[2, 0], [0, -1], [2, 1]], np.int32)
     out = np.full(13, 77, np.int32), np.full(4, 77, np.int32), np.full(1, 77, np.int32)

@@ -193,6 +193,84 @@ def test_sglang_aligns_with_a_bucket_for_no_expert():
     assert given[0][:20].tolist() == [4, 8, 8, 8, 2, 7, 8, 8, 1, 8, 8, 8, 5, 8, 8, 8, 0, 3, 6, 8]
 
 
+SLOTS = torch.tensor([[0, 1], [1, 2], [2, 3]], dtype=torch.int32)
+SORTED = [0, 6, 6, 6, 1, 2, 6, 6, 3, 4, 6, 6, 5, 6, 6, 6]  # by experts 0 to 3, in blocks of 4
+
+
+@pytest.mark.parametrize("num_names", [5, 6, 7])  # whole blocks of 21 positions, all blocks, and one more
+@pytest.mark.parametrize("spare", [0, 3])
+def test_sglang_takes_memory_as_sglang_allocates_it(num_names, spare):
+    given = ints(6 + 5 * 3 + spare), ints(num_names), ints(1)
+    sglang.moe_align_block_size(SLOTS, 5, 4, *given, ints(6), True)
+    assert given[0].tolist() == SORTED + [6] * (5 + spare)
+    assert given[1].tolist() == [0, 1, 2, 3] + [-1] * (num_names - 4)
+    assert given[2].item() == 16
+    with_blocks = ints(2)
+    ids = torch.tensor([[-1, 1], [-1, -1], [-1, 3]], dtype=torch.int32)
+    sglang.moe_align_block_size(ids, 5, 3, ints(6 + 5 * 2), ints(5), with_blocks, ints(6))
+    assert with_blocks.tolist() == [12, 2]
+
+
+def test_sglang_refuses_fewer_names_than_blocks_by_name():
+    with pytest.raises(ValueError, match=r"`len\(experts_ids\)` must be at least the blocks that any .* = 5, got 4"):
+        sglang.moe_align_block_size(SLOTS, 5, 4, ints(21), ints(4), ints(1), ints(6))
+    with pytest.raises(TypeError, match="`pad_sorted_token_ids` must be True or False, got None"):
+        sglang.moe_align_block_size(SLOTS, 5, 4, ints(21), ints(6), ints(1), ints(6), None)
+
+
+@pytest.mark.parametrize("num_names", [4, 5])
+def test_a_call_of_an_older_sgl_kernel_loses_no_expert(num_names):
+    """Counters and offsets are tensors there, and the number of experts is that of experts."""
+    given = ints(6 + 4 * 3), ints(num_names), ints(1)
+    sglang.moe_align_block_size(SLOTS, 4, 4, *given, ints(4 * 5), ints(5))
+    assert given[0].tolist() == [*SORTED, 6, 6]
+    assert given[1].tolist() == [0, 1, 2, 3] + [-1] * (num_names - 4)
+    assert given[2].item() == 16
+
+
+@pytest.mark.parametrize("num_names", [4, 5, 6])
+def test_vllm_op_of_alignment_takes_names_as_call_sites_allocate_them(num_names):
+    given = ints(6 + 4 * 3), ints(num_names), ints(1)
+    vllm_ops.moe_align_block_size(SLOTS, 4, 4, *given)
+    assert given[0].tolist() == [*SORTED, 6, 6]
+    assert given[1].tolist() == [0, 1, 2, 3] + [-1] * (num_names - 4)
+
+
+INFINITE = torch.tensor([[0.0, torch.inf, -1.0, 2.0], [torch.nan, torch.inf, -torch.inf, 1.0]])
+
+
+def vllm_sigmoid_choices(logits, top_k):
+    """Yield what each of vLLM's names chooses by sigmoid scores without, or with a bias of zeros."""
+    yield vllm.fused_topk(logits, logits, top_k, False, scoring_func="sigmoid")[:2]
+    yield vllm.grouped_topk(logits, logits, top_k, False, 1, 1, "sigmoid")
+    zeros = torch.zeros(logits.shape[1])
+    for bias in (None, zeros):
+        weights, ids = torch.full((len(logits), top_k), torch.nan), ints(len(logits), top_k)
+        vllm_ops.topk_sigmoid(weights, ids, ints(len(logits), top_k), logits, False, bias)
+        yield weights, ids
+    yield vllm_ops.grouped_topk(logits, 1, 1, top_k, False, 1.0, zeros, 1)
+
+
+def test_an_infinite_logit_is_last_by_the_sigmoid_of_vllm_and_first_by_ours():
+    for weights, ids in vllm_sigmoid_choices(INFINITE, 3):
+        assert ids.tolist()[0] == [3, 0, 2]
+        torch.testing.assert_close(weights[0], torch.tensor([2.0, 0.0, -1.0]).sigmoid())
+        assert ids.tolist()[1] == [3, 0, 1]
+        torch.testing.assert_close(weights[1], torch.tensor([torch.tensor(1.0).sigmoid(), 0.0, 0.0]))
+    for weights, ids in vllm_sigmoid_choices(INFINITE[:, 1:2], 1):
+        assert (weights.tolist(), ids.tolist()) == ([[0.0], [0.0]], [[0], [0]])
+    assert moe.topk_sigmoid(INFINITE, 1).topk_ids.tolist() == [[1], [1]]
+    assert moe.topk_sigmoid(INFINITE, 1).topk_weights.tolist() == [[1.0], [1.0]]
+
+
+def test_vllm_op_of_sums_leaves_out_what_the_map_lacks():
+    rows, out = torch.ones(3, 3, 16), torch.full((3, 16), torch.nan)
+    ids = torch.tensor([[0, 1, 4], [2**31 - 1, -(2**31), 3], [1, 3, 2]], dtype=torch.int32)
+    for local in (torch.tensor([-1, 0, -1, 1]), torch.tensor([-(2**40), 2**32, -1, 1])):
+        vllm_ops.moe_sum(rows, out, ids, local)
+        assert out[:, 0].tolist() == [1.0, 1.0, 2.0]
+
+
 def test_sglang_caps_and_biases_logits_before_a_softmax():
     weights, ids = choice_memory()
     sglang.topk_softmax(weights, ids, LOGITS.half(), False, 2.0, BIAS)

@@ -47,9 +47,10 @@ def plan_activation(
     checks.choice("activation", activation, KINDS)
     if interleaved is not None:
         checks.boolean("interleaved", interleaved)
-    for name, number in (("limit", limit), ("alpha", alpha)):
-        if number is not None:
-            checks.number(name, number)
+    if limit is not None:
+        checks.number("limit", limit, infinite=True)
+    if alpha is not None:
+        checks.number("alpha", alpha)
     rule = rule_of(activation, interleaved, limit, alpha)
     checks.holds("limit", "above 0", rule.limit > 0, rule.limit)
     num_rows, row_width = gate_up.shape

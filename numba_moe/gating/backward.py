@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from numba_moe.gating.rows import SCORING, SIGMOID, SMALLEST_SUM, SOFTMAX, SOFTPLUS_SQRT, score_of, weight_of
+from numba_moe.gating.rows import (
+    FAR_BELOW,
+    SCORING,
+    SIGMOID,
+    SMALLEST_SUM,
+    SOFTMAX,
+    SOFTPLUS_SQRT,
+    score_of,
+    weight_of,
+)
 from numba_moe.reference import gating as reference
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import arrays
@@ -54,7 +63,9 @@ def slope_of(logit, scoring_func):
         if score > float32(0.0):  # not of NaN
             slope = score * reciprocal(float32(1.0) + exp(logit))
     elif scoring_func == SOFTPLUS_SQRT:
-        if score > float32(0.0):
+        if logit < float32(FAR_BELOW):
+            slope = float32(0.5) * score
+        elif score > float32(0.0):
             slope = divide(float32(0.5) * reciprocal(float32(1.0) + exp(-logit)), score)
     elif score > float32(NEGATIVE_INFINITY):
         slope = float32(1.0)

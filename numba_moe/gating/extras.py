@@ -13,18 +13,21 @@ from numba_moe.runtime.primitives import (
     as_int16,
     as_int64,
     atomic_add,
+    divide_rounded,
     larger,
     present,
     tanh,
     warp_sum,
 )
 
+LARGEST_INT16 = 2**15 - 1
+
 
 @cuda.jit(device=True)
 def adjusted(logit, expert, logit_bias, softcap):
     """Return a logit, if finite kept within the cap, and with its expert's bias."""
     if softcap > float32(0.0) and larger(logit, -logit) <= float32(LARGEST_FLOAT):
-        logit = softcap * tanh(logit / softcap)
+        logit = float32(softcap) * tanh(divide_rounded(logit, softcap))
     if present(logit_bias):
         logit += logit_bias[expert]
     return logit
@@ -110,6 +113,8 @@ def write_expert(expert, slot, token, topk_ids, ids, dispatch, counting):
     physical_map = dispatch[0]
     if present(physical_map):
         expert = physical_of(expert, slot, token, *dispatch)
+        if id_bytes == 2 and expert > LARGEST_INT16:
+            expert = int32(-1)
     store_id(topk_ids, slot, expert, id_bytes)
     count_expert(expert, token, counting)
 

@@ -23,6 +23,7 @@ from numba_moe.runtime.parameters import (
     RouteColumns,
 )
 from numba_moe.runtime.primitives import (
+    LARGEST_INT32,
     WARP,
     atomic_or,
     block_sums,
@@ -189,6 +190,8 @@ def route_tokens(
             name = expert
             if map_bytes and not by_map:
                 name = load_integer(expert_map, expert, map_bytes)
+                if name < 0 or name > LARGEST_INT32:
+                    name = int64(-1)
             expert_ids[name_index] = int32(name)
     fill(expert_ids, num_names, inactive_expert_id, int32(divided(base, reciprocal, shift) + thread), threads)
     if thread == 0:

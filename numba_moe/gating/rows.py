@@ -20,6 +20,7 @@ SOFTMAX = 0
 SIGMOID = 1
 SOFTPLUS_SQRT = 2
 SMALLEST_SUM = 1e-35  # of scores that are renormalised: a factor over less may be no float32
+FAR_BELOW = -32.0  # from here down softplus(x) is exp(x), whose root is a float32 where it is none itself
 
 
 @cuda.jit(device=True)
@@ -71,6 +72,8 @@ def score_of(logit, scoring_func, peak, total):
     if not logit < float32(INFINITY):
         logit = float32(NEGATIVE_INFINITY)
     if scoring_func == SOFTPLUS_SQRT:
+        if logit < float32(FAR_BELOW):
+            return exp(float32(0.5) * logit)
         return square_root(softplus(logit))
     return logit
 

@@ -1,7 +1,9 @@
 """Gating with everything around it in its one launch: other logits, other ids, padding, counts; and given experts."""
 
+import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from numba_moe import gating
@@ -17,6 +19,8 @@ from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 
 BIAS_MODES = ("choice", "logits")
 ID_DTYPES = {"int32": torch.int32, "int64": torch.int64, "int16": torch.int16}
+# Kernels work with ids of 32 bits, whatever they write.
+LARGEST_IDS = {"int32": checks.LARGEST_INT32, "int64": checks.LARGEST_INT32, "int16": 2**15 - 1}
 GIVEN_IDS = (torch.int32, torch.int64, torch.int16)
 
 
@@ -38,7 +42,8 @@ class Options(NamedTuple):
 
 
 NONE = Options()
-NO_NUMBERS = (*NONE[:5], NONE.indices_dtype)
+NO_NUMBERS = NONE[:5]
+INFINITY = math.inf
 
 
 def options_of(
@@ -56,12 +61,19 @@ def options_of(
     indices_dtype: Any,
 ) -> Options:
     """Return options, or `NONE` if nothing is asked for: to compare tensors would take microseconds."""
-    if num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None:
-        numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id, indices_dtype)
-        if numbers == NO_NUMBERS:
-            return NONE
+    of_kinds = type(num_shared) is type(num_zero) is type(zero_expert_id) is int and type(on_output) is bool
+    if not (
+        of_kinds and (type(softcap) is float or type(softcap) is int)
+    ):  # what equals a default may still be no such number
+        _check_numbers(softcap, num_shared, on_output, num_zero, zero_expert_id)
+    if softcap == INFINITY:
+        softcap = 0.0
+    numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id)
+    no_arrays = num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None
+    if no_arrays and numbers == NO_NUMBERS and isinstance(indices_dtype, str) and indices_dtype == NONE.indices_dtype:
+        return NONE
     given = (identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype)
-    return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *given))
+    return new_tuple(Options, (*numbers, *given))
 
 
 def layouts(options: Options) -> Options:
@@ -77,26 +89,46 @@ def layouts(options: Options) -> Options:
     return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *found))
 
 
+def _check_numbers(softcap: Any, num_shared: Any, on_output: Any, num_zero: Any, zero_expert_id: Any) -> None:
+    """Check what options say without arrays, as far as it hangs on nothing else."""
+    checks.number("softcap", softcap, infinite=True)
+    checks.holds("softcap", "0 or more", softcap >= 0, softcap)
+    checks.holds("softcap", "0, or what float32 holds above 0", softcap == 0 or np.float32(softcap) > 0, softcap)
+    checks.integer("num_fused_shared_experts", num_shared, 0)
+    checks.boolean("apply_routed_scaling_factor_on_output", on_output)
+    checks.integer("num_zero_experts", num_zero, 0)
+    checks.integer("zero_expert_id", zero_expert_id, -1)
+
+
 def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, options: Options) -> plans.Extras:
     """Check options, and return what of them kernels are told."""
     like = ("gating_output", gating_output)
     num_tokens, num_experts = gating_output.shape
-    checks.number("softcap", options.softcap)
-    checks.holds("softcap", "0 or more", options.softcap >= 0, options.softcap)
-    num_shared = checks.integer("num_fused_shared_experts", options.num_fused_shared_experts, 0)
-    on_output = options.apply_routed_scaling_factor_on_output
-    checks.boolean("apply_routed_scaling_factor_on_output", on_output)
+    _check_numbers(*options[:5])
+    name = str(options.indices_dtype).removeprefix("torch.")
+    checks.choice("indices_dtype", name, tuple(ID_DTYPES))
     checks.number("routed_scaling_factor", routed_scaling_factor)
-    divides = bool(num_shared) and not on_output
+    on_output = options.apply_routed_scaling_factor_on_output
+    divides = bool(options.num_fused_shared_experts) and not on_output
     checks.holds(
         "routed_scaling_factor",
         "other than 0 where shared experts' weights are divided by it",
         not divides or routed_scaling_factor != 0,
         routed_scaling_factor,
     )
+    shared_factor = 1.0 / routed_scaling_factor if divides else 1.0
+    finite = abs(shared_factor) <= checks.LARGEST_FLOAT32
+    rule = "large enough for float32 to hold 1 over it, by which shared experts' weights are multiplied"
+    checks.holds("routed_scaling_factor", rule, finite, routed_scaling_factor)
     limit = f"num_experts = {num_experts}"
     num_zero = checks.integer("num_zero_experts", options.num_zero_experts, 0, num_experts, limit)
-    zero_expert_id = checks.integer("zero_expert_id", options.zero_expert_id, -1)
+    largest = LARGEST_IDS[name]
+    limit = f"{largest}, the largest {name}"
+    zero_expert_id = checks.integer("zero_expert_id", options.zero_expert_id, -1, largest, limit)
+    most_shared = checks.LARGEST_INT32 - num_experts
+    num_shared = checks.integer("num_fused_shared_experts", options.num_fused_shared_experts, 0, most_shared)
+    last = num_experts - num_zero + num_shared - 1
+    checks.holds("indices_dtype", f"wide enough for expert {last}", last <= largest, name)
     if options.identity_weights is not None:
         checks.array("identity_weights", options.identity_weights, (torch.float32,), (1,), like=like)
         checks.shape("identity_weights", options.identity_weights, (num_tokens,), "(num_tokens,)")
@@ -130,12 +162,6 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
     if options.counts_enabled is not None:
         checks.array("counts_enabled", options.counts_enabled, (torch.int32,), (1,), like=like)
         checks.shape("counts_enabled", options.counts_enabled, (1,), "(1,)")
-    name = str(options.indices_dtype).removeprefix("torch.")
-    checks.choice("indices_dtype", name, tuple(ID_DTYPES))
-    largest = num_experts - num_zero + num_shared - 1
-    fits = name != "int16" or largest < 2**15
-    checks.holds("indices_dtype", f"wide enough for expert {largest}", fits, name)
-    shared_factor = 1.0 / routed_scaling_factor if divides else 1.0
     return plans.Extras(
         softcap=float(options.softcap),
         scalar_bytes=scalar_bytes,
@@ -247,12 +273,22 @@ def extra_arrays(options: Options) -> tuple[torch.Tensor | None, ...]:
 
 
 def _check_data(gating_output: torch.Tensor, options: Options) -> None:
+    _check_places(options)
     padded = torch.zeros(len(gating_output), dtype=torch.bool, device=gating_output.device)
     if options.num_token_non_padded is not None:
         padded |= torch.arange(len(gating_output), device=padded.device) >= options.num_token_non_padded
     if options.is_padding is not None:
         padded |= options.is_padding
     checks.logits("gating_output", gating_output.masked_fill(padded[:, None], 0))
+
+
+def _check_places(options: Options) -> None:
+    """Check that the dtype of ids holds every place that they may become; this reads the map of places."""
+    if options.dispatch is not None:
+        name = str(options.indices_dtype).removeprefix("torch.")
+        places = options.dispatch[0].cpu().numpy()
+        rule = f"at most {LARGEST_IDS[name]}, the largest {name}, which `indices_dtype` is"
+        checks.every("dispatch.physical_map", rule, places <= LARGEST_IDS[name], places, ("row", "column"))
 
 
 def refuse_gradient(gating_output: torch.Tensor) -> None:
@@ -309,7 +345,7 @@ def select_experts(
     routed_scaling_factor : float
         Multiplies the weights, after renormalising.
     softcap : float
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 for none.
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
     bias_mode : {"choice", "logits"}
         "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
         is in the weights, as SGLang has it for softmax.
@@ -339,7 +375,8 @@ def select_experts(
     counts_enabled : array of int32, shape [1], optional
         0 on the device: nothing is counted.
     indices_dtype : {"int32", "int64", "int16"}
-        Of `topk_ids`; a dtype of that name will do.
+        Of `topk_ids`; a dtype of that name will do. A physical id of `dispatch` that it cannot hold is an error on the
+        CPU, and -1, for no place, on the GPU, where nobody reads the map beforehand.
 
     Returns
     -------
@@ -353,7 +390,8 @@ def select_experts(
         Wrong kind of array or dtype.
     ValueError
         Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
-        than there are, unknown names, logits that require a gradient with one of the options from `softcap` on.
+        than there are, unknown names, ids that `indices_dtype` cannot hold, numbers past float32, logits that require a
+        gradient with one of the options from `softcap` on.
 
     Notes
     -----
@@ -388,7 +426,7 @@ def select_experts(
         counts_enabled,
         indices_dtype,
     )
-    if options is NONE and bias_mode == "choice":
+    if options is NONE and isinstance(bias_mode, str) and bias_mode == "choice":
         return gating.choose_grouped(
             gating_output,
             top_k,
@@ -407,6 +445,7 @@ def select_experts(
     if checks.VALIDATE:
         _check_data(gating_output, options)
     if arrays.answered_by_reference(gating_output):
+        _check_places(options)
         named = options._replace(indices_dtype=str(indices_dtype).removeprefix("torch."))._asdict()
         return arrays.by_reference(
             reference.select_experts,
@@ -466,7 +505,7 @@ def weigh_experts(
     routed_scaling_factor : float
         Multiplies the weights, after renormalising.
     softcap : float
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 for none.
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
     logit_bias : array of float32, shape [num_experts], optional
         Added to the logits, after the cap.
     num_fused_shared_experts : int
@@ -490,7 +529,7 @@ def weigh_experts(
     counts_enabled : array of int32, shape [1], optional
         0 on the device: nothing is counted.
     indices_dtype : {"int32", "int64", "int16"}
-        Of the ids that are returned.
+        Of the ids that are returned, as in `select_experts`.
 
     Returns
     -------
@@ -503,7 +542,8 @@ def weigh_experts(
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        Wrong shape or layout, mixed devices, unknown names, logits that require a gradient.
+        Wrong shape or layout, mixed devices, unknown names, ids that `indices_dtype` cannot hold, numbers past float32,
+        logits that require a gradient.
 
     Notes
     -----
@@ -531,6 +571,7 @@ def weigh_experts(
         _check_data(gating_output, options)
         checks.ids(topk_ids, gating_output.shape[1])
     if arrays.answered_by_reference(gating_output):
+        _check_places(options)
         named = options._replace(indices_dtype=str(indices_dtype).removeprefix("torch."))._asdict()
         return arrays.by_reference(
             reference.weigh_experts,

@@ -12,6 +12,8 @@ import torch
 
 import numba_moe
 from numba_moe.interop.patching import Patch
+from numba_moe.interop.vllm_ops import align_into
+from numba_moe.runtime import checks
 
 
 def moe_align_block_size(
@@ -22,16 +24,25 @@ def moe_align_block_size(
     experts_ids: torch.Tensor,
     num_tokens_post_pad: torch.Tensor,
     cumsum_buffer: torch.Tensor,
-    pad_sorted_token_ids: bool = False,
+    pad_sorted_token_ids: bool | torch.Tensor = False,
 ) -> None:
     """Group slots by expert, padded to blocks; `num_experts` counts one more, for slots of id -1.
 
     Those come first, in blocks that `experts_ids` calls -1. Padding is written in any case; `cumsum_buffer` is SGLang's
-    scratch, which nothing here needs.
+    scratch, which nothing here needs. `num_tokens_post_pad` may have a second number, of the blocks called -1. Older
+    releases had counters of tokens before `cumsum_buffer`, which was where the flag is now: where a tensor is there,
+    `num_experts` is the number of experts.
     """
+    given = sorted_token_ids, experts_ids, num_tokens_post_pad[:1]
+    if isinstance(pad_sorted_token_ids, torch.Tensor):
+        align_into(topk_ids.contiguous(), num_experts, block_size, *given)
+        return
+    checks.boolean("pad_sorted_token_ids", pad_sorted_token_ids)
     names = torch.arange(-1, num_experts - 1, dtype=torch.int32, device=topk_ids.device)
-    out = sorted_token_ids, experts_ids, num_tokens_post_pad
-    numba_moe.moe_align_block_size(topk_ids.contiguous() + 1, block_size, num_experts, names, out=out)
+    counts = None if num_tokens_post_pad.numel() == 1 else torch.empty_like(names)
+    align_into(topk_ids.contiguous() + 1, num_experts, block_size, *given, names, counts=counts)
+    if counts is not None:
+        num_tokens_post_pad[1:] = (counts[:1] + block_size - 1) // block_size
 
 
 def topk_softmax(
@@ -43,6 +54,7 @@ def topk_softmax(
     correction_bias: torch.Tensor | None = None,
 ) -> None:
     """Choose experts by softmax scores of logits that are capped and biased first: both count in the weights."""
+    checks.number("moe_softcapping", moe_softcapping, infinite=True)
     options: dict[str, Any] = {
         "renormalize": renormalize,
         "softcap": moe_softcapping,

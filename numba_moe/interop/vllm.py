@@ -16,7 +16,7 @@ import torch
 import numba_moe
 from numba_moe.interop import vllm_ops
 from numba_moe.interop.patching import Patch
-from numba_moe.interop.vllm_ops import float32_bias, signed_ids
+from numba_moe.interop.vllm_ops import float32_bias, scored_by_sigmoid, signed_ids
 
 Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -49,13 +49,17 @@ def fused_topk(
     indices_type: torch.dtype | None = None,
     scoring_func: str = "softmax",
 ) -> Blocks:
-    """Choose experts by softmax or sigmoid scores; the third result numbers the slots column by column."""
+    """Choose experts by softmax or sigmoid scores; the third result numbers the slots column by column.
+
+    By sigmoid scores a logit of +inf is not finite, and so comes last with weight 0.
+    """
     _same_tokens(hidden_states, gating_output)
     if scoring_func not in ("softmax", "sigmoid"):
         raise ValueError(f"Unsupported scoring function: {scoring_func}")
     as_int32 = indices_type in (None, torch.uint32)
     options: dict[str, Any] = {"renormalize": renormalize, "indices_dtype": torch.int32 if as_int32 else indices_type}
-    found = numba_moe.select_experts(gating_output, topk, scoring_func=scoring_func, **options)
+    logits = scored_by_sigmoid(gating_output) if scoring_func == "sigmoid" else gating_output
+    found = numba_moe.select_experts(logits, topk, scoring_func=scoring_func, **options)
     topk_ids = found.topk_ids.view(torch.uint32) if indices_type == torch.uint32 else found.topk_ids
     return found.topk_weights, topk_ids, vllm_ops.slot_numbers(topk_ids)
 
@@ -75,8 +79,9 @@ def grouped_topk(
     _same_tokens(hidden_states, gating_output)
     if scoring_func not in ("softmax", "sigmoid"):
         raise ValueError(f"Unsupported scoring function: {scoring_func}")
+    logits = scored_by_sigmoid(gating_output) if scoring_func == "sigmoid" else gating_output
     found = numba_moe.grouped_topk(
-        *(gating_output, topk, num_expert_group, topk_group, renormalize),
+        *(logits, topk, num_expert_group, topk_group, renormalize),
         scoring_func=scoring_func,
         correction_bias=float32_bias(e_score_correction_bias),
         routed_scaling_factor=routed_scaling_factor,

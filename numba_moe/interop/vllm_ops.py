@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 import numba_moe
+from numba_moe.reference.align import max_sorted_slots
+from numba_moe.runtime import checks
 
 # inactive_expert_id: what alignments write past the last block in use
 settings = types.SimpleNamespace(inactive_expert_id=-1)
@@ -22,6 +24,35 @@ def signed_ids(topk_ids: torch.Tensor) -> torch.Tensor:
 
 def float32_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.float()
+
+
+def scored_by_sigmoid(gating_output: torch.Tensor) -> torch.Tensor:
+    """Return logits that our sigmoid scores as vLLM does: an infinite one counts as NaN, is last and weighs 0."""
+    return gating_output.nan_to_num(nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
+
+
+def align_into(
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_token_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    **options: Any,
+) -> None:
+    """Align into memory as peers allocate it, who leave out a last block that is not whole, or have one more."""
+    given = -(-sorted_token_ids.numel() // block_size) if block_size else 0
+    length = experts_ids.numel()
+    names = experts_ids if length == given else experts_ids.new_empty(given)
+    if length < given:
+        needed = max_sorted_slots(topk_ids.numel(), block_size, num_experts) // block_size
+        checks.at_least("len(experts_ids)", length, needed, "the blocks that any routing fills")
+    out = (sorted_token_ids, names, num_tokens_post_pad)
+    numba_moe.moe_align_block_size(topk_ids, block_size, num_experts, expert_map, out=out, **options)
+    if names is not experts_ids:
+        experts_ids[:given].copy_(names[:length])
+        experts_ids[given:].fill_(options.get("inactive_expert_id", -1))
 
 
 def slot_numbers(like: torch.Tensor) -> torch.Tensor:
@@ -46,11 +77,10 @@ def moe_align_block_size(
     """
     ids = signed_ids(topk_ids)
     inverse = None if scatter_idx is None else torch.empty_like(ids, dtype=torch.int32)
-    numba_moe.moe_align_block_size(
-        *(ids, block_size, num_experts, expert_map),
+    align_into(
+        *(ids, num_experts, block_size, sorted_token_ids, experts_ids, num_tokens_post_pad, expert_map),
         ignore_invalid_experts=True,
         inactive_expert_id=settings.inactive_expert_id,
-        out=(sorted_token_ids, experts_ids, num_tokens_post_pad),
         inv_sorted_idx=inverse,
     )
     if scatter_idx is not None and inverse is not None:
@@ -133,10 +163,14 @@ def topk_sigmoid(
     e_score_correction_bias: torch.Tensor | None = None,
     is_padding: torch.Tensor | None = None,
 ) -> None:
-    """Choose experts by sigmoid scores; rows that `is_padding` marks get id -1 and weight 0."""
+    """Choose experts by sigmoid scores; rows that `is_padding` marks get id -1 and weight 0.
+
+    A logit of +inf is not finite, and so comes last with weight 0.
+    """
     bias = float32_bias(e_score_correction_bias)
     options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": bias, "is_padding": is_padding}
-    found = numba_moe.select_experts(gating_output, topk_ids.shape[1], scoring_func="sigmoid", **options)
+    logits = scored_by_sigmoid(gating_output)
+    found = numba_moe.select_experts(logits, topk_ids.shape[1], scoring_func="sigmoid", **options)
     _write_choice(found, topk_weights, topk_ids, token_expert_indices)
 
 
@@ -174,9 +208,11 @@ def moe_sum(
     topk_ids: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
 ) -> None:
-    """Sum each token's rows; those of ids below 0, or that the map sends there, add nothing."""
+    """Sum each token's rows; those of ids below 0, or that the map lacks or sends there, add nothing."""
     if topk_ids is not None and expert_map is not None:
-        topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0).long()].to(topk_ids.dtype))
+        known = (topk_ids >= 0) & (topk_ids < len(expert_map))
+        local = expert_map[topk_ids.where(known, 0).long()]
+        topk_ids = torch.where(known & (local >= 0), 0, -1).to(topk_ids.dtype)
     output.copy_(numba_moe.moe_sum(input, topk_ids, out_dtype=output.dtype))
 
 
@@ -191,8 +227,9 @@ def grouped_topk(
     scoring_func: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose groups by the sum of their best two ``score + bias``, then experts; with 1, `scores` are logits."""
+    logits = scored_by_sigmoid(scores) if scoring_func == 1 else scores
     found = numba_moe.grouped_topk(
-        *(scores, topk, num_expert_group, topk_group, renormalize),
+        *(logits, topk, num_expert_group, topk_group, renormalize),
         scoring_func=("raw", "sigmoid")[scoring_func],
         correction_bias=float32_bias(bias),
         group_score="top2_sum",

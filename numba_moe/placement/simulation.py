@@ -348,7 +348,7 @@ def simulate(
     for name, value in {"step_ms": step_ms, "bandwidth": bandwidth}.items():
         if value is not None:
             checks.number(name, value)
-            checks.holds(name, "above 0", 0 < value < math.inf, value)
+            checks.holds(name, "above 0", value > 0, value)
     if current is not None:
         check_location("current", current)
         everywhere = bool((current.physical_to_logical_map >= 0).all())

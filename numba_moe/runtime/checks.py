@@ -7,6 +7,7 @@ is a TypeError, a wrong value, shape or device a ValueError; the message reads
 With NUMBA_MOE_VALIDATE=1 in the environment a pass over the data, which does synchronise, names the first bad token.
 """
 
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch
 from numba_moe.runtime.plans import Layout
 
 LARGEST_INT32 = 2**31 - 1
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +35,8 @@ def _wrong_type(argument: str, rule: str, value: Any) -> NoReturn:
 
 
 def _wrong_value(argument: str, rule: str, value: Any) -> NoReturn:
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no integer of thousands of digits
+        value = f"an integer of {value.bit_length()} bits"
     raise ValueError(f"`{argument}` must be {rule}, got {value}")
 
 
@@ -58,14 +62,20 @@ def boolean(argument: str, value: Any) -> None:
         _wrong_type(argument, "True or False", repr(value))
 
 
-def number(argument: str, value: Any) -> None:
+def number(argument: str, value: Any, infinite: bool = False) -> None:
+    """Check a number that kernels take as float32: no NaN, and infinity only where it stands for no limit."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         _wrong_type(argument, "a number", type(value).__name__)
+    if not (abs(value) <= LARGEST_FLOAT32 or (infinite and value in (math.inf, -math.inf))):
+        _wrong_value(argument, "a finite number that float32 holds" + ", or infinity" * infinite, value)
 
 
 def choice(argument: str, value: Any, options: Sequence[str]) -> None:
+    rule = "one of " + ", ".join(map(repr, options))
+    if not isinstance(value, str):
+        _wrong_type(argument, rule, type(value).__name__)
     if value not in options:
-        _wrong_value(argument, "one of " + ", ".join(map(repr, options)), repr(value))
+        _wrong_value(argument, rule, repr(value))
 
 
 def dtype(argument: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -> torch.dtype:

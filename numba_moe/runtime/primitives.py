@@ -17,6 +17,7 @@ INFINITY = np.float32(np.inf)
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LARGEST_FLOAT = np.finfo(np.float32).max
 LOG2_E = np.float32(np.log2(np.e))
+LARGEST_INT32 = np.iinfo(np.int32).max
 LOWEST_ORDER = np.iinfo(np.int32).min
 LOWEST_KEY = np.iinfo(np.int64).min
 HIGHEST_KEY = np.iinfo(np.int64).max
@@ -48,6 +49,7 @@ float_as_int: Any
 int_as_float: Any
 warp_highest: Any
 divide: Any
+divide_rounded: Any
 larger: Any
 tail: Any
 as_uint32: Any
@@ -169,6 +171,10 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def divide(numerator: Any, denominator: Any) -> Any:
         return np.float32(numerator) / np.float32(denominator)
 
+    def divide_rounded(numerator: Any, denominator: Any) -> Any:
+        with np.errstate(over="ignore"):
+            return np.float32(numerator) / np.float32(denominator)
+
     def tail(array: Any, elements: int) -> Any:
         return array[elements:]
 
@@ -239,6 +245,7 @@ else:
     square_root = Deferred("numba_moe.runtime.intrinsics", "square_root")
     larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
+    divide_rounded = Deferred("numba.cuda.libdevice", "fdiv_rn")  # by subnormal numbers too
     cluster_arrive = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive")
     cluster_arrive_relaxed = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive_relaxed")
     cluster_wait = Deferred("numba_moe.runtime.intrinsics", "cluster_wait")

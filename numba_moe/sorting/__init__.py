@@ -150,12 +150,15 @@ def plan_sort(
     expert_map: Layout | None = None,
     block_names: Layout | None = None,
     aligned: bool = True,
+    num_local: int | None = None,
 ) -> SortPlan:
     """Plan the sort of slots by expert, the rows of each padded to a multiple of block_size.
 
-    The sorted slots begin at a multiple of 16 bytes if they are aligned.
+    The sorted slots begin at a multiple of 16 bytes if they are aligned. What a map sends to num_local, num_experts by
+    default, or past it is another rank's.
     """
     num_slots = topk_ids.shape.numel()
+    experts = (num_experts, num_experts if num_local is None else num_local)
     positions = (num_positions, num_positions // 4 if aligned else 0)
     names = {"block_names": block_names and block_names.dtype}
     blocks = (-(-num_positions // block_size), block_size, *reciprocal_of(block_size), inactive_expert_id)
@@ -163,13 +166,13 @@ def plan_sort(
         grid = grid_of(num_slots, num_experts, most_in_cluster)
         where = (topk_ids.device, grid.blocks, grid.threads)
         ids = choices_of(topk_ids, expert_map, grid)
-        sizes = (num_slots, num_experts, grid.stride, grid.chunk, *positions, *blocks)
+        sizes = (num_slots, *experts, grid.stride, grid.chunk, *positions, *blocks)
         place = Launch(kernels.place_slots, *where, sizes, ids | names, grid.shared_bytes, grid.one_cluster)
         if place.fits():
             break
     return SortPlan(
         *_scratch(grid, num_experts),
-        Launch(kernels.count_slots, *where, (num_slots, num_experts, grid.stride, *positions), ids),
+        Launch(kernels.count_slots, *where, (num_slots, *experts, grid.stride, *positions), ids),
         Launch(kernels.scan_blocks, topk_ids.device, *warps(num_experts), (grid.blocks, num_experts, grid.stride)),
         place,
     )

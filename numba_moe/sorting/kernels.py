@@ -15,6 +15,7 @@ from numba_moe.runtime.parameters import (
 )
 from numba_moe.runtime.primitives import (
     ALL_LANES,
+    LARGEST_INT32,
     WARP,
     as_uint32,
     atomic_add,
@@ -52,8 +53,11 @@ def load_ids(topk_ids, num_slots, first, step, items, ids):
 
 
 @cuda.jit(device=True)
-def find_experts(ids, expert_map, num_slots, num_experts, first, step, items, experts):
-    """Turn the ids of slots first, first + step, ... into experts; num_experts for a skipped slot and past the last."""
+def find_experts(ids, expert_map, num_slots, num_experts, num_local, first, step, items, experts):
+    """Turn the ids of slots first, first + step, ... into experts; num_experts for a skipped slot and past the last.
+
+    By a map experts are below num_local.
+    """
     for item in range(items):
         experts[item] = num_experts
         if uint32(first + item * step) < uint32(num_slots) and 0 <= ids[item] < num_experts:
@@ -62,7 +66,7 @@ def find_experts(ids, expert_map, num_slots, num_experts, first, step, items, ex
         for item in range(items):
             if experts[item] < num_experts:
                 expert = int64(expert_map[experts[item]])
-                if expert < 0 or expert > num_experts:
+                if expert < 0 or expert >= num_local:
                     expert = int64(num_experts)
                 experts[item] = int32(expert)
 
@@ -76,6 +80,7 @@ def count_slots(
     sorted_slots: OptionalInt32Array,
     num_slots: Int32,
     num_experts: Int32,
+    num_local: Int32,
     stride: Int32,
     num_positions: Int32,
     num_words: Int32,
@@ -95,7 +100,7 @@ def count_slots(
     if present(sorted_slots):
         index = int32(block * threads + thread)
         fill_words(sorted_slots, num_words, num_positions, num_slots, index, int32(blocks * threads))
-    find_experts(ids, expert_map, num_slots, num_experts, first_slot, threads, items, experts)
+    find_experts(ids, expert_map, num_slots, num_experts, num_local, first_slot, threads, items, experts)
     row = int64(block) * stride
     first = int32(0)
     while first < num_experts:
@@ -149,14 +154,22 @@ def scan_blocks(
 
 
 @cuda.jit(device=True)
+def name_of(expert, block_names):
+    """Return what an expert is called: by the names if there are any, -1 for one below 0 or past int32."""
+    name = int64(expert)
+    if present(block_names):
+        name = int64(block_names[name])
+        if name < 0 or name > LARGEST_INT32:
+            name = int64(-1)
+    return int32(name)
+
+
+@cuda.jit(device=True)
 def name_block(expert_ids, block_names, expert, position, block_size, reciprocal, shift):
     """Write the expert of a GEMM block if it begins at this position."""
     index = divided(position, reciprocal, shift)
     if int32(index * block_size) == position:
-        name = int64(expert)
-        if present(block_names):
-            name = int64(block_names[name])
-        expert_ids[index] = name
+        expert_ids[index] = name_of(expert, block_names)
 
 
 @cuda.jit(device=True)
@@ -164,10 +177,8 @@ def name_blocks(expert_ids, block_names, ends, first, size, begin, end, block_si
     """Write the expert of each GEMM block from `begin` up to `end`, which `size` experts share."""
     index = int32(begin + cuda.threadIdx.x * cuda.gridDim.x + cuda.blockIdx.x)
     while index < end:
-        name = int64(first + first_above(ends, size, int32(index * block_size)))
-        if present(block_names):
-            name = int64(block_names[name])
-        expert_ids[index] = name
+        expert = int32(first + first_above(ends, size, int32(index * block_size)))
+        expert_ids[index] = name_of(expert, block_names)
         index = int32(index + cuda.blockDim.x * cuda.gridDim.x)
 
 
@@ -186,6 +197,7 @@ def place_slots(
     num_padded: OptionalInt32Array,
     num_slots: Int32,
     num_experts: Int32,
+    num_local: Int32,
     stride: Int32,
     chunk: Int32,
     num_positions: Int32,
@@ -247,7 +259,7 @@ def place_slots(
         cuda.syncthreads()
 
         if first == 0:
-            find_experts(ids, expert_map, num_slots, num_experts, first_slot, WARP, items, experts)
+            find_experts(ids, expert_map, num_slots, num_experts, num_local, first_slot, WARP, items, experts)
         if warp < warps and items == 1:
             mark_lane(experts, first, size, row, masks, ranks)
         elif warp < warps:

@@ -157,7 +157,7 @@ def _check_need(
         checks.array(name, value, (dtype,), (1,), like=like)
         checks.shape(name, value, shape, because)
     else:
-        given = "an array" if isinstance(value, Layout) else type(value).__name__
+        given = "an array" if isinstance(value, Layout) else getattr(value, "what", None)
         checks.holds(name, f"None with the algorithm {algorithm!r}", value is None, given)
 
 
@@ -281,6 +281,9 @@ def dispatch_ids(
     """
     tables = layout(topk_ids), layout(physical_map), layout(num_valid)
     result, launch = plan_dispatch(*tables, algorithm, seed, layout(step), layout(counts), layout(out))
+    if counts is not None or out is not None:
+        inputs = {"topk_ids": topk_ids, "physical_map": physical_map, "num_valid": num_valid, "step": step}
+        checks.apart({**inputs, "counts": counts, "out": out}, ("counts", "out"), onto={"out": "topk_ids"})
     if checks.VALIDATE and algorithm != "fake":
         checks.ids(topk_ids, physical_map.shape[0])
     if arrays.answered_by_reference(topk_ids):

@@ -352,6 +352,7 @@ class ExpertDispatch:
     3
     """
 
+    @torch.inference_mode(False)  # tables that are made inside an inference mode can be written outside
     def __init__(
         self,
         location: ExpertLocation,
@@ -396,7 +397,9 @@ class ExpertDispatch:
     def update(self, location: ExpertLocation, layers: Iterable[int] | None = None) -> None:
         """Take some layers, all by default, from another location; the parameters are those of `ExpertLocation.update`.
 
-        The tensors stay and are written on the current stream, so graphs that were captured go by the new location.
+        The tensors stay and are written on the current stream, one after the other, so graphs that were captured go by
+        the new location. A dispatch on another stream might read one table of the old location and one of the new: let
+        this stream wait for the dispatches before, and those that follow wait for this one, by events.
         """
         self.location = self.location.update(location, layers)
         for held, new in zip((self.physical_map, self.num_valid), self._tables(), strict=False):

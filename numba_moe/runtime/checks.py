@@ -233,8 +233,8 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.is_contiguous() and other.is_contiguous():
         return True
     try:
-        places = [np.asarray(_Addresses(tensor)) for tensor in (one, other)]
-        return np.shares_memory(*places, max_work=10_000)  # type: ignore[arg-type]
+        first, second = (np.asarray(_Addresses(tensor)) for tensor in (one, other))
+        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 

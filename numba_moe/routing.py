@@ -15,6 +15,7 @@ from numba_moe.gating.selection import (
     options_of,
     plan_selection,
     refuse_gradient,
+    refuse_overlaps,
     select_experts,
 )
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
@@ -262,6 +263,9 @@ def route(
     alignment = new_tuple(Alignment, (block_size, layout(expert_map), *aligning))
     rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode)
     plan = _plan_route(layout(gating_output), *chosen, *rules, layouts(options), alignment)
+    if options is not NONE:
+        others = {"correction_bias": correction_bias, "expert_map": expert_map}
+        refuse_overlaps(options, gating_output=gating_output, **others)
     refuse_gradient(gating_output)
     if plan.route is None or checks.VALIDATE or arrays.answered_by_reference(gating_output):
         topk = select_experts(

@@ -272,3 +272,26 @@ def test_many_slots_are_counted_exactly(algorithm, num_counters):
         expected = ExpertDispatch(LOCATION, 0, "cpu", algorithm=algorithm)(ids, 0)
         assert found.equal(expected)
         assert (counts - 2**40).tolist() == np.bincount(expected[expected >= 0], minlength=num_counters).tolist()
+
+
+@pytest.mark.parametrize("algorithm", ["static", "dynamic", "hash", "fake"])
+def test_tables_made_in_inference_mode_change_outside_and_the_other_way_round(algorithm):
+    locations = [ExpertLocation.from_mapping([slots], num_gpus=2) for slots in ([0, 1, 2, 0], [1, 1, 2, 0])]
+    ids = torch.tensor([[0, 1], [2, 0]])
+    with torch.inference_mode():
+        inside = ExpertDispatch(locations[0], rank=1, device="cpu", algorithm=algorithm)
+    outside = ExpertDispatch(locations[0], rank=1, device="cpu", algorithm=algorithm)
+    inside.advance()
+    inside.update(locations[1])
+    with torch.inference_mode():
+        outside.advance()
+        outside.update(locations[1])
+        counts = torch.zeros(4, dtype=torch.int64)
+    found = inside(ids, 0, counts=counts)
+    assert torch.equal(found, outside(ids, 0))
+    assert counts.sum() == 4
+    inside.update(locations[0])
+    with torch.inference_mode():
+        inside.update(locations[1])
+        inside(ids, 0, out=ids)
+    assert torch.equal(ids, found)

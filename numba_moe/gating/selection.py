@@ -83,7 +83,7 @@ def layouts(options: Options) -> Options:
     softcap, num_shared, on_output, num_zero, zero_expert_id, *given, indices_dtype = options
     identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled = given
     if isinstance(dispatch, tuple):
-        dispatch = tuple(map(layout, dispatch))
+        dispatch = tuple(part if isinstance(part, str | int) else layout(part) for part in dispatch)
     padding = (layout(num_token_non_padded), layout(is_padding))
     found = (layout(identity_weights), *padding, dispatch, layout(counts), layout(counts_enabled), indices_dtype)
     return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *found))
@@ -291,6 +291,12 @@ def _check_places(options: Options) -> None:
         checks.every("dispatch.physical_map", rule, places <= LARGEST_IDS[name], places, ("row", "column"))
 
 
+def refuse_overlaps(options: Options, **inputs: Any) -> None:
+    """Refuse memory to be written that is another argument's."""
+    if options.identity_weights is not None or options.counts is not None:
+        checks.apart({**inputs, **options._asdict()}, ("identity_weights", "counts"))
+
+
 def refuse_gradient(gating_output: torch.Tensor) -> None:
     wanted = gating_output.requires_grad and torch.is_grad_enabled()
     checks.holds("gating_output", "without a gradient for these options", not wanted, "one that requires it")
@@ -441,6 +447,7 @@ def select_experts(
     groups = (num_expert_group, topk_group, renormalize, scoring_func, layout(correction_bias), group_score)
     rules = (routed_scaling_factor, bias_mode, layouts(options))
     plan = _plan_selection(layout(gating_output), top_k, *groups, *rules)
+    refuse_overlaps(options, gating_output=gating_output, correction_bias=correction_bias)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)
@@ -566,6 +573,8 @@ def weigh_experts(
     )
     rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), layouts(options))
     plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
+    others = {"topk_ids": topk_ids, "input_ids": input_ids, "logit_bias": logit_bias}
+    refuse_overlaps(options, gating_output=gating_output, **others)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)

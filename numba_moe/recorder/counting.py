@@ -254,6 +254,8 @@ def add_expert_counts(
     given = layout(topk_ids)
     num_experts = _check_counters(layout(counts), layout(enabled), layout(num_tokens))
     launch = plan_count(given, num_experts, first_row, counts.device)
+    inputs = {"topk_ids": topk_ids, "enabled": enabled, "num_tokens": num_tokens}
+    checks.apart({**inputs, "counts": counts}, ("counts",))
     if arrays.answered_by_reference(topk_ids):
         options = {"counts": counts, "enabled": enabled, "num_tokens": num_tokens, "first_row": first_row}
         arrays.by_reference(reference.add_expert_counts, topk_ids, **options)

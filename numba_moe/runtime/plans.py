@@ -14,6 +14,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Tensor = torch.Tensor
 new_tuple = tuple.__new__  # of a NamedTuple and its fields: two thirds of the time that calling it takes
 _remembered: list[Any] = []
 
@@ -28,12 +29,58 @@ class Layout(NamedTuple):
     address: int
 
 
+class Unreadable(NamedTuple):
+    """A tensor whose memory nobody can read; the checks refuse it."""
+
+    what: str
+
+
+class Foreign(NamedTuple):
+    """A value that is neither a tensor nor None; the checks refuse it. The value itself might not be hashable."""
+
+    what: str
+
+
+def kind_of(value: Any) -> str:
+    """Return what an error message calls a value that is no tensor."""
+    name = f"{type(value).__module__}.{type(value).__name__}"
+    return name if getattr(value, "dtype", None) is None else f"{name} of dtype {value.dtype}"
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the class of a tensor leaves its memory to torch, as parameters do and fake tensors do not."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def _without_memory(tensor: torch.Tensor) -> str:
+    """Return what an error message calls a tensor whose memory torch does not give."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "one that a transform of torch.func (functorch) made"
+    if tensor.is_nested:
+        return "a nested one"
+    return "one without" if tensor.layout is torch.strided else f"one of layout {tensor.layout}"
+
+
 def layout(value: Any) -> Any:
-    """Return the layout of a tensor, and anything else as it is: None, or what the checks will refuse."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    strides = None if value.is_contiguous() else value.stride()
-    return new_tuple(Layout, (value.shape, value.dtype, value.device, strides, value.data_ptr() % 16))
+    """Return the layout of a tensor, None for None, and for anything else what the checks will refuse."""
+    if type(value) is not Tensor:
+        if value is None:
+            return None
+        if not isinstance(value, Tensor):
+            return Foreign(kind_of(value))
+        if not is_plain(value):
+            return Unreadable(f"one of class {type(value).__name__}")
+    try:
+        strides = None if value.is_contiguous() else value.stride()
+        address = value.data_ptr()
+        shape = value.shape
+    except RuntimeError:  # torch's own, of sparse and nested tensors, and of what torch.func's transforms pass
+        return Unreadable(_without_memory(value))
+    if value.is_neg():
+        return Unreadable("a negated view")
+    if not address and shape.numel() and value.device.type != "meta":
+        return Unreadable(_without_memory(value))
+    return new_tuple(Layout, (shape, value.dtype, value.device, strides, address % 16))
 
 
 def planned(function: Callable[P, R]) -> Callable[P, R]:

@@ -14,7 +14,7 @@ import torch.utils.dlpack
 from numba_moe.recorder import sums
 from numba_moe.recorder.counting import add_expert_counts, plan_add, plan_count
 from numba_moe.recorder.passes import CountRows, TokenStream
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import arrays, checks, torch_private
 from numba_moe.runtime.plans import layout
 
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
@@ -33,8 +33,6 @@ class Counters(NamedTuple):
 
 
 HERE = contextlib.nullcontext()
-# What torch.cuda.is_current_stream_capturing calls; absent from torch's CPU build.
-_is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 
 class Record(NamedTuple):
@@ -249,10 +247,10 @@ class Hooks:
         return self._name if self.mode in ("per_pass", "per_token") else PRIMARY
 
     def _capturing(self) -> bool:
-        return self._is_cuda and _is_capturing()
+        return self._is_cuda and torch_private.is_capturing()
 
     def _on_device(self) -> Any:
-        if not self._is_cuda or torch._C._cuda_getDevice() == self.device.index:
+        if not self._is_cuda or torch_private.current_device() == self.device.index:
             return HERE
         return torch.cuda.device(self.device)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from numba_moe.runtime import compile, simulator
+from numba_moe.runtime import compile, simulator, torch_private
 
 # Parameters of a kernel, at most; each has eight bytes of a thread's buffer.
 MOST_PARAMETERS = 64
@@ -51,7 +51,7 @@ class _Attribute(ctypes.Structure):
 _MAY_START_EARLY = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _CLUSTER = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _thread = threading.local()
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from torch's CPU build
+_current_stream = torch_private.current_stream
 
 
 class Launch:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from numba_moe.runtime import torch_private
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -54,7 +56,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def _without_memory(tensor: torch.Tensor) -> str:
     """Return what an error message calls a tensor whose memory torch does not give."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch_private.is_wrapped_by_transform(tensor):
         return "one that a transform of torch.func (functorch) made"
     if tensor.is_nested:
         return "a nested one"

@@ -39,6 +39,7 @@ class Options(NamedTuple):
 
 NONE = Options()
 NO_NUMBERS = (*NONE[:5], NONE.indices_dtype)
+NO_TYPES = tuple(map(type, NONE[:5]))
 
 
 def options_of(
@@ -58,36 +59,54 @@ def options_of(
     """Return options, or `NONE` if nothing is asked for: to compare tensors would take microseconds."""
     if num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None:
         numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id, indices_dtype)
+        kinds = (type(softcap), type(num_shared), type(on_output), type(num_zero), type(zero_expert_id))
+        if kinds != NO_TYPES:  # 0 for 0.0, say, which is right, or for False, which is not
+            _check_numbers(new_tuple(Options, (*numbers[:5], *NONE[5:])))
         if numbers == NO_NUMBERS:
             return NONE
     given = (identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype)
     return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *given))
 
 
-def layouts(options: Options) -> Options:
-    """Return options with layouts of arrays."""
+def asked(options: Options) -> tuple[Any, ...]:
+    """Return options as arguments of a plan, with layouts of arrays: none of them for `NONE`."""
     if options is NONE:
-        return options
+        return ()
     softcap, num_shared, on_output, num_zero, zero_expert_id, *given, indices_dtype = options
     identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled = given
-    if isinstance(dispatch, tuple):
-        dispatch = tuple(map(layout, dispatch))
+    tables: tuple[Any, ...] = ()
+    if dispatch is not None:
+        checks.tuple_of("dispatch", dispatch, 5)
+        tables = tuple(map(layout, dispatch))
     padding = (layout(num_token_non_padded), layout(is_padding))
-    found = (layout(identity_weights), *padding, dispatch, layout(counts), layout(counts_enabled), indices_dtype)
-    return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *found))
+    others = (layout(identity_weights), *padding, layout(counts), layout(counts_enabled), indices_dtype)
+    return (softcap, num_shared, on_output, num_zero, zero_expert_id, *others, *tables)
+
+
+def options_from(arguments: tuple[Any, ...]) -> Options:
+    """Return the options that `asked` made arguments of."""
+    if not arguments:
+        return NONE
+    return Options._make((*arguments[:8], arguments[11:] or None, *arguments[8:11]))
+
+
+def _check_numbers(options: Options) -> tuple[int, int, int]:
+    """Check the options that are numbers; return how many experts are shared, how many are zero, and their id."""
+    checks.number("softcap", options.softcap)
+    checks.holds("softcap", "0 or more", options.softcap >= 0, options.softcap)
+    num_shared = checks.integer("num_fused_shared_experts", options.num_fused_shared_experts, 0)
+    checks.boolean("apply_routed_scaling_factor_on_output", options.apply_routed_scaling_factor_on_output)
+    num_zero = checks.integer("num_zero_experts", options.num_zero_experts, 0)
+    return num_shared, num_zero, checks.integer("zero_expert_id", options.zero_expert_id, -1)
 
 
 def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, options: Options) -> plans.Extras:
     """Check options, and return what of them kernels are told."""
     like = ("gating_output", gating_output)
     num_tokens, num_experts = gating_output.shape
-    checks.number("softcap", options.softcap)
-    checks.holds("softcap", "0 or more", options.softcap >= 0, options.softcap)
-    num_shared = checks.integer("num_fused_shared_experts", options.num_fused_shared_experts, 0)
-    on_output = options.apply_routed_scaling_factor_on_output
-    checks.boolean("apply_routed_scaling_factor_on_output", on_output)
+    num_shared, num_zero, zero_expert_id = _check_numbers(options)
     checks.number("routed_scaling_factor", routed_scaling_factor)
-    divides = bool(num_shared) and not on_output
+    divides = bool(num_shared) and not options.apply_routed_scaling_factor_on_output
     checks.holds(
         "routed_scaling_factor",
         "other than 0 where shared experts' weights are divided by it",
@@ -95,8 +114,7 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
         routed_scaling_factor,
     )
     limit = f"num_experts = {num_experts}"
-    num_zero = checks.integer("num_zero_experts", options.num_zero_experts, 0, num_experts, limit)
-    zero_expert_id = checks.integer("zero_expert_id", options.zero_expert_id, -1)
+    checks.integer("num_zero_experts", num_zero, 0, num_experts, limit)
     if options.identity_weights is not None:
         checks.array("identity_weights", options.identity_weights, (torch.float32,), (1,), like=like)
         checks.shape("identity_weights", options.identity_weights, (num_tokens,), "(num_tokens,)")
@@ -111,7 +129,6 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
         checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
     table = (0, 0, 0, 0)
     if options.dispatch is not None:
-        checks.tuple_of("dispatch", options.dispatch, 5)
         physical_map, num_valid, algorithm, seed, step = options.dispatch
         ids = Layout(torch.Size((num_tokens, top_k + num_shared)), torch.int32, gating_output.device, None, 0)
         plan_dispatch(ids, physical_map, num_valid, algorithm, seed, step, None, None)
@@ -176,12 +193,12 @@ def plan_selection(
     only_counts = not in_logits and options._replace(counts=None, counts_enabled=None) == NONE
     extras = extras._replace(bias_in_logits=in_logits, role=COUNTING if only_counts else EXTENDED)
     used = None if options is NONE and not in_logits else extras
-    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
+    return plans.grouped_plan(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
 
 
 @planned
 def _plan_selection(*arguments: Any) -> plans.GatingPlan:
-    return plan_selection(*arguments)[0]
+    return plan_selection(*arguments[:10], options=options_from(arguments[10:]))[0]
 
 
 class WeighingPlan(NamedTuple):
@@ -201,8 +218,9 @@ def _plan_weighing(
     renormalize: bool,
     routed_scaling_factor: float,
     logit_bias: Layout | None,
-    options: Options,
+    *wanted: Any,
 ) -> WeighingPlan:
+    options = options_from(wanted)
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     like = ("gating_output", gating_output)
     num_tokens, num_experts = gating_output.shape
@@ -401,7 +419,7 @@ def select_experts(
             routed_scaling_factor,
         )
     groups = (num_expert_group, topk_group, renormalize, scoring_func, layout(correction_bias), group_score)
-    rules = (routed_scaling_factor, bias_mode, layouts(options))
+    rules = (routed_scaling_factor, bias_mode, *asked(options))
     plan = _plan_selection(layout(gating_output), top_k, *groups, *rules)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
@@ -524,7 +542,7 @@ def weigh_experts(
         *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
         *(dispatch, counts, counts_enabled, indices_dtype),
     )
-    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), layouts(options))
+    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), *asked(options))
     plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
     refuse_gradient(gating_output)
     if checks.VALIDATE:

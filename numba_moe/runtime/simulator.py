@@ -1,17 +1,17 @@
 """Numba's CUDA simulator, completed: warp operations, and threads that take turns.
 
 With ``NUMBA_ENABLE_CUDASIM=1`` Numba runs each CUDA thread as a Python thread. It lacks the warp-wide operations
-and lets all threads compete for the interpreter. Here exactly one thread of a block runs at a time and hands
-over where it waits, in a random order with a fixed seed: runs repeat, code that needs a missing barrier to get
-right answers gets wrong ones, and a thread that waits for one that never comes is an error, not a hang.
+and lets all threads compete for the interpreter. Here each CUDA thread is a greenlet: exactly one of a block runs
+at a time and hands over where it waits, in a random order with a fixed seed. Runs repeat, code that needs a missing
+barrier to get right answers gets wrong ones, and a thread that waits for one that never comes is an error, not a hang.
 """
 
 import contextlib
 import os
 import random
-import threading
+import types
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,59 +95,31 @@ def launch(
 
 
 if ENABLED:
+    import greenlet
     import numba.cuda
     from numba.cuda.simulator import kernel as _kernel
+    from numba.cuda.simulator import kernelapi as _kernelapi
     from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule, FakeCUDAShared
 
-    class _Aborted(BaseException):
-        """Ends a simulated thread after another one of its block failed."""
+    class _Thread(greenlet.greenlet):
+        """One CUDA thread, which runs until it waits for others or ends."""
 
-    class _Thread(_kernel.BlockThread):
-        """A Python thread that plays one CUDA thread after another; idle ones wait in a list for the next block."""
-
-        idle: ClassVar[list["_Thread"]] = []
-
-        def __init__(self) -> None:
-            threading.Thread.__init__(self, daemon=True)
-            self.turn = threading.Lock()
-            self.turn.acquire()
-            self.start()
-
-        def play(
+        def __init__(
             self, program: Callable[[], None], block: "_Block", block_idx: Any, thread_idx: Any, shared: Any
         ) -> None:
-            """Take the part of one CUDA thread; it begins when its turn comes."""
-            self._program, self._manager, self.shared, self.block = program, block, shared, block_idx[0]
+            super().__init__(program)
+            self.manager, self.shared, self.block = block, shared, block_idx[0]
             self.blockIdx, self.threadIdx = Dim3(*block_idx), Dim3(*thread_idx)
             across, up, _ = block._block_dim
             self.thread_id = thread_idx[0] + across * (thread_idx[1] + up * thread_idx[2])
             self.received: dict[int, Any] = {}
-            self.ended = self.arrived = False
-
-        def run(self) -> None:
-            if hasattr(os, "sched_setaffinity"):  # threads that take turns hand over faster on one processor
-                processors = sorted(os.sched_getaffinity(0))
-                os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
-            while True:
-                self.turn.acquire()
-                failure: BaseException | None = None
-                try:
-                    self._manager.begin()
-                    self._program()
-                except _Aborted:
-                    pass
-                except BaseException as error:
-                    failure = error
-                self.ended = True
-                manager, block = self._manager, self.block  # who takes this thread from the idle changes both
-                self.idle.append(self)
-                manager.leave(block, failure)
+            self.arrived = False
 
         def syncthreads(self) -> None:
-            self._manager.meet(self, ("block", self.block), lambda: self._manager.alive[self.block], None)
+            self.manager.meet(self, ("block", self.block), lambda: self.manager.alive[self.block], None)
 
     class _Block(_kernel.BlockManager):
-        """Runs one block, or a cluster of them; its methods are called by whichever simulated thread has the turn."""
+        """Runs one block, or a cluster of them: a loop that lets one thread after another run."""
 
         together = False
 
@@ -158,29 +130,33 @@ if ENABLED:
                     return  # with the first block
                 points = list(np.ndindex(*self._grid_dim))
             context = _kernel._get_kernel_context()
-            self.threads = []
+            self.threads: list[_Thread] = []
             self.shared = {}
             for block in points:
                 self.shared[block[0]] = shared = FakeCUDAShared(context._shared._dynshared_size)
                 shared._dynshared[:] = _POISON
                 for point in np.ndindex(*self._block_dim):
-                    thread = _Thread.idle.pop() if _Thread.idle else _Thread()
-                    thread.play(lambda: self._f(*arguments), self, block, point, shared)
-                    self.threads.append(thread)
+                    self.threads.append(_Thread(lambda: self._f(*arguments), self, block, point, shared))
             self._ready = list(self.threads)
             self.alive = {block[0]: len(self.threads) // len(points) for block in points}
-            self._random = random.Random(len(self.threads))
             self._waiting: dict[Any, dict[_Thread, Any]] = {}
-            self._failure: BaseException | None = None
-            self._done = threading.Event()
-            self._hand_over()
-            self._done.wait()
-            if self._failure is not None:
-                raise self._failure
-
-        def begin(self) -> None:
-            if self._failure is not None:
-                raise _Aborted
+            order = random.Random(len(self.threads))
+            try:
+                while self._ready:
+                    thread = self._ready.pop(order.randrange(len(self._ready)))
+                    thread.switch()
+                    if thread.dead:
+                        self._leave(thread.block)
+                if self._waiting:
+                    stuck = {
+                        str(place): sorted(thread.thread_id for thread in group)
+                        for place, group in self._waiting.items()
+                    }
+                    raise RuntimeError(f"deadlock: threads wait for others that never arrive: {stuck}")
+            finally:
+                for thread in self.threads:  # after a failure some have begun and will not end
+                    if thread:
+                        thread.throw()
 
         def meet(self, thread: _Thread, place: Any, expected: Callable[[], int], value: Any) -> dict[int, Any]:
             """Wait until all expected threads came to a place; return the value that each brought, by thread id."""
@@ -189,23 +165,15 @@ if ENABLED:
                 self._release(place)
                 self._ready.remove(thread)
             else:
-                self._hand_over()
-                thread.turn.acquire()
-                self.begin()
+                thread.parent.switch()
             return thread.received
 
-        def leave(self, block: int, failure: BaseException | None) -> None:
-            """Count out a thread of a block that ended, and let another one run."""
+        def _leave(self, block: int) -> None:
+            """Count out a thread of a block that ended: others may have waited for it alone."""
             self.alive[block] -= 1
-            if self._failure is not None:
-                return
-            if failure is not None:
-                self._fail(failure)
-                return
             for place, alive in ((("block", block), self.alive[block]), ("cluster", self.all_alive())):
                 if len(self._waiting.get(place, ())) == alive > 0:
                     self._release(place)
-            self._hand_over()
 
         def all_alive(self) -> int:
             return sum(self.alive.values())
@@ -217,54 +185,35 @@ if ENABLED:
                 thread.received = values
             self._ready.extend(group)
 
-        def _hand_over(self) -> None:
-            if self._ready:
-                self._ready.pop(self._random.randrange(len(self._ready))).turn.release()
-            elif self._waiting:
-                stuck = {
-                    str(place): sorted(thread.thread_id for thread in group) for place, group in self._waiting.items()
-                }
-                self._fail(RuntimeError(f"deadlock: threads wait for others that never arrive: {stuck}"))
-            else:
-                self._done.set()
-
-        def _fail(self, failure: BaseException) -> None:
-            """End the block: threads that wait are woken to leave, those that have not begun go back to the idle."""
-            self._failure = failure
-            for thread in self.threads:
-                if not thread.ended:
-                    thread.turn.release()
-            self._done.set()
-
     def _exchange(mask: int, value: Any) -> tuple[dict[int, Any], int]:
         """Give a value to the lanes of a mask; return theirs by lane, and this lane's number."""
-        thread: Any = threading.current_thread()
+        thread: Any = greenlet.getcurrent()
         mask = int(mask) & _ALL_LANES
         warp, lane = divmod(thread.thread_id, 32)
         if not mask >> lane & 1:
             raise RuntimeError(f"lane {lane} calls a warp operation whose mask {mask:#x} leaves it out")
-        values = thread._manager.meet(thread, (thread.block, warp, mask), lambda: bin(mask).count("1"), value)
+        values = thread.manager.meet(thread, (thread.block, warp, mask), lambda: bin(mask).count("1"), value)
         return {thread_id % 32: given for thread_id, given in values.items()}, lane
 
     def cluster_arrive() -> None:
         """Say that this thread came to a barrier of its cluster."""
-        thread: Any = threading.current_thread()
+        thread: Any = greenlet.getcurrent()
         if thread.arrived:
             raise RuntimeError("a thread arrives at a barrier of its cluster again and has not waited there")
         thread.arrived = True
 
     def cluster_wait() -> None:
         """Wait until all threads of the cluster came; here even until they wait, which CUDA does not ask for."""
-        thread: Any = threading.current_thread()
+        thread: Any = greenlet.getcurrent()
         if not thread.arrived:
             raise RuntimeError("a thread waits at a barrier of its cluster where it has not arrived")
         thread.arrived = False
-        thread._manager.meet(thread, "cluster", thread._manager.all_alive, None)
+        thread.manager.meet(thread, "cluster", thread.manager.all_alive, None)
 
     def of_block(array: Any, block: int) -> Any:
         """Return what another block of the cluster has where this one has an array of dynamic shared memory."""
-        thread: Any = threading.current_thread()
-        mine, other = thread.shared._dynshared, thread._manager.shared[block]._dynshared
+        thread: Any = greenlet.getcurrent()
+        mine, other = thread.shared._dynshared, thread.manager.shared[block]._dynshared
         offset = array.__array_interface__["data"][0] - mine.__array_interface__["data"][0]
         return other[offset : offset + array.nbytes].view(array.dtype)
 
@@ -313,12 +262,12 @@ if ENABLED:
 
         def activemask(self) -> int:
             """Return the lanes of this warp that have not ended: the simulator follows no branches."""
-            this: Any = threading.current_thread()
+            this: Any = greenlet.getcurrent()
             warp = this.thread_id // 32
             return _mask(
                 thread.thread_id % 32
-                for thread in this._manager.threads
-                if (thread.block, thread.thread_id // 32) == (this.block, warp) and not thread.ended
+                for thread in this.manager.threads
+                if (thread.block, thread.thread_id // 32) == (this.block, warp) and not thread.dead
             )
 
     def _jit(function: Any = None, *, launch_bounds: int | tuple[int, ...] | None = None, **options: Any) -> Any:
@@ -327,7 +276,8 @@ if ENABLED:
 
     _simulated_jit, numba.cuda.jit = numba.cuda.jit, _jit
     _kernel.BlockManager = _Block
-    FakeCUDAModule.shared = property(lambda self: threading.current_thread().shared)  # type: ignore[attr-defined]
+    _kernelapi.threading = types.SimpleNamespace(current_thread=greenlet.getcurrent)  # all that kernels ask of it
+    FakeCUDAModule.shared = property(lambda self: greenlet.getcurrent().shared)  # type: ignore[attr-defined]
     for _name, _operation in vars(_WarpOperations).items():
         if not _name.startswith("__"):
             setattr(FakeCUDAModule, _name, _operation)

@@ -198,7 +198,8 @@ def plan_selection(
 
 @planned
 def _plan_selection(*arguments: Any) -> plans.GatingPlan:
-    return plan_selection(*arguments[:10], options=options_from(arguments[10:]))[0]
+    rules: Any = (*arguments[:10], options_from(arguments[10:]))
+    return plan_selection(*rules)[0]
 
 
 class WeighingPlan(NamedTuple):

@@ -167,8 +167,7 @@ def plan_topk(
     return _plan(gating_output, top_k, renormalize, correction_bias, scoring_func)
 
 
-@planned
-def plan_grouped(
+def grouped_plan(
     gating_output: Layout,
     top_k: int,
     num_expert_group: int,
@@ -202,3 +201,8 @@ def plan_grouped(
     groups = (num_expert_group, topk_group, picks)
     rules = (top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor)
     return _plan(gating_output, *rules, extras, tiers)
+
+
+@planned
+def plan_grouped(*arguments: Any) -> GatingPlan:
+    return grouped_plan(*arguments)

@@ -76,17 +76,26 @@ def options_of(
     return new_tuple(Options, (*numbers, *given))
 
 
-def layouts(options: Options) -> Options:
-    """Return options with layouts of arrays."""
+def asked(options: Options) -> tuple[Any, ...]:
+    """Return options as arguments of a plan, with layouts of arrays: none of them for `NONE`."""
     if options is NONE:
-        return options
+        return ()
     softcap, num_shared, on_output, num_zero, zero_expert_id, *given, indices_dtype = options
     identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled = given
-    if isinstance(dispatch, tuple):
-        dispatch = tuple(part if isinstance(part, str | int) else layout(part) for part in dispatch)
+    tables: tuple[Any, ...] = ()
+    if dispatch is not None:
+        checks.tuple_of("dispatch", dispatch, 5)
+        tables = tuple(part if isinstance(part, str | int) else layout(part) for part in dispatch)
     padding = (layout(num_token_non_padded), layout(is_padding))
-    found = (layout(identity_weights), *padding, dispatch, layout(counts), layout(counts_enabled), indices_dtype)
-    return new_tuple(Options, (softcap, num_shared, on_output, num_zero, zero_expert_id, *found))
+    others = (layout(identity_weights), *padding, layout(counts), layout(counts_enabled), indices_dtype)
+    return (softcap, num_shared, on_output, num_zero, zero_expert_id, *others, *tables)
+
+
+def options_from(arguments: tuple[Any, ...]) -> Options:
+    """Return the options that `asked` made arguments of."""
+    if not arguments:
+        return NONE
+    return Options._make((*arguments[:8], arguments[11:] or None, *arguments[8:11]))
 
 
 def _check_numbers(softcap: Any, num_shared: Any, on_output: Any, num_zero: Any, zero_expert_id: Any) -> None:
@@ -143,7 +152,6 @@ def _check(gating_output: Layout, top_k: int, routed_scaling_factor: float, opti
         checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
     table = (0, 0, 0, 0)
     if options.dispatch is not None:
-        checks.tuple_of("dispatch", options.dispatch, 5)
         physical_map, num_valid, algorithm, seed, step = options.dispatch
         ids = Layout(torch.Size((num_tokens, top_k + num_shared)), torch.int32, gating_output.device, None, 0)
         plan_dispatch(ids, physical_map, num_valid, algorithm, seed, step, None, None)
@@ -202,12 +210,13 @@ def plan_selection(
     only_counts = not in_logits and options._replace(counts=None, counts_enabled=None) == NONE
     extras = extras._replace(bias_in_logits=in_logits, role=COUNTING if only_counts else EXTENDED)
     used = None if options is NONE and not in_logits else extras
-    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
+    return plans.grouped_plan(gating_output, top_k, num_expert_group, topk_group, *rules, used, tiers), extras
 
 
 @planned
 def _plan_selection(*arguments: Any) -> plans.GatingPlan:
-    return plan_selection(*arguments)[0]
+    rules: Any = (*arguments[:10], options_from(arguments[10:]))
+    return plan_selection(*rules)[0]
 
 
 class WeighingPlan(NamedTuple):
@@ -227,8 +236,9 @@ def _plan_weighing(
     renormalize: bool,
     routed_scaling_factor: float,
     logit_bias: Layout | None,
-    options: Options,
+    *wanted: Any,
 ) -> WeighingPlan:
+    options = options_from(wanted)
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     like = ("gating_output", gating_output)
     num_tokens, num_experts = gating_output.shape
@@ -445,7 +455,7 @@ def select_experts(
             routed_scaling_factor,
         )
     groups = (num_expert_group, topk_group, renormalize, scoring_func, layout(correction_bias), group_score)
-    rules = (routed_scaling_factor, bias_mode, layouts(options))
+    rules = (routed_scaling_factor, bias_mode, *asked(options))
     plan = _plan_selection(layout(gating_output), top_k, *groups, *rules)
     refuse_overlaps(options, gating_output=gating_output, correction_bias=correction_bias)
     refuse_gradient(gating_output)
@@ -571,7 +581,7 @@ def weigh_experts(
         *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
         *(dispatch, counts, counts_enabled, indices_dtype),
     )
-    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), layouts(options))
+    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), *asked(options))
     plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
     others = {"topk_ids": topk_ids, "input_ids": input_ids, "logit_bias": logit_bias}
     refuse_overlaps(options, gating_output=gating_output, **others)

@@ -6,6 +6,7 @@ remembered, so that a call with a layout that was seen before pays for none of i
 """
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -85,19 +86,53 @@ def layout(value: Any) -> Any:
     return new_tuple(Layout, (shape, value.dtype, value.device, strides, address % 16))
 
 
+class _NotAKeyError(Exception):
+    """Arguments hold numbers within a tuple, where a key of the cache would not tell 1, 1.0 and True apart."""
+
+
 def planned(function: Callable[P, R]) -> Callable[P, R]:
-    """Remember what a function of layouts and numbers returns."""
-    remembered = functools.lru_cache(maxsize=4096, typed=True)(function)
+    """Remember what a function of layouts and numbers returns for equal arguments of equal types.
+
+    Numbers are arguments of their own, not parts of a tuple: such a call is planned anew each time.
+    """
+
+    @functools.wraps(function)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _holds_a_number(args) or _holds_a_number(tuple(kwargs.values())):
+            raise _NotAKeyError
+        return function(*args, **kwargs)
+
+    remembered = functools.lru_cache(maxsize=4096, typed=True)(made)
     _remembered.append(remembered)
 
     @functools.wraps(function)
     def plan(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return remembered(*args, **kwargs)  # type: ignore[arg-type]
-        except TypeError:  # from a check, which will say so again, or because an argument cannot be a key
-            return function(*args, **kwargs)
+        except _NotAKeyError:
+            pass
+        except TypeError:  # of a check, or of an argument without a hash, whose check is still to come
+            if _is_key((args, tuple(kwargs.values()))):
+                raise
+        return function(*args, **kwargs)
 
     return plan
+
+
+def _holds_a_number(values: tuple[Any, ...]) -> bool:
+    """Whether a tuple among some values, other than a layout, holds a number."""
+    tuples = [value for value in values if isinstance(value, tuple) and not isinstance(value, Layout)]
+    return any(isinstance(part, numbers.Number) for parts in tuples for part in parts) or any(
+        map(_holds_a_number, tuples)
+    )
+
+
+def _is_key(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def forget() -> None:

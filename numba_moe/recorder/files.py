@@ -253,7 +253,7 @@ def load(path: str | os.PathLike[str], *, num_layers: int | None = None, num_exp
     checks.holds("path", "a file with logical_count or records", known, path.name)
     if "about" in content:
         content |= _of_bytes(content.pop("about"), path)
-    if "physical_to_logical_maps" in content:
+    if {"physical_to_logical_maps", "map_of_pass"} & content.keys():
         dump = _of_arrays(content)
     elif "logical_count" in content and not content.get("records"):
         dump = _of_counts(content)

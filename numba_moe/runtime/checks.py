@@ -7,6 +7,7 @@ is a TypeError, a wrong value, shape or device a ValueError; the message reads
 With NUMBA_MOE_VALIDATE=1 in the environment a pass over the data, which does synchronise, names the first bad token.
 """
 
+import contextlib
 import itertools
 import math
 import operator
@@ -22,6 +23,7 @@ from numba_moe.runtime.plans import Foreign, Layout, Unreadable, kind_of, layout
 
 LARGEST_INT32 = 2**31 - 1
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+LARGEST_INT64 = 2**63 - 1
 VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -310,7 +312,7 @@ def divides(argument: str, divisor: int, whole: str, number: int) -> None:
 NUMBERS = {"float64": "iuf", "int64": "iu", "bool": "b"}
 
 
-def host_array(argument: str, value: Any, dtype: str, ndims: Sequence[int]) -> np.ndarray:
+def host_array(argument: str, value: Any, dtype: str, ndims: Sequence[int], empty: bool = False) -> np.ndarray:
     """Return an array, a tensor or nested lists as a contiguous NumPy array; floats do not become integers."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
@@ -323,8 +325,10 @@ def host_array(argument: str, value: Any, dtype: str, ndims: Sequence[int]) -> n
         _wrong_type(argument, f"an array that converts to {dtype}", f"{type(value).__name__} of dtype {found.dtype}")
     if found.ndim not in ndims:
         _wrong_value(argument, "of " + " or ".join(map(str, ndims)) + " dimensions", f"shape {found.shape}")
-    if 0 in found.shape:
+    if 0 in found.shape and not empty:
         _wrong_value(argument, "without empty dimensions", f"shape {found.shape}")
+    if dtype == "int64" and found.dtype == np.uint64 and found.max(initial=0) > LARGEST_INT64:
+        _wrong_value(argument, f"at most {LARGEST_INT64}", found.max())
     return found.astype(dtype, order="C", copy=False)
 
 
@@ -336,6 +340,16 @@ def every(argument: str, rule: str, good: np.ndarray, values: np.ndarray, axes: 
         _wrong_value(argument, rule, f"{values[index]} at {place}")
 
 
+def counts(argument: str, value: np.ndarray) -> None:
+    """Check that int64 counts are not negative, and that no sum of some of them overflows."""
+    if value.size and value.min() < 0:
+        _wrong_value(argument, "at least 0", f"{value.min()} at {tuple(np.argwhere(value < 0)[0].tolist())}")
+    # In two parts, whose sums cannot overflow.
+    total = (int((value >> 32).sum()) << 32) + int((value & 0xFFFFFFFF).sum())
+    if total > LARGEST_INT64:
+        _wrong_value(argument, f"counts whose sum is at most {LARGEST_INT64}", total)
+
+
 def host_shape(argument: str, value: np.ndarray, expected: tuple[int, ...], because: str) -> None:
     if value.shape != expected:
         _wrong_value(argument, f"of shape {because} = {expected}", f"shape {value.shape}")
@@ -344,6 +358,24 @@ def host_shape(argument: str, value: np.ndarray, expected: tuple[int, ...], beca
 def at_least(argument: str, number: int, lowest: int, because: str) -> None:
     if number < lowest:
         _wrong_value(argument, f"at least {because} = {lowest}", number)
+
+
+@contextlib.contextmanager
+def under_names(**names: str) -> Iterator[None]:
+    """Call arguments in errors what a command calls them.
+
+    >>> with under_names(num_gpus="--gpus"):
+    ...     integer("num_gpus", 0, 1)
+    Traceback (most recent call last):
+    ValueError: `--gpus` must be at least 1, got 0
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, given in names.items():
+            text = text.replace(f"`{name}`", f"`{given}`")
+        raise ValueError(text) from error
 
 
 def holds(argument: str, rule: str, true: bool, value: Any) -> None:

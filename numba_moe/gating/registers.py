@@ -129,10 +129,11 @@ def score_group(ranks, count, columns, lanes, with_second):
 
 
 @cuda.jit(device=True)
-def in_chosen_group(rank, group, num_expert_group, topk_group):
-    """Whether the group of this lane is among the best; lanes of one group are neighbours with the same rank."""
-    if group >= num_expert_group:
-        rank = int32(LOWEST_ORDER)
+def in_chosen_group(rank, group, topk_group):
+    """Whether the group of this lane is among the best; lanes of one group are neighbours with the same rank.
+
+    Lanes behind the last group have no experts, and so the lowest rank, below that of any group.
+    """
     chosen = False
     for _ in range(topk_group):
         winner = cuda.shfl_sync(ALL_LANES, group, first_lane(rank == warp_highest(rank)))
@@ -323,7 +324,7 @@ def choose_for_token(token, own, arrays, rows, rules, groups, extras, columns, r
             for column in range(columns):
                 scores[column] = order(logits[column])
             rank = score_group(scores, count, columns, lanes, True)
-        if not in_chosen_group(rank, group, num_expert_group, topk_group):
+        if not in_chosen_group(rank, group, topk_group):
             count = int32(0)
     if ragged or num_expert_group > 1:
         for column in range(columns):

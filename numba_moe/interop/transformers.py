@@ -63,7 +63,8 @@ def find_gate(experts: torch.nn.Module) -> Gate | None:
     if not experts.has_gate or (isinstance(act_fn, torch.nn.Module) and any(True for _ in act_fn.parameters())):
         return None
     numbers = _numbers(experts)
-    spread = torch.linspace(-6, 6, 96).reshape(12, 8) * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1])
+    spread = torch.linspace(-6, 6, 96, dtype=torch.float32, device="cpu").reshape(12, 8)
+    spread = spread * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1], dtype=torch.float32, device="cpu")
     rows = torch.cat([spread, spread * max([1.0, *numbers])])  # past every limit, on both sides
     own: Any = experts._apply_gate
     wanted = own(rows)
@@ -121,7 +122,7 @@ def _with_own_gate(
     offset = permuted.expert_first_token_offset
     ends = offset[1:].to(torch.int32)
     grouped = is_grouped(layout(hidden_states), layout(up), layout(down), layout(topk_ids), torch.is_grad_enabled())
-    unused = torch.arange(topk_ids.numel(), device=offset.device).unsqueeze(1) >= offset[-1]
+    unused = torch.arange(topk_ids.numel(), dtype=torch.int64, device=offset.device).unsqueeze(1) >= offset[-1]
 
     def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = multiply_by_expert(rows, weights, ends, grouped).masked_fill(unused, 0)

@@ -43,7 +43,7 @@ def run_pass(recorder, number):
 
 def rich_pass(recorder, number):
     """Run a pass with everything that a model may do."""
-    with recorder.with_forward_pass(number, num_tokens=3):
+    with recorder.with_forward_pass(number, num_tokens=2):
         with recorder.disable_this_region():
             show(recorder)
         with recorder.with_debug_name("one"):
@@ -110,12 +110,12 @@ def counts_of_passes(found):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("mode", MODES)
-def test_a_pass_that_stops_at_any_line_loses_and_doubles_nothing(mode, error):
+@pytest.mark.parametrize(("mode", "spilled"), [*((mode, False) for mode in MODES), ("per_token", True)])
+def test_a_pass_that_stops_at_any_line_loses_and_doubles_nothing(mode, spilled, error, tmp_path):
     whole, nothing = [COUNTS, COUNTS], [[0] * 4] * 2
 
     def prepare():
-        recorder = make(mode, chunk_tokens=4)
+        recorder = make(mode, chunk_tokens=4, spill_directory=tmp_path if spilled else None)
         run_pass(recorder, 0)
         return recorder
 
@@ -147,8 +147,8 @@ def test_a_pass_that_stops_leaves_no_setting_behind(mode):
         counts = counts_of_passes(dump(recorder))
         assert counts[2, "primary"] == whole
         if mode == "per_pass":
-            assert counts[0, "one"] == [COUNTS, [0] * 4]
-            assert counts[0, "two"] == [[0] * 4, COUNTS]
+            assert counts[0, "one"] == [[1, 2, 1, 0], [0] * 4]
+            assert counts[0, "two"] == [[0] * 4, [1, 2, 1, 0]]
 
 
 # Python runs the line of a `with` again before it closes the file.

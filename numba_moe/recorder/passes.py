@@ -32,8 +32,7 @@ class Tokens:
         self.sent: list[Future[None]] = []
 
     def add(self, first_row: int, *columns: np.ndarray) -> None:
-        if first_row not in self._parts:
-            self._parts[first_row] = len(columns[0]), self._keep(*columns)
+        self._parts[first_row] = len(columns[0]), self._keep(*columns)
 
     def parts(self) -> tuple[int, list[Any]]:
         """Wait until all that was sent is kept; return the number of rows and the parts, or raise what failed."""

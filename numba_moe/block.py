@@ -15,11 +15,15 @@ from numba_moe.reference.gating import SCORING, TopK
 from numba_moe.runtime import checks
 
 
-def _matrix(*shape: int, **kind: Any) -> torch.nn.Parameter:
+def _matrix(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
     """Draw weights as torch.nn.Linear does, whose inputs are the last dimension."""
-    weights = torch.empty(*shape, **kind)
+    weights = torch.empty(*shape, device=device, dtype=dtype)
     bound = 1 / math.sqrt(shape[-1])
     return torch.nn.Parameter(torch.nn.init.uniform_(weights, -bound, bound))
+
+
+def _zeros(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
 
 
 class Router(torch.nn.Module):
@@ -174,8 +178,8 @@ class MoEBlock(torch.nn.Module):
         self.router = Router(hidden, experts, top_k, correction_bias, options, **kind)
         self.gate_up_proj = _matrix(experts, 2 * width, hidden, **kind)
         self.down_proj = _matrix(experts, hidden, width, **kind)
-        self.gate_up_bias = torch.nn.Parameter(torch.zeros(experts, 2 * width, **kind)) if bias else None
-        self.down_bias = torch.nn.Parameter(torch.zeros(experts, hidden, **kind)) if bias else None
+        self.gate_up_bias = _zeros(experts, 2 * width, **kind) if bias else None
+        self.down_bias = _zeros(experts, hidden, **kind) if bias else None
         self.shared_gate_up = _matrix(2 * shared, hidden, **kind) if shared else None
         self.shared_down = _matrix(hidden, shared, **kind) if shared else None
 

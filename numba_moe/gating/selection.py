@@ -286,7 +286,8 @@ def _check_data(gating_output: torch.Tensor, options: Options) -> None:
     _check_places(options)
     padded = torch.zeros(len(gating_output), dtype=torch.bool, device=gating_output.device)
     if options.num_token_non_padded is not None:
-        padded |= torch.arange(len(gating_output), device=padded.device) >= options.num_token_non_padded
+        rows = torch.arange(len(gating_output), dtype=torch.int64, device=padded.device)
+        padded |= rows >= options.num_token_non_padded
     if options.is_padding is not None:
         padded |= options.is_padding
     checks.logits("gating_output", gating_output.masked_fill(padded[:, None], 0))

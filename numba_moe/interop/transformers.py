@@ -74,9 +74,8 @@ def find_gate(experts: torch.nn.Module) -> Gate | None:
 @torch.no_grad()
 def _search(experts: torch.nn.Module) -> Gate | None:
     numbers = _numbers(experts)
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    factors = torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1], **kind)
-    spread = torch.linspace(-6, 6, 96, **kind).reshape(12, 8) * factors
+    spread = torch.linspace(-6, 6, 96, dtype=torch.float32, device="cpu").reshape(12, 8)
+    spread = spread * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1], dtype=torch.float32, device="cpu")
     rows = torch.cat([spread, spread * max([1.0, *numbers])])  # past every limit, on both sides
     own: Any = experts._apply_gate
     try:
@@ -195,7 +194,7 @@ def _with_own_gate(
     offset = permuted.expert_first_token_offset
     ends = offset[1:].to(torch.int32)
     by_expert = _multiplication(hidden_states, up, down, topk_ids)
-    unused = torch.arange(topk_ids.numel(), device=offset.device).unsqueeze(1) >= offset[-1]
+    unused = torch.arange(topk_ids.numel(), dtype=torch.int64, device=offset.device).unsqueeze(1) >= offset[-1]
 
     def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = by_expert(rows, weights, ends).masked_fill(unused, 0)

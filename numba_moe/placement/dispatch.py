@@ -369,7 +369,7 @@ class ExpertDispatch:
         self.location, self.algorithm = location, algorithm
         self.seed = checks.integer("seed", seed, 0, 2**32 - 1)
         tables = [table.to(device) for table in self._tables()]
-        steps = torch.arange(location.num_layers, device=device) << 32
+        steps = torch.arange(location.num_layers, dtype=torch.int64, device=device) << 32
         self.physical_map = tables[0]
         self.num_valid: Any = tables[1] if len(tables) > 1 else None
         self.step = steps if algorithm == "dynamic" else None

@@ -236,6 +236,9 @@ def moe_align_block_size(
         *(layout(topk_ids), block_size, num_experts, layout(expert_map)),
         *(pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, given),
     )
+    if given is not None:
+        memory = {"out": out, "inv_sorted_idx": inv_sorted_idx, "counts": counts, "workspace": workspace}
+        checks.apart({"topk_ids": topk_ids, "expert_map": expert_map, **memory}, tuple(memory))
     if checks.VALIDATE:
         checks.ids(topk_ids, num_experts)
     if arrays.answered_by_reference(topk_ids):

@@ -1,6 +1,7 @@
 """A feed-forward block of experts as a torch module: router, experts, shared expert."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +15,23 @@ from numba_moe.reference.gating import SCORING, TopK
 from numba_moe.runtime import checks
 
 
-def _matrix(*shape: int, **kind: Any) -> torch.nn.Parameter:
+def _matrix(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
     """Draw weights as torch.nn.Linear does, whose inputs are the last dimension."""
-    weights = torch.empty(*shape, **kind)
+    weights = torch.empty(*shape, device=device, dtype=dtype)
     bound = 1 / math.sqrt(shape[-1])
     return torch.nn.Parameter(torch.nn.init.uniform_(weights, -bound, bound))
+
+
+def _zeros(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
 
 
 class Router(torch.nn.Module):
     """The choice of experts for each token, from its hidden state.
 
     Its weight has shape [num_experts, hidden_size]; `correction_bias`, float32 [num_experts], is a buffer that moves
-    the choice and not the weights, for balancing without a loss. `options` are those of `select_experts`.
+    the choice and not the weights, for balancing without a loss. It stays float32, with the same bits, whatever dtype
+    the module is converted to. `options` are those of `select_experts`.
     """
 
     correction_bias: torch.Tensor | None
@@ -45,9 +51,26 @@ class Router(torch.nn.Module):
         bias = torch.zeros(num_experts, dtype=torch.float32, device=kind["device"]) if correction_bias else None
         self.register_buffer("correction_bias", bias)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Router":
+        """Convert or move the module, which is what `to`, `half`, `cuda` and others call; the bias only moves."""
+        bias = self.correction_bias
+        super()._apply(fn, recurse)
+        moved = self.correction_bias
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
+            self.correction_bias = bias.to(moved.device, torch.float32)
+        return self
+
     def forward(self, hidden_states: torch.Tensor) -> TopK:
         logits = linear(hidden_states, self.weight)
-        return select_experts(logits, self.top_k, correction_bias=self.correction_bias, **self.options)
+        bias = self.correction_bias
+        if bias is not None:
+            bias = bias.float()  # a state dict that was assigned, and FSDP's buffer_dtype, bring other dtypes
+        return select_experts(logits, self.top_k, correction_bias=bias, **self.options)
+
+    def extra_repr(self) -> str:
+        num_experts, hidden_size = self.weight.shape
+        sizes = f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"
+        return sizes if self.correction_bias is None else f"{sizes}, correction_bias=True"
 
 
 class MoEBlock(torch.nn.Module):
@@ -110,6 +133,7 @@ class MoEBlock(torch.nn.Module):
     torch.Size([3, 5, 16])
     """
 
+    @torch.inference_mode(False)  # what is made inside an inference mode can be trained, and moved, outside
     def __init__(
         self,
         hidden_size: int,
@@ -148,14 +172,28 @@ class MoEBlock(torch.nn.Module):
             "routed_scaling_factor": routed_scaling_factor,
         }
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.hidden_size, self.intermediate_size, self.shared_size = hidden, width, shared
+        self.num_experts = experts
         self.activation = activation
         self.router = Router(hidden, experts, top_k, correction_bias, options, **kind)
         self.gate_up_proj = _matrix(experts, 2 * width, hidden, **kind)
         self.down_proj = _matrix(experts, hidden, width, **kind)
-        self.gate_up_bias = torch.nn.Parameter(torch.zeros(experts, 2 * width, **kind)) if bias else None
-        self.down_bias = torch.nn.Parameter(torch.zeros(experts, hidden, **kind)) if bias else None
+        self.gate_up_bias = _zeros(experts, 2 * width, **kind) if bias else None
+        self.down_bias = _zeros(experts, hidden, **kind) if bias else None
         self.shared_gate_up = _matrix(2 * shared, hidden, **kind) if shared else None
         self.shared_down = _matrix(hidden, shared, **kind) if shared else None
+
+    @property
+    def top_k(self) -> int:
+        """Experts of each token, as the router chooses them."""
+        return self.router.top_k
+
+    def extra_repr(self) -> str:
+        sizes = f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
+        experts = f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation!r}"
+        bias = "" if self.gate_up_bias is None else ", bias=True"
+        shared = f", shared_size={self.shared_size}" if self.shared_size else ""
+        return f"{sizes}, {experts}{bias}{shared}"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the sum of what the experts of each token make of it: [..., hidden_size], as the input."""

@@ -95,6 +95,9 @@ def _warmup(options: argparse.Namespace) -> int:
     if not cache.enabled():
         print("numba-moe warmup: the cache is off (NUMBA_MOE_CACHE=0)", file=sys.stderr)
         return 2
+    if cache.folder() is None:
+        print("numba-moe warmup: there is no home directory; set NUMBA_MOE_CACHE_DIR", file=sys.stderr)
+        return 2
     count = compile.compile_all(wanted)
     print(f"{count} kernels ready in {cache.folder()}, {compile.statistics['compiled']} of them compiled now")
     return 0
@@ -131,7 +134,8 @@ def _info(options: argparse.Namespace) -> int:
     found = list(cache.entries())
     size = sum(path.stat().st_size for path, _ in found)
     state = "" if cache.enabled() else ", off (NUMBA_MOE_CACHE=0)"
-    print(f"cache: {cache.folder()}, {len(found)} kernels, {size / 1024:.0f} KiB{state}")
+    where = cache.folder() or "no folder, as there is no home directory"
+    print(f"cache: {where}, {len(found)} kernels, {size / 1024:.0f} KiB{state}")
     current = Counter(
         (entry.kernel, entry.arch)
         for path, entry in found

@@ -81,7 +81,7 @@ def pair_slots(
     known = expert >= 0 and expert < slots.num_experts
     if known and present(slots.expert_map):
         expert = int64(slots.expert_map[expert])
-        known = expert >= 0 and expert < slots.num_experts
+        known = expert >= 0 and expert < slots.num_local
     adapter = int64(adapters.token_lora_mapping[quotient(slot, adapters.top_k)])
     active = adapter >= 0 and adapter < adapters.max_loras
     if active and present(adapters.adapter_enabled):
@@ -170,7 +170,7 @@ def _plan(
         max_loras=max_loras,
         num_lora_ids=-1 if lora_ids is None else lora_ids.shape[0],
     )
-    slots = Slots(topk_ids, expert_map, num_slots, num_experts)
+    slots = Slots(topk_ids, expert_map, num_slots, num_experts, num_experts)
     pair = Launch(pair_slots, device, -(-num_slots // threads), threads, slots, adapters, virtual_ids)
     written = ("offset", "expert_ids")
     sort = sorting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size, written=written)

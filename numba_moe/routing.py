@@ -7,7 +7,16 @@ import torch
 from numba_moe.align import moe_align_block_size
 from numba_moe.gating import plans
 from numba_moe.gating.routing import MOST_EXPERTS, MOST_THREADS, Blocks, Sorting, route_tokens
-from numba_moe.gating.selection import Options, options_of, plan_selection, refuse_gradient, select_experts
+from numba_moe.gating.selection import (
+    NONE,
+    asked,
+    options_from,
+    options_of,
+    plan_selection,
+    refuse_gradient,
+    refuse_overlaps,
+    select_experts,
+)
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 from numba_moe.reference.gating import TopK
 from numba_moe.reference.routing import RoutedTokens
@@ -34,17 +43,6 @@ class RoutePlan(NamedTuple):
     route: Launch | None
 
 
-class Alignment(NamedTuple):
-    """What alignment is asked for; a map or its layout."""
-
-    block_size: Any
-    expert_map: Any
-    pad_sorted_ids: Any
-    ignore_invalid_experts: Any
-    inactive_expert_id: Any
-    num_physical_experts: Any
-
-
 @planned
 def _plan_route(
     gating_output: Layout,
@@ -57,30 +55,36 @@ def _plan_route(
     group_score: str | None,
     routed_scaling_factor: float,
     bias_mode: str,
-    options: Options,
-    alignment: Alignment,
+    block_size: int,
+    expert_map: Layout | None,
+    pad_sorted_ids: bool,
+    ignore_invalid_experts: bool,
+    inactive_expert_id: int,
+    num_physical_experts: int | None,
+    *wanted: Any,
 ) -> RoutePlan:
+    options = options_from(wanted)
     rules = (top_k, num_expert_group, topk_group, renormalize, scoring_func, correction_bias, group_score)
     plan = plan_selection(gating_output, *rules, routed_scaling_factor, bias_mode, options)
     num_tokens, num_slots = plan.topk_ids.shape[0], plan.topk_ids.shape[0] * plan.topk_ids.shape[1]
-    block_size = checks.integer("block_size", alignment.block_size, 1)
-    checks.boolean("pad_sorted_ids", alignment.pad_sorted_ids)
-    checks.boolean("ignore_invalid_experts", alignment.ignore_invalid_experts)
-    inactive = checks.integer("inactive_expert_id", alignment.inactive_expert_id, -(2**31))
+    block_size = checks.integer("block_size", block_size, 1)
+    checks.boolean("pad_sorted_ids", pad_sorted_ids)
+    checks.boolean("ignore_invalid_experts", ignore_invalid_experts)
+    inactive = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
     num_sorted = gating_output.shape[1] - options.num_zero_experts + options.num_fused_shared_experts
     needed = options.dispatch is not None
-    given = alignment.num_physical_experts
+    given = num_physical_experts
     checks.holds(
         "num_physical_experts", "given with `dispatch`, and with it alone", needed == (given is not None), given
     )
     if given is not None:
         num_sorted = checks.integer("num_physical_experts", given, 1)
-    expert_map, map_bytes = alignment.expert_map, 0
+    map_bytes = 0
     if expert_map is not None:
         checks.array("expert_map", expert_map, checks.IDS, (1,), like=("gating_output", gating_output))
         checks.shape("expert_map", expert_map, (num_sorted,), "(experts that slots are sorted by,)")
         map_bytes = expert_map.dtype.itemsize
-    num_positions = max_sorted_slots(num_slots, block_size, num_sorted, alignment.pad_sorted_ids)
+    num_positions = max_sorted_slots(num_slots, block_size, num_sorted, pad_sorted_ids)
     checks.fits_int32("gating_output", num_positions, "the number of padded positions")
     num_names = -(-num_positions // block_size)
     route = None
@@ -90,7 +94,7 @@ def _plan_route(
     if columns is not None:
         num_blocks = 1 if num_tokens <= ALONE else -(-num_tokens // EACH)
         threads = min(most, -(-max(num_slots, num_sorted, WARP * -(-num_tokens // num_blocks)) // 128) * 128)
-        by_map = int(alignment.ignore_invalid_experts and map_bytes > 0)
+        by_map = int(ignore_invalid_experts and map_bytes > 0)
         sorting = Sorting(plans.sized(expert_map), map_bytes, by_map, num_sorted)
         sizes = (num_positions, num_positions // 4, num_names, block_size, *reciprocal_of(block_size), inactive)
         blocks = Blocks(torch.int32, torch.int32, torch.int32, *sizes)
@@ -254,10 +258,14 @@ def route(
         counts_enabled,
         indices_dtype,
     )
-    aligning = (pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, num_physical_experts)
-    alignment = new_tuple(Alignment, (block_size, layout(expert_map), *aligning))
+    padding = (pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, num_physical_experts)
     rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode)
-    plan = _plan_route(layout(gating_output), *chosen, *rules, options.layouts(), alignment)
+    plan = _plan_route(
+        layout(gating_output), *chosen, *rules, block_size, layout(expert_map), *padding, *asked(options)
+    )
+    if options is not NONE:
+        others = {"correction_bias": correction_bias, "expert_map": expert_map}
+        refuse_overlaps(options, gating_output=gating_output, **others)
     refuse_gradient(gating_output)
     if plan.route is None or checks.VALIDATE or arrays.answered_by_reference(gating_output):
         topk = select_experts(

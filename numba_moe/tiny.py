@@ -117,7 +117,7 @@ class TinyModel(torch.nn.Module):
         self.head = torch.nn.Linear(settings.hidden, BYTES, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        states = self.bytes(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        states = self.bytes(ids) + self.places(torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device))
         return self.head(self.norm(self.layers(states)))
 
 
@@ -125,7 +125,7 @@ def batches(settings: Settings, device: str) -> Iterator[torch.Tensor]:
     """Yield random passages of the text, [batch, length + 1], the same for a seed."""
     corpus = torch.from_numpy(text().astype(np.int64)).to(device)
     rng = np.random.default_rng(settings.seed)
-    within = torch.arange(settings.length + 1, device=device)
+    within = torch.arange(settings.length + 1, dtype=torch.int64, device=device)
     for _ in range(settings.steps):
         starts = rng.integers(0, len(corpus) - settings.length - 1, settings.batch)
         yield corpus[torch.from_numpy(starts).to(device)[:, None] + within]
@@ -189,7 +189,9 @@ def share_of_rate(step: int, steps: int) -> float:
 def train(settings: Settings, device: str) -> Report:
     """Train a model from its seed; on a GPU the matrices multiply in bfloat16, and parameters stay float32."""
     torch.manual_seed(settings.seed)
-    model = TinyModel(settings).to(device)
+    with torch.device("cpu"):
+        model = TinyModel(settings)
+    model.to(device=device, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), fused=device == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, settings.steps))
     tracer = Tracer(model, settings)

@@ -39,6 +39,13 @@ def add_expert_counts(
     return counts
 
 
+def held(exact: np.ndarray, rounded: np.ndarray) -> np.ndarray:
+    """Return int64 sums of counts, given the same in float64, by which sums that int64 does not hold are found."""
+    if (past := (rounded >= 2.0**63) | ((rounded > 0) & (exact < 0))).any():
+        raise ValueError(f"`physical_count` must be small enough for sums to fit int64, got {rounded[past].max():.3g}")
+    return exact
+
+
 def logical_counts(physical_count: np.ndarray, physical_to_logical_map: np.ndarray, num_experts: int) -> np.ndarray:
     """Sum the counts of the slots that hold an expert.
 
@@ -56,15 +63,25 @@ def logical_counts(physical_count: np.ndarray, physical_to_logical_map: np.ndarr
     np.ndarray
         int64 [L, E] or [steps, L, E].
 
+    Raises
+    ------
+    ValueError
+        A sum that int64 does not hold.
+
     Examples
     --------
     >>> logical_counts(np.array([[3, 1, 2]]), np.array([[0, 1, 0]]), 2)
     array([[5, 1]])
     """
-    counts = np.zeros((*physical_count.shape[:-1], num_experts), np.int64)
-    for layer, slot in np.argwhere((physical_to_logical_map >= 0) & (physical_to_logical_map < num_experts)):
-        counts[..., layer, physical_to_logical_map[layer, slot]] += physical_count[..., layer, slot]
-    return counts
+    exact, rounded = (np.zeros((*physical_count.shape[:-1], num_experts), kind) for kind in (np.int64, np.float64))
+    for layer, experts in enumerate(physical_to_logical_map):
+        slots = np.argsort(experts, kind="stable")
+        slots = slots[(experts[slots] >= 0) & (experts[slots] < num_experts)]
+        present, first = np.unique(experts[slots], return_index=True)
+        for counts in (exact, rounded):
+            of_slots = physical_count[..., layer, slots].astype(counts.dtype)
+            counts[..., layer, present] = np.add.reduceat(of_slots, first, axis=-1)
+    return held(exact, rounded)
 
 
 def utilization(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
@@ -87,7 +104,7 @@ def utilization(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
     >>> utilization(np.array([[6, 2, 3, 1]]), 2).round(4)
     array([0.75])
     """
-    loads = physical_count.reshape(*physical_count.shape[:-1], num_gpus, -1).sum(axis=-1).astype(np.float64)
+    loads = physical_count.reshape(*physical_count.shape[:-1], num_gpus, -1).sum(axis=-1, dtype=np.float64)
     return (loads.mean(axis=-1) + 1e-5) / (loads.max(axis=-1) + 1e-5)
 
 
@@ -109,7 +126,7 @@ def expert_entropy(counts: np.ndarray) -> np.ndarray:
     >>> expert_entropy(np.array([[5, 5], [0, 7], [0, 0]]))
     array([1., 0., 0.])
     """
-    share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    share = counts / np.maximum(counts.sum(axis=-1, keepdims=True, dtype=np.float64), 1)
     terms = np.where(share > 0, -share * np.log(np.where(share > 0, share, 1)), 0)
     return np.abs(terms.sum(axis=-1)) / max(np.log(counts.shape[-1]), 1e-300)
 
@@ -158,6 +175,11 @@ def traffic_matrix(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
     np.ndarray
         int64 [L, sources, num_gpus].
 
+    Raises
+    ------
+    ValueError
+        A sum that int64 does not hold.
+
     Examples
     --------
     >>> traffic_matrix(np.array([[[3, 1]], [[2, 5]]]), 2)
@@ -165,4 +187,5 @@ def traffic_matrix(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
             [2, 5]]])
     """
     sources, num_layers, _ = physical_count.shape
-    return physical_count.reshape(sources, num_layers, num_gpus, -1).sum(axis=-1).transpose(1, 0, 2)
+    slots = physical_count.reshape(sources, num_layers, num_gpus, -1)
+    return held(slots.sum(axis=-1, dtype=np.int64), slots.sum(axis=-1, dtype=np.float64)).transpose(1, 0, 2)

@@ -19,7 +19,7 @@ def main() -> None:
     for name, default in (("layers", 61), ("experts", 256), ("tokens", 4096), ("top-k", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    logits = torch.randn(given.tokens, given.experts, device="cuda")
+    logits = torch.randn(given.tokens, given.experts, dtype=torch.float32, device="cuda")
     ids = logits.topk(given.top_k).indices.int()
     counts = torch.zeros(given.experts, dtype=torch.int64, device="cuda")
     ones = torch.ones(ids.numel(), dtype=torch.int64, device="cuda")

@@ -36,7 +36,7 @@ def main() -> None:
     given = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
-    logits = torch.randn(given.tokens, given.experts, device=device)
+    logits = torch.randn(given.tokens, given.experts, dtype=torch.float32, device=device)
     hidden_states = torch.randn(given.tokens, given.hidden, dtype=torch.bfloat16, device=device)
     call = torch.compile(layer, fullgraph=True) if given.compile else layer
     call(logits, hidden_states, given.top_k)  # compiles

@@ -79,6 +79,21 @@ def test_fake_goes_over_all_ranks_and_slots():
     assert dispatch_map(idle, 0, "fake")[0].tolist() == [[0, 4, 1, 5, 0, 4]]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_places_below_0_are_none(algorithm, device):
+    places = torch.tensor([-1, -2, -(2**31), 5], dtype=torch.int32, device=device)
+    options = {"algorithm": algorithm}
+    if algorithm in ("dynamic", "hash"):
+        places, options["num_valid"] = places[:, None].contiguous(), torch.ones_like(places)
+    if algorithm == "dynamic":
+        options["step"] = torch.zeros(1, dtype=torch.int64, device=device)
+    ids = torch.tensor([0, 1, 2, 3, -1, 4, 2**32, -(2**32) + 3], device=device)
+    counts = torch.zeros(6, dtype=torch.int32, device=device)
+    found = dispatch_ids(ids, places, counts=counts, **options)
+    assert found.tolist() == [-1, -1, -1, 5, -1, -1, -1, -1]
+    assert counts.tolist() == [0, 0, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("algorithm", ["dynamic", "hash"])
 def test_turned_rows_hold_the_same_slots(algorithm):
     slots, count = LOCATION.logical_to_all_physical_map, LOCATION.logical_to_all_physical_map_num_valid
@@ -272,3 +287,26 @@ def test_many_slots_are_counted_exactly(algorithm, num_counters):
         expected = ExpertDispatch(LOCATION, 0, "cpu", algorithm=algorithm)(ids, 0)
         assert found.equal(expected)
         assert (counts - 2**40).tolist() == np.bincount(expected[expected >= 0], minlength=num_counters).tolist()
+
+
+@pytest.mark.parametrize("algorithm", ["static", "dynamic", "hash", "fake"])
+def test_tables_made_in_inference_mode_change_outside_and_the_other_way_round(algorithm):
+    locations = [ExpertLocation.from_mapping([slots], num_gpus=2) for slots in ([0, 1, 2, 0], [1, 1, 2, 0])]
+    ids = torch.tensor([[0, 1], [2, 0]])
+    with torch.inference_mode():
+        inside = ExpertDispatch(locations[0], rank=1, device="cpu", algorithm=algorithm)
+    outside = ExpertDispatch(locations[0], rank=1, device="cpu", algorithm=algorithm)
+    inside.advance()
+    inside.update(locations[1])
+    with torch.inference_mode():
+        outside.advance()
+        outside.update(locations[1])
+        counts = torch.zeros(4, dtype=torch.int64)
+    found = inside(ids, 0, counts=counts)
+    assert torch.equal(found, outside(ids, 0))
+    assert counts.sum() == 4
+    inside.update(locations[0])
+    with torch.inference_mode():
+        inside.update(locations[1])
+        inside(ids, 0, out=ids)
+    assert torch.equal(ids, found)

@@ -279,3 +279,77 @@ def test_matrices_without_rows_have_gradients_of_zero_on_the_gpu():
         for name in ("gate_up_proj", "down_proj"):
             assert not found[name][6:].any()
             assert found[name].isfinite().all()
+
+
+CONVERSIONS = {
+    "to": lambda block: block.to(torch.bfloat16),
+    "to a device": lambda block: block.to(DEVICE, torch.bfloat16),
+    "half": lambda block: block.half(),
+    "type": lambda block: block.type(torch.bfloat16),
+    "inside another module": lambda block: torch.nn.Sequential(block).bfloat16()[0],
+    "there and back": lambda block: block.bfloat16().float(),
+}
+
+
+def biased_block(value=6.817, **options):
+    block = moe.MoEBlock(16, 8, 4, 2, scoring_func="sigmoid", correction_bias=True, **options)
+    block.router.correction_bias.fill_(value)
+    return block
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_the_bias_of_a_block_keeps_its_bits_in_every_dtype(name):
+    block = biased_block()
+    bits = block.router.correction_bias.clone()
+    block = CONVERSIONS[name](block)
+    assert torch.equal(block.router.correction_bias.cpu(), bits)
+    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    assert block(rows.to(block.down_proj)).isfinite().all()
+
+
+def test_the_bias_of_a_block_in_float64_is_float32_still():
+    assert biased_block().double().router.correction_bias.dtype == torch.float32
+    meta = moe.MoEBlock(16, 8, 4, 2, correction_bias=True, device="meta").bfloat16()
+    assert meta.to_empty(device="cpu").router.correction_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_bias_of_another_dtype_in_a_state_dict_is_taken(assign):
+    block, saved = biased_block(), {name: value.bfloat16() for name, value in biased_block().state_dict().items()}
+    block = block.bfloat16()
+    block.load_state_dict(saved, assign=assign)
+    assert block(torch.ones(3, 16, dtype=torch.bfloat16)).isfinite().all()
+    bias = block.float().router.correction_bias
+    assert torch.equal(bias, torch.full((4,), 6.817).bfloat16().float())
+
+
+def test_a_bias_that_a_wrapper_converts_is_taken():
+    block = biased_block(0.25).bfloat16()
+    rows = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wanted = block(rows)
+    block.router.correction_bias.data = block.router.correction_bias.bfloat16()  # as FSDP does by its buffer_dtype
+    assert torch.equal(block(rows), wanted)
+
+
+def test_a_block_says_its_sizes():
+    block = moe.MoEBlock(16, 8, 4, 2, bias=True, correction_bias=True, shared_size=6)
+    assert (block.hidden_size, block.intermediate_size, block.num_experts, block.top_k) == (16, 8, 4, 2)
+    text = repr(block)
+    for part in ("hidden_size=16", "intermediate_size=8", "num_experts=4", "top_k=2", "bias=True", "shared_size=6"):
+        assert part in text
+    block.router.top_k = 1
+    assert block.top_k == 1
+    assert "correction_bias" not in repr(moe.MoEBlock(16, 8, 4, 2))
+
+
+def test_a_block_made_in_inference_mode_trains_outside():
+    with torch.inference_mode():
+        block = moe.MoEBlock(16, 8, 4, 2, correction_bias=True, shared_size=4)
+        block(torch.ones(3, 16))
+    block(torch.ones(3, 16)).sum().backward()
+    assert block.down_proj.grad is not None
+    block.router.correction_bias += 1
+    with torch.inference_mode():
+        block.router.correction_bias += 1
+        inside = block(torch.ones(3, 16))
+    torch.testing.assert_close(inside, block(torch.ones(3, 16)))

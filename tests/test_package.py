@@ -1,5 +1,6 @@
 """The package installs whole, imports light, and says the same thing twice."""
 
+import ast
 import inspect
 import re
 import shutil
@@ -109,3 +110,42 @@ def test_wheel_holds_the_reference_and_no_top_level_package_of_that_name(tmp_pat
     assert "numba_moe/py.typed" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"numba_moe", f"numba_moe-{numba_moe.__version__}.dist-info"}
+
+
+# What makes tensors of torch's default dtype or on its default device, where a call does not say which.
+FACTORIES = {
+    "arange",
+    "asarray",
+    "as_tensor",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+}
+FACTORIES |= {"ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices"}
+FACTORIES |= {"zeros", "FloatTensor", "Tensor"}
+# It wraps arrays of a device, which have a dtype.
+WRAPPING = ("runtime/arrays.py", "torch.as_tensor(array)")
+
+
+def unsaid(source):
+    """Yield the calls of torch's factories in a program that leave out dtype or device."""
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in FACTORIES:
+            said = {keyword.arg for keyword in call.keywords}
+            if ast.unparse(call.func.value) == "torch" and not {"dtype", "device"} <= said:
+                yield ast.unparse(call)
+
+
+def test_tensors_say_their_dtype_and_device():
+    """No default that a user sets, as torch.set_default_dtype(torch.bfloat16) does, changes what the library makes."""
+    assert list(unsaid("torch.zeros(2, device=device, **options)")) == ["torch.zeros(2, device=device, **options)"]
+    root = Path(numba_moe.__file__).parent
+    files = sorted(root.rglob("*.py"))
+    assert len(files) > 80
+    found = [(str(file.relative_to(root)), call) for file in files for call in unsaid(file.read_text())]
+    assert [entry for entry in found if entry != WRAPPING] == []
+    assert not [file for file in files if "from torch import" in file.read_text()]

@@ -1,5 +1,7 @@
 """The recorder: what it counts and keeps, through passes, maps, names, switches and dumps."""
 
+import io
+import tempfile
 import threading
 
 import numpy as np
@@ -8,7 +10,16 @@ import torch
 
 from numba_moe import reference
 from numba_moe.placement import ExpertLocation
-from numba_moe.recorder import ExpertDistributionRecorder, add_expert_counts, load
+from numba_moe.recorder import (
+    ExpertDistributionRecorder,
+    add_expert_counts,
+    coactivation,
+    expert_entropy,
+    load,
+    logical_counts,
+    traffic_matrix,
+    utilization,
+)
 from numba_moe.runtime import simulator
 
 LAYERS, EXPERTS = 3, 5
@@ -202,20 +213,22 @@ def test_a_full_disk_is_said_until_a_reset(tmp_path, monkeypatch):
     recorder = make("per_token", spill_directory=tmp_path)
     recorder.start_record()
     ids, _ = routing(np.random.default_rng(0), 4)
-    with recorder.with_forward_pass(0):
-        show(recorder, ids)
-    full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    recorder._tokens._files = [(full, np.int32)]
-    with recorder.with_forward_pass(1):
-        show(recorder, ids)
-    for _ in range(2):
-        with pytest.raises(OSError, match=f"tokens were not spilled: No space left on device: '{tmp_path}'"):
-            dump(recorder)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", lambda dir, buffering: io.FileIO("/dev/full", "r+"))
+        for number in range(6):  # more than there are outboxes
+            with recorder.with_forward_pass(number):
+                show(recorder, ids)
+        for _ in range(2):
+            with pytest.raises(OSError, match=f"tokens were not spilled: No space left on device: '{tmp_path}'"):
+                dump(recorder)
     recorder.reset()
-    with recorder.with_forward_pass(2):
-        show(recorder, ids)
-    assert dump(recorder).forward_pass_id.tolist() == [2]
-    full.close()
+    for number in (6, 7):
+        with recorder.with_forward_pass(number):
+            show(recorder, ids[:, number - 6 :])
+    found = dump(recorder)
+    assert found.forward_pass_id.tolist() == [6, 7]
+    assert found.num_tokens.tolist() == [4, 3]
+    assert found.topk_ids.transpose(1, 0, 2).tolist() == np.concatenate([ids, ids[:, 1:]], axis=1).tolist()
 
 
 def test_maps_change_while_recording(device):
@@ -368,6 +381,13 @@ BAD = {
     "metrics of nothing": (lambda: started().metrics(), RuntimeError, "`metrics` must be asked after a pass was recorded"),
     "flag of no mode": (lambda: make(None).enabled, RuntimeError, "`enabled` must be asked of a recorder with a mode"),
     "counts of tokens": (lambda: make("per_token").layer_counts(0), RuntimeError, "`layer_counts` must be asked of a mode that counts, got 'per_token'"),
+    "no window": (lambda: started().metrics(()), ValueError, "`windows` must be one window or more, got none"),
+    "an empty window": (lambda: started().metrics((10, 0)), ValueError, "`windows` must be at least 1, got 0"),
+    "half a window": (lambda: started().metrics((0.5,)), TypeError, "`windows` must be an integer, got float"),
+    "a number of windows": (lambda: started().metrics(10), TypeError, "`windows` must be a sequence of integers, got int"),
+    "no mode": (lambda: ExpertDistributionRecorder(1, 4), TypeError, r"ExpertDistributionRecorder.__init__\(\) missing 1 required keyword-only argument: 'mode'"),
+    "unknown option": (lambda: make("stat", buffers=1), TypeError, r"ExpertDistributionRecorder.__init__\(\) got an unexpected keyword argument 'buffers'"),
+    "counts of a dispatcher": (lambda: in_dispatch(started("stat_approx"), [0.5]), TypeError, "`counts` must be an array that converts to int64"),
     "metrics of tokens": (lambda: started("per_token").metrics(), RuntimeError, "`metrics` must be asked of a mode that counts, got 'per_token'"),
 }  # fmt: skip
 IDS = torch.zeros(4, 2, dtype=torch.int32)
@@ -382,6 +402,11 @@ def started(mode="stat", **options):
 def in_layer(recorder, *given):
     with recorder.with_current_layer(0):
         recorder.on_select_experts(*given)
+
+
+def in_dispatch(recorder, counts):
+    with recorder.with_current_layer(0):
+        recorder.on_dispatch_counts(counts)
 
 
 def in_pass(recorder, *given, number=0):
@@ -439,6 +464,152 @@ def test_metrics(device):
     order = np.argsort(-logical, axis=1, kind="stable")
     assert found.hottest_experts.tolist() == order.tolist()
     assert found.hottest_counts.tolist() == np.take_along_axis(logical, order, 1).tolist()
+
+
+def test_metrics_of_recurring_ids_go_by_the_map_of_each_pass():
+    recorder = started("stat", physical_to_logical_map=MAP)
+    in_pass(recorder, IDS, number=7)
+    recorder.set_physical_to_logical_map(np.array([[4, 1, 2, 3, 0, 1]] * LAYERS))
+    in_pass(recorder, IDS, number=7)
+    in_pass(recorder, IDS, number=7)
+    found = recorder.metrics()
+    assert found.hottest_experts[0, :2].tolist() == [4, 0]
+    assert found.hottest_counts[0, :2].tolist() == [16, 8]
+
+
+def test_a_reset_in_a_pass_keeps_what_the_pass_has():
+    for mode in ("stat", "per_pass", "per_token"):
+        recorder = started(mode)
+        in_pass(recorder, IDS)
+        with recorder.with_forward_pass(1):
+            in_layer(recorder, IDS)
+            recorder.reset()
+            in_layer(recorder, IDS[:1])
+        found = dump(recorder)
+        assert found.forward_pass_id.tolist() == [1]
+        assert found.logical_count[0, 0].tolist() == [10, 0, 0, 0, 0]
+
+
+HUGE = torch.full((2, 4), 2**62)
+OVERFLOW = {
+    "logical_counts": lambda: logical_counts(HUGE, torch.zeros(2, 4, dtype=torch.int64), 1),
+    "traffic_matrix": lambda: traffic_matrix(HUGE[None], 2),
+    "metrics": lambda: huge("stat").metrics(),
+}
+
+
+def huge(mode):
+    recorder = started(mode)
+    for number in range(2):
+        with recorder.with_forward_pass(number):
+            recorder.layer_counts(0)[0] += 2**62
+    return recorder
+
+
+@pytest.mark.parametrize("name", OVERFLOW)
+def test_sums_past_int64_are_an_error(name):
+    with pytest.raises(ValueError, match="must be small enough for sums to fit int64"):
+        OVERFLOW[name]()
+
+
+def test_ratios_of_huge_counts_are_right(device):
+    assert utilization(HUGE.to(device), 2).tolist() == [1, 1]
+    assert expert_entropy(HUGE.to(device)).tolist() == [1, 1]
+    ragged = torch.tensor([[2**62, 2**62, 2**62, 0]], device=device)
+    assert utilization(ragged, 2).tolist() == [0.75]
+    assert np.allclose(expert_entropy(ragged).cpu(), np.log(3) / np.log(4), rtol=1e-12)
+    assert logical_counts(HUGE.to(device), torch.arange(4).repeat(2, 1).to(device), 4).tolist() == HUGE.tolist()
+
+
+OPTIONS = {
+    "float64": lambda: torch.set_default_dtype(torch.float64),
+    "bfloat16": lambda: torch.set_default_dtype(torch.bfloat16),
+    "meta": lambda: torch.set_default_device("meta"),
+}
+
+
+@pytest.mark.parametrize("defaults", OPTIONS)
+@pytest.mark.parametrize("spilled", [False, True])
+def test_what_is_recorded_does_not_follow_torchs_defaults(defaults, spilled, tmp_path):
+    ids, weights = routing(np.random.default_rng(8), 300)
+    try:
+        OPTIONS[defaults]()
+        found = {}
+        for mode in ("stat", "stat_approx", "per_pass", "per_token"):
+            recorder = make(mode, spill_directory=tmp_path if spilled and mode == "per_token" else None)
+            recorder.start_record()
+            with recorder.with_forward_pass(0):
+                show(recorder, ids, weights)
+                with recorder.with_current_layer(0):
+                    recorder.on_dispatch_counts([1] * EXPERTS)
+            if mode != "per_token":
+                recorder.metrics((1,))
+            found[mode] = dump(recorder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found["stat"].logical_count.tolist() == found["per_pass"].logical_count.tolist() == [counted(ids).tolist()]
+    assert found["stat_approx"].logical_count[0, 0].tolist() == [1] * EXPERTS
+    assert found["per_token"].topk_ids.transpose(1, 0, 2).tolist() == ids.tolist()
+    assert np.array_equal(found["per_token"].topk_weights.transpose(1, 0, 2), weights)
+
+
+@pytest.mark.parametrize("defaults", ["bfloat16", "autocast"])
+def test_coactivation_counts_past_what_half_precision_holds(defaults, device):
+    ids = torch.tensor([[0, 1]], device=device).repeat(777, 1)
+    try:
+        if defaults == "bfloat16":
+            torch.set_default_dtype(torch.bfloat16)
+        with torch.autocast(device, torch.bfloat16, enabled=defaults == "autocast"):
+            found = coactivation(ids, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.tolist() == [[777, 777], [777, 777]]
+
+
+ANSWERS = {
+    "utilization": (utilization, (torch.tensor([[6, 2, 3, 1]]), 2)),
+    "expert_entropy": (expert_entropy, (torch.tensor([[5, 2], [0, 7]]),)),
+    "coactivation": (coactivation, (torch.tensor([[0, 1], [1, 2], [1, -1]]), 3)),
+    "logical_counts": (logical_counts, (torch.tensor([[3, 1, 2]]), torch.tensor([[0, 1, 0]]), 2)),
+    "traffic_matrix": (traffic_matrix, (torch.tensor([[[3, 1]], [[2, 5]]]), 2)),
+}
+
+
+class Tagged(torch.Tensor):
+    """A tensor of another class."""
+
+
+def kinds_of(value):
+    yield value.int()
+    yield torch.nn.Parameter(value, requires_grad=False)
+    yield value.as_subclass(Tagged)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_parameters_and_subclasses_are_answered(name):
+    function, args = ANSWERS[name]
+    expected = function(*args)
+    assert np.array_equal(function(*(arg.numpy() if isinstance(arg, torch.Tensor) else arg for arg in args)), expected)
+    for kind in zip(*map(kinds_of, filter(torch.is_tensor, args)), strict=True):
+        others = [arg for arg in args if not torch.is_tensor(arg)]
+        assert torch.equal(torch.as_tensor(function(*kind, *others)), expected)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_compiled_code_is_answered(name):
+    function, args = ANSWERS[name]
+    compiled = torch.compile(
+        lambda *tensors: function(*tensors, *args[len(tensors) :]), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(*filter(torch.is_tensor, args)), function(*args))
+
+
+def test_hooks_in_compiled_code_are_refused_or_count_outside_of_it():
+    recorder = started("stat")
+    compiled = torch.compile(lambda ids: (in_layer(recorder, ids), ids + 1)[1], backend="eager")
+    assert torch.equal(compiled(IDS), IDS + 1)
+    assert dump(recorder).logical_count[0, 0].tolist() == [8, 0, 0, 0, 0]
 
 
 def test_a_dump_is_a_file_whose_path_is_returned(tmp_path):

@@ -172,6 +172,93 @@ def test_bad_files(name, tmp_path):
         load(tmp_path / "gone.npz")
 
 
+WRONG = {  # of a dump of 3 records, 2 layers, 3 experts, 4 slots, 2 maps, 11 tokens
+    "mode": ["other", 5, None, ["stat"]],
+    "rank": [-1, "0", 1.5, None, True],
+    "num_experts": [0, 2, 4, 10**12, "3", None],
+    "num_gpus": [0, 3, -2, None],
+    "forward_pass_id": [None, [0, 1], [0, 1, 2, 3], [0, 1, 1.5], [0, 1, 2**63], "012"],
+    "gatherer_key": [None, ["primary"], "abc", [1, 2, 3], {"a": 1}],
+    "map_of_pass": [None, [0, 0], [0, 0, 2], [0, 0, -1], [[0, 0, 1]]],
+    "physical_to_logical_maps": [None, [], [[[0, 1]]], [[[0, 1, 2, 3], [0, 1, 2, 0]]], [[[0, 1, 2, -2], [0, 1, 2, 0]]], 7],
+    "logical_count": [None, [], [[[1, 2, 3], [1, 2, 3]]], [[[1, 2], [1, 2]]] * 3, [[[1, 2, -3], [1, 2, 3]]] * 3],
+    "global_physical_count": [None, [], [[[1] * 3] * 2] * 3, [[[2**62] * 4] * 2] * 3],
+    "rank_physical_count": [None, [], [[[1] * 4]], [[[-1] * 4] * 2]],
+    "topk_ids": [None, [], [[[0, 1], [0, 1]]] * 10, [[[0, 4], [0, 1]]] * 11, [[[0, -2], [0, 1]]] * 11, [[[0, 2**40]] * 2] * 11],
+    "topk_weights": [[], [[[0.5], [0.5]]] * 11, [[["x", "y"]] * 2] * 11],
+    "num_tokens": [None, [11], [4, 1, 7], [4, -1, 8], [4, 1, None], [2**62] * 3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_dump_whose_parts_contradict_each_other_is_refused(name, tmp_path):
+    record("per_token").dump_record(output_mode="object").save(tmp_path / "dump.json")
+    content = json.loads((tmp_path / "dump.json").read_text())
+    assert name in content
+    for value in WRONG[name]:
+        (tmp_path / "x.json").write_text(json.dumps({**content, name: value}))
+        with pytest.raises(ValueError, match="`"):
+            load(tmp_path / "x.json")
+    if name not in ("topk_ids", "topk_weights", "num_tokens"):
+        del content[name]
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"`path` must be a (whole dump|file with)"):
+            load(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("format", ["npz", "safetensors", "json"])
+def test_a_dump_of_nothing_is_read(format, tmp_path):
+    recorder = record("per_token")
+    recorder.reset()
+    with pytest.warns(RuntimeWarning, match="nothing to dump"):
+        dump = recorder.dump_record(output_mode="object")
+    dump.save(tmp_path / f"dump.{format}")
+    assert load(tmp_path / f"dump.{format}").logical_count.shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("format", ["npz", "safetensors", "json", "pt"])
+def test_passes_without_tokens_are_read(format, tmp_path):
+    recorder = ExpertDistributionRecorder(1, 3, mode="per_token", device="cpu")
+    recorder.start_record()
+    for number, tokens in enumerate((0, 2, 0)):
+        with recorder.with_forward_pass(number), recorder.with_current_layer(0):
+            recorder.on_select_experts(torch.zeros(tokens, 2, dtype=torch.int32), torch.ones(tokens, 2))
+    dump = recorder.dump_record(output_mode="object")
+    dump.save(tmp_path / f"dump.{format}")
+    assert load(tmp_path / f"dump.{format}").logical_count.tolist() == [[[0, 0, 0]], [[4, 0, 0]], [[0, 0, 0]]]
+
+
+def test_ids_without_counts_make_a_location(tmp_path):
+    """As SGLang's "per_token" has them; the location is that of the counts of the ids."""
+    dump = record("per_token").dump_record(output_mode="object")
+    records = [
+        {"forward_pass_id": r["forward_pass_id"], "rank": 0, "topk_ids_of_layer": torch.from_numpy(r["topk_ids_of_layer"].copy())}
+        for r in dump.records()[:2]
+    ]  # fmt: skip
+    maps = torch.from_numpy(MAPS[0])
+    torch.save({"records": records, "last_physical_to_logical_map": maps}, tmp_path / "tokens.pt")
+    counts = dump.logical_count[:2]
+    assert load(tmp_path / "tokens.pt").logical_count.tolist() == counts.tolist()
+    assert traces.load_trace(tmp_path / "tokens.pt").tolist() == counts.tolist()
+    location = ExpertLocation.load(tmp_path / "tokens.pt", num_replicas=4, num_gpus=2)
+    assert location == ExpertLocation.from_counts(counts, 4, 1, 1, 2)
+    records[1]["physical_to_logical_map"] = torch.from_numpy(MAPS[1])  # its own, as ours have it
+    torch.save({"records": records, "last_physical_to_logical_map": maps}, tmp_path / "maps.pt")
+    counts[1] = dump.with_counts(np.repeat(dump.global_physical_count[1:2], 3, axis=0)).logical_count[2]
+    assert load(tmp_path / "maps.pt").logical_count.tolist() == counts.tolist()
+    assert traces.load_trace(tmp_path / "maps.pt").tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token"])
+def test_our_csv_makes_a_location(mode, tmp_path):
+    dump = record(mode).dump_record(output_mode="object")
+    dump.save(tmp_path / "dump.csv")
+    total = dump.logical_count.sum(axis=0)
+    assert traces.load_trace(tmp_path / "dump.csv").tolist() == [total.tolist()]
+    location = ExpertLocation.load(tmp_path / "dump.csv", num_replicas=4, num_gpus=2)
+    assert location == ExpertLocation.from_counts(total, 4, 1, 1, 2)
+
+
 def test_json_is_json(tmp_path):
     record("stat").dump_record(output_mode="object").save(tmp_path / "dump.json")
     content = json.loads((tmp_path / "dump.json").read_text())

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from numba_moe.recorder import ExpertDistributionRecorder, add_expert_counts
+from numba_moe.recorder import (
+    ExpertDistributionRecorder,
+    add_expert_counts,
+    coactivation,
+    expert_entropy,
+    logical_counts,
+    traffic_matrix,
+    utilization,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -123,18 +131,26 @@ def test_a_million_tokens(tmp_path):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token", "stat_approx"])
 def test_nothing_synchronises(mode):
-    recorder = make(mode)
     ids, weights = draw(64)
     loads = torch.ones(EXPERTS, dtype=torch.int64, device="cuda")
+    places = np.arange(EXPERTS)[None].repeat(LAYERS, axis=0)
     try:
         torch.cuda.set_sync_debug_mode("error")
+        recorder = make(mode, num_gpus=8)
         recorder.start_record()
+        recorder.reset()
         for number in range(20):
+            if number == 10:
+                recorder.set_physical_to_logical_map(places)
             with recorder.with_forward_pass(number, num_tokens=number):
                 show(recorder, ids, weights)
                 with recorder.with_current_layer(3):
                     recorder.on_dispatch_counts(loads)
                     recorder.on_dispatch_counts([1] * EXPERTS)
+        if mode != "per_token":
+            recorder.metrics((1, 15))
+            coactivation(ids[0], EXPERTS)
+            traffic_matrix(loads[None, None], 8)
         recorder.stop_record()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -151,3 +167,25 @@ def test_counts_pass_the_largest_int32():
     for _ in range(25):
         add_expert_counts(ids, counts=counts)
     assert counts.tolist() == [0, 0, 2_500_000_000, 0]
+
+
+def test_sums_past_int64_are_its_largest():
+    """On a device nobody looks at data, so there is no error."""
+    huge = torch.full((2, 8), 2**62, dtype=torch.int64, device="cuda")
+    places = torch.zeros((2, 8), dtype=torch.int64, device="cuda")
+    assert logical_counts(huge, places, 2).tolist() == [[2**63 - 1, 0]] * 2
+    assert traffic_matrix(huge[None], 2).tolist() == [[[2**63 - 1] * 2]] * 2
+    assert utilization(huge, 2).tolist() == [1, 1]
+    assert expert_entropy(huge).tolist() == [1, 1]
+
+
+def test_inference_mode_is_no_obstacle():
+    ids, weights = draw(300)
+    for mode in ("stat", "per_pass", "per_token"):
+        with torch.inference_mode():
+            recorder = make(mode, chunk_tokens=128)
+        recorder.start_record()
+        for number in range(6):
+            with torch.inference_mode(number % 2 == 0), recorder.with_forward_pass(number):
+                show(recorder, ids, weights)
+        assert (recorder.dump_record(output_mode="object").logical_count == counts_of(ids)).all()

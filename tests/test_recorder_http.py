@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from numba_moe.recorder import ExpertDistributionRecorder, load
+from numba_moe.recorder.files import FORMATS
 from numba_moe.recorder.http import make_app
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is nothing to dump", "ignore:.*changes nothing")
@@ -52,6 +53,24 @@ def test_record_and_dump(method, format, tmp_path):
     assert answers[0].json() == {"recording": False}
     assert load(tmp_path / answers[1].json()["file"]).logical_count.tolist() == [[[1, 0, 2]]]
     assert answers[2].json() == {"file": None}
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"])
+def test_other_methods_do_nothing(method, tmp_path):
+    """A health probe or the preview of a link asks with HEAD."""
+    recorder = make()
+    app = make_app(recorder, tmp_path)
+    names = ("start", "dump", "stop")
+    (answer,) = ask(app, "/start_expert_distribution_record", method=method)
+    assert not recorder.recording
+    recorder.start_record()
+    count(recorder)
+    answers = ask(app, *[f"/{name}_expert_distribution_record" for name in names], method=method)
+    assert [answer.status_code, *(other.status_code for other in answers)] == [405] * 4
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "POST"}
+    assert recorder.recording
+    assert list(tmp_path.iterdir()) == []
+    assert recorder.dump_record(output_mode="object").logical_count.tolist() == [[[1, 0, 2]]]
 
 
 TRICKS = [
@@ -124,6 +143,58 @@ def test_a_full_disk_is_an_answer(tmp_path, monkeypatch):
     assert (answer.status_code, answer.json()) == (500, {"error": "the dump was not written: No space left on device"})
     (answer,) = ask(app, "/dump_expert_distribution_record")
     assert load(tmp_path / answer.json()["file"]).logical_count.tolist() == [[[1, 0, 2]]]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_error_without_a_number_is_an_answer(format, tmp_path, monkeypatch):
+    recorder = make()
+    app = make_app(recorder, tmp_path)
+    recorder.start_record()
+    count(recorder)
+
+    def fail(*_):
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr("os.replace", fail)
+    (answer,) = ask(app, f"/dump_expert_distribution_record?format={format}")
+    assert (answer.status_code, answer.json()) == (500, {"error": "the dump was not written: the network is gone"})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["stat", "per_token", None])
+def test_warnings_that_are_errors_are_no_errors_of_the_server(mode, tmp_path):
+    recorder = make(mode)
+    app = make_app(recorder, tmp_path)
+    names = ("stop", "dump", "start", "start", "dump", "stop")
+    answers = ask(app, *[f"/{name}_expert_distribution_record" for name in names])
+    on = mode is not None
+    expected = [{"recording": False}, {"file": None}, {"recording": on}, {"recording": on}, {"file": None}]
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert [answer.json() for answer in answers] == [*expected, {"recording": False}]
+    if on:
+        recorder.start_record()
+        count(recorder)
+        (answer,) = ask(app, "/dump_expert_distribution_record")
+        assert load(tmp_path / answer.json()["file"]).logical_count.tolist() == [[[1, 0, 2]]]
+
+
+def test_a_directory_that_becomes_a_link_is_not_followed(tmp_path):
+    (tmp_path / "dumps").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    recorder = make()
+    app = make_app(recorder, tmp_path / "dumps")
+    recorder.start_record()
+    count(recorder)
+    (tmp_path / "dumps").rmdir()
+    (tmp_path / "dumps").symlink_to("elsewhere")
+    (answer,) = ask(app, "/dump_expert_distribution_record")
+    assert answer.status_code == 500
+    assert "the directory is a link to another one now" in answer.json()["error"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "dumps").unlink()
+    (tmp_path / "dumps").mkdir()
+    (answer,) = ask(app, "/dump_expert_distribution_record")
+    assert load(tmp_path / "dumps" / answer.json()["file"]).logical_count.tolist() == [[[1, 0, 2]]]
 
 
 def test_the_directory_must_be_there(tmp_path):

@@ -63,6 +63,8 @@ def main(backend, ranks, rank, folder):
     run_passes(detail, rank, [3])
     detail.dump_record(directory=folder).rename(f"{folder}/rank{rank}.npz")
 
+    check_recurring_ids(options, rank, ranks)
+    check_what_one_rank_cannot(options, rank, ranks, folder)
     if rank == ranks - 1:
         recorder.set_physical_to_logical_map(np.tile(np.arange(EXPERTS)[::-1], (LAYERS, 1)))
     run_passes(recorder, rank, [9])
@@ -71,6 +73,59 @@ def main(backend, ranks, rank, folder):
     except ValueError as error:
         print(error)
     dist.destroy_process_group()
+
+
+def counted(ids, num_slots):
+    return reference.add_expert_counts(ids, counts=np.zeros(num_slots, np.int64))
+
+
+def check_recurring_ids(options, rank, ranks):
+    """Let ids of passes recur, on some ranks more often than on others, while maps change in between."""
+    rng = np.random.default_rng(5)
+    for _ in range(2):
+        maps = [np.stack([rng.permutation(EXPERTS) for _ in range(LAYERS)]) for _ in range(3)]
+        recorder = ExpertDistributionRecorder(LAYERS, EXPERTS, mode="stat", physical_to_logical_map=maps[0], **options)
+        recorder.start_record()
+        expected = {}
+        for index, places in enumerate(maps):
+            if index:
+                recorder.set_physical_to_logical_map(places)
+            for other in range(ranks):
+                seen = {}
+                for number in rng.integers(0, 3, rng.integers(0, 5)).tolist():
+                    ids = rng.integers(0, EXPERTS, (LAYERS, 3, 2))
+                    seen[number] = seen.get(number, -1) + 1
+                    key = number, index, seen[number]
+                    slots = np.stack([counted(rows, EXPERTS) for rows in ids])
+                    expected[key] = expected.get(key, 0) + reference.logical_counts(slots, places, EXPERTS)
+                    if other == rank:
+                        with recorder.with_forward_pass(number):
+                            for layer in range(LAYERS):
+                                with recorder.with_current_layer(layer):
+                                    recorder.on_select_experts(torch.from_numpy(ids[layer]).to(recorder.device))
+        total = sum(expected.values())
+        assert recorder.metrics((100,)).hottest_counts.tolist() == np.sort(total, axis=1)[:, ::-1].tolist()
+        whole = recorder.dump_record(output_mode="object")
+        about = whole.forward_pass_id.tolist(), whole.map_of_pass.tolist(), whole.logical_count.tolist()
+        assert sorted(zip(*about, strict=True)) == sorted(
+            (number, index, count.tolist()) for (number, index, _), count in expected.items()
+        )
+
+
+def check_what_one_rank_cannot(options, rank, ranks, folder):
+    """See that what fails on one rank fails on all, and that all then have what they had."""
+    recorder = ExpertDistributionRecorder(LAYERS, EXPERTS, mode="stat", **options)
+    recorder.start_record()
+    run_passes(recorder, rank, [3])
+    with pytest.raises(FileNotFoundError, match="gone"):
+        recorder.dump_record(directory=folder if rank else f"{folder}/gone")
+    whole = recorder.dump_record(output_mode="object")
+    assert whole.logical_count.tolist() == [sum(count(r, 3) for r in range(ranks)).tolist()]
+    with recorder.with_forward_pass(4):
+        recorder.layer_counts(0)[0, 0] += 2**62
+    for call in (recorder.metrics, recorder.dump_record):
+        with pytest.raises(ValueError, match="`counts` must be small enough for their sums over ranks to fit int64"):
+            call()
 
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -1,13 +1,18 @@
 """Models of Hugging Face transformers on our experts agree with its eager ones: logits and gradients."""
 
 import contextlib
+import copy
+import functools
 import os
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from configurations; nothing is fetched
 transformers = pytest.importorskip("transformers")
+
+from transformers.activations import ACT2FN  # noqa: E402
 
 from numba_moe import testing  # noqa: E402
 from numba_moe.interop import transformers as interop  # noqa: E402
@@ -170,6 +175,31 @@ def test_limits_and_factors_are_found():
     assert interop.find_gate(layer).activation == "gelu_tanh"
 
 
+class Scaled(torch.nn.Module):
+    """An activation with a tensor of its own, which is that of silu at first."""
+
+    def __init__(self, kind):
+        super().__init__()
+        factor = torch.ones(1)
+        self.factor = torch.nn.Parameter(factor) if kind == "parameter" else None if kind == "buffer" else factor
+        if kind == "buffer":
+            del self.factor
+            self.register_buffer("factor", factor)
+
+    def forward(self, gate):
+        return torch.nn.functional.silu(gate) * self.factor
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "attribute"])
+def test_a_tensor_of_an_activation_may_change(kind):
+    model, layer = experts_of("Mixtral")
+    layer.act_fn = Scaled(kind)
+    torch.testing.assert_close(*by_both(model, layer))
+    with torch.no_grad():
+        layer.act_fn.factor += 1
+    torch.testing.assert_close(*by_both(model, layer))
+
+
 class Other(torch.nn.Module):
     """An activation that is none of ours."""
 
@@ -208,6 +238,159 @@ def test_ids_of_other_ranks_and_gates_of_its_own(with_own_gate, with_norm):
         layer.has_post_expert_norm, layer.post_expert_norm = True, torch.nn.Identity()
     with simulator.running() if simulator.ENABLED else contextlib.nullcontext():
         assert_layer_agrees(model, layer, rows, ids, weights)
+
+
+def experts_of(name):
+    model = make(name)
+    return model, next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+
+
+def routed(tokens=9, experts=4, top_k=2):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    return torch.randn(tokens, 32, generator=generator), ids, torch.rand(tokens, top_k, generator=generator)
+
+
+def by_both(model, layer, ours=None):
+    found = []
+    for implementation, call in (("batched_mm", layer), (interop.NAME, layer if ours is None else ours)):
+        model.set_experts_implementation(implementation)
+        found.append(call(*routed()))
+    return found
+
+
+# What a module may have between its matrices that changes later, and one of ours that it is then.
+CHANGES = {
+    "another activation": lambda layer: setattr(layer, "act_fn", torch.nn.GELU()),
+    "an option of it": lambda layer: setattr(layer.act_fn, "approximate", "tanh"),
+    "an unknown one": lambda layer: setattr(layer, "act_fn", torch.nn.Tanh()),
+    "a function": lambda layer: (delattr(layer, "act_fn"), setattr(layer, "act_fn", torch.nn.functional.silu)),
+    "a gate of its own": lambda layer: setattr(layer, "_apply_gate", lambda rows: rows.chunk(2, -1)[1].tanh()),
+    "a hook": lambda layer: layer.act_fn.register_forward_hook(lambda module, given, result: result * 2),
+    "one that drops": lambda layer: setattr(
+        layer, "act_fn", torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(1.0))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("begin", [torch.nn.GELU(), torch.nn.Tanh()])
+def test_a_change_of_the_activation_is_noticed(name, begin):
+    model, layer = experts_of("Mixtral")
+    layer.act_fn = copy.deepcopy(begin)
+    torch.testing.assert_close(*by_both(model, layer))
+    CHANGES[name](layer)
+    torch.testing.assert_close(*by_both(model, layer))
+
+
+def test_a_change_of_mode_limit_or_configuration_is_noticed():
+    model, layer = experts_of("GptOss")
+    torch.testing.assert_close(*by_both(model, layer))
+    layer.limit, layer.alpha = 0.5, 1.25
+    torch.testing.assert_close(*by_both(model, layer))
+    model, layer = experts_of("Mixtral")
+    layer.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(1.0)).eval()
+    torch.testing.assert_close(*by_both(model, layer))
+    layer.train()
+    torch.testing.assert_close(*by_both(model, layer))
+    model, layer = experts_of("Mixtral")
+    layer.config.swiglu_limit = 0.25
+    layer._apply_gate = lambda rows: layer.act_fn(rows[:, :48].clamp(max=layer.config.swiglu_limit)) * rows[:, 48:]
+    torch.testing.assert_close(*by_both(model, layer))
+    layer.config.swiglu_limit = 100.0
+    torch.testing.assert_close(*by_both(model, layer))
+
+
+def test_the_search_leaves_the_callers_generator_alone():
+    _, layer = experts_of("Mixtral")
+    layer.act_fn = torch.nn.RReLU()
+    state = torch.random.get_rng_state()
+    assert interop.find_gate(layer) is None
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+DEFAULTS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "fake tensors": FakeTensorMode,
+    "deterministic": lambda: torch.random.fork_rng(devices=[]),
+}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("model", GATES)
+def test_a_gate_is_found_whatever_the_callers_defaults_are(name, model):
+    _, layer = experts_of(model)
+    with DEFAULTS[name]():
+        assert interop._gate_of(layer) == GATES[model]
+    assert interop._gate_of(layer) == GATES[model]
+
+
+@pytest.mark.parametrize("name", ["float64", "bfloat16", "meta"])
+def test_a_model_runs_under_other_defaults(name):
+    model = make("Mixtral")
+    model.set_experts_implementation(interop.NAME)
+    rows, ids, weights = routed()
+    layer = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
+    with DEFAULTS[name]():
+        found = layer(rows, ids, weights)
+    assert torch.equal(found, layer(rows, ids, weights))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_compile_whole_before_any_eager_call(name):
+    model, given = make(name), torch.arange(12).reshape(2, 6) * 7 % 64
+    wanted = model(input_ids=given).logits
+    model.set_experts_implementation(interop.NAME)
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=given).logits
+    assert error(found, wanted) <= 1e-5
+    found.sum().backward()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_experts_export_before_any_eager_call(name, strict):
+    model, layer = experts_of(name)
+    wanted = layer(*routed())
+    model.set_experts_implementation(interop.NAME)
+    exported = torch.export.export(layer, routed(), strict=strict)
+    assert error(exported.module()(*routed()), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in ACT2FN if name not in ("xielu",)])
+def test_every_activation_of_transformers_compiled_first_and_eager(name):
+    model, layer = experts_of("Mixtral")
+    layer.act_fn = ACT2FN[name]
+    torch._dynamo.reset()
+    wanted, found = by_both(model, layer, torch.compile(layer, fullgraph=True, backend="eager"))
+    assert error(found, wanted) <= 1e-5
+    assert error(layer(*routed()), wanted) <= 1e-5
+
+
+def test_a_compiled_model_follows_a_change_of_its_activation():
+    model, layer = experts_of("Mixtral")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for change in (
+        lambda: None,
+        *(functools.partial(CHANGES[name], layer) for name in ("another activation", "an option of it")),
+    ):
+        change()
+        torch.testing.assert_close(*by_both(model, layer, compiled))
 
 
 def test_a_name_of_ones_own():

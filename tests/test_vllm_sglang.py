@@ -41,15 +41,14 @@ def test_vllm_aligns_with_its_arguments_and_tails():
     assert batched[1].tolist() == [0, 2, 2, -1, -1, -1]
 
 
-def test_vllm_op_of_alignment_groups_by_local_ids_in_given_memory(monkeypatch):
+def test_vllm_op_of_alignment_groups_by_local_ids_in_given_memory():
     given = ints(20), ints(5), ints(1)
     scatter = ints(8)
     vllm_ops.moe_align_block_size(IDS, 4, 4, *given, LOCAL, scatter)
     expected = reference.moe_align_block_size(IDS.numpy(), 4, 4, LOCAL.numpy(), True, True)
     assert [part.tolist() for part in given] == [part.tolist() for part in expected]
     assert scatter.tolist() == [0, 1, -1, 3, -1, -1, 6, -1]
-    monkeypatch.setattr(vllm_ops.settings, "inactive_expert_id", 0)
-    vllm_ops.moe_align_block_size(IDS, 4, 4, *given, LOCAL)
+    vllm_ops.aligning(0)(IDS, 4, 4, *given, LOCAL)
     assert given[1].tolist() == [0, 1, 0, 0, 0]
 
 
@@ -422,6 +421,37 @@ def test_patching_some_names_with_the_older_tail(peers):
     vllm.unpatch()
     assert contents(peers) == before
     assert vllm.moe_align_block_size(IDS, 4, 4)[1].tolist() == [0, 1, 2, 3, -1]
+
+
+def test_patching_again_with_another_tail_leaves_what_was_taken_as_it_was(peers):
+    before, memory = contents(peers), (ints(28), ints(7), ints(1))
+    vllm.patch(inactive_expert_id=0)
+    experts, ops = peers[f"{vllm.LAYERS}.experts"], peers["vllm._custom_ops"]
+    taken = experts.moe_align_block_size, ops.moe_align_block_size
+    vllm.patch(inactive_expert_id=7)
+    assert [found.moe_align_block_size(IDS, 4, 4)[1].tolist()[-1] for found in (experts, vllm)] == [7, -1]
+    assert taken[0](IDS, 4, 4)[1].tolist() == [0, 1, 2, 3, 0]
+    for align, tail in ((taken[1], 0), (ops.moe_align_block_size, 7), (vllm_ops.moe_align_block_size, -1)):
+        align(IDS, 4, 4, *memory)
+        assert memory[1].tolist()[-1] == tail
+    vllm.unpatch()
+    assert contents(peers) == before
+    with pytest.raises(TypeError, match="`inactive_expert_id` must be an integer, got str"):
+        vllm.patch(inactive_expert_id="0")
+
+
+def test_originals_are_those_of_the_last_patch(peers):
+    sglang.patch()
+    moe_module = peers["sgl_kernel.moe"]
+    moe_module.moe_sum = other  # the module was loaded anew, or somebody else has patched it
+    sglang.patch()
+    assert moe_module.moe_sum is sglang.moe_sum
+    sglang.unpatch()
+    assert moe_module.moe_sum is other
+    sglang.patch()
+    moe_module.moe_sum = original
+    sglang.unpatch()
+    assert moe_module.moe_sum is original
 
 
 def test_a_vllm_without_some_modules_is_patched_as_far_as_it_goes(peers):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from numba_moe import align_sizes, moe_align_block_size
 from numba_moe.runtime.workspace import BumpAllocator
 
 DTYPES = ("bool", "uint8", "float16", "bfloat16", "int32", "float32", "int64", "float64", "complex128")
@@ -348,3 +349,26 @@ def test_memory_recorded_for_another_stream_is_not_given_away_early():
     torch.cuda.synchronize()
     assert out.unique().tolist() == [5]
     assert all(other.unique().tolist() == [6] for other in others)
+
+
+def test_an_allocator_made_in_inference_mode_is_written_outside_and_the_other_way_round():
+    with torch.inference_mode():
+        inside = BumpAllocator(64, "int32", "cpu")
+        first = inside.allocate(4)
+        first += 1
+    first += 1
+    second = inside.allocate((2, 2))
+    second += 1
+    assert (first.tolist(), second.tolist()) == ([2, 2, 2, 2], [[1, 1], [1, 1]])
+    inside.zero()
+    with torch.inference_mode():
+        second += 1
+        inside.zero()
+        inside.reset()
+    assert (first.tolist(), second.tolist()) == ([0, 0, 0, 0], [[0, 0], [0, 0]])
+    ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32)
+    size = align_sizes(4, 2, 3).workspace
+    workspace = inside.allocate(max(size, 1))
+    with torch.inference_mode():
+        moe_align_block_size(ids, 2, 3, workspace=workspace)
+    moe_align_block_size(ids, 2, 3, workspace=workspace)

@@ -125,7 +125,7 @@ def draw_choice(scoring_func: str, columns: bool) -> Callable[[np.random.Generat
     def draw(rng: np.random.Generator, shape: Shape, device: str) -> Call:
         given = logits(rng, shape.tokens, shape.experts, device)
         renormalize = bool(rng.random() < 0.5)
-        weights = torch.full((shape.tokens, shape.top_k), torch.nan, device=device)
+        weights = torch.full((shape.tokens, shape.top_k), torch.nan, dtype=torch.float32, device=device)
         ids = ints(device, shape.tokens, shape.top_k)
         # SGLang adds a bias to the logits of a softmax
         biased = rng.random() < 0.5 and (columns or scoring_func == "sigmoid")
@@ -186,7 +186,7 @@ def draw_unpermute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
     weights = torch.from_numpy(rng.random((shape.tokens, shape.top_k), np.float32)).to(device)
     index = torch.from_numpy(rng.permutation(slots).astype(np.int32)).to(device)
     used = int(rng.integers(0, slots + 1))
-    offset = torch.tensor([0, used], device=device) if rng.random() < 0.5 else None
+    offset = torch.tensor([0, used], dtype=torch.int64, device=device) if rng.random() < 0.5 else None
     out = torch.full((shape.tokens, hidden), torch.nan, dtype=rows.dtype, device=device)
     return Call((rows, weights, index, offset, shape.top_k, out), (5,), {})
 
@@ -196,7 +196,7 @@ def draw_sum(*scale: float) -> Callable[[np.random.Generator, Shape, str], Call]
 
     def draw(rng: np.random.Generator, shape: Shape, device: str) -> Call:
         rows = logits(rng, shape.tokens * shape.top_k, 64, device, "float32").view(shape.tokens, shape.top_k, 64)
-        out = torch.full((shape.tokens, 64), torch.nan, device=device)
+        out = torch.full((shape.tokens, 64), torch.nan, dtype=torch.float32, device=device)
         return Call((rows, out, *scale), (1,), {})
 
     return draw

@@ -451,7 +451,7 @@ def permute_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> s
     slots = slots[:used].long()
     if not torch.equal(rows[:used], arguments["hidden_states"][slots // arguments["topk_ids"].shape[1]]):
         return "a row is not that of its slot"
-    if not torch.equal(inverse.flatten()[slots].long(), torch.arange(used, device=slots.device)):
+    if not torch.equal(inverse.flatten()[slots].long(), torch.arange(used, dtype=torch.int64, device=slots.device)):
         return "the inverse index differs"
     return ""
 

@@ -85,13 +85,13 @@ def measure(name: str, tokens: int, weights: tuple[torch.Tensor, torch.Tensor], 
     layer = LAYERS[name]
     rng = np.random.default_rng(0)
     ids = testing.to_device(testing.random_ids(rng, tokens, layer.experts, layer.top_k, routing), "cuda")
-    rows = torch.randn(tokens, layer.hidden, device="cuda").bfloat16()
-    topk_weights = torch.rand(tokens, layer.top_k, device="cuda")
+    rows = torch.randn(tokens, layer.hidden, dtype=torch.float32, device="cuda").bfloat16()
+    topk_weights = torch.rand(tokens, layer.top_k, dtype=torch.float32, device="cuda")
     topk_weights /= topk_weights.sum(-1, keepdim=True)
     module, long_ids = as_module(*weights), ids.long()  # which its routers give
     permuted = moe_permute(rows, ids, layer.experts)
     ends = permuted.expert_first_token_offset[1:].int()
-    between = torch.randn(ids.numel(), layer.width, device="cuda").bfloat16()
+    between = torch.randn(ids.numel(), layer.width, dtype=torch.float32, device="cuda").bfloat16()
 
     def ours() -> torch.Tensor:
         return fused_experts(rows, *weights, topk_weights, ids)

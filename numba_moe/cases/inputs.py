@@ -2,30 +2,43 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from numba_moe import reference, testing
+from numba_moe import reference
 from numba_moe.cases.draws import Case, floats, given
+from numba_moe.runtime import checks, formats
+
+FORMATS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
+TOP_K = 8  # of logits with as many experts
 
 
-def input_cases(path: Path, num_experts: int | None, top_k: int, block_size: int) -> Iterator[Case]:
+def input_cases(path: Path, num_experts: int | None, top_k: int | None, block_size: int) -> Iterator[Case]:
     """Yield every op that applies to a user's own routing; nothing in the file is executed."""
+    checks.integer("block_size", block_size, 1)
+    for name, value in {"num_experts": num_experts, "top_k": top_k}.items():
+        if value is not None:
+            checks.integer(name, value, 1)
     for name, array in load_routing(path).items():
         label = f"{path.name}: {name}"
         if np.issubdtype(array.dtype, np.floating):
             # float16 keeps its dtype; the rest becomes float32 before either side sees it
             logits = array if array.dtype == np.float16 else array.astype(np.float32)
             experts = logits.shape[1]
-            count = min(top_k, experts)
+            because = f"the number of experts of {label}"
+            checks.holds("num_experts", f"{because} = {experts}", num_experts in (None, experts), num_experts)
+            count = checks.integer("top_k", top_k or min(TOP_K, experts), 1, experts, f"{because} = {experts}")
             for op in ("topk_softmax", "topk_sigmoid"):
                 yield Case(op, label, given(gating_output=logits, top_k=count, renormalize=True))
             chosen = reference.topk_softmax(logits, count).topk_ids
         else:
             chosen = array if array.dtype in (np.int32, np.int64) else array.astype(np.int64)
-            experts = num_experts or int(chosen.max(initial=0)) + 1
+            least = int(chosen.max(initial=0)) + 1
+            experts = num_experts or least
+            checks.at_least("num_experts", experts, least, f"1 more than the largest id of {label}")
+        # Every expert may leave a block with one slot in it.
+        wanted = 4 * (chosen.size + experts * block_size)
+        formats.check_memory("block_size", "blocks of every expert", wanted, path.stat().st_size)
         align = given(topk_ids=chosen, block_size=block_size, num_experts=experts)
         yield Case("moe_align_block_size", label, align)
         yield Case("count_tokens_per_expert", label, given(topk_ids=chosen, num_experts=experts))
@@ -36,28 +49,16 @@ def input_cases(path: Path, num_experts: int | None, top_k: int, block_size: int
 
 def load_routing(path: Path) -> dict[str, np.ndarray]:
     """Read topk_ids and gating logits from .npy, .npz, .safetensors or .pt, without running code from the file."""
-    loaded: Any
-    if path.suffix == ".npy":
-        loaded = {"array": np.load(path, allow_pickle=False)}
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            loaded = dict(file)
-    elif path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        loaded = load_file(path)
-    elif path.suffix in (".pt", ".pth"):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        loaded = loaded if isinstance(loaded, dict) else {"tensor": loaded}
-    else:
-        raise ValueError(f"`--input` must be a .npy, .npz, .safetensors or .pt file, got {path.name}")
+    checks.holds("path", "a .npy, .npz, .safetensors or .pt file", path.suffix in FORMATS, path.name)
+    loaded = formats.read(path, FORMATS)
     usable = {}
-    for name, value in loaded.items():
-        array = testing.to_numpy(value) if isinstance(value, torch.Tensor) else value
-        if isinstance(array, np.ndarray) and (
-            (np.issubdtype(array.dtype, np.integer) and array.ndim in (1, 2))
-            or (np.issubdtype(array.dtype, np.floating) and array.ndim == 2)
-        ):
+    for name, array in (loaded if isinstance(loaded, dict) else {"array": loaded}).items():
+        if not isinstance(array, np.ndarray):
+            continue
+        if np.issubdtype(array.dtype, np.integer) and array.ndim in (1, 2):
+            formats.array(str(name), array, (1, 2), empty=True)  # which refuses what int64 cannot hold
+            usable[str(name)] = np.ascontiguousarray(array)
+        elif np.issubdtype(array.dtype, np.floating) and array.ndim == 2:
             usable[str(name)] = np.ascontiguousarray(array)
     if not usable:
         raise ValueError(f"{path.name} holds no topk_ids (integers, 1 or 2 dimensions) and no logits (floats, 2)")

@@ -185,8 +185,7 @@ def plan_topk(
     return _plan(gating_output, top_k, renormalize, correction_bias, scoring_func)
 
 
-@planned
-def plan_grouped(
+def grouped_plan(
     gating_output: Layout,
     top_k: int,
     num_expert_group: int,
@@ -220,3 +219,8 @@ def plan_grouped(
     groups = (num_expert_group, topk_group, picks)
     rules = (top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor)
     return _plan(gating_output, *rules, extras, role, id_dtype)
+
+
+@planned
+def plan_grouped(*arguments: Any) -> GatingPlan:
+    return grouped_plan(*arguments)

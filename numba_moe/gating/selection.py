@@ -41,13 +41,6 @@ class Options(NamedTuple):
     counts_enabled: Any = None
     indices_dtype: Any = "int32"
 
-    def layouts(self) -> "Options":
-        """Return these options with layouts of arrays."""
-        if self is NONE:
-            return self
-        found: Options = new_tuple(Options, map(layout, self))
-        return found if found.dispatch is None else found._replace(dispatch=tuple(map(layout, self.dispatch)))
-
     def arrays(self) -> dict[str, torch.Tensor | None]:
         """Return the arrays among them, by the names that kernels have for them."""
         found = {
@@ -86,6 +79,28 @@ def options_of(*values: Any) -> Options:
         return NONE
     found: Options = new_tuple(Options, (*numbers, identity_weights, *arrays, indices_dtype))
     return found
+
+
+def asked(options: Options) -> tuple[Any, ...]:
+    """Return options as arguments of a plan, with layouts of arrays: none of them for `NONE`."""
+    if options is NONE:
+        return ()
+    softcap, num_shared, on_output, num_zero, zero_expert_id, *given, indices_dtype = options
+    identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled = given
+    tables: tuple[Any, ...] = ()
+    if dispatch is not None:
+        checks.tuple_of("dispatch", dispatch, 5)
+        tables = tuple(part if isinstance(part, str | int) else layout(part) for part in dispatch)
+    padding = (layout(num_token_non_padded), layout(is_padding))
+    others = (layout(identity_weights), *padding, layout(counts), layout(counts_enabled), indices_dtype)
+    return (softcap, num_shared, on_output, num_zero, zero_expert_id, *others, *tables)
+
+
+def options_from(arguments: tuple[Any, ...]) -> Options:
+    """Return the options that `asked` made arguments of."""
+    if not arguments:
+        return NONE
+    return Options._make((*arguments[:8], arguments[11:] or None, *arguments[8:11]))
 
 
 def _check_numbers(softcap: Any, num_shared: Any, on_output: Any, num_zero: Any, zero_expert_id: Any) -> None:
@@ -144,7 +159,6 @@ def _check(
         checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
     dispatch = plans.NO_DISPATCH
     if options.dispatch is not None:
-        checks.tuple_of("dispatch", options.dispatch, 5)
         physical_map, num_valid, algorithm, seed, step = options.dispatch
         ids = Layout(torch.Size((num_tokens, top_k + num_shared)), torch.int32, gating_output.device, None, 0)
         plan_dispatch(ids, physical_map, num_valid, algorithm, seed, step, None, None)
@@ -200,13 +214,16 @@ def plan_selection(
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
     rules = (renormalize, scoring_func, moving, group_score, factor)
     if options is NONE and not in_logits:
-        return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules)
+        return plans.grouped_plan(gating_output, top_k, num_expert_group, topk_group, *rules)
     only_counts = not in_logits and options._replace(counts=None, counts_enabled=None) == NONE
     what = (extras, COUNTING if only_counts else EXTENDED, id_dtype)
-    return plans.plan_grouped(gating_output, top_k, num_expert_group, topk_group, *rules, *what)
+    return plans.grouped_plan(gating_output, top_k, num_expert_group, topk_group, *rules, *what)
 
 
-_plan_selection = planned(plan_selection)
+@planned
+def _plan_selection(*arguments: Any) -> plans.GatingPlan:
+    rules: Any = (*arguments[:10], options_from(arguments[10:]))
+    return plan_selection(*rules)
 
 
 class WeighingPlan(NamedTuple):
@@ -226,8 +243,9 @@ def _plan_weighing(
     renormalize: bool,
     routed_scaling_factor: float,
     logit_bias: Layout | None,
-    options: Options,
+    *wanted: Any,
 ) -> WeighingPlan:
+    options = options_from(wanted)
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     like = ("gating_output", gating_output)
     num_tokens, num_experts = gating_output.shape
@@ -265,7 +283,8 @@ def _check_data(gating_output: torch.Tensor, options: Options) -> None:
     _check_places(options)
     padded = torch.zeros(len(gating_output), dtype=torch.bool, device=gating_output.device)
     if options.num_token_non_padded is not None:
-        padded |= torch.arange(len(gating_output), device=padded.device) >= options.num_token_non_padded
+        rows = torch.arange(len(gating_output), dtype=torch.int64, device=padded.device)
+        padded |= rows >= options.num_token_non_padded
     if options.is_padding is not None:
         padded |= options.is_padding
     checks.logits("gating_output", gating_output.masked_fill(padded[:, None], 0))
@@ -278,6 +297,12 @@ def _check_places(options: Options) -> None:
         places = options.dispatch[0].cpu().numpy()
         rule = f"at most {LARGEST_IDS[name]}, the largest {name}, which `indices_dtype` is"
         checks.every("dispatch.physical_map", rule, places <= LARGEST_IDS[name], places, ("row", "column"))
+
+
+def refuse_overlaps(options: Options, **inputs: Any) -> None:
+    """Refuse memory to be written that is another argument's."""
+    if options.identity_weights is not None or options.counts is not None:
+        checks.apart({**inputs, **options._asdict()}, ("identity_weights", "counts"))
 
 
 def refuse_gradient(gating_output: torch.Tensor) -> None:
@@ -428,8 +453,9 @@ def select_experts(
             routed_scaling_factor,
         )
     groups = (num_expert_group, topk_group, renormalize, scoring_func, layout(correction_bias), group_score)
-    rules = (routed_scaling_factor, bias_mode, options.layouts())
+    rules = (routed_scaling_factor, bias_mode, *asked(options))
     plan = _plan_selection(layout(gating_output), top_k, *groups, *rules)
+    refuse_overlaps(options, gating_output=gating_output, correction_bias=correction_bias)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)
@@ -552,8 +578,10 @@ def weigh_experts(
         *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
         *(dispatch, counts, counts_enabled, indices_dtype),
     )
-    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), options.layouts())
+    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), *asked(options))
     plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
+    others = {"topk_ids": topk_ids, "input_ids": input_ids, "logit_bias": logit_bias}
+    refuse_overlaps(options, gating_output=gating_output, **others)
     refuse_gradient(gating_output)
     if checks.VALIDATE:
         _check_data(gating_output, options)

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -30,10 +31,16 @@ class Patch:
 
     def __init__(self, packages: Sequence[str], replacements: Replacements) -> None:
         self._packages, self._replacements = tuple(packages), replacements
-        self._originals: dict[tuple[str, str], Any] = {}  # of what is replaced now
+        self._replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # the package's own and ours, by module and name
 
-    def apply(self, names: Sequence[str] | None = None) -> list[str]:
-        """Replace the functions of these names, or all; return the module and name of each that was there."""
+    def apply(
+        self, names: Sequence[str] | None = None, instead: Mapping[Any, Any] = types.MappingProxyType({})
+    ) -> list[str]:
+        """Replace the functions of these names, or all; return the module and name of each that was there.
+
+        In the place of some of ours come others, which `instead` has for them. A module that was loaded anew, or
+        patched by somebody else since the last call, has another original, which is what `undo` puts back.
+        """
         known = {name for functions in self._replacements.values() for name in functions}
         if unknown := set(names or ()) - known:
             rule = "one of " + ", ".join(map(repr, sorted(known)))
@@ -46,24 +53,32 @@ class Patch:
             module = importlib.import_module(module_name)
             for name in wanted:
                 if hasattr(module, name):
-                    original = self._originals.setdefault((module_name, name), getattr(module, name))
-                    self._swap(original, functions[name], module, name)
+                    original, ours = self._replaced.get((module_name, name), (None, None))
+                    now = getattr(module, name)
+                    if now is not ours:
+                        original = now
+                    new = instead.get(functions[name], functions[name])
+                    self._replaced[module_name, name] = original, new
+                    for old in (original, ours):
+                        self._swap(old, new)
                     replaced.append(f"{module_name}.{name}")
         _log.info("Replaced %s", ", ".join(replaced) or "nothing")
         return replaced
 
     def undo(self) -> None:
-        """Put back what was replaced."""
-        for (module_name, name), original in self._originals.items():
-            self._swap(self._replacements[module_name][name], original, sys.modules[module_name], name)
-        self._originals.clear()
+        """Put back what was replaced; what somebody else has put in our functions' places since stays."""
+        for original, ours in self._replaced.values():
+            self._swap(ours, original)
+        self._replaced.clear()
 
-    def _swap(self, old: Any, new: Any, module: ModuleType, name: str) -> None:
-        setattr(module, name, new)
-        for other in self._modules():
-            for alias, value in list(vars(other).items()):
+    def _swap(self, old: Any, new: Any) -> None:
+        """Put a function in the place of another wherever modules of the packages hold it."""
+        if old is None:
+            return
+        for module in self._modules():
+            for alias, value in list(vars(module).items()):
                 if value is old:
-                    setattr(other, alias, new)
+                    setattr(module, alias, new)
 
     def _modules(self) -> Iterator[ModuleType]:
         for name, module in list(sys.modules.items()):

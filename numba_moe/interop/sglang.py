@@ -14,8 +14,10 @@ import numba_moe
 from numba_moe.interop.patching import Patch
 from numba_moe.interop.vllm_ops import align_into
 from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import apart
 
 
+@apart("sorted_token_ids", "experts_ids", "num_tokens_post_pad")
 def moe_align_block_size(
     topk_ids: torch.Tensor,
     num_experts: int,
@@ -45,6 +47,7 @@ def moe_align_block_size(
         num_tokens_post_pad[1:] = (counts[:1] + block_size - 1) // block_size
 
 
+@apart("topk_weights", "topk_ids")
 def topk_softmax(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -66,6 +69,7 @@ def topk_softmax(
     )
 
 
+@apart("topk_weights", "topk_ids")
 def topk_sigmoid(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -128,17 +132,23 @@ def kimi_k2_moe_fused_gate(
     return found.topk_weights, found.topk_ids
 
 
+@apart("output_tensor")
 def moe_sum(input_tensor: torch.Tensor, output_tensor: torch.Tensor) -> None:
     """Sum each token's rows."""
     output_tensor.copy_(numba_moe.moe_sum(input_tensor, out_dtype=output_tensor.dtype))
 
 
+@apart("output_tensor")
 def moe_sum_reduce(input_tensor: torch.Tensor, output_tensor: torch.Tensor, routed_scaling_factor: float = 0) -> None:
     """Sum each token's rows, and scale the sums."""
     options: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": output_tensor.dtype}
     output_tensor.copy_(numba_moe.moe_sum(input_tensor, **options))
 
 
+@apart(
+    *("expert_offsets", "problem_sizes1", "problem_sizes2"),
+    *("input_permutation", "output_permutation", "blockscale_offsets"),
+)
 def prepare_moe_input(
     topk_ids: torch.Tensor,
     expert_offsets: torch.Tensor,

@@ -34,7 +34,7 @@ def _device_has_grouped(dtype: torch.dtype, device: torch.device, differentiable
     return has_grouped(dtype, device, differentiable)
 
 
-def _multiply_traced(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     _, *sizes = weights.shape
     if all(type(size) is int for size in sizes) and weights.numel() and rows.shape[0] > 0:
         aligned = all(size * weights.dtype.itemsize % ALIGNMENT == 0 for size in sizes)
@@ -111,4 +111,4 @@ def fused_experts(
     num_experts = down_proj.shape[0] if expert_map is None else expert_map.shape[0]
     matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
     choice = (topk_weights, topk_ids, expert_map)
-    return compose(hidden_states, *matrices, *choice, num_experts, options, _multiply_traced)
+    return compose(hidden_states, *matrices, *choice, num_experts, options, multiply)

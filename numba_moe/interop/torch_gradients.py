@@ -4,11 +4,14 @@ For an op with a gradient torch asks Python at every call whether one is wanted,
 So it has an overload without, `torch.ops.numba_moe.<name>.without_gradient`, for compiled code that wants none.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
+from torch.fx.operator_schemas import get_signature_for_torch_op
 
-from numba_moe.runtime import arrays
+from numba_moe.runtime import arrays, torch_private
 
 
 @torch.compiler.assume_constant_result
@@ -27,15 +30,21 @@ def overload(op: Any, *values: Any) -> Any:
 
     What is exported may want a gradient later, and torch.func's transforms want theirs of tensors that do not say so.
     """
-    if not arrays.is_traced() or _is_exporting() or torch._C._are_functorch_transforms_active() or wanted(*values):
+    if not arrays.is_traced() or _is_exporting() or torch_private.in_transform() or wanted(*values):
         return op.default
     return op.without_gradient
 
 
+def parameters_of(op: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of an op's overload, as its schema has them."""
+    [signature] = cast(list[inspect.Signature], get_signature_for_torch_op(op))
+    return signature.parameters
+
+
 def _arguments(name: str, inputs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments of an op by name, and their defaults."""
-    parameters = getattr(torch.ops.numba_moe, name).default._schema.arguments
-    defaults = {parameter.name: parameter.default_value for parameter in parameters}
+    parameters = parameters_of(getattr(torch.ops.numba_moe, name).default)
+    defaults = {key: parameter.default for key, parameter in parameters.items()}
     return dict(zip(defaults, inputs, strict=True)), defaults
 
 

@@ -201,9 +201,9 @@ def _register(
     """Register an op that a function computes, given tensors with data."""
     whole = f"{LIBRARY}::{name}" if overload == "default" else f"{LIBRARY}::{name}.{overload}"
     torch.library.define(whole, text.removeprefix(name), tags=TAGS)
-    arguments = getattr(getattr(torch.ops.numba_moe, name), overload)._schema.arguments
-    names = [argument.name for argument in arguments]
-    first_tensor = next(i for i, argument in enumerate(arguments) if isinstance(argument.type, torch.TensorType))
+    parameters = torch_gradients.parameters_of(getattr(getattr(torch.ops.numba_moe, name), overload))
+    names = list(parameters)
+    first_tensor = next(i for i, one in enumerate(parameters.values()) if one.annotation is torch.Tensor)
     has_tables = TABLES[0].name in names
 
     def fake(*args: Any, **kwargs: Any) -> Any:

@@ -7,29 +7,34 @@ later::
     model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="numba_moe")
     model.set_experts_implementation("numba_moe")
 
-Which of our activations stands for a model's own is found by trying them on some numbers, once for each of its
-modules. If none does, its own runs between our permutation and torch's GEMMs.
+Which of our activations stands for a model's own is found by trying them on some numbers, for each of its modules once
+and again whenever something of the module has changed. If none does, and in compiled or exported code, which sees the
+module's own as it is, that runs between our permutation and torch's GEMMs.
 """
 
+import functools
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from numba_moe.activation import moe_activation
 from numba_moe.experts import fused_experts, is_grouped, multiply_by_expert
 from numba_moe.permute import moe_permute, moe_unpermute
 from numba_moe.reference.activation import RULES
-from numba_moe.runtime.plans import layout
+from numba_moe.runtime.plans import Layout, layout
 
 NAME = "numba_moe"
 # How near an activation's float32 results must be to the module's own to stand for them.
 SAME = 1e-5
 LARGEST_LIMIT = 1000
-_gates: weakref.WeakKeyDictionary[torch.nn.Module, "Gate | None"] = weakref.WeakKeyDictionary()
+# What is known of modules: the state in which each was, and the gate that was found then.
+_gates: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, "Gate | None"]] = weakref.WeakKeyDictionary()
 
 
 class Gate(NamedTuple):
@@ -53,20 +58,33 @@ def _candidates(numbers: list[float]) -> Iterator[Gate]:
         yield Gate(*choice)
 
 
-@torch.no_grad()
 def find_gate(experts: torch.nn.Module) -> Gate | None:
     """Return the arguments that make `fused_experts` do what a module does between its matrices, None if none do.
 
-    They are tried on the CPU, so nothing waits for a device; a module whose activation has parameters keeps it.
+    They are tried on the CPU, so nothing waits for a device; a module whose gate reads tensors of its own, which may
+    change, or has hooks, keeps it.
     """
-    act_fn = getattr(experts, "act_fn", None)
-    if not experts.has_gate or (isinstance(act_fn, torch.nn.Module) and any(True for _ in act_fn.parameters())):
+    if not experts.has_gate or any(map(_has_hooks, _activation_modules(experts))):
         return None
+    # A thread of its own knows nothing of the caller's default device, autocast, inference or fake tensor mode.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_search, experts).result()
+
+
+@torch.no_grad()
+def _search(experts: torch.nn.Module) -> Gate | None:
     numbers = _numbers(experts)
-    spread = torch.linspace(-6, 6, 96).reshape(12, 8) * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1])
+    spread = torch.linspace(-6, 6, 96, dtype=torch.float32, device="cpu").reshape(12, 8)
+    spread = spread * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1], dtype=torch.float32, device="cpu")
     rows = torch.cat([spread, spread * max([1.0, *numbers])])  # past every limit, on both sides
     own: Any = experts._apply_gate
-    wanted = own(rows)
+    try:
+        with torch.random.fork_rng(devices=[]), _Reading(experts) as reading:  # the caller's generator draws as before
+            wanted = own(rows).float()
+    except RuntimeError:  # it takes rows of its own width or device only, so it runs on those
+        return None
+    if reading.has_read:
+        return None
     for gate in _candidates(numbers):
         found = moe_activation(rows, **gate._asdict())
         if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=SAME, atol=SAME):
@@ -74,11 +92,52 @@ def find_gate(experts: torch.nn.Module) -> Gate | None:
     return None
 
 
+class _Reading(TorchFunctionMode):
+    """Notice whether torch's functions are called with tensors that belong to a module."""
+
+    def __init__(self, experts: torch.nn.Module) -> None:
+        super().__init__()
+        held = [value for part in experts.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+        self._own = {id(tensor) for tensor in (*experts.parameters(), *experts.buffers(), *held)}
+        self.has_read = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.has_read |= any(id(value) in self._own for value in (*args, *kwargs.values()))
+        return function(*args, **kwargs)
+
+
+def _activation_modules(experts: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the module of the activation and those inside it; none if it is a function."""
+    act_fn = getattr(experts, "act_fn", None)
+    return list(act_fn.modules()) if isinstance(act_fn, torch.nn.Module) else []
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _state(experts: torch.nn.Module) -> tuple[Any, ...]:
+    """Return what the gate of a module may depend on: its class, and the numbers, texts and functions that it holds."""
+    activation = _activation_modules(experts)
+    config = getattr(experts, "config", None)
+    held = []
+    for part in (experts, *activation, *(() if config is None else (config,))):
+        for name, value in vars(part).items():
+            if value is None or isinstance(value, bool | int | float | str):
+                held.append((name, value))
+            elif callable(value) and not isinstance(value, torch.nn.Module):
+                held.append((name, getattr(value, "__func__", value)))
+    kinds = [type(part) for part in activation]
+    return type(experts), getattr(type(experts), "_apply_gate", None), *kinds, *map(_has_hooks, activation), *held
+
+
 def _gate_of(experts: torch.nn.Module) -> Gate | None:
-    try:
-        return _gates[experts]
-    except KeyError:
-        return _gates.setdefault(experts, find_gate(experts))
+    state = _state(experts)
+    known = _gates.get(experts)
+    if known is None or known[0] != state:
+        known = _gates[experts] = (state, find_gate(experts))
+    return known[1]
 
 
 def _has_norm(experts: torch.nn.Module) -> bool:
@@ -97,13 +156,27 @@ def experts_forward(
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     rows, ids = hidden_states.to(up.dtype), top_k_index.contiguous()  # autocast leaves them in other dtypes
     weights = top_k_weights.contiguous()
-    gate = _gate_of(self)
-    if gate is None or _has_norm(self):
+    gate = None if torch.compiler.is_compiling() or _has_norm(self) else _gate_of(self)
+    if gate is None:
         combined = _with_own_gate(self, rows, up, down, weights, ids, up_bias, down_bias)
     else:
         options: dict[str, Any] = {"gate_up_bias": up_bias, "down_bias": down_bias, **gate._asdict()}
         combined = fused_experts(rows, up, down, weights, ids, **options)
     return combined.to(hidden_states.dtype)
+
+
+def _multiplication(
+    hidden_states: torch.Tensor, up: torch.Tensor, down: torch.Tensor, topk_ids: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return what multiplies rows by the matrix of each expert."""
+    if not torch.compiler.is_compiling():
+        rows, first, second, ids = map(layout, (hidden_states, up, down, topk_ids))
+        if all(isinstance(found, Layout) for found in (rows, first, second, ids)):
+            grouped = is_grouped(rows, first, second, ids, torch.is_grad_enabled())
+            return functools.partial(multiply_by_expert, grouped=grouped)
+    from numba_moe.interop import torch_experts  # which registers the ops: only where torch traces
+
+    return torch_experts.multiply
 
 
 def _with_own_gate(
@@ -120,11 +193,11 @@ def _with_own_gate(
     permuted = moe_permute(hidden_states, topk_ids, len(up))
     offset = permuted.expert_first_token_offset
     ends = offset[1:].to(torch.int32)
-    grouped = is_grouped(layout(hidden_states), layout(up), layout(down), layout(topk_ids), torch.is_grad_enabled())
-    unused = torch.arange(topk_ids.numel(), device=offset.device).unsqueeze(1) >= offset[-1]
+    by_expert = _multiplication(hidden_states, up, down, topk_ids)
+    unused = torch.arange(topk_ids.numel(), dtype=torch.int64, device=offset.device).unsqueeze(1) >= offset[-1]
 
     def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = multiply_by_expert(rows, weights, ends, grouped).masked_fill(unused, 0)
+        rows = by_expert(rows, weights, ends).masked_fill(unused, 0)
         return rows if bias is None else moe_activation(rows, offset, bias, activation="none")
 
     rows = multiply(permuted.permuted_hidden_states, up, up_bias)

@@ -7,8 +7,9 @@ logits of 16 bits are scored in float32. `numba_moe.interop.vllm_ops` has the op
 With NUMBA_MOE_VLLM=1 in the environment vLLM patches itself, in every process, as this package registers a plugin.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import numba_moe
 from numba_moe.interop import vllm_ops
 from numba_moe.interop.patching import Patch
 from numba_moe.interop.vllm_ops import float32_bias, scored_by_sigmoid, signed_ids
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import apart
 
 Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -31,9 +34,18 @@ def moe_align_block_size(
 ) -> Blocks:
     """Group slots by expert, padded to blocks: `numba_moe.moe_align_block_size`."""
     options = (expert_map, pad_sorted_ids, ignore_invalid_experts)
-    tail = vllm_ops.settings.inactive_expert_id
-    ids = signed_ids(topk_ids)
-    return tuple(numba_moe.moe_align_block_size(ids, block_size, num_experts, *options, inactive_expert_id=tail))
+    return tuple(numba_moe.moe_align_block_size(signed_ids(topk_ids), block_size, num_experts, *options))
+
+
+def _aligning(inactive_expert_id: int) -> Callable[..., Blocks]:
+    """Return `moe_align_block_size` with another id past the last block in use."""
+
+    @functools.wraps(moe_align_block_size)
+    def align(topk_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Blocks:
+        kwargs["inactive_expert_id"] = inactive_expert_id
+        return tuple(numba_moe.moe_align_block_size(signed_ids(topk_ids), *args, **kwargs))
+
+    return align
 
 
 def batched_moe_align_block_size(max_tokens_per_batch: int, block_size: int, expert_num_tokens: torch.Tensor) -> Blocks:
@@ -89,6 +101,7 @@ def grouped_topk(
     return found.topk_weights, found.topk_ids
 
 
+@apart("permuted_hidden_states")
 def moe_permute(
     hidden_states: torch.Tensor,
     a1q_scale: torch.Tensor | None,
@@ -111,6 +124,7 @@ def moe_permute(
     return rows, a1q_scale, offset, found.inv_permuted_idx.flatten(), found.permuted_idx
 
 
+@apart("out")
 def moe_unpermute(
     out: torch.Tensor,
     permuted_hidden_states: torch.Tensor,
@@ -183,17 +197,19 @@ def patch(names: Sequence[str] | None = None, *, inactive_expert_id: int = -1) -
 
     Notes
     -----
-    Modules that are not loaded yet take what they import from those that are patched. A second call changes the
-    setting and replaces what is new. Results that differ by our contract are listed in docs/put-it-in.md.
+    Modules that are not loaded yet take what they import from those that are patched. A second call replaces what is
+    new, and the alignments by those that write its `inactive_expert_id`. Results that differ by our contract are listed
+    in docs/put-it-in.md.
     """
-    vllm_ops.settings.inactive_expert_id = inactive_expert_id
-    return PATCH.apply(names)
+    tail = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
+    ours = (moe_align_block_size, vllm_ops.moe_align_block_size)
+    instead = {} if tail == -1 else dict(zip(ours, (_aligning(tail), vllm_ops.aligning(tail)), strict=True))
+    return PATCH.apply(names, instead)
 
 
 def unpatch() -> None:
     """Put vLLM's own functions back."""
     PATCH.undo()
-    vllm_ops.settings.inactive_expert_id = -1
 
 
 def plugin() -> Any:

@@ -3,7 +3,8 @@
 Arguments behind those of release 0.21 are of later ones. `numba_moe.interop.vllm` has the functions that allocate.
 """
 
-import types
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,7 @@ import torch
 import numba_moe
 from numba_moe.reference.align import max_sorted_slots
 from numba_moe.runtime import checks
-
-# inactive_expert_id: what alignments write past the last block in use
-settings = types.SimpleNamespace(inactive_expert_id=-1)
+from numba_moe.runtime.arrays import apart
 
 
 def signed_ids(topk_ids: torch.Tensor) -> torch.Tensor:
@@ -75,12 +74,38 @@ def moe_align_block_size(
 
     `scatter_idx`, if given, gets the number of each slot, -1 for one that is skipped.
     """
+    outputs = (sorted_token_ids, experts_ids, num_tokens_post_pad)
+    _align(-1, topk_ids, num_experts, block_size, *outputs, expert_map, scatter_idx)
+
+
+def aligning(inactive_expert_id: int) -> Callable[..., None]:
+    """Return `moe_align_block_size` with another id past the last block in use."""
+
+    @functools.wraps(moe_align_block_size)
+    def align(*args: Any, **kwargs: Any) -> None:
+        _align(inactive_expert_id, *args, **kwargs)
+
+    return align
+
+
+@apart("sorted_token_ids", "experts_ids", "num_tokens_post_pad", "scatter_idx")
+def _align(
+    inactive_expert_id: int,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_token_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    scatter_idx: torch.Tensor | None = None,
+) -> None:
     ids = signed_ids(topk_ids)
     inverse = None if scatter_idx is None else torch.empty_like(ids, dtype=torch.int32)
     align_into(
         *(ids, num_experts, block_size, sorted_token_ids, experts_ids, num_tokens_post_pad, expert_map),
         ignore_invalid_experts=True,
-        inactive_expert_id=settings.inactive_expert_id,
+        inactive_expert_id=inactive_expert_id,
         inv_sorted_idx=inverse,
     )
     if scatter_idx is not None and inverse is not None:
@@ -88,6 +113,7 @@ def moe_align_block_size(
         scatter_idx.copy_(torch.where(inverse.ravel() < 0, -1, slots).view(scatter_idx.shape))
 
 
+@apart("sorted_ids", "expert_ids", "num_tokens_post_pad")
 def batched_moe_align_block_size(
     max_tokens_per_batch: int,
     block_size: int,
@@ -102,6 +128,7 @@ def batched_moe_align_block_size(
         given.copy_(part)
 
 
+@apart("sorted_token_ids", "experts_ids", "num_tokens_post_pad")
 def moe_lora_align_block_size(
     topk_ids: torch.Tensor,
     token_lora_mapping: torch.Tensor,
@@ -138,6 +165,7 @@ def _write_choice(
     token_expert_indices.copy_(slot_numbers(topk_ids))
 
 
+@apart("topk_weights", "topk_ids", "token_expert_indices")
 def topk_softmax(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -154,6 +182,7 @@ def topk_softmax(
     _write_choice(found, topk_weights, topk_ids, token_expert_indices)
 
 
+@apart("topk_weights", "topk_ids", "token_expert_indices")
 def topk_sigmoid(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -174,6 +203,7 @@ def topk_sigmoid(
     _write_choice(found, topk_weights, topk_ids, token_expert_indices)
 
 
+@apart("topk_weights", "topk_indices", "token_expert_indices")
 def topk_hash_softplus_sqrt(
     topk_weights: torch.Tensor,
     topk_indices: torch.Tensor,
@@ -202,6 +232,7 @@ def topk_hash_softplus_sqrt(
 topk_softplus_sqrt = topk_hash_softplus_sqrt  # what `torch.ops._moe_C` calls it
 
 
+@apart("output")
 def moe_sum(
     input: torch.Tensor,
     output: torch.Tensor,
@@ -238,6 +269,7 @@ def grouped_topk(
     return found.topk_weights, found.topk_ids
 
 
+@apart("permuted_hidden_states", "expert_first_token_offset", "inv_permuted_idx", "permuted_idx")
 def moe_permute(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -261,6 +293,7 @@ def moe_permute(
     permuted_idx.copy_(parts[4])
 
 
+@apart("hidden_states")
 def moe_unpermute(
     permuted_hidden_states: torch.Tensor,
     topk_weights: torch.Tensor,

@@ -247,7 +247,7 @@ def permute_backward(inv_permuted_idx: torch.Tensor, grad: torch.Tensor) -> torc
     grad = grad.reshape(-1, grad.shape[-1]) if grad.dim() == 3 else grad
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     if arrays.answered_by_reference(grad):
-        ones = torch.ones(inv_permuted_idx.shape)
+        ones = torch.ones(inv_permuted_idx.shape, dtype=torch.float32, device=grad.device)
         return arrays.by_reference(reference.moe_unpermute, grad, ones, inv_permuted_idx).to(grad.dtype)
     result, combine = _plan_permute_backward(layout(grad), layout(inv_permuted_idx))
     found: torch.Tensor = arrays.empty(*result)

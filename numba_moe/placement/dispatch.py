@@ -169,7 +169,7 @@ def _check_need(
         checks.array(name, value, (dtype,), (1,), like=like)
         checks.shape(name, value, shape, because)
     else:
-        given = "an array" if isinstance(value, Layout) else type(value).__name__
+        given = "an array" if isinstance(value, Layout) else getattr(value, "what", None)
         checks.holds(name, f"None with the algorithm {algorithm!r}", value is None, given)
 
 
@@ -295,6 +295,9 @@ def dispatch_ids(
     """
     tables = layout(topk_ids), layout(physical_map), layout(num_valid)
     result, launch = plan_dispatch(*tables, algorithm, seed, layout(step), layout(counts), layout(out))
+    if counts is not None or out is not None:
+        inputs = {"topk_ids": topk_ids, "physical_map": physical_map, "num_valid": num_valid, "step": step}
+        checks.apart({**inputs, "counts": counts, "out": out}, ("counts", "out"), onto={"out": "topk_ids"})
     if checks.VALIDATE and algorithm != "fake":
         checks.ids(topk_ids, physical_map.shape[0])
     if arrays.answered_by_reference(topk_ids):
@@ -363,6 +366,7 @@ class ExpertDispatch:
     3
     """
 
+    @torch.inference_mode(False)  # tables that are made inside an inference mode can be written outside
     def __init__(
         self,
         location: ExpertLocation,
@@ -379,7 +383,7 @@ class ExpertDispatch:
         self.location, self.algorithm = location, algorithm
         self.seed = checks.integer("seed", seed, 0, 2**32 - 1)
         tables = [table.to(device) for table in self._tables()]
-        steps = torch.arange(location.num_layers, device=device) << 32
+        steps = torch.arange(location.num_layers, dtype=torch.int64, device=device) << 32
         self.physical_map = tables[0]
         self.num_valid: Any = tables[1] if len(tables) > 1 else None
         self.step = steps if algorithm == "dynamic" else None
@@ -407,7 +411,9 @@ class ExpertDispatch:
     def update(self, location: ExpertLocation, layers: Iterable[int] | None = None) -> None:
         """Take some layers, all by default, from another location; the parameters are those of `ExpertLocation.update`.
 
-        The tensors stay and are written on the current stream, so graphs that were captured go by the new location.
+        The tensors stay and are written on the current stream, one after the other, so graphs that were captured go by
+        the new location. A dispatch on another stream might read one table of the old location and one of the new: let
+        this stream wait for the dispatches before, and those that follow wait for this one, by events.
         """
         self.location = self.location.update(location, layers)
         for held, new in zip((self.physical_map, self.num_valid), self._tables(), strict=False):

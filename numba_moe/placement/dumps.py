@@ -1,94 +1,131 @@
 """What locations are read from: files of maps and of recorded counts, this library's and others'."""
 
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from numba_moe.runtime import checks
+from numba_moe.runtime import checks, formats
 
-FORMATS = (".json", ".npz", ".pt", ".safetensors")
+FORMATS = (".csv", ".json", ".npz", ".pt", ".safetensors")
 
 
-def read_file(path: Path) -> Any:
-    """Read what a file holds, without running code from it; a list of records as the `logical_count` that it makes."""
-    content = read_whole(path)
+class Slots(NamedTuple):
+    """What a record says of slots."""
+
+    places: np.ndarray  # int64 [L, P], the expert of each
+    counts: np.ndarray  # int64 [L, P]
+    topk_ids: np.ndarray | None  # int64 [L, T, K]
+
+
+def read_file(path: Path, num_layers: int | None = None, num_experts: int | None = None) -> Any:
+    """Read what a file holds, without running code from it; a list of records as the `logical_count` that it makes.
+
+    The sizes are those of a ``.csv`` file, which has lines for some experts only.
+    """
+    if path.suffix == ".csv":
+        return {"logical_count": formats.read_csv(path, num_layers, num_experts)}
+    content = formats.read(path, FORMATS)
     records, mapping = content, None
     if isinstance(content, dict):
         records, mapping = content.get("records"), content.get("last_physical_to_logical_map")
     if _are_counted(records, mapping):
-        return {"logical_count": counts_of_records(records, mapping)}
+        return {"logical_count": counts_of_records(records, mapping, path.stat().st_size)}
     return content
-
-
-def read_whole(path: Path) -> Any:
-    """Read what a file holds, as it is, without running code from it."""
-    checks.choice("path", path.suffix, FORMATS)
-    data = path.read_bytes()
-    try:
-        return _parse(data, path.suffix)
-    except ImportError:  # of safetensors, which is no dependency
-        raise
-    except Exception as error:  # readers raise what they like
-        found = f"{path.name} of {len(data)} bytes ({type(error).__name__}: {error})"
-        raise ValueError(f"`path` must be a whole {path.suffix} file, got {found}") from error
-
-
-def _parse(data: bytes, suffix: str) -> Any:
-    if suffix == ".json":
-        return json.loads(data)
-    if suffix == ".npz":
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return dict(file)
-    if suffix == ".safetensors":
-        from safetensors.torch import load
-
-        return load(data)
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _are_counted(records: Any, mapping: Any) -> bool:
     if not isinstance(records, list) or not records:
         return False
-    needed = {"logical_count"} if mapping is None else {"logical_count", "global_physical_count"}
-    return all(isinstance(record, dict) and needed & record.keys() for record in records)
+
+    def is_counted(record: Any) -> bool:
+        if not isinstance(record, dict):
+            return False
+        of_slots = {"global_physical_count", "topk_ids_of_layer"} & record.keys()
+        has_map = mapping is not None or "physical_to_logical_map" in record
+        return "logical_count" in record or bool(of_slots and has_map)
+
+    return all(map(is_counted, records))
 
 
-def counts_of_records(records: Sequence[dict[str, Any]], mapping: Any = None) -> np.ndarray:
+def slots_of_record(record: dict[str, Any], last_map: Any) -> Slots:
+    """Read a record of SGLang's, or of ours; one that has counts and no map has an expert in each slot.
+
+    `last_map` is the map of records that have none.
+    """
+    source = "physical_to_logical_map" if "physical_to_logical_map" in record else "last_physical_to_logical_map"
+    places, counts, ids = record.get(source, last_map), record.get("global_physical_count"), None
+    is_missing = places is None and source not in record
+    if counts is None and "logical_count" in record:
+        counts, is_missing = record["logical_count"], True
+    if counts is not None:
+        counts = formats.counts("global_physical_count", counts, (2,))
+        if is_missing:
+            places = np.tile(np.arange(counts.shape[1]), (len(counts), 1))
+    checks.holds("path", "a file with a map, or counts", places is not None, "records with neither")
+    places = formats.array(source, places, (2,))
+    checks.every(source, "at least -1", places >= -1, places, ("layer", "slot"))
+    if record.get("topk_ids_of_layer") is not None:
+        ids = formats.array("topk_ids_of_layer", record["topk_ids_of_layer"], (3,), empty=True)
+    if counts is None:
+        checks.holds("path", "a file with counts, or ids of tokens", ids is not None, "a record with neither")
+        counts = count_slots(ids, *places.shape)
+    checks.host_shape("global_physical_count", counts, places.shape, f"that of `{source}`")
+    return Slots(places, counts, ids)
+
+
+def counts_of_records(records: Sequence[dict[str, Any]], mapping: Any = None, size: int = 0) -> np.ndarray:
     """Sum the records of each forward pass: int64 [passes, L, E], in the order in which passes first appear.
 
-    A record has ``logical_count`` [L, E], or ``global_physical_count`` [L, P] by slot, whose experts the mapping [L, P]
-    names. Records of equal ``forward_pass_id`` add up; one that has none is a pass of its own.
+    A record has ``logical_count`` [L, E]; or ``global_physical_count`` [L, P] by slot, or ``topk_ids_of_layer``
+    [L, T, K] of slots, whose experts its own ``physical_to_logical_map`` [L, P] or the mapping names. Records of equal
+    ``forward_pass_id`` add up; one that has none is a pass of its own. `size` is that of the file in bytes.
 
     >>> counts_of_records([{"global_physical_count": [[3, 1, 2]]}], mapping=[[0, 1, 0]])
     array([[[5, 1]]])
+    >>> counts_of_records([{"topk_ids_of_layer": [[[0, 2], [1, -1]]]}], mapping=[[0, 1, 0]])
+    array([[[2, 1]]])
     >>> passes = [{"forward_pass_id": number, "logical_count": [[number, 1]]} for number in (7, 8, 8)]
     >>> counts_of_records(passes).tolist()
     [[[7, 1]], [[16, 2]]]
     """
-    passes: dict[Any, np.ndarray] = {}
-    shape = None
+    place_of: dict[Any, int] = {}
+    places: list[int] = []
+    found: list[np.ndarray] = []
     for number, record in enumerate(records):
         if "logical_count" in record:
-            count = checks.host_array("logical_count", record["logical_count"], "int64", (2,))
+            count = formats.counts("logical_count", record["logical_count"], (2,))
         else:
-            count = _logical(record["global_physical_count"], mapping)
-        shape = shape or count.shape
-        checks.host_shape("logical_count", count, shape, "that of the first record")
-        key = record.get("forward_pass_id", ("record", number))
-        passes[key] = passes.get(key, 0) + count
-    return np.stack(list(passes.values()))
+            count = _logical(slots_of_record(record, mapping), len(records), size)
+        checks.host_shape("logical_count", count, found[0].shape if found else count.shape, "that of the first record")
+        key: Any = ("record", number)
+        if "forward_pass_id" in record:
+            key = formats.integer("forward_pass_id", record["forward_pass_id"], -1)
+        places.append(place_of.setdefault(key, len(place_of)))
+        found.append(count)
+    counts = np.stack(found)
+    checks.counts("logical_count", counts)
+    total = np.zeros((len(place_of), *counts.shape[1:]), np.int64)
+    np.add.at(total, places, counts)
+    return total
 
 
-def _logical(physical_count: Any, mapping: Any) -> np.ndarray:
-    experts = checks.host_array("last_physical_to_logical_map", mapping, "int64", (2,))
-    physical = checks.host_array("global_physical_count", physical_count, "int64", (2,))
-    checks.host_shape("global_physical_count", physical, experts.shape, "that of `last_physical_to_logical_map`")
-    count = np.zeros((len(experts), int(experts.max()) + 1), np.int64)
-    layers, slots = np.nonzero(experts >= 0)
-    np.add.at(count, (layers, experts[layers, slots]), physical[layers, slots])
+def _logical(slots: Slots, num_records: int, size: int) -> np.ndarray:
+    experts = slots.places
+    num_experts = int(experts.max()) + 1
+    checks.holds("physical_to_logical_map", "a map with an expert", num_experts > 0, "-1 everywhere")
+    wanted = 8 * num_records * len(experts) * num_experts
+    formats.check_memory("physical_to_logical_map", "the counts of its experts", wanted, size)
+    count = np.zeros((len(experts), num_experts), np.int64)
+    layers, places = np.nonzero(experts >= 0)
+    np.add.at(count, (layers, experts[layers, places]), slots.counts[layers, places])
     return count
+
+
+def count_slots(topk_ids: Any, num_layers: int, num_slots: int) -> np.ndarray:
+    """Count how often ids [L, T, K] name each slot: [L, P]."""
+    checks.holds("topk_ids_of_layer", f"of {num_layers} layers", len(topk_ids) == num_layers, len(topk_ids))
+    known = (topk_ids >= -1) & (topk_ids < num_slots)
+    checks.every("topk_ids_of_layer", f"in [-1, {num_slots})", known, topk_ids, ("layer", "token", "k"))
+    return np.stack([np.bincount(ids[ids >= 0], minlength=num_slots) for ids in topk_ids])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 
 from numba_moe.placement.dumps import read_file
 from numba_moe.placement.rebalance import (
@@ -18,9 +17,12 @@ from numba_moe.placement.rebalance import (
     rebalance_experts,
     slots_of_experts,
 )
-from numba_moe.runtime import checks, files
+from numba_moe.runtime import checks, files, formats
+from numba_moe.runtime.text import counted
 
 FORMATS = (".json", ".npz", ".pt")
+# What the tables of a location that is read may take: 61 layers of 384 experts on 384 ranks need half of it.
+MOST_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,6 +185,8 @@ class ExpertLocation:
         num_nodes: int | None = None,
         num_gpus: int | None = None,
         slots_per_rank: Any = None,
+        num_layers: int | None = None,
+        num_experts: int | None = None,
         **options: Any,
     ) -> "ExpertLocation":
         """Read a location, a map, or counts to place experts by.
@@ -190,55 +194,73 @@ class ExpertLocation:
         Parameters
         ----------
         path : path
-            A ``.json``, ``.npz``, ``.pt`` or ``.safetensors`` file (read without running code from it). It holds what
-            `save` writes; or ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or [steps, L, E], as
-            recorders dump it. A list of records will do as well: each with ``logical_count`` [L, E], or SGLang's
-            ``records`` of a rank with their ``global_physical_count`` [L, P].
+            A ``.json``, ``.npz``, ``.pt``, ``.safetensors`` or ``.csv`` file (read without running code from it). It
+            holds what `save` writes; or ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or
+            [steps, L, E], as recorders dump it, in ``.csv`` one line for an expert. A list of records will do as well:
+            each with ``logical_count`` [L, E], or SGLang's ``records`` of a rank with their ``global_physical_count``
+            [L, P], or with ``topk_ids_of_layer`` [L, T, K] alone.
         num_nodes, num_gpus, slots_per_rank : optional
             Where slots are, for a file that does not say. It needs `num_gpus`; the others are those of `from_mapping`.
         num_replicas, num_groups, **options : optional
             For a file of counts, those of `rebalance_experts`; groups are 1 by default. It needs `num_replicas`.
+        num_layers, num_experts : int, optional
+            Sizes of the model, for a ``.csv`` file without a line for the last layer or expert.
 
         Raises
         ------
         FileNotFoundError
             No such file.
         ValueError
-            Another kind of file, a damaged one, one that holds neither, an argument that is missing, or one that the
-            file has no use for.
+            Another kind of file, a pipe, a damaged file, one that holds neither, counts that are negative or whose sum
+            int64 cannot hold, numbers that ask for far more memory than the file has, an argument that is missing, or
+            one that the file has no use for.
         """
         path = Path(path)
-        content = _read(path)
+        content = _read(path, num_layers, num_experts)
+        of_csv = {} if path.suffix == ".csv" else {"num_layers": num_layers, "num_experts": num_experts}
         of_ranks = {"num_gpus": num_gpus, "num_nodes": num_nodes, "slots_per_rank": slots_per_rank}
         of_counts = {"num_replicas": num_replicas, "num_groups": num_groups, **options}
         has_map, has_ranks = "physical_to_logical_map" in content, "rank_of_slot" in content
-        for name, value in {**(of_ranks if has_ranks else {}), **(of_counts if has_map else {})}.items():
+        unused = {**of_csv, **(of_ranks if has_ranks else {}), **(of_counts if has_map else {})}
+        for name, value in unused.items():
             checks.holds(name, f"left out for {path.name}, which does not need it", value is None, value)
         if has_ranks:
             return cls._from_content(content, path)
         for name, value in {"num_gpus": num_gpus, **({} if has_map else {"num_replicas": num_replicas})}.items():
             checks.holds(name, f"given for {path.name}, which does not say", value is not None, value)
-        num_gpus, num_nodes = num_gpus or 1, num_nodes or 1
+        num_gpus, num_nodes = _or_one(num_gpus), _or_one(num_nodes)
         if has_map:
-            mapping = content["physical_to_logical_map"]
+            mapping = formats.array("physical_to_logical_map", content["physical_to_logical_map"], (2,))
+            check_tables("physical_to_logical_map", len(mapping), int(mapping.max()) + 1, mapping.shape[1])
             return cls.from_mapping(mapping, None, num_gpus, num_nodes, slots_per_rank=slots_per_rank)
         if slots_per_rank is not None:
             options["slots_per_rank"] = slots_per_rank
-        counts = content["logical_count"]
-        return cls.from_counts(counts, num_replicas or 1, num_groups or 1, num_nodes, num_gpus, **options)
+        counts = formats.array("logical_count", content["logical_count"], (2, 3), "float64")
+        if np.asarray(content["logical_count"]).dtype.kind in "iu":
+            counts = formats.counts("logical_count", content["logical_count"], (2, 3))
+        else:
+            total = float(counts.sum())
+            rule = f"loads whose sum is at most {checks.LARGEST_INT64}, as of counts"
+            checks.holds("logical_count", rule, total < 2.0**63, total)
+        num_slots = checks.integer("num_replicas", num_replicas, 1)
+        check_tables("num_replicas", counts.shape[-2], counts.shape[-1], num_slots)
+        with checks.under_names(weight="logical_count"):
+            return cls.from_counts(counts, num_slots, _or_one(num_groups), num_nodes, num_gpus, **options)
 
     @classmethod
     def _from_content(cls, content: dict[str, Any], path: Path) -> "ExpertLocation":
         for name in ("num_logical_experts", "node_of_slot", "physical_to_logical_map"):
             checks.holds("path", f"a file with {name}", name in content, path.name)
-        places = checks.host_array("physical_to_logical_map", content["physical_to_logical_map"], "int64", (2,))
-        num_experts = checks.host_array("num_logical_experts", content["num_logical_experts"], "int64", (0,))
+        places = formats.array("physical_to_logical_map", content["physical_to_logical_map"], (2,))
+        num_experts = formats.array("num_logical_experts", content["num_logical_experts"], (0,))
         num_slots = places.shape[1]
         experts = checks.integer("num_logical_experts", int(num_experts), 1, num_slots, f"the slots = {num_slots}")
-        rank_of_slot = checks.host_array("rank_of_slot", content["rank_of_slot"], "int64", (1,))
+        check_tables("physical_to_logical_map", len(places), experts, num_slots)
+        rank_of_slot = formats.array("rank_of_slot", content["rank_of_slot"], (1,))
         checks.host_shape("rank_of_slot", rank_of_slot, (num_slots,), "(the number of slots,)")
+        node_of_slot = formats.array("node_of_slot", content["node_of_slot"], (1,))
         check_map("physical_to_logical_map", places, experts, rank_of_slot)
-        return cls(places, *slots_of_experts(places, experts), rank_of_slot, content["node_of_slot"])
+        return cls(places, *slots_of_experts(places, experts), rank_of_slot, node_of_slot)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``.json``, ``.npz`` or ``.pt`` file, whole or not at all.
@@ -246,10 +268,12 @@ class ExpertLocation:
         Parameters
         ----------
         path : path
-            Where to write; a file that is there is replaced.
+            Where to write; a file that is there is replaced, through a link if it is one, and keeps its mode.
 
         Raises
         ------
+        OSError
+            The file could not be written: what was there is still there.
         ValueError
             Another kind of file.
 
@@ -287,8 +311,9 @@ class ExpertLocation:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        sizes = f"{self.num_layers} layers, {self.num_logical_experts} experts in {self.num_physical_experts} slots"
-        return f"ExpertLocation({sizes} of {self.num_gpus} ranks on {self.num_nodes} nodes)"
+        layers, experts = counted(self.num_layers, "layer"), counted(self.num_logical_experts, "expert")
+        slots, ranks = counted(self.num_physical_experts, "slot"), counted(self.num_gpus, "rank")
+        return f"ExpertLocation({layers}, {experts} in {slots} of {ranks} on {counted(self.num_nodes, 'node')})"
 
     @property
     def num_layers(self) -> int:
@@ -395,6 +420,17 @@ def check_alike(argument: str, value: Any, location: ExpertLocation) -> None:
         checks.holds(argument, "of the same sizes, ranks and nodes", same, value)
 
 
+def check_tables(argument: str, num_layers: int, num_experts: int, num_slots: int) -> None:
+    """Check that the slots of every expert, in a table [L, E, P - E + 1], take a size that a machine can have."""
+    wanted = 8 * num_layers * num_experts * (num_slots - num_experts + 1)
+    rule = f"small enough for the slots of every expert to take at most {MOST_BYTES} bytes"
+    checks.holds(argument, rule, wanted <= MOST_BYTES, f"{wanted} bytes")
+
+
+def _or_one(number: int | None) -> int:
+    return 1 if number is None else number
+
+
 def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     """Return the layers asked for, all by default."""
     last = num_layers - 1
@@ -408,11 +444,11 @@ def _write(file: IO[bytes], suffix: str, arrays: dict[str, np.ndarray]) -> None:
     elif suffix == ".npz":
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     else:
-        torch.save({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, file)
+        formats.write_pt(file, arrays)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = read_file(path)
+def _read(path: Path, num_layers: int | None, num_experts: int | None) -> dict[str, Any]:
+    content = read_file(path, num_layers, num_experts)
     known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
     checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
     return content

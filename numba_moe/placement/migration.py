@@ -126,7 +126,8 @@ def checksum(row: torch.Tensor) -> torch.Tensor:
     if row.numel() % WORD or row.storage_offset() % WORD:
         row = torch.nn.functional.pad(row, (0, -row.numel() % WORD))
     words = row.view(torch.int64)
-    return (words * torch.arange(1, 2 * words.numel(), 2, device=row.device)).sum().reshape(1)
+    factors = torch.arange(1, 2 * words.numel(), 2, dtype=torch.int64, device=row.device)
+    return (words * factors).sum().reshape(1)
 
 
 class _Migration:

@@ -3,20 +3,30 @@
 import contextlib
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from numba_moe.recorder import metrics, sums
 from numba_moe.recorder.files import FORMATS, Dump
-from numba_moe.recorder.hooks import MODES, PRIMARY, Hooks, Record, Setting
-from numba_moe.recorder.passes import TokenFiles, TokenLists, TokenStream
+from numba_moe.recorder.hooks import HERE, MODES, PRIMARY, Hooks, setting
+from numba_moe.recorder.passes import OpenPass, Record, Spill, Tokens, copied, gathered
 from numba_moe.runtime import checks
 
 # The id of what was counted outside of passes.
 NO_PASS = -1
+
+
+class Taken:
+    """What a dump gives out, the maps of it, and what `_forget` has left."""
+
+    def __init__(self, records: list[Record], maps: list[np.ndarray]) -> None:
+        self.records, self.maps = records, maps
+        self.left: deque[Record] | None = None
 
 
 class ExpertDistributionRecorder(Hooks):
@@ -60,7 +70,14 @@ class ExpertDistributionRecorder(Hooks):
     -----
     Hooks and passes do not synchronise: counters are int64 on the device, and a hook is one launch. Recording is
     switched by a flag on the device, so a captured graph that contains hooks records, or does not, at each replay.
-    Hooks, passes and maps belong to one thread; control may come from others, and then takes effect between passes.
+    Hooks, passes and maps belong to one thread; control may come from others, and then takes effect between passes. A
+    dump is put together and written while passes go on; what they record is for the next dump.
+
+    An exception, a KeyboardInterrupt too, loses no counts but those of the call that it stops: a pass ends with what it
+    has, and what a dump did not give out is kept. In a forked child the recorder is empty, and of use on the CPU only.
+
+    With "per_token" the recorder has a thread. It ends when the recorder is closed, which a ``with`` statement does as
+    well, or when nothing refers to it.
 
     Examples
     --------
@@ -104,14 +121,14 @@ class ExpertDistributionRecorder(Hooks):
             if self._wanted == on:
                 warnings.warn(unchanged, RuntimeWarning, stacklevel=3)
             self._wanted = on
-            if not self._in_pass:
+            if self._pass is None:
                 self._apply()
 
     def _apply(self) -> None:
         if self._on != self._wanted:
             self._wait_for_device()
+            self._flags[0].fill_(int(self._wanted))
             self._on = self._wanted
-            self._flags[0].fill_(int(self._on))
             self._note_work()
 
     def reset(self) -> None:
@@ -120,13 +137,47 @@ class ExpertDistributionRecorder(Hooks):
             return
         with self._lock:
             self._wait_for_device()
-            for stream in self._streams.values():
-                stream.forget(self._in_pass)
-            if not self._in_pass:
-                for counters in self._counters.values():
-                    counters.all.zero_()
-            self._clear()
+            self._records = deque(maxlen=self._size)
+            self._spill = None
+            self._forget_maps(self._maps[-1])
+            if self._pass is None:
+                self._clear_counts()
             self._note_work()
+
+    def _forget_maps(self, places: np.ndarray) -> None:
+        """Forget the maps before one, or before that of the open pass."""
+        first = self._index_of(places)
+        if self._pass is not None and self._pass.recorded:
+            first = min(first, self._index_of(self._pass.places))
+        self._maps = self._maps[first:]
+
+    def _index_of(self, places: np.ndarray) -> int:
+        return next((index for index, known in enumerate(self._maps) if known is places), 0)
+
+    def close(self) -> None:
+        """Stop recording, forget what was recorded, and end the recorder's thread; it may start again.
+
+        Raises
+        ------
+        RuntimeError
+            A pass is open.
+        """
+        with self._lock:
+            if self._pass is not None:
+                raise RuntimeError("`close` must not be called inside a pass")
+            if self.mode is not None:
+                self._wanted = False
+                self._apply()
+                self.reset()
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown()
+
+    def __enter__(self) -> "ExpertDistributionRecorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def dump_record(
         self, output_mode: str = "file", *, format: str = "npz", directory: Any = "."
@@ -164,38 +215,71 @@ class ExpertDistributionRecorder(Hooks):
         if self.mode is None:
             warnings.warn("there is nothing to dump: the recorder's mode is None", RuntimeWarning, stacklevel=2)
             return None
-        with self._lock:
-            dump = self._dump()
-            found: Path | Dump | None = dump
-            if not len(dump.forward_pass_id):
-                warnings.warn("there is nothing to dump: no pass was recorded", RuntimeWarning, stacklevel=2)
-                found = dump if output_mode == "object" else None
-            elif output_mode == "file":
-                found = None
-                summed = self.mode in MODES[:2]
-                if not summed or self.rank == 0:
-                    name = f"expert_distribution_recorder_{time.time_ns()}" + ("" if summed else f"_{self.rank}")
-                    found = Path(directory) / f"{name}.{format}"
-                    dump.save(found)
-            self.reset()
+        taken = path = None
+        try:
+            with self._dumping:
+                taken = self._finished()
+                dump = self._dump_of(taken)
+                found: Path | Dump | None = dump
+                if not len(dump.forward_pass_id):
+                    warnings.warn("there is nothing to dump: no pass was recorded", RuntimeWarning, stacklevel=2)
+                    found = dump if output_mode == "object" else None
+                elif output_mode == "file":
+                    summed = self.mode in MODES[:2]
+                    if not summed or self.rank == 0:
+                        name = f"expert_distribution_recorder_{time.time_ns()}" + ("" if summed else f"_{self.rank}")
+                        path = Path(directory) / f"{name}.{format}"
+                    with sums.together(self.process_group if summed else None):
+                        if path is not None:
+                            dump.save(path)
+                    found = path
+                self._forget(taken)
             return found
+        except BaseException:
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            if taken is not None:
+                self._put_back(taken)
+            raise
 
-    def _dump(self) -> Dump:
-        self._wait_for_device()
-        tokens: list[Any] = []
-        num_tokens = None
-        if self.mode == "per_token":
-            for stream in self._streams.values():
-                stream.flush()
-            if self._tokens is not None:
-                tokens, num_tokens = self._tokens.read()
-        elif not self._in_pass:
-            self._pass_map = len(self._maps) - 1
-            for name, counters in self._counters.items():
-                if counters.all.any():
-                    self._end_counts(name, NO_PASS)
-        records = list(self._records)
-        counts = self._counts.last(len(self._counts))
+    def _finished(self) -> Taken:
+        """Return what finished passes and calls outside of passes have left."""
+        with self._lock:
+            self._wait_for_device()
+            if self._pass is None:
+                names = [name for name, counters in self._counters.items() if counters.all.any()]
+                if names:
+                    with self._open_pass(OpenPass(NO_PASS, None, names)):
+                        pass
+            self._spill = None  # what comes after is another dump's
+            return Taken(list(self._records), list(self._maps))
+
+    def _forget(self, taken: Taken) -> None:
+        """Forget what was given out."""
+        with self._lock:
+            known = set(map(id, taken.records))
+            taken.left = deque((record for record in self._records if id(record) not in known), maxlen=self._size)
+            self._records = taken.left
+            self._forget_maps(taken.maps[-1])
+
+    def _put_back(self, taken: Taken) -> None:
+        """Undo what `_forget` did, unless a reset has come since."""
+        with self._lock:
+            if self._records is taken.left:
+                first = next(index for index, places in enumerate(taken.maps) if places is self._maps[0])
+                self._maps = [*taken.maps[:first], *self._maps]
+                self._records = deque([*taken.records, *self._records], maxlen=self._size)
+
+    def _dump_of(self, taken: Taken) -> Dump:
+        records, maps = taken.records, taken.maps
+        index_of = {id(places): index for index, places in enumerate(maps)}
+        tokens, num_tokens = None, None
+        if self.mode == "per_token" and records:
+            found = [record.tokens.parts() for record in records if record.tokens is not None]
+            num_tokens = np.array([rows for rows, _ in found], np.int64)
+            sizes = self._directory, (self.num_layers, self._top_k or 1), 1 + self._with_weights
+            tokens = gathered([part for _, parts in found for part in parts], *sizes)
         dump = Dump(
             mode=str(self.mode),
             rank=self.rank,
@@ -203,87 +287,152 @@ class ExpertDistributionRecorder(Hooks):
             num_gpus=self.num_gpus,
             forward_pass_id=np.array([record.forward_pass_id for record in records], np.int64),
             gatherer_key=[record.gatherer_key for record in records],
-            map_of_pass=np.array([record.map_index for record in records], np.int64),
-            physical_to_logical_maps=np.stack(self._maps),
-            topk_ids=tokens[0] if tokens else None,
-            topk_weights=tokens[1] if len(tokens) > 1 else None,
+            map_of_pass=np.array([index_of[id(record.places)] for record in records], np.int64),
+            physical_to_logical_maps=np.stack(maps),
+            topk_ids=tokens and tokens[0],
+            topk_weights=tokens[1] if tokens and len(tokens) > 1 else None,
             num_tokens=num_tokens,
         )
         if self.mode == "per_token":
             return dump.with_counts_of_tokens(self.num_slots)
+        counts = self._counts_of(records)
         if self.mode == "per_pass" or self.process_group is None:
             return dump.with_counts(counts.cpu().numpy())
         return sums.over_ranks(dump, counts, self.process_group)
 
+    def _counts_of(self, records: Sequence[Record]) -> torch.Tensor:
+        """Return counts on the device, [N, L, P]."""
+        counts = [record.counts for record in records if record.counts is not None]
+        shape = len(counts), self.num_layers, self.num_slots
+        return torch.stack(counts) if counts else torch.empty(shape, dtype=torch.int64, device=self.device)
+
     def metrics(self, windows: Sequence[int] = (10, 100, 1000)) -> metrics.Metrics:
-        """Return what the last passes say, on the device and of all ranks, who call it together."""
+        """Return what the last passes say, on the device and of all ranks, who call it together.
+
+        Parameters
+        ----------
+        windows : sequence of int
+            Of how many last passes there is a mean balancedness each; the largest is what all other figures are of,
+            but for `utilization`.
+
+        Raises
+        ------
+        TypeError
+            Windows that are no sequence of integers.
+        ValueError
+            No windows, or one below 1; ranks with different maps; counts whose sums int64 does not hold.
+        RuntimeError
+            A mode without counts; nothing was recorded.
+        """
         if self.mode not in MODES[:3]:
             raise RuntimeError(f"`metrics` must be asked of a mode that counts, got {self.mode!r}")
+        windows = metrics.check_windows(windows)
         with self._lock:
             self._wait_for_device()
-            records = list(self._records)[-max(windows) :]
-            pass_ids, map_of_pass = [r.forward_pass_id for r in records], [r.map_index for r in records]
-            counts, sizes = self._counts.last(len(records)), (self.num_experts, self.num_gpus)
-            group = self.process_group
-            found = metrics.measure(counts, pass_ids, map_of_pass, self._maps, sizes, windows, group)
+            records, maps = list(self._records)[-max(windows) :], list(self._maps)
+        index_of = {id(places): index for index, places in enumerate(maps)}
+        pass_ids, map_of_pass = [r.forward_pass_id for r in records], [index_of[id(r.places)] for r in records]
+        counts, sizes = self._counts_of(records), (self.num_experts, self.num_gpus)
+        found = metrics.measure(counts, pass_ids, map_of_pass, maps, sizes, windows, self.process_group)
+        with self._lock:
             self._note_work()
-            return found
+        return found
 
-    @contextlib.contextmanager
-    def with_forward_pass(self, forward_pass_id: int, num_tokens: int | None = None) -> Iterator[None]:
+    def with_forward_pass(
+        self, forward_pass_id: int, num_tokens: int | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Take what is counted inside as one forward pass.
 
         `num_tokens`, if given, says how many tokens it has; further rows of `topk_ids` are padding, in replayed
         graphs too. While a graph is captured there are no passes.
         """
-        if self.mode is None or self._capturing():
-            with Setting(self, "_rows_of", {}):
-                yield
-            return
+        if self.mode is None:
+            return HERE
+        if self._capturing():
+            return setting(self, "_rows_of", {})
         number = checks.integer("forward_pass_id", forward_pass_id, 0, 2**63 - 1)
         if num_tokens is not None:
             checks.integer("num_tokens", num_tokens, 0)
+        return self._open_pass(OpenPass(number, num_tokens))
+
+    @contextlib.contextmanager
+    def _open_pass(self, opened: OpenPass) -> Iterator[None]:
+        """Open a pass, and close it whichever line an exception comes at."""
+        try:
+            try:
+                self._begin_pass(opened)
+                yield
+            finally:
+                self._close_pass(opened)
+        except BaseException:
+            self._close_pass(opened)  # again, as an interrupt may have come before the first of it
+            raise
+
+    def _begin_pass(self, opened: OpenPass) -> None:
         with self._lock:
-            if self._in_pass:
+            if self._pass is not None:
                 raise RuntimeError("`with_forward_pass` must not be inside another")
             self._wait_for_device()
             self._apply()
-            self._in_pass, self._pass_map, self._rows_of = True, len(self._maps) - 1, {}
-            self._limited = self._on and num_tokens is not None
-            if self._limited:
-                self._flags[1].fill_(num_tokens)
-        try:
-            yield
-        finally:
-            with self._lock:
-                used, self._rows_of = self._rows_of or {}, None
-                self._in_pass = False
-                if self._on:
-                    self._end_pass(number, used)
-                    if self._limited:
-                        self._flags[1].fill_(checks.LARGEST_INT32)
-                    self._note_work()
-                self._apply()
+            opened.places, opened.layer = self._maps[-1], self._layer
+            self._pass = opened  # from here on an exception ends it, and before the last line nothing is recorded
+            self._rows_of = opened.rows
+            if self._on and opened.num_tokens is not None:
+                self._limited = True
+                self._flags[1].fill_(opened.num_tokens)
+            opened.recorded = self._on or opened.names is not None
 
-    def _end_pass(self, number: int, used: dict[tuple[str, int], int]) -> None:
-        names = [PRIMARY] if self.mode in MODES[:2] else sorted({name for name, _ in used} | self._lasting)
-        for name in names or [PRIMARY]:
-            if self.mode != "per_token":
-                self._end_counts(name, number)
-            elif name in self._streams:
-                stream = self._streams[name]
-                if self._tokens is None:
-                    self._tokens = self._new_tokens(stream)
-                stream.end_pass(max((rows for key, rows in used.items() if key[0] == name), default=0), self._tokens)
-                self._records.append(Record(number, name, self._pass_map))
+    def _close_pass(self, opened: OpenPass) -> None:
+        with self._lock:
+            try:
+                self._end_pass(opened)
+            except BaseException:
+                try:
+                    self._end_pass(opened)  # again from where it came to
+                finally:
+                    self._settle(opened)  # without its counts, if an error comes twice
+                raise
 
-    def _new_tokens(self, stream: TokenStream) -> TokenFiles | TokenLists:
-        if self._spill is not None:
-            return TokenFiles(self._spill, stream.shape, stream.with_weights)
-        return TokenLists(self._size, stream.shape, stream.with_weights)
+    def _end_pass(self, opened: OpenPass) -> None:
+        if self._pass is opened and opened.recorded:
+            self._wait_for_device()
+            if opened.records is None:
+                found = [self._record(name, opened) for name in self._names_of(opened)]
+                opened.records = [record for record in found if record is not None]
+            if opened.records and not (self._records and self._records[-1] is opened.records[-1]):
+                self._records.extend(opened.records)
+        self._settle(opened)
 
-    def _end_counts(self, name: str, number: int) -> None:
-        counts = self._counter(name).all
-        self._counts.append(counts.sum(dim=1))
-        counts.zero_()
-        self._records.append(Record(number, name, self._pass_map))
+    def _settle(self, opened: OpenPass) -> None:
+        """Clear the counters of a pass, whose counts are kept, and let control take effect."""
+        if self._pass is opened:
+            for name in self._names_of(opened) if opened.recorded else ():
+                if self.mode != "per_token":
+                    self._counter(name).all.zero_()
+                elif name in self._streams:
+                    self._streams[name].clear()
+            self._unlimit()
+            if opened.recorded:
+                self._note_work()
+            self._apply()
+            self._layer, self._rows_of = opened.layer, None
+            self._pass = None
+
+    def _names_of(self, opened: OpenPass) -> list[str]:
+        if opened.names is not None:
+            return opened.names
+        names = [] if self.mode in MODES[:2] else sorted({name for name, _ in opened.rows} | self._lasting)
+        return names or [PRIMARY]
+
+    def _record(self, name: str, opened: OpenPass) -> Record | None:
+        about = opened.number, name, opened.places
+        if self.mode != "per_token":
+            return Record(*about, counts=self._counter(name).all.sum(dim=1))
+        if name not in self._streams:
+            return None
+        if self._directory is not None and self._spill is None:
+            self._spill = Spill(self._directory, (self.num_layers, self._top_k or 1))
+        tokens = opened.tokens.setdefault(name, Tokens(copied if self._spill is None else self._spill.add))
+        num_rows = max((rows for key, rows in opened.rows.items() if key[0] == name), default=0)
+        self._streams[name].send(num_rows, tokens, self._keeper())
+        return Record(*about, tokens=tokens)

@@ -294,6 +294,8 @@ def add_expert_counts(
     launch = plan_count(
         *(given, num_experts, first_row, counts.device), switched=enabled is not None, limited=num_tokens is not None
     )
+    inputs = {"topk_ids": topk_ids, "enabled": enabled, "num_tokens": num_tokens}
+    checks.apart({**inputs, "counts": counts}, ("counts",))
     if arrays.answered_by_reference(topk_ids):
         options = {"counts": counts, "enabled": enabled, "num_tokens": num_tokens, "first_row": first_row}
         arrays.by_reference(reference.add_expert_counts, topk_ids, **options)

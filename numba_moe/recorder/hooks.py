@@ -1,8 +1,11 @@
 """What a model calls while it runs: the recorder's hooks, and their context."""
 
 import contextlib
+import os
 import threading
+import weakref
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +16,8 @@ import torch.utils.dlpack
 
 from numba_moe.recorder import sums
 from numba_moe.recorder.counting import add_expert_counts, plan_add, plan_count
-from numba_moe.recorder.passes import CountRows, TokenStream
-from numba_moe.runtime import arrays, checks
+from numba_moe.recorder.passes import OpenPass, Record, Spill, TokenStream, to_device
+from numba_moe.runtime import arrays, checks, torch_private
 from numba_moe.runtime.plans import layout
 
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
@@ -33,16 +36,6 @@ class Counters(NamedTuple):
 
 
 HERE = contextlib.nullcontext()
-# What torch.cuda.is_current_stream_capturing calls; absent from torch's CPU build.
-_is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
-
-
-class Record(NamedTuple):
-    """What the host knows about the counts or tokens of a pass."""
-
-    forward_pass_id: int
-    gatherer_key: str
-    map_index: int
 
 
 class Setting:
@@ -59,6 +52,33 @@ class Setting:
 
     def __exit__(self, *error: object) -> None:
         setattr(self._owner, self._name, self._before)
+
+
+@contextlib.contextmanager
+def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Do the same, and end it whichever line an exception comes at; three times as slow."""
+    before = getattr(owner, name)
+    try:
+        try:
+            setattr(owner, name, value)
+            yield
+        finally:
+            setattr(owner, name, before)
+    except BaseException:
+        setattr(owner, name, before)  # again, as an interrupt may have come before the first of it
+        raise
+
+
+_recorders: "weakref.WeakSet[Hooks]" = weakref.WeakSet()
+
+
+def _start_over_in_child() -> None:
+    for recorder in _recorders:
+        recorder._start_over()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_over_in_child)
 
 
 class Hooks:
@@ -87,10 +107,10 @@ class Hooks:
         self._top_k = None if top_k is None else checks.integer("top_k", top_k, 1)
         self._size = None if buffer_size is None else checks.integer("buffer_size", buffer_size, 1)
         self._chunk_tokens = checks.integer("chunk_tokens", chunk_tokens, 1)
-        self._spill = None if spill_directory is None else Path(spill_directory)
+        self._directory = None if spill_directory is None else Path(spill_directory)
         spills = mode == "per_token" and buffer_size is None
         checks.holds(
-            "spill_directory", "None but for 'per_token' of all passes", spills or not self._spill, self._spill
+            "spill_directory", "None but for 'per_token' of all passes", spills or not self._directory, self._directory
         )
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
         if self.device.type == "cuda" and self.device.index is None:
@@ -98,50 +118,90 @@ class Hooks:
         self._is_cuda = self.device.type == "cuda"
         self.rank, self.num_ranks = sums.place_in(process_group)
         places = physical_to_logical_map
-        self._maps = [np.tile(np.arange(num_experts), (num_layers, 1)) if places is None else self._check_map(places)]
+        if places is None:
+            places = np.tile(np.arange(num_experts, dtype=np.int64), (num_layers, 1))
+        self._maps = [self._check_map(places)]
         self.num_slots = self._maps[0].shape[1]
         self.num_gpus = self.num_ranks if num_gpus is None else checks.integer("num_gpus", num_gpus, 1)
         checks.divides("num_gpus", self.num_gpus, "the number of slots", self.num_slots)
 
         self._layer: int | None = None
-        self._name, self._disabled, self._in_pass = PRIMARY, False, False
-        self._pass_map = 0
-        self._lock = threading.RLock()
-        self._limited = False  # whether the pass has fewer tokens than rows
-        self._wanted = self._on = False  # what was asked for, and what the device goes by
+        self._name, self._disabled = PRIMARY, False
+        self._pass: OpenPass | None = None
         self._rows_of: dict[tuple[str, int], int] | None = None  # rows of this pass so far, by name and layer
+        self._lock = threading.RLock()  # what follows is read and changed under it
+        self._dumping = threading.RLock()  # held by one dump, while it writes
+        self._records: deque[Record] = deque(maxlen=self._size)
+        self._spill: Spill | None = None
+        self._limited = False  # whether the device goes by a number of tokens
+        self._wanted = self._on = False  # what was asked for, and what the device goes by
         self._changed: Any = None
+        self._executor: ThreadPoolExecutor | None = None
         if mode is not None:
-            state = torch.tensor([0, checks.LARGEST_INT32], dtype=torch.int32, device=self.device)
-            self._flags = list(state.split(1))  # whether to record, and how many tokens
+            with torch.inference_mode(False):  # what is made in that mode cannot be written out of it
+                state = torch.zeros(2, dtype=torch.int32, device=self.device)
+                self._flags = list(state.split(1))  # whether to record, and how many tokens
+            self._flags[1].fill_(checks.LARGEST_INT32)
             self._lasting: set[str] = set()  # names that captured graphs, or others, count for
             self._counters: dict[str, Counters] = {}
             self._streams: dict[str, TokenStream] = {}
             self._with_weights = False
-            self._keeper = ThreadPoolExecutor(1, "numba-moe-recorder") if mode == "per_token" else None
             if mode != "per_token":
                 self._counter(PRIMARY)
-        self._clear()
+        _recorders.add(self)
 
-    def _clear(self) -> None:
-        self._maps = self._maps[self._pass_map if self._in_pass else -1 :]
-        self._pass_map = 0
-        self._records: deque[Record] = deque(maxlen=self._size)
-        self._counts = CountRows(self._size, (self.num_layers, self.num_slots), self.device)
-        self._tokens: Any = None
+    __init__.__qualname__ = "ExpertDistributionRecorder.__init__"  # which a wrong keyword's error names
+
+    def _keeper(self) -> ThreadPoolExecutor:
+        """Return what keeps tokens: a thread that ends when the recorder is closed or nothing refers to it."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, "numba-moe-recorder")
+        return self._executor
+
+    def _start_over(self) -> None:
+        """In a forked child, forget what the parent recorded, and its threads with whatever locks they held."""
+        self._lock, self._dumping = threading.RLock(), threading.RLock()
+        self._executor = self._spill = self._changed = None
+        self._records = deque(maxlen=self._size)
+        if self._pass is not None and self._pass.thread != threading.get_ident():
+            self._pass = self._rows_of = self._layer = None
+            self._name, self._disabled = PRIMARY, False
+        if self._pass is not None:
+            self._pass.rows.clear()
+            self._pass.tokens, self._pass.records = {}, None
+        if self.mode is None:
+            return
+        for stream in self._streams.values():
+            stream.start_over()
+        if not self._is_cuda:  # a device is of no use to a forked child
+            self._clear_counts()
+            if self._pass is None:
+                self._unlimit()
+
+    def _clear_counts(self) -> None:
+        for counters in self._counters.values():
+            counters.all.zero_()
+        for stream in self._streams.values():
+            stream.clear()
+
+    def _unlimit(self) -> None:
+        """Let every row be a token."""
+        if self._limited:
+            self._flags[1].fill_(checks.LARGEST_INT32)
+            self._limited = False
 
     def with_current_layer(self, layer: int) -> Setting:
         """Take hooks inside as those of a layer."""
         last = self.num_layers - 1
         return Setting(self, "_layer", checks.integer("layer", layer, 0, last, f"num_layers - 1 = {last}"))
 
-    def with_debug_name(self, name: str) -> Setting:
+    def with_debug_name(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Keep what is recorded inside apart, as records of this name, in the modes that have records."""
-        return Setting(self, "_name", name)
+        return setting(self, "_name", name)
 
-    def disable_this_region(self) -> Setting:
+    def disable_this_region(self) -> contextlib.AbstractContextManager[None]:
         """Let hooks inside do nothing, in a captured graph too."""
-        return Setting(self, "_disabled", True)
+        return setting(self, "_disabled", True)
 
     @property
     def enabled(self) -> torch.Tensor:
@@ -167,6 +227,10 @@ class Hooks:
         """Record the experts of tokens, [num_tokens, top_k]; -1 is none. "stat_approx" has no use for it."""
         if self.mode is None or self.mode == "stat_approx" or self._disabled:
             return
+        if arrays.is_traced():
+            raise RuntimeError(
+                "`on_select_experts` must be outside of compiled code; in it, gating counts into `layer_counts`"
+            )
         name, capturing = self._key(), self._capturing()
         if not (self._on or capturing or self._is_new(name)):
             return
@@ -182,7 +246,8 @@ class Hooks:
         if capturing:
             self._lasting.add(name)
         key = name, layer
-        rows_of = None if capturing and self._in_pass else self._rows_of  # what is captured in a pass is not of it
+        in_pass = self._pass is not None
+        rows_of = None if capturing and in_pass else self._rows_of  # what is captured in a pass is not of it
         first_row = 0 if rows_of is None else rows_of.get(key, 0)
         with self._on_device():
             if self.mode == "per_token":
@@ -213,8 +278,7 @@ class Hooks:
         if not isinstance(counts, torch.Tensor):
             if capturing:
                 raise RuntimeError("`counts` must be on the device while a graph is captured, got a list")
-            host = torch.tensor(counts, dtype=torch.int64, pin_memory=self._is_cuda)
-            counts = host.to(self.device, non_blocking=True)
+            counts = to_device(checks.host_array("counts", counts, "int64", (1,)), self.device)
         length = len(counts)
         if first_slot is None:
             first_slot = 0 if length == self.num_slots else self.rank * length
@@ -249,10 +313,10 @@ class Hooks:
         return self._name if self.mode in ("per_pass", "per_token") else PRIMARY
 
     def _capturing(self) -> bool:
-        return self._is_cuda and _is_capturing()
+        return self._is_cuda and torch_private.is_capturing()
 
     def _on_device(self) -> Any:
-        if not self._is_cuda or torch._C._cuda_getDevice() == self.device.index:
+        if not self._is_cuda or torch_private.current_device() == self.device.index:
             return HERE
         return torch.cuda.device(self.device)
 
@@ -269,8 +333,9 @@ class Hooks:
         if name not in self._counters:
             self._check_not_captured(name)
             shape = (self.num_layers, COUNTER_ROWS, self.num_slots)
-            counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
-            self._counters[name] = Counters(counts, list(counts.unbind()), list(counts[:, 0].unbind()))
+            with torch.inference_mode(False):  # what is made in that mode cannot be written out of it
+                counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
+                self._counters[name] = Counters(counts, list(counts.unbind()), list(counts[:, 0].unbind()))
         return self._counters[name]
 
     def _is_new(self, name: str) -> bool:
@@ -290,7 +355,7 @@ class Hooks:
         if not self._streams:
             self._top_k, self._with_weights = self._top_k or ids.shape[1], weights is not None
         shape = self.num_layers, self._top_k or 1
-        sizes = self.num_slots, self._chunk_tokens, self._with_weights, self.device, self._keeper
+        sizes = self.num_slots, self._chunk_tokens, self._with_weights, self.device
         self._streams[name] = TokenStream(shape, *sizes)
 
     def _store(self, name: str, layer: int, first_row: int, ids: Any, weights: Any, capturing: bool) -> None:

@@ -1,5 +1,7 @@
 """Control of a recorder over HTTP: an ASGI app to mount in a server; it listens to nothing by itself."""
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,8 @@ from numba_moe.runtime import checks
 
 if TYPE_CHECKING:
     from numba_moe.recorder.control import ExpertDistributionRecorder
+
+METHODS = ["GET", "POST"]
 
 
 def make_app(recorder: "ExpertDistributionRecorder", directory: str | os.PathLike[str]) -> Any:
@@ -26,8 +30,8 @@ def make_app(recorder: "ExpertDistributionRecorder", directory: str | os.PathLik
     starlette.applications.Starlette
         ``POST /start_expert_distribution_record``, ``POST /stop_expert_distribution_record`` and
         ``POST /dump_expert_distribution_record?format=npz``, which answers with the name of the file, null if there is
-        nothing to dump. ``GET`` does the same, as it does there. Errors are 400 for a request that cannot be
-        followed, 500 for a file that could not be written.
+        nothing to dump. ``GET`` does the same, as it does there; ``HEAD`` and others are 405 and do nothing. Errors are
+        400 for a request that cannot be followed, 500 for a file that could not be written.
 
     Raises
     ------
@@ -57,10 +61,19 @@ def make_app(recorder: "ExpertDistributionRecorder", directory: str | os.PathLik
 
     def switch(on: bool) -> None:
         if recorder.recording != on:
-            if on:
-                recorder.start_record()
-            else:
-                recorder.stop_record()
+            with contextlib.suppress(RuntimeWarning):  # that there is no mode, which `-W error` raises
+                if on:
+                    recorder.start_record()
+                else:
+                    recorder.stop_record()
+
+    def write(format: str) -> Path | None:
+        if place.resolve() != place:
+            raise OSError(errno.ENOTDIR, "the directory is a link to another one now")
+        with contextlib.suppress(RuntimeWarning):  # that there is nothing to dump
+            found = recorder.dump_record("file", format=format, directory=place)
+            return found if isinstance(found, Path) else None
+        return None
 
     async def start(request: Request) -> JSONResponse:
         await run_in_threadpool(switch, True)
@@ -77,13 +90,13 @@ def make_app(recorder: "ExpertDistributionRecorder", directory: str | os.PathLik
             rule = f"the one parameter is format, one of {', '.join(FORMATS)}"
             return JSONResponse({"error": rule}, status_code=400)
         try:
-            path = await run_in_threadpool(recorder.dump_record, "file", format=format, directory=place)
+            path = await run_in_threadpool(write, format)
         except OSError as error:
-            return JSONResponse({"error": f"the dump was not written: {error.strerror}"}, status_code=500)
-        return JSONResponse({"file": path.name if isinstance(path, Path) else None})
+            return JSONResponse({"error": f"the dump was not written: {error.strerror or error}"}, status_code=500)
+        return JSONResponse({"file": path and path.name})
 
-    methods = ["GET", "POST"]
     calls = {"start": start, "stop": stop, "dump": dump}
-    return Starlette(
-        routes=[Route(f"/{name}_expert_distribution_record", call, methods=methods) for name, call in calls.items()]
-    )
+    routes = [Route(f"/{name}_expert_distribution_record", call, methods=METHODS) for name, call in calls.items()]
+    for route in routes:
+        route.methods = set(METHODS)  # without HEAD, which Starlette adds to GET
+    return Starlette(routes=routes)

@@ -1,5 +1,7 @@
 """What counts say about experts and ranks; computed where the counts are, read when somebody asks."""
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +9,10 @@ import numpy as np
 import torch
 
 from numba_moe.recorder import sums
+from numba_moe.recorder.passes import to_device
 from numba_moe.reference import recorder as reference
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.plans import layout
+from numba_moe.runtime.plans import Layout, layout
 
 COUNTS = (torch.int64, torch.int32)
 # Experts of a layer that `Metrics` names.
@@ -28,8 +31,27 @@ class Metrics(NamedTuple):
     hottest_counts: torch.Tensor  # int64 [L, up to 8]
 
 
+def _layout(value: Any) -> Any:
+    """Return a layout, of what torch.compile traces as well, which has no address; torch's code takes any strides."""
+    if arrays.is_traced() and isinstance(value, torch.Tensor):
+        return Layout(value.shape, value.dtype, value.device, None, 0)
+    return layout(value)
+
+
 def _check_counts(name: str, value: Any, ndims: tuple[int, ...]) -> None:
-    checks.array(name, layout(value), COUNTS, ndims)
+    checks.array(name, _layout(value), COUNTS, ndims)
+
+
+def _by_reference(value: torch.Tensor) -> bool:
+    return not arrays.is_traced() and arrays.answered_by_reference(value)
+
+
+def check_windows(windows: Any) -> tuple[int, ...]:
+    """Return the windows of `Metrics`."""
+    if isinstance(windows, str) or not isinstance(windows, Sequence):
+        raise TypeError(f"`windows` must be a sequence of integers, got {type(windows).__name__}")
+    checks.holds("windows", "one window or more", len(windows) > 0, "none")
+    return tuple(checks.integer("windows", window, 1, sums.LARGEST_INT64) for window in windows)
 
 
 def _ranks(name: str, counts: Any, num_gpus: Any) -> int:
@@ -61,11 +83,11 @@ def logical_counts(physical_count: Any, physical_to_logical_map: Any, num_expert
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        Wrong shape, mixed devices, no experts.
+        Wrong shape, mixed devices, no experts; on the CPU, sums that int64 does not hold.
 
     Notes
     -----
-    Torch's kernels on the caller's current stream, without synchronising.
+    Torch's kernels on the caller's current stream, without synchronising: there a sum past int64 is 2**63 - 1.
 
     Examples
     --------
@@ -74,18 +96,21 @@ def logical_counts(physical_count: Any, physical_to_logical_map: Any, num_expert
     array([[5, 1]])
     """
     _check_counts("physical_count", physical_count, (2, 3))
-    like = ("physical_count", layout(physical_count))
-    checks.array("physical_to_logical_map", layout(physical_to_logical_map), COUNTS, (2,), like=like)
+    like = ("physical_count", _layout(physical_count))
+    checks.array("physical_to_logical_map", _layout(physical_to_logical_map), COUNTS, (2,), like=like)
     expected = tuple(physical_count.shape[-2:])
-    checks.shape("physical_to_logical_map", layout(physical_to_logical_map), expected, "that of a step")
+    checks.shape("physical_to_logical_map", _layout(physical_to_logical_map), expected, "that of a step")
     experts = checks.integer("num_experts", num_experts, 1)
-    if arrays.answered_by_reference(physical_count):
+    if _by_reference(physical_count):
         return arrays.by_reference(reference.logical_counts, physical_count, physical_to_logical_map, experts)
     places = physical_to_logical_map.long()
     places = torch.where((places >= 0) & (places < experts), places, experts).expand(physical_count.shape)
     shape = (*physical_count.shape[:-1], experts + 1)
-    counts = torch.zeros(shape, dtype=torch.int64, device=physical_count.device)
-    return counts.scatter_add_(-1, places, physical_count.long())[..., :experts].contiguous()
+    exact, rounded = (
+        torch.zeros(shape, dtype=kind, device=physical_count.device).scatter_add_(-1, places, physical_count.to(kind))
+        for kind in (torch.int64, torch.float64)
+    )
+    return sums.held("physical_count", exact[..., :experts], rounded[..., :experts]).contiguous()
 
 
 @arrays.public
@@ -124,9 +149,9 @@ def utilization(physical_count: Any, num_gpus: int) -> Any:
     """
     _check_counts("physical_count", physical_count, (2, 3))
     ranks = _ranks("physical_count", physical_count, num_gpus)
-    if arrays.answered_by_reference(physical_count):
+    if _by_reference(physical_count):
         return arrays.by_reference(reference.utilization, physical_count, ranks)
-    loads = physical_count.unflatten(-1, (ranks, -1)).sum(dim=-1).double()
+    loads = physical_count.unflatten(-1, (ranks, -1)).sum(dim=-1, dtype=torch.float64)
     return (loads.mean(dim=-1) + 1e-5) / (loads.amax(dim=-1) + 1e-5)
 
 
@@ -162,9 +187,9 @@ def expert_entropy(counts: Any) -> Any:
     array([1., 0., 0.])
     """
     _check_counts("counts", counts, (2, 3))
-    if arrays.answered_by_reference(counts):
+    if _by_reference(counts):
         return arrays.by_reference(reference.expert_entropy, counts)
-    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1).double()
+    share = counts / counts.sum(dim=-1, keepdim=True, dtype=torch.float64).clamp(min=1)
     return torch.special.entr(share).sum(dim=-1) / max(float(np.log(counts.shape[-1])), 1e-300)
 
 
@@ -206,14 +231,15 @@ def coactivation(topk_ids: Any, num_experts: int) -> Any:
     """
     _check_counts("topk_ids", topk_ids, (2,))
     experts = checks.integer("num_experts", num_experts, 1)
-    if arrays.answered_by_reference(topk_ids):
+    if _by_reference(topk_ids):
         return arrays.by_reference(reference.coactivation, topk_ids, experts)
     pairs = torch.zeros((experts, experts), dtype=torch.int64, device=topk_ids.device)
     for ids in topk_ids.split(TOKENS_AT_ONCE):
-        chosen = torch.zeros((len(ids), experts + 1), device=ids.device)
+        chosen = torch.zeros((len(ids), experts + 1), dtype=torch.float32, device=ids.device)
         chosen.scatter_(1, torch.where((ids >= 0) & (ids < experts), ids, experts).long(), 1.0)
         chosen = chosen[:, :experts]
-        pairs += (chosen.T @ chosen).long()
+        with torch.autocast(ids.device.type, enabled=False):  # products of fewer bits would not be exact
+            pairs += (chosen.T @ chosen).long()
     return pairs
 
 
@@ -238,12 +264,12 @@ def traffic_matrix(physical_count: Any, num_gpus: int) -> Any:
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        Wrong shape, ranks that do not divide the slots.
+        Wrong shape, ranks that do not divide the slots; on the CPU, sums that int64 does not hold.
 
     Notes
     -----
-    Torch's kernels on the caller's current stream, without synchronising. A token with two experts on a rank counts
-    twice.
+    Torch's kernels on the caller's current stream, without synchronising: there a sum past int64 is 2**63 - 1. A token
+    with two experts on a rank counts twice.
 
     Examples
     --------
@@ -254,9 +280,10 @@ def traffic_matrix(physical_count: Any, num_gpus: int) -> Any:
     """
     _check_counts("physical_count", physical_count, (3,))
     ranks = _ranks("physical_count", physical_count, num_gpus)
-    if arrays.answered_by_reference(physical_count):
+    if _by_reference(physical_count):
         return arrays.by_reference(reference.traffic_matrix, physical_count, ranks)
-    return physical_count.long().unflatten(-1, (ranks, -1)).sum(dim=-1).transpose(0, 1).contiguous()
+    of_ranks = physical_count.unflatten(-1, (ranks, -1))
+    return sums.sum_counts("physical_count", of_ranks, -1).transpose(0, 1).contiguous()
 
 
 def measure(
@@ -270,18 +297,20 @@ def measure(
 ) -> Metrics:
     """Return the metrics of passes, oldest first: counts [N, L, P], experts and ranks in `sizes`."""
     num_experts, num_gpus = sizes
-    map_of = dict(zip(pass_ids, map_of_pass, strict=True))
+    passes = sums.Passes(counts, pass_ids, map_of_pass)
     if group is not None:
-        counts, pass_ids = sums.by_pass(counts, pass_ids, None, group)
-    if not pass_ids:
+        passes = sums.by_pass(passes, maps, group)
+    if not passes.pass_ids:
         raise RuntimeError("`metrics` must be asked after a pass was recorded")
+    counts = passes.counts
     balance = utilization(counts, num_gpus)
-    total = torch.zeros((counts.shape[1], num_experts), dtype=torch.int64, device=counts.device)
-    used = [map_of.get(pass_id, len(maps) - 1) for pass_id in pass_ids]
-    for index in sorted(set(used)):
-        under = [number for number, map_index in enumerate(used) if map_index == index]
-        places = torch.from_numpy(maps[index]).to(counts.device)
-        total += logical_counts(counts[under].sum(dim=0), places, num_experts)
+    parts = []
+    runs = itertools.groupby(enumerate(passes.map_of_pass), operator.itemgetter(1))
+    for index, run in runs:
+        numbers = [number for number, _ in run]
+        under = sums.sum_counts("counts", counts[numbers[0] : numbers[-1] + 1], 0)
+        parts.append(logical_counts(under, to_device(maps[index], counts.device), num_experts))
+    total = sums.sum_counts("counts", torch.stack(parts), 0)
     hottest = total.sort(dim=1, descending=True, stable=True)
     return Metrics(
         balance[-1],

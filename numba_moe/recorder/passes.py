@@ -1,11 +1,13 @@
-"""Where counts and tokens are kept until they are dumped: counts on the device, tokens on the host or on disk."""
+"""What was recorded until it is dumped: counts on the device, tokens on the host or on disk."""
 
+import itertools
 import tempfile
+import threading
 import weakref
-from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,109 +16,139 @@ from numba_moe.recorder.counting import plan_store
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.plans import layout
 
-# Passes whose counts are allocated together.
-CHUNK = 128
 # Parts of passes that may be on their way to the host at once.
 OUTBOXES = 4
+# Rows that are copied together where a dump has to put tokens of several files into one.
+ROWS_AT_ONCE = 4096
+KINDS = (np.dtype(np.int32), np.dtype(np.float32))  # of ids and weights
 
 
-class CountRows:
-    """Counts of passes on the device, the last `size` of them or all, in chunks that never move."""
+class Tokens:
+    """The tokens of a record, part by part as they arrive; a part that is sent again is kept once."""
 
-    def __init__(self, size: int | None, shape: tuple[int, ...], device: torch.device) -> None:
-        self._size, self._shape, self._device = size, shape, device
-        self._chunks: list[torch.Tensor] = []
-        self._next = 0
+    def __init__(self, keep: Callable[..., Any]) -> None:
+        self._keep = keep
+        self._parts: dict[int, tuple[int, Any]] = {}  # rows and where they are, by the first row
+        self.sent: list[Future[None]] = []
 
-    def append(self, counts: torch.Tensor) -> None:
-        index = self._next if self._size is None else self._next % self._size
-        chunk, place = divmod(index, CHUNK)
-        if chunk == len(self._chunks):
-            self._chunks.append(torch.empty((CHUNK, *self._shape), dtype=torch.int64, device=self._device))
-        self._chunks[chunk][place].copy_(counts)
-        self._next += 1
+    def add(self, first_row: int, *columns: np.ndarray) -> None:
+        self._parts[first_row] = len(columns[0]), self._keep(*columns)
 
-    def __len__(self) -> int:
-        return self._next if self._size is None else min(self._next, self._size)
-
-    def last(self, count: int) -> torch.Tensor:
-        """Return the counts of the last passes, oldest first."""
-        begin = self._next - min(count, len(self))
-        parts = [torch.empty((0, *self._shape), dtype=torch.int64, device=self._device)]
-        while begin < self._next:
-            index = begin if self._size is None else begin % self._size
-            chunk, place = divmod(index, CHUNK)
-            take = min(self._next - begin, CHUNK - place, CHUNK if self._size is None else self._size - index)
-            parts.append(self._chunks[chunk][place : place + take])
-            begin += take
-        return torch.cat(parts)
-
-    def clear(self) -> None:
-        self._chunks, self._next = [], 0
+    def parts(self) -> tuple[int, list[Any]]:
+        """Wait until all that was sent is kept; return the number of rows and the parts, or raise what failed."""
+        for part in self.sent:
+            part.result()
+        found = [self._parts[first_row] for first_row in sorted(self._parts)]
+        return sum(rows for rows, _ in found), [part for _, part in found]
 
 
-class TokenFiles:
+class Record(NamedTuple):
+    """What was recorded of a pass under a name: counts [L, P], or tokens."""
+
+    forward_pass_id: int
+    gatherer_key: str
+    places: np.ndarray  # the map in force
+    counts: torch.Tensor | None = None
+    tokens: Tokens | None = None
+
+
+class OpenPass:
+    """A pass until its end, and how far that has come: an exception may come at any line of it."""
+
+    def __init__(self, number: int, num_tokens: int | None, names: list[str] | None = None) -> None:
+        self.number, self.num_tokens = number, num_tokens
+        self.names = names  # under which it counts; None for those that hooks and graphs have used
+        self.thread = threading.get_ident()
+        self.recorded = False
+        self.places = np.empty((0, 0), np.int64)  # the map in force
+        self.layer: int | None = None  # as it was set at the begin
+        self.rows: dict[tuple[str, int], int] = {}  # so far, by name and layer
+        self.tokens: dict[str, Tokens] = {}
+        self.records: list[Record] | None = None
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy integers to a device as int64, without waiting for it."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
+
+
+def copied(*columns: np.ndarray) -> list[np.ndarray]:
+    """Keep a part in memory."""
+    return [column.copy() for column in columns]
+
+
+class Stored(NamedTuple):
+    """Where a part is on disk."""
+
+    spill: "Spill"
+    begin: int
+    end: int
+
+
+class Spill:
     """Tokens on disk, in files without a name: they are gone when nothing refers to them, even after a crash."""
 
-    def __init__(self, directory: Path, row_shape: tuple[int, ...], with_weights: bool) -> None:
+    def __init__(self, directory: Path, row_shape: tuple[int, ...]) -> None:
         self._directory, self._row_shape = directory, row_shape
-        kinds = (np.int32, np.float32)[: 1 + with_weights]
-        self._files: list[tuple[IO[bytes], Any]] = [
-            (tempfile.TemporaryFile(dir=directory), kind)  # noqa: SIM115
-            for kind in kinds
+        self._files: list[Any] = []
+        self._rows = 0
+
+    def add(self, *columns: np.ndarray) -> Stored:
+        """Write a part behind the others, over what a write that failed has left there."""
+        try:
+            while len(self._files) < len(columns):
+                file: Any = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
+                weakref.finalize(self, file.close)  # arrays that were read keep what they need open
+                self._files.append(file)
+            for file, column in zip(self._files, columns, strict=True):
+                file.seek(self._rows * column.itemsize * int(np.prod(self._row_shape)))
+                data = column.reshape(-1).view(np.uint8).data
+                while data:
+                    data = data[file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, f"tokens were not spilled: {error.strerror}", str(self._directory)) from error
+        begin, self._rows = self._rows, self._rows + len(columns[0])
+        return Stored(self, begin, self._rows)
+
+    def read(self, begin: int, end: int) -> list[np.ndarray]:
+        """Return rows as arrays that are read from disk when they are used."""
+        found: list[np.ndarray] = []
+        for file, kind in zip(self._files, KINDS, strict=False):
+            offset = begin * kind.itemsize * int(np.prod(self._row_shape))
+            found.append(np.memmap(file, kind, "r", offset, (end - begin, *self._row_shape)))
+        return found
+
+
+def gathered(parts: Sequence[Any], directory: Path | None, row_shape: tuple[int, ...], num_columns: int) -> Any:
+    """Return the ids, and perhaps weights, of parts one behind the other."""
+    nothing = [np.empty((0, *row_shape), kind) for kind in KINDS[:num_columns]]
+    if directory is None:
+        return [np.concatenate(column) for column in zip(nothing, *parts, strict=True)]
+    parts = [part for part in parts if part.end > part.begin]
+    if not parts:
+        return nothing
+    spill = parts[0].spill
+    if any(part.spill is not spill or part.begin != before.end for before, part in itertools.pairwise(parts)):
+        spill = Spill(directory, row_shape)
+        parts = [
+            spill.add(*part.spill.read(first, min(first + ROWS_AT_ONCE, part.end)))
+            for part in parts
+            for first in range(part.begin, part.end, ROWS_AT_ONCE)
         ]
-        for file, _ in self._files:
-            weakref.finalize(self, file.close)  # arrays that were read keep what they need open
-        self._num_tokens: list[int] = []
-
-    def add(self, is_new: bool, *parts: np.ndarray) -> None:
-        if is_new:
-            self._num_tokens.append(0)
-        for (file, _), part in zip(self._files, parts, strict=True):
-            try:
-                file.write(part.data)
-                file.flush()
-            except OSError as error:
-                raise OSError(
-                    error.errno, f"tokens were not spilled: {error.strerror}", str(self._directory)
-                ) from error
-        self._num_tokens[-1] += len(parts[0])
-
-    def read(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return ids, perhaps weights, and the tokens of each pass; arrays are read from disk when they are used."""
-        shape = (sum(self._num_tokens), *self._row_shape)
-        found = [
-            np.memmap(file, kind, "r", shape=shape) if shape[0] else np.empty(shape, kind) for file, kind in self._files
-        ]
-        return found, np.array(self._num_tokens, np.int64)
-
-
-class TokenLists:
-    """Tokens in memory, of the last `size` passes or of all."""
-
-    def __init__(self, size: int | None, row_shape: tuple[int, ...], with_weights: bool) -> None:
-        self._empty = [np.empty((0, *row_shape), kind) for kind in (np.int32, np.float32)[: 1 + with_weights]]
-        self._passes: deque[list[list[np.ndarray]]] = deque(maxlen=size)
-
-    def add(self, is_new: bool, *parts: np.ndarray) -> None:
-        if is_new:
-            self._passes.append([])
-        self._passes[-1].append([part.copy() for part in parts])
-
-    def read(self) -> tuple[list[np.ndarray], np.ndarray]:
-        pieces = [piece for parts in self._passes for piece in parts]
-        found = [np.concatenate(column) for column in zip(self._empty, *pieces, strict=True)]
-        num_tokens = [sum(len(piece[0]) for piece in parts) for parts in self._passes]
-        return found, np.array(num_tokens, np.int64)
+    return spill.read(parts[0].begin, parts[-1].end)
 
 
 class Rows:
     """Ids [rows, L, K], perhaps weights, and how many rows each layer has [L]."""
 
-    def __init__(self, rows: int, shape: tuple[int, int], with_weights: bool, device: Any, **options: Any) -> None:
-        self.ids = torch.empty((rows, *shape), dtype=torch.int32, device=device, **options)
-        self.weights = torch.empty((rows, *shape), device=device, **options) if with_weights else None
-        self.stored = torch.zeros(shape[0], dtype=torch.int32, device=device, **options)
+    def __init__(self, rows: int, shape: tuple[int, int], with_weights: bool, device: Any, pinned: bool) -> None:
+        with torch.inference_mode(False):  # what is made in that mode cannot be written out of it
+            self.ids = torch.empty((rows, *shape), dtype=torch.int32, device=device, pin_memory=pinned)
+            self.weights: torch.Tensor | None = None
+            if with_weights:
+                self.weights = torch.empty((rows, *shape), dtype=torch.float32, device=device, pin_memory=pinned)
+            self.stored = torch.zeros(shape[0], dtype=torch.int32, device=device, pin_memory=pinned)
         self.layout = layout(self.ids)
 
     def take(self, source: "Rows", stored: torch.Tensor, count: int) -> None:
@@ -130,10 +162,13 @@ class Outbox:
     """A part of a pass on its way: copied on the device, then to pinned memory by a stream of its own, then kept."""
 
     def __init__(self, rows: int, shape: tuple[int, int], with_weights: bool, device: torch.device) -> None:
-        self.here = Rows(rows, shape, with_weights, device)
+        self.here = Rows(rows, shape, with_weights, device, pinned=False)
         is_cuda = device.type == "cuda"
-        self.there = Rows(rows, shape, with_weights, "cpu", pin_memory=True) if is_cuda else self.here
+        self.there = Rows(rows, shape, with_weights, "cpu", pinned=True) if is_cuda else self.here
         self.arrived = torch.cuda.Event(blocking=True) if is_cuda else None
+        self.free()
+
+    def free(self) -> None:
         self.kept: Future[None] = Future()
         self.kept.set_result(None)
 
@@ -147,9 +182,9 @@ class TokenStream:
     """
 
     def __init__(
-        self, shape: tuple[int, int], num_experts: int, chunk: int, with_weights: bool, device: Any, keeper: Any
+        self, shape: tuple[int, int], num_experts: int, chunk: int, with_weights: bool, device: torch.device
     ) -> None:
-        self.shape, self.with_weights, self._keeper = shape, with_weights, keeper
+        self._shape, self._with_weights = shape, with_weights
         self._num_experts, self._chunk, self._device = num_experts, chunk, device
         self._staging: list[Rows] = []
         self._add_staging()
@@ -159,7 +194,7 @@ class TokenStream:
         self._most_captured = 0  # rows of a pass in a captured graph, whose replays no hook sees
 
     def _add_staging(self) -> None:
-        self._staging.append(Rows(self._chunk, self.shape, self.with_weights, self._device))
+        self._staging.append(Rows(self._chunk, self._shape, self._with_weights, self._device, pinned=False))
 
     def store(
         self, layer: int, first_row: int, ids: torch.Tensor, weights: Any, state: list[torch.Tensor], capturing: bool
@@ -211,29 +246,36 @@ class TokenStream:
             known = (ids[:real] >= 0) & (ids[:real] < self._num_experts)
             staging.ids[place : place + real, layer] = torch.where(known, ids[:real], -1).int()
             if staging.weights is not None:
-                staging.weights[place : place + real, layer] = weights[:real].float()
+                staging.weights[place : place + real, layer] = weights[:real].detach().float()
             stored[layer] = row + real
 
-    def end_pass(self, num_rows: int, kept: Any) -> None:
-        """Send the rows of the pass, num_rows of them at most or those of the largest graph, to where they are kept."""
-        stored = self._staging[0].stored
-        num_rows = max(num_rows, self._most_captured)
-        for first_row in range(0, max(num_rows, 1), self._chunk):
-            box = self._outboxes[self._turn]
-            self._turn = (self._turn + 1) % OUTBOXES
-            if box.kept.exception() is not None:
-                return  # what went wrong is the dump's to say: the model goes on
-            count = min(self._chunk, num_rows - first_row)
-            box.here.take(self._staging[first_row // self._chunk], stored, count)
-            if self._side is not None and box.arrived is not None:
-                self._side.wait_stream(torch.cuda.current_stream(self._device))
-                with torch.cuda.stream(self._side):
-                    box.there.take(box.here, box.here.stored, count)
-                    box.arrived.record(self._side)
-            box.kept = self._keeper.submit(self._keep, box, first_row, count, kept)
-        stored.zero_()
+    def send(self, num_rows: int, tokens: Tokens, keeper: Executor) -> None:
+        """Send the rows of the pass, num_rows of them at most or those of the largest graph, to where they are kept.
 
-    def _keep(self, box: Outbox, first_row: int, count: int, kept: Any) -> None:
+        To call it again after an exception is right: the rows are here until `clear`.
+        """
+        num_rows = max(num_rows, self._most_captured)
+        try:
+            for first_row in range(0, max(num_rows, 1), self._chunk):
+                self._send(first_row, min(self._chunk, num_rows - first_row), tokens, keeper)
+        except BaseException:
+            keeper.submit(int).result()  # until here the thread may use a box that nobody has noted
+            raise
+
+    def _send(self, first_row: int, count: int, tokens: Tokens, keeper: Executor) -> None:
+        box = self._outboxes[self._turn]
+        self._turn = (self._turn + 1) % OUTBOXES
+        box.kept.exception()  # waits; what went wrong is the dump's to say: the model goes on
+        box.here.take(self._staging[first_row // self._chunk], self._staging[0].stored, count)
+        if self._side is not None and box.arrived is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._side):
+                box.there.take(box.here, box.here.stored, count)
+                box.arrived.record(self._side)
+        box.kept = keeper.submit(self._keep, box, first_row, count, tokens)
+        tokens.sent.append(box.kept)
+
+    def _keep(self, box: Outbox, first_row: int, count: int, tokens: Tokens) -> None:
         if box.arrived is not None:
             box.arrived.synchronize()
         rows_of_layer = box.there.stored.numpy() - first_row
@@ -243,18 +285,13 @@ class TokenStream:
             begin = max(int(rows_of_layer[layer]), 0)
             for part, nothing in zip(parts, (-1, 0), strict=False):
                 part[begin:, layer] = nothing
-        kept.add(first_row == 0, *parts)
+        tokens.add(first_row, *parts)
 
-    def flush(self) -> None:
-        """Wait until everything that was sent is kept; raise what went wrong."""
-        for box in self._outboxes:
-            box.kept.result()
+    def clear(self) -> None:
+        """Forget what the hooks have stored."""
+        self._staging[0].stored.zero_()
 
-    def forget(self, in_pass: bool) -> None:
-        """Wait for what was sent, whether it was kept or not; what an open pass has is kept."""
+    def start_over(self) -> None:
+        """Forget what is on its way, by a thread that is gone."""
         for box in self._outboxes:
-            box.kept.exception()
-            box.kept = Future()
-            box.kept.set_result(None)
-        if not in_pass:
-            self._staging[0].stored.zero_()
+            box.free()

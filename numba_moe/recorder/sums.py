@@ -1,15 +1,21 @@
-"""Counts of all ranks together, over torch.distributed."""
+"""Sums of counts: over slots and passes, and over ranks by torch.distributed."""
 
+import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import errno
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from numba_moe.runtime import checks
+from numba_moe.runtime import arrays, checks
 
 if TYPE_CHECKING:
     from numba_moe.recorder.files import Dump
+
+LARGEST_INT64 = 2**63 - 1
 
 
 def place_in(group: Any) -> tuple[int, int]:
@@ -30,37 +36,94 @@ def _home(counts: torch.Tensor, group: Any) -> torch.Tensor:
     return counts if "nccl" in dist.get_backend(group) else counts.cpu()
 
 
-def by_pass(counts: torch.Tensor, pass_ids: list[int], about: Any, group: Any) -> tuple[torch.Tensor, list[int]]:
-    """Sum the counts of passes of the same id over ranks: [N, ...] and ids; `about` must be the same on all.
+def sum_counts(argument: str, counts: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum counts to int64; for sums past what that holds see `held`."""
+    return held(argument, counts.sum(dim=dim, dtype=torch.int64), counts.sum(dim=dim, dtype=torch.float64))
+
+
+def held(argument: str, exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """Return int64 sums that are right, given the same in float64.
+
+    What int64 does not hold is an error on the CPU; on a device and in compiled code, which do not look at data, it is
+    the largest int64.
+    """
+    past = (rounded >= 2.0**63) | ((rounded > 0) & (exact < 0))
+    if not past.is_cuda and not arrays.is_traced():
+        small = not bool(past.any())
+        checks.holds(argument, "small enough for sums to fit int64", small, "more")
+        return exact
+    return exact.masked_fill(past, LARGEST_INT64)
+
+
+@contextlib.contextmanager
+def together(group: Any) -> Iterator[None]:
+    """Let what fails on one rank fail on all, if there is a group."""
+    try:
+        yield
+    except BaseException as error:
+        if group is not None:
+            code = error.errno or errno.EIO if isinstance(error, OSError) else None
+            _everywhere((code, str(error) or type(error).__name__), group)
+        raise
+    if group is not None:
+        for rank, failed in enumerate(_everywhere(None, group)):
+            if failed is not None:
+                code, text = failed
+                text = f"it failed on rank {rank}: {text}"
+                raise RuntimeError(text) if code is None else OSError(code, text)
+
+
+def _everywhere(value: Any, group: Any) -> list[Any]:
+    """Return what each rank gives."""
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+class Passes(NamedTuple):
+    """Counts [N, ...] of passes, and of each its id and which of the maps was in force."""
+
+    counts: torch.Tensor
+    pass_ids: list[int]
+    map_of_pass: list[int]
+
+
+def by_pass(mine: Passes, maps: Sequence[np.ndarray] | np.ndarray, group: Any) -> Passes:
+    """Sum the counts of passes of the same id and map over ranks; the maps must be the same on all.
 
     A pass that some ranks lack, or have less often, is the sum of the others.
     """
     import torch.distributed as dist
 
-    everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, (pass_ids, about), group=group)
-    for rank, (_, other) in enumerate(everywhere):
-        rule = "the same maps, in force for the same passes, on all ranks"
-        checks.holds("physical_to_logical_map", rule, other == everywhere[0][1], f"others on rank {rank}")
-    keys = [_numbered(ids) for ids, _ in everywhere]
-    union = list(dict.fromkeys(key for of_rank in keys for key in of_rank))
+    keys = _numbered(mine.pass_ids, mine.map_of_pass)
+    most = int(mine.counts.max()) if mine.counts.numel() else 0
+    digest = hashlib.sha256(np.asarray(maps).tobytes()).digest()
+    everywhere = _everywhere((keys, most, digest), group)
+    for rank, (_, _, other) in enumerate(everywhere):
+        rule = "the same maps on all ranks"
+        checks.holds("physical_to_logical_map", rule, other == everywhere[0][2], f"others on rank {rank}")
+    most = sum(of_rank for _, of_rank, _ in everywhere)
+    checks.holds("counts", "small enough for their sums over ranks to fit int64", most <= LARGEST_INT64, most)
+    union = list(dict.fromkeys(key for of_rank, _, _ in everywhere for key in of_rank))
     place = {key: index for index, key in enumerate(union)}
-    mine = [place[key] for key in _numbered(pass_ids)]
-    counts = _home(counts, group)
+    counts = _home(mine.counts, group)
     total = torch.zeros((len(union), *counts.shape[1:]), dtype=torch.int64, device=counts.device)
-    total[mine] = counts
-    if len(union):
+    for key, row in zip(keys, counts.unbind(), strict=True):
+        total[place[key]].copy_(row)
+    if union:
         dist.all_reduce(total, group=group)
-    return total, [pass_id for pass_id, _ in union]
+    return Passes(total, [pass_id for pass_id, _, _ in union], [index for _, index, _ in union])
 
 
-def _numbered(ids: list[int]) -> list[tuple[int, int]]:
-    """Tell passes of the same id apart."""
-    seen: dict[int, int] = {}
+def _numbered(pass_ids: list[int], map_of_pass: list[int]) -> list[tuple[int, int, int]]:
+    """Tell passes of the same id and map apart."""
+    seen: dict[tuple[int, int], int] = {}
     found = []
-    for pass_id in ids:
-        seen[pass_id] = seen.get(pass_id, -1) + 1
-        found.append((pass_id, seen[pass_id]))
+    for key in zip(pass_ids, map_of_pass, strict=True):
+        seen[key] = seen.get(key, -1) + 1
+        found.append((*key, seen[key]))
     return found
 
 
@@ -68,19 +131,16 @@ def over_ranks(dump: "Dump", counts: torch.Tensor, group: Any) -> "Dump":
     """Return a dump with counts [N, L, P] of all ranks, the sums of each rank among them."""
     import torch.distributed as dist
 
-    maps = dump.physical_to_logical_maps
-    of_pass = dict(zip(dump.forward_pass_id.tolist(), dump.map_of_pass.tolist(), strict=True))
-    total, pass_ids = by_pass(counts, dump.forward_pass_id.tolist(), maps.tobytes(), group)
-    everywhere: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everywhere, of_pass, group=group)
-    merged = {pass_id: index for ranks in everywhere for pass_id, index in ranks.items()}
-    mine = _home(counts, group).sum(dim=0)
-    parts = [torch.empty_like(mine) for _ in everywhere]
-    dist.all_gather(parts, mine, group=group)
-    found = dataclasses.replace(
+    mine = Passes(counts, dump.forward_pass_id.tolist(), dump.map_of_pass.tolist())
+    found = by_pass(mine, dump.physical_to_logical_maps, group)
+    with together(group):
+        of_rank = sum_counts("rank_physical_count", _home(counts, group), 0)
+    parts = [torch.empty_like(of_rank) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, of_rank, group=group)
+    summed = dataclasses.replace(
         dump,
-        forward_pass_id=np.array(pass_ids, np.int64),
-        gatherer_key=["primary"] * len(pass_ids),
-        map_of_pass=np.array([merged[pass_id] for pass_id in pass_ids], np.int64),
-    ).with_counts(total.cpu().numpy())
-    return dataclasses.replace(found, rank_physical_count=torch.stack(parts).cpu().numpy())
+        forward_pass_id=np.array(found.pass_ids, np.int64),
+        gatherer_key=["primary"] * len(found.pass_ids),
+        map_of_pass=np.array(found.map_of_pass, np.int64),
+    ).with_counts(found.counts.cpu().numpy())
+    return dataclasses.replace(summed, rank_physical_count=torch.stack(parts).cpu().numpy())

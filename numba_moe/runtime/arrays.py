@@ -18,11 +18,15 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from numba_moe.runtime import checks, observe, simulator
+from numba_moe.runtime import checks, observe, plans, simulator, torch_private
 
-# Together 26 ns, as long as isinstance(array, torch.Tensor) alone takes (Xeon, torch 2.13): so much do eager calls pay.
+# What eager calls pay for, 0.1 us together: is torch compiling, is torch.jit tracing, and how many dispatch modes (of
+# make_fx, FakeTensorMode, counters of flops) want to see each op. All of them are told of ops by torch's dispatcher.
 Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
-current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from torch's CPU build
+is_jit_tracing, num_modes, forward_ad = torch_private.is_jit_tracing, torch_private.num_modes, torch_private.forward_ad
+# Whether a transform of torch.func is at work; asked where a tensor has no memory to read, as those it passes have not.
+is_transformed = torch_private.in_transform
+current_device = torch_private.current_device
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -121,13 +125,58 @@ def _each(convert: Callable[[Any], Any], result: Any) -> Any:
     return convert(result)
 
 
+def _plain(value: Any) -> Any:
+    """Return a parameter, or a tensor of a class that leaves memory to torch, as a tensor of torch's own class."""
+    is_other = isinstance(value, Tensor) and type(value) is not Tensor and plans.is_plain(value)
+    return value.detach().as_subclass(Tensor) if is_other else value
+
+
+def apart(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator: arrays given by these names share no memory with each other or with other arguments."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = tuple(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not is_traced():
+                checks.apart({**dict(zip(parameters, args, strict=False)), **kwargs}, names)
+            return function(*args, **kwargs)
+
+        call.written = names  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _writing(function: Callable[P, R], names: tuple[str, ...]) -> Callable[P, R]:
+    """Check that the tensors that a function is given to write can be, and tell autograd afterwards that they were."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        if not given:
+            return function(*args, **kwargs)
+        written = []
+        for name, value in given.items():
+            checks.changeable(name, value)
+            written += [tensor for _, tensor in checks.tensors(name, value) if not tensor.is_inference()]
+        result = function(*args, **kwargs)
+        torch.autograd.graph.increment_version(written)
+        return result
+
+    return call
+
+
 def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[P, R]:
     """Let a function of torch tensors take and return arrays of any library.
 
     Its first array, which is its first parameter annotated `Any`, decides which, and the function runs with its device
-    as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written.
+    as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written, and autograd is told.
     """
-    function = observe.named(function)
+    plain = observe.named(function)
+    function = _writing(plain, written) if written else plain
+    writes = frozenset(written)
     parameters = inspect.signature(function).parameters
     annotated = (name for name, parameter in parameters.items() if parameter.annotation is Any)
     first = next(annotated, next(iter(parameters)))
@@ -137,16 +186,25 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         array = args[place] if len(args) > place else kwargs.get(first)
-        if type(array) is Tensor and not is_traced():
+        if type(array) is Tensor and not (
+            is_traced() or is_jit_tracing() or num_modes() or forward_ad._current_level >= 0
+        ):
+            run = function if writes and not writes.isdisjoint(kwargs) else plain
             device = array.get_device()
-            if device < 0 or device == current_device():
-                return function(*args, **kwargs)
-            with torch.cuda.device(device):
-                return function(*args, **kwargs)
+            try:
+                if device < 0 or device == current_device():
+                    return run(*args, **kwargs)
+                with torch.cuda.device(device):
+                    return run(*args, **kwargs)
+            except checks.UnreadableError:
+                if not is_transformed():
+                    raise
         if isinstance(array, Tensor):  # whatever torch.compile sees, fake tensors, parameters, others' subclasses
             from numba_moe.interop import torch_ops  # which torch.compile does too, and so registers the ops
 
-            return torch_ops.call(name, args, kwargs)
+            if name in torch_ops.OPS:
+                return torch_ops.call(name, args, kwargs)
+            return function(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be
@@ -194,9 +252,8 @@ def contiguous(dtype: torch.dtype, *shape: int) -> Contiguous:
     return Contiguous(shape, strides, dtype)
 
 
-# Allocates every output and scratch of every op, on the current device, given shape, strides and dtype: what torch's
-# compiler calls in the code that it writes. 0.75 us where Tensor.new_empty takes 1.45 (H200, torch 2.11).
-empty: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cpu" if simulator.ENABLED else "_empty_strided_cuda")
+# Allocates every output and scratch of every op, on the current device, given shape, strides and dtype.
+empty = torch_private.empty_strided
 
 
 def answered_by_reference(tensor: torch.Tensor) -> bool:

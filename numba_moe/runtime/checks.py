@@ -7,23 +7,31 @@ is a TypeError, a wrong value, shape or device a ValueError; the message reads
 With NUMBA_MOE_VALIDATE=1 in the environment a pass over the data, which does synchronise, names the first bad token.
 """
 
+import contextlib
+import itertools
 import math
 import operator
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from numba_moe.runtime.plans import Layout
+from numba_moe.runtime.plans import Foreign, Layout, Unreadable, kind_of, layout
 
 LARGEST_INT32 = 2**31 - 1
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+LARGEST_INT64 = 2**63 - 1
 VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class UnreadableError(TypeError):
+    """A tensor is given whose memory no kernel can read: torch's dispatcher may know what to do with it."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -108,10 +116,12 @@ def array(
     rows
         The last dimension must be contiguous, the rows may be strided; otherwise the whole array must be contiguous.
     """
+    if isinstance(value, Unreadable):
+        raise UnreadableError(f"`{argument}` must be a tensor with memory to read, got {value.what}")
     if not isinstance(value, Layout):
         kinds = "a torch tensor, or a NumPy, CuPy, Numba device or DLPack array, of dtype "
         rule = f"of the same library as `{like[0]}`" if like else kinds + " or ".join(map(_name, dtypes))
-        _wrong_type(argument, rule, f"{type(value).__module__}.{type(value).__name__}")
+        _wrong_type(argument, rule, value.what if isinstance(value, Foreign) else kind_of(value))
     if value.dtype not in dtypes:
         _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype))
     if len(value.shape) not in ndims:
@@ -199,6 +209,99 @@ def writable(argument: str, value: Any) -> None:
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, np.ndarray) and not (part.flags.writeable and part.flags.c_contiguous):
             _wrong_value(argument, "writable and contiguous", "an array that is read-only or strided")
+        if isinstance(part, np.ndarray) and not part.dtype.isnative:
+            _wrong_value(argument, "of this machine's byte order", f"dtype {part.dtype.str}")
+
+
+class _Addresses:
+    """An array over the addresses of a tensor, for NumPy to compare; nobody reads the memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.itemsize
+        strides = tuple(size * stride for stride in tensor.stride())
+        data, text = (tensor.data_ptr(), True), f"|V{size}"
+        self.__array_interface__ = {
+            "data": data,
+            "shape": tuple(tensor.shape),
+            "strides": strides,
+            "typestr": text,
+            "version": 3,
+        }
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor, and the one behind its last; 0 and 0 for one without readable memory."""
+    if isinstance(layout(tensor), Unreadable):
+        return 0, 0
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.itemsize * (tensor.numel() > 0)
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors whose extents overlap have an element in common."""
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    try:
+        first, second = (np.asarray(_Addresses(tensor)) for tensor in (one, other))
+        return np.shares_memory(first, second, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def tensors(argument: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of an argument, which is one or a tuple of them, with a name for each."""
+    if isinstance(value, torch.Tensor):
+        yield argument, value
+    elif isinstance(value, tuple):
+        fields = getattr(value, "_fields", None)
+        for index, part in enumerate(value):
+            name = f"{argument}[{index}]" if fields is None else f"{argument}.{fields[index]}"
+            yield from tensors(name, part)
+
+
+def apart(
+    arguments: Mapping[str, Any], written: Sequence[str], onto: Mapping[str, str] = types.MappingProxyType({})
+) -> None:
+    """Check that arrays that are written share no memory with each other or with others.
+
+    Parameters
+    ----------
+    arguments
+        All arguments of a call; those that are no tensors are left to other checks.
+    written
+        Names of the arguments that are written.
+    onto
+        For some of these, the argument that it may be itself.
+    """
+    named = [
+        (*_extent(tensor), name, argument, tensor)
+        for argument, value in arguments.items()
+        for name, tensor in tensors(argument, value)
+    ]
+    named.sort(key=operator.itemgetter(0))
+    if all(one[1] <= other[0] for one, other in itertools.pairwise(named)):
+        return
+    for one, other in itertools.combinations(named, 2):
+        pair = sorted((one, other), key=lambda item: item[3] not in written)
+        (begin, end, name, argument, tensor), (first, last, other_name, other_argument, other_tensor) = pair
+        if argument not in written or begin == end or first == last or end <= first or last <= begin:
+            continue
+        if onto.get(argument) == other_argument and (begin, end) == (first, last):
+            continue
+        if _share_memory(tensor, other_tensor):
+            _wrong_value(name, "in memory of its own", f"an array that overlaps `{other_name}`")
+
+
+def changeable(argument: str, value: Any) -> None:
+    """Check that tensors, in a tuple or alone, can be written: torch could give what is written no gradient."""
+    for name, tensor in tensors(argument, value):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            _wrong_value(name, "without a gradient, as it is written", "one that requires it")
+        if tensor.is_neg():
+            _wrong_value(name, "a tensor that holds what it says, as it is written", "a negated view")
 
 
 def divides(argument: str, divisor: int, whole: str, number: int) -> None:
@@ -209,7 +312,7 @@ def divides(argument: str, divisor: int, whole: str, number: int) -> None:
 NUMBERS = {"float64": "iuf", "int64": "iu", "bool": "b"}
 
 
-def host_array(argument: str, value: Any, dtype: str, ndims: Sequence[int]) -> np.ndarray:
+def host_array(argument: str, value: Any, dtype: str, ndims: Sequence[int], empty: bool = False) -> np.ndarray:
     """Return an array, a tensor or nested lists as a contiguous NumPy array; floats do not become integers."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
@@ -222,8 +325,10 @@ def host_array(argument: str, value: Any, dtype: str, ndims: Sequence[int]) -> n
         _wrong_type(argument, f"an array that converts to {dtype}", f"{type(value).__name__} of dtype {found.dtype}")
     if found.ndim not in ndims:
         _wrong_value(argument, "of " + " or ".join(map(str, ndims)) + " dimensions", f"shape {found.shape}")
-    if 0 in found.shape:
+    if 0 in found.shape and not empty:
         _wrong_value(argument, "without empty dimensions", f"shape {found.shape}")
+    if dtype == "int64" and found.dtype == np.uint64 and found.max(initial=0) > LARGEST_INT64:
+        _wrong_value(argument, f"at most {LARGEST_INT64}", found.max())
     return found.astype(dtype, order="C", copy=False)
 
 
@@ -235,6 +340,16 @@ def every(argument: str, rule: str, good: np.ndarray, values: np.ndarray, axes: 
         _wrong_value(argument, rule, f"{values[index]} at {place}")
 
 
+def counts(argument: str, value: np.ndarray) -> None:
+    """Check that int64 counts are not negative, and that no sum of some of them overflows."""
+    if value.size and value.min() < 0:
+        _wrong_value(argument, "at least 0", f"{value.min()} at {tuple(np.argwhere(value < 0)[0].tolist())}")
+    # In two parts, whose sums cannot overflow.
+    total = (int((value >> 32).sum()) << 32) + int((value & 0xFFFFFFFF).sum())
+    if total > LARGEST_INT64:
+        _wrong_value(argument, f"counts whose sum is at most {LARGEST_INT64}", total)
+
+
 def host_shape(argument: str, value: np.ndarray, expected: tuple[int, ...], because: str) -> None:
     if value.shape != expected:
         _wrong_value(argument, f"of shape {because} = {expected}", f"shape {value.shape}")
@@ -243,6 +358,24 @@ def host_shape(argument: str, value: np.ndarray, expected: tuple[int, ...], beca
 def at_least(argument: str, number: int, lowest: int, because: str) -> None:
     if number < lowest:
         _wrong_value(argument, f"at least {because} = {lowest}", number)
+
+
+@contextlib.contextmanager
+def under_names(**names: str) -> Iterator[None]:
+    """Call arguments in errors what a command calls them.
+
+    >>> with under_names(num_gpus="--gpus"):
+    ...     integer("num_gpus", 0, 1)
+    Traceback (most recent call last):
+    ValueError: `--gpus` must be at least 1, got 0
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, given in names.items():
+            text = text.replace(f"`{name}`", f"`{given}`")
+        raise ValueError(text) from error
 
 
 def holds(argument: str, rule: str, true: bool, value: Any) -> None:

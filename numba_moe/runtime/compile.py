@@ -274,11 +274,8 @@ def compiled(kernel: Any, specialisation: Specialisation, compute_capability: tu
     """Return a kernel's machine code, from the disk cache if it has been compiled before."""
     name = kernel.py_func.__name__
     arch = "sm_{}{}".format(*compute_capability)
-    # The fingerprint of a key covers the package's own sources and no other kernel.
-    cached = cache.enabled() and cache.covers(kernel.py_func)
-    path = cache.path_of(name, specialisation, arch)
-    entry = cache.read(path) if cached else None
-    if entry is not None:
+    path = cache.path_of(name, specialisation, arch) if cache.serves(kernel.py_func) else None
+    if path is not None and (entry := cache.read(path)):
         statistics["read"] += 1
         _log.debug("Read %s%s for %s", name, specialisation, arch)
         return entry
@@ -290,7 +287,7 @@ def compiled(kernel: Any, specialisation: Specialisation, compute_capability: tu
     statistics["compiled"] += 1
     _log.debug("Compiled %s%s for %s in %.1f s", name, specialisation, arch, time.perf_counter() - begin)
     entry = cache.Entry(name, specialisation, arch, entry_name(code), bytes(cubin.code))
-    if cached:
+    if path is not None and cache.serves(kernel.py_func):  # what compiles may have been imported only now
         cache.write(path, entry)
     return entry
 

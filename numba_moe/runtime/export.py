@@ -91,7 +91,7 @@ def export(folder: str | os.PathLike[str], compute_capabilities: Iterable[tuple[
     manifest = {
         "schema": SCHEMA,
         "package": {"numba-moe": cache.version("numba-moe")},
-        "compilers": {name: cache.version(name) for name in cache.COMPILERS},
+        "compilers": cache.compilers(),
         "kernels": described,
     }
     _write(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from numba_moe.runtime import compile, simulator
+from numba_moe.runtime import compile, simulator, torch_private
 
 # Parameters of a kernel, at most; each has eight bytes of a thread's buffer.
 MOST_PARAMETERS = 64
@@ -54,7 +54,7 @@ _FORMATS = {"int32": "q", "int64": "q", "float32": "f4x"}
 _thread = threading.local()
 _numbers = itertools.count()
 _orders: dict[int, tuple[int, ...]] = {}  # where in a thread's buffer each parameter of PTX is, by number of the order
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from torch's CPU build
+_current_stream = torch_private.current_stream
 
 
 @functools.cache

@@ -79,6 +79,7 @@ class BumpAllocator:
     ValueError: `n` must be at most the 48 elements left of 64, got 49
     """
 
+    @torch.inference_mode(False)  # memory that is taken inside an inference mode can be written outside
     def __init__(
         self, size: int, dtype: torch.dtype | str, device: torch.device | str | int, *, alignment: int = 16
     ) -> None:

@@ -1,0 +1,68 @@
+"""Every private name of torch that the package uses, each beside the public one that serves where it is absent.
+
+The public ones do the same and take longer: together about 4 us more for an eager call. docs/versions.md lists the
+releases of torch that have been tried, with the private names and, by `NUMBA_MOE_TORCH_PRIVATE=0`, without any.
+"""
+
+import os
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from numba_moe.runtime import simulator
+
+ALLOWED = os.environ.get("NUMBA_MOE_TORCH_PRIVATE", "1") != "0"
+
+
+def _private(path: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what torch has at a path, or the fallback; what is of CUDA is absent from torch's CPU build."""
+    found: Any = torch if ALLOWED else None
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return fallback if found is None else found
+
+
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cpu" if simulator.ENABLED else "cuda")
+
+
+def _perhaps() -> bool:
+    return True
+
+
+# The index of the current device.
+current_device = _private("_C._cuda_getDevice", torch.cuda.current_device)
+
+# The handle of the current stream of a device, given by its index.
+current_stream = _private("_C._cuda_getCurrentRawStream", _current_stream)
+
+# Whether the current stream is captured into a CUDA graph.
+is_capturing = _private("_C._cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+
+# Allocates an array on the current device, for the simulator on the CPU, given shape, strides and dtype: what torch's
+# compiler calls in the code that it writes. 0.75 us where Tensor.new_empty takes 1.45 (H200, torch 2.11).
+empty_strided = _private(f"_C._dynamo.guards._empty_strided_{'cpu' if simulator.ENABLED else 'cuda'}", _empty_strided)
+
+# Whether one of torch.func's transforms is active. There is no public name, and an op's overload that has a gradient
+# is right for all of them.
+in_transform = _private("_C._are_functorch_transforms_active", _perhaps)
+
+# Whether a tensor is one that a transform of torch.func made.
+is_wrapped_by_transform = _private("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
+
+# Whether torch.jit.trace is at work.
+is_jit_tracing = _private("_C._is_tracing", torch.jit.is_tracing)
+
+# How many dispatch modes want to see each op. There is no public name; without it modes see what ops are made of.
+num_modes = _private("_C._len_torch_dispatch_stack", int)
+
+# Its `_current_level` is -1 where no forward gradients are computed. There is no public name.
+forward_ad: Any = torch.autograd.forward_ad if ALLOWED else None
+if not hasattr(forward_ad, "_current_level"):
+    forward_ad = types.SimpleNamespace(_current_level=-1)

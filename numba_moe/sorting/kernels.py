@@ -20,7 +20,6 @@ from numba_moe.runtime.primitives import (
     atomic_add,
     block_sums,
     cluster_arrive,
-    cluster_arrive_relaxed,
     cluster_wait,
     divided,
     fill,
@@ -117,8 +116,7 @@ def count_slots(
             elif count > 0:
                 atomic_add(counts, first + expert, count)
             expert = int32(expert + threads)
-        cuda.syncthreads()
-        first = int32(first + CHUNK)
+        first = int32(first + CHUNK)  # no barrier: a thread clears next what it alone has just read
 
 
 @cuda.jit
@@ -264,7 +262,7 @@ def place_slots(
             cluster_arrive()
             cluster_wait()
             gather_counts(in_blocks, chunk, blocks)
-            cluster_arrive_relaxed()
+            cluster_arrive()
             cuda.syncthreads()
 
         group = int32(0)

@@ -34,13 +34,14 @@ MOST_SHARED_BYTES = 64 * 1024
 # A kernel of more blocks does not let the next one start before its own last blocks end: blocks of the next
 # would crowd where there is room first. An H200 then sorts 32,768 slots in 15 us instead of 10.
 MOST_BLOCKS_OVERTAKEN = 32
+# The wait comes first: what starts early may read, before it waits itself, what kernels further ahead have written.
 WAIT = f"""{{
     .reg .pred %few;
     .reg .u32 %blocks;
+    griddepcontrol.wait;
     mov.u32 %blocks, %nctaid.x;
     setp.le.u32 %few, %blocks, {MOST_BLOCKS_OVERTAKEN};
     @%few griddepcontrol.launch_dependents;
-    griddepcontrol.wait;
 }}
 """
 

@@ -4,7 +4,6 @@ A specialisation of a kernel is the tuple of its array dtypes and constants. Com
 NVVM, and cuda.core links the PTX. Numba is imported when something must be compiled.
 """
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -12,7 +11,6 @@ import itertools
 import logging
 import sys
 import time
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -149,20 +147,6 @@ def signature(kernel: Any, specialisation: Specialisation) -> Any:
     return types.void(*arguments)
 
 
-@contextlib.contextmanager
-def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
-    """Answer Numba's question for the current device, which it asks for device functions even without a GPU."""
-    from numba.cuda import dispatcher
-
-    device = types.SimpleNamespace(compute_capability=compute_capability)
-    before = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: device
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = before
-
-
 def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tuple[int, int] | None:
     """Return the most threads of a block that a kernel is compiled for, maybe with how many blocks are to fit."""
     bounds: int | tuple[int, int] | None = kernel.targetoptions.get("launch_bounds")
@@ -172,19 +156,11 @@ def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tup
 
 def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]) -> str:
     """Compile a kernel to PTX."""
-    from numba import cuda
+    from numba_moe.runtime import device
 
     dialect.resolve(kernel.py_func.__globals__)
-    with _compiling_for(compute_capability):
-        code, _ = cuda.compile(
-            kernel.py_func,
-            signature(kernel, specialisation),
-            device=False,
-            abi="numba",
-            cc=compute_capability,
-            launch_bounds=launch_bounds(kernel, compute_capability),
-        )
-    code = code if isinstance(code, str) else code.decode()
+    bounds = launch_bounds(kernel, compute_capability)
+    code = device.compile_kernel(kernel.py_func, signature(kernel, specialisation), compute_capability, bounds)
     return wait_for_earlier(code) if compute_capability >= HOPPER else code
 
 

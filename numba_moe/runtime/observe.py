@@ -37,9 +37,9 @@ def set_log_level(level: int | str) -> None:
     Parameters
     ----------
     level : int or str
-        A level of `logging` or its name. "WARNING", as without this call: cache entries that are damaged, or that others
-        can write. "INFO": also what `interop` replaces, and why the cache is not written. "DEBUG": also every kernel that is compiled, with the
-        seconds that took, or read from the cache.
+        A level of `logging` or its name. "WARNING", as without this call: cache entries that are damaged, or that
+        others can write. "INFO": also what `interop` replaces, and why the cache is not written. "DEBUG": also every
+        kernel that is compiled, with the seconds that took, or read from the cache.
 
     Returns
     -------

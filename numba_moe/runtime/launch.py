@@ -10,12 +10,13 @@ ended: the driver's programmatic stream serialisation. Every kernel begins by wa
 (`compile.wait_for_earlier`), so all that overlaps is its start: 0.25 us less on the device and 0.45 us on the host.
 """
 
+import contextlib
 import ctypes
 import functools
 import struct
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from numba_moe.runtime import compile, simulator
 MOST_PARAMETERS = 64
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
-_compile_lock = threading.Lock()
+_compile_lock = threading.RLock()  # what runs while one compiles may need another kernel
 
 
 class _Config(ctypes.Structure):
@@ -48,10 +49,15 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
 
 
+_INVALID_CONTEXT = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
 _MAY_START_EARLY = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _CLUSTER = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-_thread = threading.local()
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from torch's CPU build
+# Both absent from torch's CPU build.
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+# Memory for a kernel's parameters that no launch uses just now: a launch takes one and gives it back, so that whatever
+# runs in between, in another thread or in this one (a signal's handler, a finaliser), has another.
+_idle: list[Any] = []
 
 
 class Launch:
@@ -106,19 +112,28 @@ class Launch:
         """Launch the kernel on tensors, None for an absent one, on the current stream of the current device."""
         if not self._blocks:
             return
-        try:
-            values, parameters = _thread.memory
-        except AttributeError:
-            values, parameters = _prepare_thread(self._device)
-        self._pack(values, 0, *[0 if array is None else array.data_ptr() for array in arrays], self._number_bytes)
+        if _current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self(*arrays)
+            return
         stream = _current_stream(self._device)
-        launch, config, function = self._configured.get(stream) or self._configure(stream)
-        if status := launch(config, function, parameters, None):
+        launch, config, kernel = self._configured.get(stream) or self._configure(stream)
+        try:
+            memory = _idle.pop()
+        except IndexError:
+            memory = _new_memory()
+        values, parameters = memory
+        self._pack(values, 0, *[0 if array is None else array.data_ptr() for array in arrays], self._number_bytes)
+        if status := launch(config, kernel, parameters, None):
+            if status == _INVALID_CONTEXT:
+                _bind_context(self._device)
+                status = launch(config, kernel, parameters, None)
             _check(f"the launch of {self._kernel.py_func.__name__}", driver.CUresult(status))
+        _idle.append(memory)
 
     def _configure(self, stream: int) -> Any:
         """Return the driver's function and its first arguments for a stream, which many threads may share."""
-        function, early = _load(self._kernel, self._specialisation, self._device)
+        kernel, early = _load(self._kernel, self._specialisation, self._device)
         attributes = (_Attribute * 2)()
         count = 0
         if early:
@@ -130,7 +145,7 @@ class Launch:
         shape = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
         config = _Config(*shape, stream, ctypes.addressof(attributes), count)
         config.kept = attributes
-        self._configured[stream] = _libcuda().cuLaunchKernelEx, ctypes.byref(config), ctypes.c_void_p(function)
+        self._configured[stream] = _libcuda().cuLaunchKernelEx, ctypes.byref(config), ctypes.c_void_p(kernel)
         return self._configured[stream]
 
     def fits(self) -> bool:
@@ -141,10 +156,9 @@ class Launch:
             return self._blocks <= simulator.MOST_IN_CLUSTER
         if not self._on_gpu or torch.cuda.get_device_capability(self._device) < compile.HOPPER:
             return False
-        _prepare_thread(self._device)
-        _, config, function = self._configure(0)
+        _, config, kernel = self._configure(0)
         clusters = ctypes.c_int()
-        status = _libcuda().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), function, config)
+        status = _libcuda().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), kernel, config)
         return bool(status == _SUCCESS and clusters.value > 0)
 
     def _simulate(self, *arrays: torch.Tensor | None) -> None:
@@ -181,7 +195,7 @@ def _check(what: str, status: Any, *results: Any) -> Any:
 
 @functools.cache
 def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:
-    """Return a handle of the kernel's function on the current device, and whether it may start early."""
+    """Return the driver's handle of a kernel, good in every context, and whether it may start early."""
     capability = torch.cuda.get_device_capability(device)
     entry = compile.compiled(kernel, specialisation, capability)
     what = f"loading {entry.kernel}"
@@ -192,26 +206,49 @@ def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int)
     if capability >= compile.HOPPER:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         _check(what, *driver.cuKernelSetAttribute(attribute, 1, loaded, device))
-    return int(_check(what, *driver.cuKernelGetFunction(loaded))), capability >= compile.HOPPER
+    _check(what, *driver.cuKernelGetFunction(loaded))  # has the driver load it now, and not at its launch
+    return int(loaded), capability >= compile.HOPPER
 
 
 def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:
-    with _compile_lock:
+    """Return what `_load_once` does, also while this thread or another captures a CUDA graph.
+
+    A capture refuses, in every thread that does not say otherwise, whatever might wait for the GPU.
+    """
+    _bind_context(device)
+    with _compile_lock, _unrestricted():
         return _load_once(kernel, specialisation, device)
 
 
-def _prepare_thread(device: int) -> Any:
-    """Return this thread's memory, from which the driver takes the addresses of parameters and the parameters.
+@contextlib.contextmanager
+def _unrestricted() -> Iterator[None]:
+    """Let this thread call what a capture of CUDA graphs refuses; nothing of it is put on a stream."""
+    what = "changing a thread's mode of capture"
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = _check(what, *driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        _check(what, *driver.cuThreadExchangeStreamCaptureMode(before))
 
-    The device's primary context is bound to the thread: one that only allocated from torch's cache has none.
-    """
-    context = _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
-    _check("the primary context", *driver.cuCtxSetCurrent(context))
+
+@functools.cache
+def _primary_context(device: int) -> Any:
+    """Return the context that torch works in on a device; it is kept for the life of the process."""
+    return _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
+
+
+def _bind_context(device: int) -> None:
+    """Give this thread the device's primary context if it has none: it may only have allocated from torch's cache."""
+    if not int(_check("the current context", *driver.cuCtxGetCurrent())):
+        _check("the primary context", *driver.cuCtxSetCurrent(_primary_context(device)))
+
+
+def _new_memory() -> Any:
+    """Return memory for the parameters of a launch, and the addresses by which the driver finds each of them."""
     values = ctypes.create_string_buffer(8 * MOST_PARAMETERS)
     first = ctypes.addressof(values)
-    addresses = (ctypes.c_void_p * MOST_PARAMETERS)(*range(first, first + 8 * MOST_PARAMETERS, 8))
-    _thread.memory = values, addresses
-    return _thread.memory
+    return values, (ctypes.c_void_p * MOST_PARAMETERS)(*range(first, first + 8 * MOST_PARAMETERS, 8))
 
 
 @functools.cache

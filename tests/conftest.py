@@ -1,14 +1,17 @@
 """Fixtures: a device on which public functions run the kernels."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from numba_moe.runtime import simulator
+from numba_moe.runtime import cache, simulator
 
 # JAX would take most of the GPU's memory at its first call, and other tests find none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -36,3 +39,15 @@ def without_simulator() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def package_copy(tmp_path: Path) -> Path:
+    """Copy the package to a folder of its own, and return where it is: the folder above can be put on the path."""
+    package = tmp_path / "copy" / "numba_moe"
+    reference = importlib.util.find_spec("numba_moe.reference")
+    assert reference is not None
+    assert reference.origin is not None
+    for source, target in ((cache.PACKAGE, package), (Path(reference.origin).parent, package / "reference")):
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    return package

@@ -1,15 +1,12 @@
 """Compiled kernels come back from disk as they were, or are compiled again; nothing on disk can break a run."""
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -83,8 +80,8 @@ def test_a_reader_beside_two_writers_sees_whole_entries(folder):
             seen.add(entry.cubin[-1])
     finally:
         for writer in writers:
-            writer.kill()
-            writer.wait()
+            with writer:  # waits for its end
+                writer.kill()
     assert [writer.returncode for writer in writers] == [0, 0]
     assert seen - {ENTRY.cubin[-1]}, "never read while the others wrote"
 
@@ -115,16 +112,6 @@ def test_only_kernels_of_the_package_are_served(folder):
 
 
 @pytest.fixture
-def copy(tmp_path):
-    """Return a folder with a copy of the package, and a function that runs a program with that copy."""
-    package = tmp_path / "copy" / "numba_moe"
-    reference = Path(importlib.util.find_spec("numba_moe.reference").origin).parent
-    shutil.copytree(cache.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(reference, package / "reference", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    return package
-
-
-@pytest.fixture
 def run(without_simulator):
     """Return a function that runs a program with a package that lies in a folder or an archive."""
 
@@ -146,56 +133,57 @@ print(*compile.statistics.values())
 
 
 @pytest.mark.parametrize("name", ["align.py", "runtime/primitives.py", "runtime/compile.py", "reference/ragged.py"])
-def test_any_edit_changes_the_key_of_the_processes_that_import_it(copy, run, name):
-    edit = f"path = {str(copy / name)!r}; open(path, 'a').write('\\n# edited\\n')\n"
-    before, after = run(copy, KEY + edit + KEY)
+def test_any_edit_changes_the_key_of_the_processes_that_import_it(package_copy, run, name):
+    edit = f"path = {str(package_copy / name)!r}; open(path, 'a').write('\\n# edited\\n')\n"
+    before, after = run(package_copy, KEY + edit + KEY)
     assert before == after, "the code that runs is the old one"
-    assert run(copy, KEY) != [before]
+    assert run(package_copy, KEY) != [before]
 
 
-def test_a_process_whose_sources_were_replaced_leaves_nothing_on_disk(copy, run, folder):
-    kernel = str(copy / "counting.py")
+def test_a_process_whose_sources_were_replaced_leaves_nothing_on_disk(package_copy, run, folder):
+    kernel = str(package_copy / "counting.py")
     upgrade = f"""
 import numba_moe.runtime
 path = {kernel!r}; text = open(path).read(); assert text.count("+ alignment - 1") == 1
 open(path, "w").write(text.replace("+ alignment - 1", "+ alignment - 2"))
 """
-    assert run(copy, upgrade + COMPILE_HERE) == ["1", "0"], "the module is imported after the upgrade"
+    assert run(package_copy, upgrade + COMPILE_HERE) == ["1", "0"], "the module is imported after the upgrade"
     assert not folder.exists()
-    assert run(copy, COMPILE_HERE) == ["1", "0"]
-    assert run(copy, COMPILE_HERE) == ["0", "1"]
+    assert run(package_copy, COMPILE_HERE) == ["1", "0"]
+    assert run(package_copy, COMPILE_HERE) == ["0", "1"]
     assert len(list(folder.iterdir())) == 1
 
 
-def test_a_process_does_not_read_what_its_replaced_sources_would_name(copy, run, folder):
-    assert run(copy, COMPILE_HERE) == ["1", "0"]
-    edit = f"import numba_moe.runtime; open({str(copy / 'counting.py')!r}, 'a').write('#')\n"
-    assert run(copy, edit + COMPILE_HERE) == ["1", "0"]
+def test_a_process_does_not_read_what_its_replaced_sources_would_name(package_copy, run, folder):
+    assert run(package_copy, COMPILE_HERE) == ["1", "0"]
+    edit = f"import numba_moe.runtime; open({str(package_copy / 'counting.py')!r}, 'a').write('#')\n"
+    assert run(package_copy, edit + COMPILE_HERE) == ["1", "0"]
 
 
-def test_bytecode_without_sources_has_a_key_of_its_own(copy, run, folder):
-    def compile_sources():
-        subprocess.run([sys.executable, "-m", "compileall", "-q", "-b", str(copy)], check=True)
+def test_bytecode_without_sources_has_a_key_of_its_own(package_copy, run, folder):
+    def compile_to_bytecode(source):
+        subprocess.run([sys.executable, "-m", "compileall", "-q", "-b", str(source)], check=True)
 
-    compile_sources()
-    kept = {source: source.read_text() for source in copy.rglob("*.py")}
+    compile_to_bytecode(package_copy)
+    kept = {source: source.read_text() for source in package_copy.rglob("*.py")}
     for source in kept:
         source.unlink()
-    first = run(copy, KEY)
-    assert run(copy, COMPILE_HERE) == ["1", "0"]
-    assert run(copy, COMPILE_HERE) == ["0", "1"]
-    (copy / "counting.py").write_text(kept[copy / "counting.py"].replace("+ alignment - 1", "+ alignment - 2"))
-    subprocess.run([sys.executable, "-m", "compileall", "-q", "-b", str(copy / "counting.py")], check=True)
-    (copy / "counting.py").unlink()
-    assert run(copy, KEY) != first
-    assert run(copy, COMPILE_HERE) == ["1", "0"]
+    first = run(package_copy, KEY)
+    assert run(package_copy, COMPILE_HERE) == ["1", "0"]
+    assert run(package_copy, COMPILE_HERE) == ["0", "1"]
+    edited = package_copy / "counting.py"
+    edited.write_text(kept[edited].replace("+ alignment - 1", "+ alignment - 2"))
+    compile_to_bytecode(edited)
+    edited.unlink()
+    assert run(package_copy, KEY) != first
+    assert run(package_copy, COMPILE_HERE) == ["1", "0"]
 
 
-def test_an_archive_is_not_cached(copy, run, folder):
-    archive = copy.parent / "program.zip"
+def test_an_archive_is_not_cached(package_copy, run, folder):
+    archive = package_copy.parent / "program.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        for source in copy.rglob("*.py"):
-            file.write(source, source.relative_to(copy.parent))
+        for source in package_copy.rglob("*.py"):
+            file.write(source, source.relative_to(package_copy.parent))
     assert run(archive / "numba_moe", COMPILE_HERE) == ["1", "0"]
     assert not folder.exists()
 

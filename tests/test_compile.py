@@ -13,6 +13,10 @@ for kernel in compile.kernels():
     for specialisation in specialisations[:: int(sys.argv[2])] + specialisations[-1:]:
         code = compile.ptx(kernel, specialisation, tuple(json.loads(sys.argv[1])))
         assert compile.entry_name(code), code
+        [_, entry] = code.split(".visible .entry ")
+        starts = [line.strip() for line in entry.split("{", 1)[1].split(";") if ".reg" not in line]
+        waits = starts[0] == "griddepcontrol.wait" and code.count("griddepcontrol") == 2
+        assert waits == (json.loads(sys.argv[1])[0] >= 9), code[:5000]
         calls = [line for line in code.splitlines() if ".extern .func" in line or "call.uni" in line]
         report.setdefault(kernel.py_func.__name__, []).append(calls)
 print(json.dumps(report))
@@ -76,3 +80,144 @@ except TypeError as error:
     print(error)
 """
     assert without_simulator(program).startswith("kernel scan_blocks takes ('int16',) for block_counts, got float32")
+
+
+def test_a_kernel_waits_for_the_one_ahead_before_it_does_anything_or_lets_the_next_one_start(without_simulator):
+    program = """
+from numba_moe.runtime import compile
+from numba_moe.counting import scan_experts
+for capability in ((8, 0), (9, 0)):
+    code = compile.ptx(scan_experts, compile.specialisations(scan_experts)[0], capability)
+    statements = code.split(".visible .entry ")[1].split("{", 1)[1].split(";")
+    first = next(one.split() for one in statements if ".reg" not in one)
+    print(first[0], *[one.split()[-1] for one in statements if "griddepcontrol" in one])
+"""
+    before, since = (line.split() for line in without_simulator(program).splitlines())
+    assert len(before) == 1, "nothing of the kind before Hopper"
+    assert since == ["griddepcontrol.wait", "griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+
+
+def test_a_process_compiles_for_one_gpu_after_another(without_simulator):
+    program = """
+from numba_moe.runtime import compile
+from numba_moe.sorting import kernels
+first, *_ = compile.specialisations(kernels.place_slots)
+for capability in ((8, 0), (9, 0), (8, 0)):
+    code = compile.ptx(kernels.place_slots, first, capability)
+    print("trap;" in code, "mapa.u64" in code, "barrier.cluster" in code)
+"""
+    lines = without_simulator(program).splitlines()
+    assert lines == ["True False False", "False True True", "True False False"], "before Hopper there are no clusters"
+
+
+def test_reads_of_a_cluster_are_done_before_the_next_barrier_lets_others_on(without_simulator):
+    program = """
+import re
+from numba_moe.runtime import compile
+from numba_moe.gating import routing
+from numba_moe.sorting import kernels
+for kernel in (kernels.place_slots, routing.route_tokens):
+    first, *_ = compile.specialisations(kernel)
+    print(*sorted(set(re.findall("barrier.cluster.[a-z.]+", compile.ptx(kernel, first, (9, 0))))))
+"""
+    ordered = "barrier.cluster.arrive.release.aligned barrier.cluster.wait.acquire.aligned"
+    assert without_simulator(program).splitlines() == [ordered] * 2
+
+
+WHILE_OTHERS_COMPILE = """
+import threading
+from numba import cuda
+from numba.cuda import dispatcher
+from numba_moe.counting import scan_experts
+from numba_moe.runtime import compile
+from numba_moe.sorting.kernels import scan_blocks
+
+before = dispatcher.get_current_device
+seen, ended = set(), threading.Event()
+
+def look():
+    while not ended.is_set():
+        seen.add(dispatcher.get_current_device)
+
+watching = threading.Thread(target=look)
+watching.start()
+works = [
+    threading.Thread(target=compile.ptx, args=(kernel, compile.specialisations(kernel)[0], capability))
+    for kernel, capability in ((scan_experts, (9, 0)), (scan_blocks, (8, 0)))
+]
+for work in works: work.start()
+for work in works: work.join()
+ended.set()
+watching.join()
+print(seen == {before}, dispatcher.get_current_device is before)
+"""
+
+
+def test_other_threads_find_numba_as_it_is_while_two_compile(without_simulator):
+    assert without_simulator(WHILE_OTHERS_COMPILE).split() == ["True", "True"]
+
+
+SETTINGS = {
+    "NUMBA_CUDA_DEBUGINFO": "1",
+    "NUMBA_DEBUGINFO": "1",
+    "NUMBA_OPT": "0",
+    "NUMBA_DISABLE_JIT": "1",
+    "CUDA_HOME": "/nowhere",
+    "CUDA_PATH": "/nowhere",
+}
+
+
+def test_settings_of_numba_and_cuda_change_nothing_of_a_kernel(without_simulator, monkeypatch):
+    program = """
+import re, warnings
+warnings.simplefilter("error")
+from numba_moe.runtime import compile
+from numba_moe.counting import scan_experts
+code = compile.ptx(scan_experts, compile.specialisations(scan_experts)[0], (9, 0))
+print(re.sub("_ZN[A-Za-z0-9_]+", "name", code))
+"""
+    monkeypatch.setenv("NUMBA_MOE_CACHE", "0")
+    expected = without_simulator(program)
+    for name, value in SETTINGS.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert without_simulator(program) == expected, name
+
+
+WITHOUT_PTH_FILES = """
+import json, subprocess, sys
+program = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); " + sys.argv[1]
+paths = json.dumps([path for path in sys.path if path] + sys.argv[2:])
+done = subprocess.run([sys.executable, "-S", "-c", program, paths], capture_output=True, text=True)
+print(done.stdout, done.stderr[-500:])
+"""
+
+
+def test_numba_cuda_is_found_where_no_pth_file_says_so(without_simulator, package_copy):
+    """As after `pip install --target`: Python reads no .pth files there."""
+    look = """
+import numba_moe.counting
+from numba_moe.runtime import dialect
+dialect.resolve(vars(numba_moe.counting))
+print(numba_moe.counting.cuda.implementation, type(numba_moe.counting.scan_experts).__module__)
+"""
+    source = str(package_copy.parent)
+    assert without_simulator(WITHOUT_PTH_FILES, look, source).split() == ["NVIDIA", "numba.cuda.dispatcher"]
+    printed = without_simulator(WITHOUT_PTH_FILES, "import numba.cuda\n" + look, source)
+    assert "`numba.cuda` must be numba-cuda, got Numba's own" in printed
+
+
+def test_a_compiler_that_is_missing_is_named_with_the_ways_to_have_one(without_simulator):
+    program = """
+from cuda.pathfinder import DynamicLibNotFoundError
+from numba_moe.counting import scan_experts
+from numba_moe.runtime import compile, device
+def without_nvvm(*_, **__):
+    raise DynamicLibNotFoundError("libnvvm.so")
+device.cuda.compile = without_nvvm
+try: compile.ptx(scan_experts, compile.specialisations(scan_experts)[0], (9, 0))
+except RuntimeError as error: print(error)
+"""
+    printed = without_simulator(program)
+    assert printed.startswith("CUDA's compiler was not found, install numba-moe[cu13] or")
+    assert "set CUDA_HOME" in printed

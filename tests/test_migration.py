@@ -339,7 +339,8 @@ def run_processes(role, size, folder):
         printed = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            with process:  # waits for its end
+                process.kill()
     return [process.returncode for process in processes], printed
 
 

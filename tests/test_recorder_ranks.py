@@ -145,7 +145,8 @@ def test_processes(backend, ranks, tmp_path):
         printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            with process:  # waits for its end
+                process.kill()
     assert [process.returncode for process in processes] == [0] * ranks
     numbers = sorted({number for rank in range(ranks) for number in PASSES[rank]})
     stat = load(tmp_path / "stat.npz")

@@ -58,10 +58,12 @@ def folder() -> Path | None:
     """Return where entries lie: NUMBA_MOE_CACHE_DIR, or numba_moe in the user's caches; None without a home."""
     if chosen := os.environ.get("NUMBA_MOE_CACHE_DIR"):
         return Path(chosen)
-    import platformdirs
-
     try:
+        import platformdirs
+
         found = platformdirs.user_cache_path("numba_moe", appauthor=False)
+    except ImportError:  # the package was installed without what it depends on
+        found = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "numba_moe")
     except RuntimeError:
         return None
     return found if found.is_absolute() else None  # earlier versions return "~/.cache" without a home

@@ -4,14 +4,12 @@ A specialisation of a kernel is the tuple of its array dtypes and constants. Com
 NVVM, and cuda.core links the PTX. Numba is imported when something must be compiled.
 """
 
-import contextlib
 import functools
 import importlib
 import itertools
 import logging
 import sys
 import time
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -33,13 +31,14 @@ MOST_SHARED_BYTES = 64 * 1024
 # A kernel of more blocks does not let the next one start before its own last blocks end: blocks of the next
 # would crowd where there is room first. An H200 then sorts 32,768 slots in 15 us instead of 10.
 MOST_BLOCKS_OVERTAKEN = 32
+# The wait comes first: what starts early may read, before it waits itself, what kernels further ahead have written.
 WAIT = f"""{{
     .reg .pred %few;
     .reg .u32 %blocks;
+    griddepcontrol.wait;
     mov.u32 %blocks, %nctaid.x;
     setp.le.u32 %few, %blocks, {MOST_BLOCKS_OVERTAKEN};
     @%few griddepcontrol.launch_dependents;
-    griddepcontrol.wait;
 }}
 """
 
@@ -219,20 +218,6 @@ def signature(kernel: Any, specialisation: Specialisation) -> Any:
     return types.void(*map(type_of, arguments(kernel, fields)))
 
 
-@contextlib.contextmanager
-def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
-    """Answer Numba's question for the current device, which it asks for device functions even without a GPU."""
-    from numba.cuda import dispatcher
-
-    device = types.SimpleNamespace(compute_capability=compute_capability)
-    before = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: device
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = before
-
-
 def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tuple[int, int] | None:
     """Return the most threads of a block that a kernel is compiled for, maybe with how many blocks are to fit."""
     bounds: int | tuple[int, int] | None = kernel.targetoptions.get("launch_bounds")
@@ -242,19 +227,11 @@ def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tup
 
 def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]) -> str:
     """Compile a kernel to PTX."""
-    from numba import cuda
+    from numba_moe.runtime import device
 
     dialect.resolve(kernel.py_func.__globals__)
-    with _compiling_for(compute_capability):
-        code, _ = cuda.compile(
-            kernel.py_func,
-            signature(kernel, specialisation),
-            device=False,
-            abi="numba",
-            cc=compute_capability,
-            launch_bounds=launch_bounds(kernel, compute_capability),
-        )
-    code = code if isinstance(code, str) else code.decode()
+    bounds = launch_bounds(kernel, compute_capability)
+    code = device.compile_kernel(kernel.py_func, signature(kernel, specialisation), compute_capability, bounds)
     return wait_for_earlier(code) if compute_capability >= HOPPER else code
 
 

@@ -29,15 +29,16 @@ class DeferredKernel(Deferred):
     """A `@cuda.jit` function that Numba sees when it is compiled or launched by hand."""
 
     def __init__(self, function: Any, options: dict[str, Any]) -> None:
-        self.py_func, self.targetoptions, self._real = function, options, None
+        self.py_func, self.targetoptions = function, options
+        self._real: Any = None
         self.__doc__ = function.__doc__
 
     def resolve(self) -> Any:
         with _lock:
             if self._real is None:
-                from numba import cuda
+                from numba_moe.runtime import device
 
-                self._real = cuda.jit(**self.targetoptions)(self.py_func)
+                self._real = device.jit(self.py_func, self.targetoptions)
                 resolve(self.py_func.__globals__)
         return self._real
 

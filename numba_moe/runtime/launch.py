@@ -10,12 +10,14 @@ ended: the driver's programmatic stream serialisation. Every kernel begins by wa
 (`compile.wait_for_earlier`), so all that overlaps is its start: 0.25 us less on the device and 0.45 us on the host.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import struct
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from numba_moe.runtime import compile, simulator, torch_private
 MOST_PARAMETERS = 64
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
-_compile_lock = threading.Lock()
+_compile_lock = threading.RLock()  # what runs while one compiles may need another kernel
 
 
 class _Config(ctypes.Structure):
@@ -48,18 +50,21 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
 
 
+_INVALID_CONTEXT = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
 _MAY_START_EARLY = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _CLUSTER = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _FORMATS = {"int32": "q", "int64": "q", "float32": "f4x"}
-_thread = threading.local()
 _numbers = itertools.count()
-_orders: dict[int, tuple[int, ...]] = {}  # where in a thread's buffer each parameter of PTX is, by number of the order
-_current_stream = torch_private.current_stream
+_orders: dict[int, tuple[int, ...]] = {}  # where in a launch's memory each parameter of PTX is, by number of the order
+_current_stream, _current_device = torch_private.current_stream, torch_private.current_device
+# Memory for a kernel's parameters that no launch uses just now: a launch takes one and gives it back, so that whatever
+# runs in between, in another thread or in this one (a signal's handler, a finaliser), has another.
+_idle: list[Any] = []
 
 
 @functools.cache
 def _order(places: tuple[int, ...]) -> int:
-    """Return a number for an order of parameters, by which each thread keeps their addresses."""
+    """Return a number for an order of parameters, by which memory keeps their addresses."""
     number = next(_numbers)
     _orders[number] = places
     return number
@@ -127,20 +132,29 @@ class Launch:
         """
         if not self._blocks:
             return
+        if _current_device() != self._device:
+            with torch.cuda.device(self._device):
+                self(**arrays)
+            return
         stream = _current_stream(self._device)
-        launch, config, function = self._configured.get(stream) or self._configure(stream)
+        launch, config, kernel = self._configured.get(stream) or self._configure(stream)
         try:
-            values, addresses = _thread.memory
-        except AttributeError:
-            values, addresses = _prepare_thread(self._device)
+            memory = _idle.pop()
+        except IndexError:
+            memory = ctypes.create_string_buffer(8 * MOST_PARAMETERS), {}
+        values, addresses = memory
         parameters = addresses.get(self._order) or _addresses(values, addresses, self._order)
         self._pack(values, 0, *[arrays[name].data_ptr() for name in self._given], self._fixed)
-        if status := launch(config, function, parameters, None):
+        if status := launch(config, kernel, parameters, None):
+            if status == _INVALID_CONTEXT:
+                _bind_context(self._device)
+                status = launch(config, kernel, parameters, None)
             _check(f"the launch of {self._kernel.py_func.__name__}", driver.CUresult(status))
+        _idle.append(memory)
 
     def _configure(self, stream: int) -> Any:
         """Return the driver's function and its first arguments for a stream, which many threads may share."""
-        function, early = _load(self._kernel, self._specialisation, self._device)
+        kernel, early = _load(self._kernel, self._specialisation, self._device)
         attributes = (_Attribute * 2)()
         count = 0
         if early:
@@ -152,7 +166,7 @@ class Launch:
         shape = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
         config = _Config(*shape, stream, ctypes.addressof(attributes), count)
         config.kept = attributes
-        self._configured[stream] = _libcuda().cuLaunchKernelEx, ctypes.byref(config), ctypes.c_void_p(function)
+        self._configured[stream] = _libcuda().cuLaunchKernelEx, ctypes.byref(config), ctypes.c_void_p(kernel)
         return self._configured[stream]
 
     def fits(self) -> bool:
@@ -163,10 +177,9 @@ class Launch:
             return self._blocks <= simulator.MOST_IN_CLUSTER
         if not self._on_gpu or torch.cuda.get_device_capability(self._device) < compile.HOPPER:
             return False
-        _prepare_thread(self._device)
-        _, config, function = self._configure(0)
+        _, config, kernel = self._configure(0)
         clusters = ctypes.c_int()
-        status = _libcuda().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), function, config)
+        status = _libcuda().cuOccupancyMaxActiveClusters(ctypes.byref(clusters), kernel, config)
         return bool(status == _SUCCESS and clusters.value > 0)
 
     def _simulate(self, **arrays: torch.Tensor | None) -> None:
@@ -212,7 +225,7 @@ def _check(what: str, status: Any, *results: Any) -> Any:
 
 @functools.cache
 def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:
-    """Return a handle of the kernel's function on the current device, and whether it may start early."""
+    """Return the driver's handle of a kernel, good in every context, and whether it may start early."""
     capability = torch.cuda.get_device_capability(device)
     entry = compile.compiled(kernel, specialisation, capability)
     what = f"loading {entry.kernel}"
@@ -223,27 +236,46 @@ def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int)
     if capability >= compile.HOPPER:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         _check(what, *driver.cuKernelSetAttribute(attribute, 1, loaded, device))
-    return int(_check(what, *driver.cuKernelGetFunction(loaded))), capability >= compile.HOPPER
+    _check(what, *driver.cuKernelGetFunction(loaded))  # has the driver load it now, and not at its launch
+    return int(loaded), capability >= compile.HOPPER
 
 
 def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:
-    with _compile_lock:
+    """Return what `_load_once` does, also while this thread or another captures a CUDA graph.
+
+    A capture refuses, in every thread that does not say otherwise, whatever might wait for the GPU.
+    """
+    _bind_context(device)
+    with _compile_lock, _unrestricted():
         return _load_once(kernel, specialisation, device)
 
 
-def _prepare_thread(device: int) -> Any:
-    """Return this thread's memory, from which the driver takes the addresses of parameters and the parameters.
+@contextlib.contextmanager
+def _unrestricted() -> Iterator[None]:
+    """Let this thread call what a capture of CUDA graphs refuses; nothing of it is put on a stream."""
+    what = "changing a thread's mode of capture"
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = _check(what, *driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        _check(what, *driver.cuThreadExchangeStreamCaptureMode(before))
 
-    The device's primary context is bound to the thread: one that only allocated from torch's cache has none.
-    """
-    context = _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
-    _check("the primary context", *driver.cuCtxSetCurrent(context))
-    _thread.memory = ctypes.create_string_buffer(8 * MOST_PARAMETERS), {}
-    return _thread.memory
+
+@functools.cache
+def _primary_context(device: int) -> Any:
+    """Return the context that torch works in on a device; it is kept for the life of the process."""
+    return _check("the primary context", *driver.cuDevicePrimaryCtxRetain(device))
+
+
+def _bind_context(device: int) -> None:
+    """Give this thread the device's primary context if it has none: it may only have allocated from torch's cache."""
+    if not int(_check("the current context", *driver.cuCtxGetCurrent())):
+        _check("the primary context", *driver.cuCtxSetCurrent(_primary_context(device)))
 
 
 def _addresses(values: Any, known: dict[int, Any], order: int) -> Any:
-    """Return where the driver finds each parameter in a thread's memory, and keep it for the order of parameters."""
+    """Return where the driver finds each parameter in memory for them, and keep it for the order of parameters."""
     first = ctypes.addressof(values)
     places = _orders[order]
     known[order] = (ctypes.c_void_p * len(places))(*(first + 8 * place for place in places))

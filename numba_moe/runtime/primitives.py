@@ -54,7 +54,6 @@ larger: Any
 tail: Any
 as_uint32: Any
 cluster_arrive: Any
-cluster_arrive_relaxed: Any
 cluster_wait: Any
 of_block: Any
 as_int16: Any
@@ -184,8 +183,6 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def cluster_arrive() -> None:
         simulator.cluster_arrive()
 
-    cluster_arrive_relaxed = cluster_arrive
-
     def cluster_wait() -> None:
         simulator.cluster_wait()
 
@@ -247,7 +244,6 @@ else:
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
     divide_rounded = Deferred("numba.cuda.libdevice", "fdiv_rn")  # by subnormal numbers too
     cluster_arrive = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive")
-    cluster_arrive_relaxed = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive_relaxed")
     cluster_wait = Deferred("numba_moe.runtime.intrinsics", "cluster_wait")
     of_block = Deferred("numba_moe.runtime.intrinsics", "of_block")
     as_uint32 = Deferred("numba_moe.runtime.intrinsics", "as_uint32")

@@ -23,7 +23,6 @@ from numba_moe.runtime.primitives import (
     atomic_add,
     block_sums,
     cluster_arrive,
-    cluster_arrive_relaxed,
     cluster_wait,
     divided,
     fill,
@@ -189,8 +188,7 @@ def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
             elif count > 0:
                 atomic_add(counted.counts, first + expert, count)
             expert = int32(expert + threads)
-        cuda.syncthreads()
-        first = int32(first + CHUNK)
+        first = int32(first + CHUNK)  # no barrier: a thread clears next what it alone has just read
 
 
 @cuda.jit
@@ -320,7 +318,7 @@ def place_slots(
             cluster_arrive()
             cluster_wait()
             gather_counts(in_blocks, chunk, blocks)
-            cluster_arrive_relaxed()
+            cluster_arrive()
             cuda.syncthreads()
 
         group = int32(0)

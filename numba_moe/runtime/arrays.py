@@ -50,14 +50,16 @@ class _Kind(abc.ABC):
 
     @contextlib.contextmanager
     def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
-        """Make the stream that the caller works on torch's current one."""
-        yield
+        """Make the array's device torch's current one, and the stream that the caller works on its current stream."""
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            yield
 
 
 class _NumpyKind(_Kind):
     def wrap(self, array: Any) -> torch.Tensor:
-        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-            array = array.copy()  # a tensor can express neither; the reference answers CPU arrays anyway
+        # A tensor can express none of these; the reference answers CPU arrays anyway.
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         return torch.from_numpy(array)
 
     def unwrap(self, tensor: torch.Tensor) -> Any:
@@ -107,7 +109,7 @@ class _DlpackKind(_Kind):
 def _kind(array: Any) -> _Kind | None:
     library = type(array).__module__.split(".")[0]
     if isinstance(array, np.ndarray):
-        return _NumpyKind()
+        return None if isinstance(array, np.ma.MaskedArray) else _NumpyKind()  # a mask would be lost
     if library == "cupy":
         return _CupyKind()
     if hasattr(array, "copy_to_host"):
@@ -211,21 +213,23 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be
 
-        def wrap(value: Any) -> Any:
+        def wrap(argument: str, value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(map(wrap, value))
+                return tuple(wrap(argument, part) for part in value)
             same_library = type(value).__module__.split(".")[0] == type(array).__module__.split(".")[0]
             if not same_library or _kind(value) is None:
                 return value
             try:
                 return kind.wrap(value)
-            except TypeError:
-                return value  # a dtype that torch lacks: the checks name the argument
+            except Exception as error:
+                if isinstance(kind, _NumpyKind) and isinstance(error, TypeError):
+                    return value  # a dtype that torch lacks: the checks name the argument
+                checks.unwrapped(argument, value, error)
 
         for keyword in written:
             checks.writable(keyword, kwargs.get(keyword))
-        positional: Any = [wrap(value) for value in args]
-        named: Any = {keyword: wrap(value) for keyword, value in kwargs.items()}
+        positional: Any = [wrap(*pair) for pair in zip(parameters, args, strict=False)]
+        named: Any = {keyword: wrap(keyword, value) for keyword, value in kwargs.items()}
         tensor = positional[place] if len(positional) > place else named[first]
         if not isinstance(tensor, torch.Tensor):
             return function(*positional, **named)

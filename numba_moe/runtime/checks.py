@@ -23,6 +23,7 @@ LARGEST_INT32 = 2**31 - 1
 VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+TO_CONTIGUOUS = "copy it with `np.ascontiguousarray` or `.contiguous()`"
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -111,15 +112,20 @@ def array(
         rule = f"of the same library as `{like[0]}`" if like else kinds + " or ".join(map(_name, dtypes))
         _wrong_type(argument, rule, value.what if isinstance(value, Foreign) else kind_of(value))
     if value.dtype not in dtypes:
-        _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype))
+        hint = ""
+        if dtypes[0] in (*IDS, torch.float32) and not value.dtype.is_complex:
+            name = _name(dtypes[0])
+            hint = f"; convert it with `.astype(np.{name})` or `.to(torch.{name})`"
+        _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype) + hint)
     if len(value.shape) not in ndims:
         shape = tuple(value.shape)
         _wrong_value(argument, "of " + " or ".join(map(str, ndims)) + " dimensions", f"shape {shape}")
     if rows:
         if value.strides is not None and value.strides[-1] != 1 and value.shape[-1] > 1:
-            _wrong_value(argument, "contiguous in its last dimension", f"strides {value.strides}")
+            _wrong_value(argument, "contiguous in its last dimension", f"strides {value.strides}; {TO_CONTIGUOUS}")
     elif value.strides is not None:
-        _wrong_value(argument, "contiguous", f"shape {tuple(value.shape)} with strides {value.strides}")
+        found = f"shape {tuple(value.shape)} with strides {value.strides}; {TO_CONTIGUOUS}"
+        _wrong_value(argument, "contiguous", found)
     if value.device.type not in ("cpu", "cuda"):
         _wrong_value(argument, "on a CUDA device or the CPU", str(value.device))
     if like is not None and value.device != like[1].device:
@@ -177,6 +183,12 @@ def logits(argument: str, value: torch.Tensor) -> None:
     """Check that logits are finite."""
     if place := _first(~value.isfinite()):
         _wrong_value(argument, "finite", f"another value at {place.replace(', k ', ', expert ')}")
+
+
+def unwrapped(argument: str, value: Any, error: Exception) -> NoReturn:
+    """Refuse an array that its library does not hand over by DLPack: a tracer of jax.jit has no data, for instance."""
+    rule = "an array with data, which a function sees outside of jax.jit, jax.grad and the like"
+    raise TypeError(f"`{argument}` must be {rule}, got {kind_of(value)} ({error})") from error
 
 
 def tuple_of(argument: str, value: Any, length: int) -> None:

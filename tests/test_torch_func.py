@@ -274,7 +274,7 @@ KINDS = {
     "nested": nested,
     "jagged": jagged,
     "quantized": quantized,
-    "negated": torch._neg_view,
+    "negated": lambda value: (1j * value).conj().imag,
     "conjugated": conjugated,
     "meta": lambda value: value.to("meta"),
     "functional": torch._to_functional_tensor,
@@ -326,6 +326,12 @@ def test_big_endian_numpy_arrays_are_served(name):
     ]
     for got, wanted in zip(leaves(function(name)(*swapped)), leaves(function(name)(*given)), strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_negated_views_are_read_as_what_they_say():
+    assert torch.equal(moe.topk_softmax(torch._neg_view(LOGITS), 2).topk_ids, moe.topk_softmax(-LOGITS, 2).topk_ids)
+    with pytest.raises(ValueError, match="`counts` must be a tensor that holds what it says, as it is written"):
+        moe.moe_align_block_size(IDS, 4, 8, counts=torch._neg_view(torch.zeros(8, dtype=torch.int32)))
 
 
 def test_messages_say_what_to_do():

@@ -24,7 +24,7 @@ from numba_moe.gating.backward import gating_backward
 from numba_moe.interop import torch_experts, torch_gradients, torch_results, torch_transforms
 from numba_moe.permute.backward import permute_backward, unpermute_backward
 from numba_moe.reference.dispatch import DispatchTables
-from numba_moe.runtime import arrays, checks, plans
+from numba_moe.runtime import arrays, checks, observe, plans
 
 LIBRARY = "numba_moe"
 # How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor, but by these names.
@@ -217,13 +217,14 @@ def _register(
             _gather_tables(given)
         if isinstance(given.get("out"), list):
             given["out"] = tuple(given["out"])
+        named = observe.named(function)
         first = args[first_tensor]
         device = first.get_device()
         if device < 0 or device == arrays.current_device():
-            found = function(**given)
+            found = named(**given)
         else:
             with torch.cuda.device(device):
-                found = function(**given)
+                found = named(**given)
         if text.endswith("()"):
             return None
         return (

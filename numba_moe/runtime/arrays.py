@@ -158,15 +158,17 @@ def _writing(function: Callable[P, R], names: tuple[str, ...]) -> Callable[P, R]
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        if not given:
-            return function(*args, **kwargs)
         written = []
-        for name, value in given.items():
-            checks.changeable(name, value)
-            written += [tensor for _, tensor in checks.tensors(name, value) if not tensor.is_inference()]
+        for name in names:
+            value: Any = kwargs.get(name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor):
+                    checks.changeable(name, part)
+                    if not part.is_inference():  # such a tensor has no version
+                        written.append(part)
         result = function(*args, **kwargs)
-        torch.autograd.graph.increment_version(written)
+        if written:
+            torch.autograd.graph.increment_version(written)
         return result
 
     return call
@@ -178,7 +180,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     Its first array, which is its first parameter annotated `Any`, decides which, and the function runs with its device
     as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written, and autograd is told.
     """
-    plain = observe.named(function)
+    plain = function
     function = _writing(plain, written) if written else plain
     writes = frozenset(written)
     parameters = inspect.signature(function).parameters
@@ -194,6 +196,8 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
             is_traced() or is_jit_tracing() or num_modes() or forward_ad._current_level >= 0
         ):
             run = function if writes and not writes.isdisjoint(kwargs) else plain
+            if observe.RANGES:
+                run = observe.named(run)
             device = array.get_device()
             try:
                 if device < 0 or device == current_device():
@@ -208,7 +212,8 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
 
             if name in torch_ops.OPS:
                 return torch_ops.call(name, args, kwargs)
-            return function(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
+            run = observe.named(function)
+            return run(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be
@@ -234,7 +239,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
         if not isinstance(tensor, torch.Tensor):
             return function(*positional, **named)
         with kind.calling(array, tensor):
-            return cast(R, _each(kind.unwrap, function(*positional, **named)))
+            return cast(R, _each(kind.unwrap, observe.named(function)(*positional, **named)))
 
     return call
 
@@ -276,7 +281,7 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
             return tuple(map(to_numpy, value))
         if not isinstance(value, torch.Tensor):
             return value
-        value = value.detach()
+        value = value.detach().resolve_neg()
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
     result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})

@@ -9,18 +9,18 @@ With NUMBA_MOE_VALIDATE=1 in the environment a pass over the data, which does sy
 
 import itertools
 import operator
-import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from numba_moe.runtime import environment
 from numba_moe.runtime.plans import Foreign, Layout, Unreadable, kind_of, layout
 
 LARGEST_INT32 = 2**31 - 1
-VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
+VALIDATE = environment.Switch("NUMBA_MOE_VALIDATE")
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TO_CONTIGUOUS = "copy it with `np.ascontiguousarray` or `.contiguous()`"
@@ -251,6 +251,27 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
         return True
 
 
+def _surely_apart(values: Iterable[Any]) -> bool:
+    """Whether these arguments are contiguous tensors, tuples of them or others, and no two overlap: the usual case."""
+    spans = []
+    for value in values:
+        for part in value if isinstance(value, tuple) else (value,):
+            if type(part) is torch.Tensor:
+                if not part.is_contiguous() or not part.numel():
+                    return False
+                begin = part.data_ptr()
+                spans.append((begin, begin + part.nbytes))
+            elif isinstance(part, torch.Tensor | tuple):
+                return False
+    spans.sort()
+    last = 0
+    for begin, end in spans:
+        if begin < last:
+            return False
+        last = end
+    return True
+
+
 def tensors(argument: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of an argument, which is one or a tuple of them, with a name for each."""
     if isinstance(value, torch.Tensor):
@@ -276,14 +297,16 @@ def apart(
     onto
         For some of these, the argument that it may be itself.
     """
+    try:
+        if _surely_apart(arguments.values()):
+            return
+    except RuntimeError:  # torch's own, of a tensor without memory, which other checks refuse
+        pass
     named = [
         (*_extent(tensor), name, argument, tensor)
         for argument, value in arguments.items()
         for name, tensor in tensors(argument, value)
     ]
-    named.sort(key=operator.itemgetter(0))
-    if all(one[1] <= other[0] for one, other in itertools.pairwise(named)):
-        return
     for one, other in itertools.combinations(named, 2):
         pair = sorted((one, other), key=lambda item: item[3] not in written)
         (begin, end, name, argument, tensor), (first, last, other_name, other_argument, other_tensor) = pair
@@ -295,13 +318,12 @@ def apart(
             _wrong_value(name, "in memory of its own", f"an array that overlaps `{other_name}`")
 
 
-def changeable(argument: str, value: Any) -> None:
-    """Check that tensors, in a tuple or alone, can be written: torch could give what is written no gradient."""
-    for name, tensor in tensors(argument, value):
-        if tensor.requires_grad and torch.is_grad_enabled():
-            _wrong_value(name, "without a gradient, as it is written", "one that requires it")
-        if tensor.is_neg():
-            _wrong_value(name, "a tensor that holds what it says, as it is written", "a negated view")
+def changeable(argument: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor can be written: what is written could have no gradient."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        _wrong_value(argument, "without a gradient, as it is written", "one that requires it")
+    if tensor.is_neg():
+        _wrong_value(argument, "a tensor that holds what it says, as it is written", "a negated view")
 
 
 def divides(argument: str, divisor: int, whole: str, number: int) -> None:

@@ -10,7 +10,7 @@ from numba_moe.reference.activation import moe_activation_backward, sum_rows
 
 import numba_moe as moe
 from numba_moe import reference, testing
-from numba_moe.activation import Activating
+from numba_moe.activation import Activating, activation_backward
 from numba_moe.activation.rows import KINDS
 from numba_moe.runtime import simulator
 
@@ -230,3 +230,30 @@ def test_kernel_by_torch_on_the_gpu(name, dtype):
     wanted = testing.to_numpy(sums)
     comparison = testing.compare(found[1], wanted, size=testing.largest_in_row(wanted))
     assert not comparison.mismatches, comparison
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_options_go_by_their_names(compiled):
+    given = {"alpha": 0.5, "limit": 1.5, "interleaved": True, "activation": "silu"}
+    rows = torch.from_numpy(drawn(8)[0][:4]).requires_grad_()
+    call = moe.moe_activation
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(moe.moe_activation, backend="aot_eager", fullgraph=True)
+    results = []
+    for options in (given, dict(reversed(given.items()))):
+        with contextlib.nullcontext() if compiled else running():
+            activated = call(rows, **options)
+            results.append((activated, *torch.autograd.grad(activated.square().sum(), rows)))
+    wanted = by_torch(rows, **given)
+    for result in results:
+        torch.testing.assert_close(result[0], wanted)
+        torch.testing.assert_close(result[1], *torch.autograd.grad(wanted.square().sum(), rows, retain_graph=True))
+    with running():
+        kernel = activation_backward(rows.detach(), torch.ones_like(wanted), None, None, False, **given)[0]
+        assert torch.equal(
+            kernel,
+            activation_backward(
+                *(rows.detach(), torch.ones_like(wanted), None, None, False), **dict(reversed(given.items()))
+            )[0],
+        )

@@ -1,5 +1,8 @@
 """Arrays of every library go in and come out as they are, without a copy, on the caller's stream."""
 
+import contextlib
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +123,41 @@ def test_the_default_stream_has_no_handle_for_torch_to_wrap(monkeypatch):
     device = torch.device("cuda", 1)
     assert arrays._working_on(0, device) == ("default", device)
     assert arrays._working_on(2, device) == (2, device)
+
+
+def test_an_array_of_any_library_runs_on_its_device(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def on(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    for kind in (arrays._DlpackKind(OtherLibrary), arrays._NumpyKind()):
+        for on_gpu, seen in ((True, ["cuda:1", None]), (False, [])):
+            entered.clear()
+            with kind.calling(None, types.SimpleNamespace(is_cuda=on_gpu, device="cuda:1")):
+                assert entered == seen[:1]
+            assert entered == seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_arrays_on_another_device_than_the_current_one_stay_there():
+    class OnDevice(OtherArray):
+        def __array_namespace__(self):
+            return types.SimpleNamespace(from_dlpack=lambda tensor: tensor)
+
+    ids = torch.from_numpy(IDS).to("cuda:1")
+    with torch.cuda.device(0):
+        for given in (OnDevice(ids), ids, torch.nn.Parameter(ids, requires_grad=False)):
+            blocks = moe.moe_align_block_size(given, 4, 4)
+            for part, wanted in zip(blocks, reference.moe_align_block_size(IDS, 4, 4), strict=True):
+                assert part.device == torch.device("cuda:1")
+                assert part.tolist() == wanted.tolist()
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu

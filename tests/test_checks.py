@@ -356,3 +356,16 @@ def test_mixed_devices_name_both():
         moe.count_tokens_per_expert(IDS.cuda(), 8, torch.zeros(8, dtype=torch.int32))
     with pytest.raises(ValueError, match="`correction_bias` must be on the device of `gating_output`, cpu, got cuda:0"):
         moe.topk_softmax(LOGITS, 2, False, torch.zeros(8, device="cuda"))
+
+
+def test_validation_follows_the_environment(device, monkeypatch):
+    ids = ROUTED.clone()
+    ids[1, 1] = 8
+    moe.count_tokens_per_expert(ids.to(device), 8)
+    monkeypatch.setenv("NUMBA_MOE_VALIDATE", "1")
+    with pytest.raises(ValueError, match="another id at token 1, k 1"):
+        moe.count_tokens_per_expert(ids.to(device), 8)
+    monkeypatch.setenv("NUMBA_MOE_VALIDATE", "0")
+    moe.count_tokens_per_expert(ids.to(device), 8)
+    monkeypatch.delenv("NUMBA_MOE_VALIDATE")
+    moe.count_tokens_per_expert(ids.to(device), 8)

@@ -70,3 +70,15 @@ def test_compiled_kernels_are_logged(without_simulator, tmp_path):
     compiled, read = without_simulator(program, str(tmp_path)).splitlines()
     assert compiled.startswith("DEBUG:numba_moe.runtime.compile:Compiled scan_experts('int32', 'int64') for sm_90 in ")
     assert read == "DEBUG:numba_moe.runtime.compile:Read scan_experts('int32', 'int64') for sm_90"
+
+
+@pytest.mark.parametrize("kind", ["tensor", "parameter", "array"])
+def test_ranges_follow_the_environment(kind, monkeypatch):
+    given = torch.tensor([[0, 1]])
+    given = {"tensor": given, "parameter": torch.nn.Parameter(given, requires_grad=False), "array": given.numpy()}[kind]
+    for asked in ("1", "0", "1"):
+        monkeypatch.setenv("NUMBA_MOE_NVTX", asked)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
+            moe.count_tokens_per_expert(given, 2)
+        named = {event.key for event in profiled.key_averages()}
+        assert ("numba_moe::count_tokens_per_expert" in named) == (asked == "1" or kind == "parameter")

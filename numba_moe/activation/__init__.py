@@ -127,18 +127,23 @@ def activation_backward(
     offset: torch.Tensor | None,
     bias: torch.Tensor | None,
     of_bias: bool,
-    **options: Any,
+    *,
+    activation: str,
+    interleaved: bool | None,
+    limit: float | None,
+    alpha: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the gradients by the rows and, if wanted, by the bias."""
     if arrays.answered_by_reference(gate_up):
         function = reference.moe_activation_backward
+        options = {"activation": activation, "interleaved": interleaved, "limit": limit, "alpha": alpha}
         grad_gate_up = arrays.by_reference(function, gate_up, grad_activated, offset, bias, **options)
         grad_bias = arrays.by_reference(reference.sum_rows, grad_gate_up, offset) if of_bias else None
         return grad_gate_up.to(gate_up.dtype), None if grad_bias is None else grad_bias.to(gate_up.dtype)
     grad_activated = grad_activated.contiguous()
     if grad_activated.data_ptr() % 16:
         grad_activated = grad_activated.clone()  # the kernel reads it as it reads the rows
-    plan = plan_activation(layout(gate_up), layout(offset), layout(bias), *options.values())
+    plan = plan_activation(layout(gate_up), layout(offset), layout(bias), activation, interleaved, limit, alpha)
     grad_gate_up = arrays.empty(*plan.grad_gate_up)
     plan.differentiate(
         gate_up=gate_up, offset=offset, bias=bias, grad_activated=grad_activated, grad_gate_up=grad_gate_up

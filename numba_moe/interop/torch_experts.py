@@ -13,6 +13,7 @@ import torch
 from numba_moe.activation import activation_backward
 from numba_moe.experts import ALIGNMENT, compose, has_grouped, multiply_by_expert, outer_by_expert
 from numba_moe.interop import torch_gradients
+from numba_moe.runtime import arrays
 
 OPS = torch.ops.numba_moe
 
@@ -36,11 +37,16 @@ def _device_has_grouped(dtype: torch.dtype, device: torch.device, differentiable
 
 def multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     _, *sizes = weights.shape
-    if all(type(size) is int for size in sizes) and weights.numel() and rows.shape[0] > 0:
+    if (
+        not arrays.is_transformed()
+        and all(type(size) is int for size in sizes)
+        and weights.numel()
+        and rows.shape[0] > 0
+    ):
         aligned = all(size * weights.dtype.itemsize % ALIGNMENT == 0 for size in sizes)
         if aligned and _device_has_grouped(rows.dtype, rows.device, torch.is_grad_enabled()):
             return multiply_by_expert(rows, weights, ends, grouped=True)
-    return OPS.multiply_by_expert(rows, weights, ends)
+    return torch_gradients.call("multiply_by_expert", rows, weights, ends)
 
 
 def _multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -104,7 +110,7 @@ def fused_experts(
 ) -> torch.Tensor:
     """Return the public function's result, by ops; each checks its own arguments when it runs."""
     floats = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
-    if not torch_gradients.wanted(*floats):
+    if not (torch_gradients.wanted(*floats) or arrays.is_transformed()):
         more = {"expert_map": expert_map, "gate_up_bias": gate_up_bias, "down_bias": down_bias, **options}
         op = torch_gradients.overload(OPS.fused_experts)
         return op(hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, **more)

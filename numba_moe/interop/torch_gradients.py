@@ -5,7 +5,7 @@ So it has an overload without, `torch.ops.numba_moe.<name>.without_gradient`, fo
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -39,6 +39,25 @@ def parameters_of(op: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of an op's overload, as its schema has them."""
     [signature] = cast(list[inspect.Signature], get_signature_for_torch_op(op))
     return signature.parameters
+
+
+# The rules of ops with a gradient: what keeps what it needs, and what computes it. And the ops that do the latter.
+RULES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {}
+BACKWARD = {"gating_backward", "permute_backward", "unpermute_backward", "activation_backward", "outer_by_expert"}
+
+
+def _register(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+    RULES[name] = setup, backward
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call an op by itself, or under torch.func's transforms as a function that they know."""
+    if arrays.is_transformed() and not arrays.is_traced():
+        from numba_moe.interop import torch_transforms
+
+        return torch_transforms.apply(name, *args)
+    return getattr(torch.ops.numba_moe, name)(*args)
 
 
 def _arguments(name: str, inputs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,10 +94,10 @@ def of_gating(name: str) -> None:
         ctx.others = len(inputs) - 1
 
     def backward(ctx: Any, grad_weights: torch.Tensor, _: Any) -> Any:
-        grad = torch.ops.numba_moe.gating_backward(*ctx.saved_tensors, grad_weights, *ctx.rules)
+        grad = call("gating_backward", *ctx.saved_tensors, grad_weights, *ctx.rules)
         return grad, *[None] * ctx.others
 
-    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+    _register(name, setup, backward)
 
 
 def of_permuting(name: str) -> None:
@@ -90,9 +109,9 @@ def of_permuting(name: str) -> None:
         ctx.others = len(inputs) - 1
 
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-        return torch.ops.numba_moe.permute_backward(*ctx.saved_tensors, grad), *[None] * ctx.others
+        return call("permute_backward", *ctx.saved_tensors, grad), *[None] * ctx.others
 
-    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+    _register(name, setup, backward)
 
 
 def of_unpermuting(name: str) -> None:
@@ -104,10 +123,10 @@ def of_unpermuting(name: str) -> None:
 
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         wanted = ctx.needs_input_grad[:2]
-        found = torch.ops.numba_moe.unpermute_backward(*ctx.saved_tensors, grad, ctx.factor, *wanted)
+        found = call("unpermute_backward", *ctx.saved_tensors, grad, ctx.factor, *wanted)
         return *(part if needed else None for part, needed in zip(found, wanted, strict=True)), None, None, None
 
-    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+    _register(name, setup, backward)
 
 
 def of_summing(name: str) -> None:
@@ -124,7 +143,7 @@ def of_summing(name: str) -> None:
             grad = grad.masked_fill((topk_ids < 0)[..., None], 0)
         return grad, None, None, None
 
-    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+    _register(name, setup, backward)
 
 
 def of_activating(name: str) -> None:
@@ -133,15 +152,15 @@ def of_activating(name: str) -> None:
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         gate_up, offset, bias, *ctx.options = inputs
         ctx.save_for_backward(gate_up, offset, bias)
-        ctx.of_bias = bias is not None and bias.requires_grad
+        ctx.of_bias = bias is not None and ctx.needs_input_grad[2]
 
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         gate_up, offset, bias = ctx.saved_tensors
         rest = (*ctx.options, ctx.of_bias)
-        by_rows, by_bias = torch.ops.numba_moe.activation_backward(gate_up, grad, offset, bias, *rest)
+        by_rows, by_bias = call("activation_backward", gate_up, grad, offset, bias, *rest)
         return by_rows, None, by_bias if ctx.of_bias else None, *[None] * len(ctx.options)
 
-    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+    _register(name, setup, backward)
 
 
 def of_multiplying(name: str) -> None:
@@ -155,12 +174,12 @@ def of_multiplying(name: str) -> None:
         grad = grad.contiguous()
         by_rows, by_weights, _ = ctx.needs_input_grad
         return (
-            torch.ops.numba_moe.multiply_by_expert(grad, weights.transpose(1, 2), ends) if by_rows else None,
-            torch.ops.numba_moe.outer_by_expert(grad, rows, ends) if by_weights else None,
+            call("multiply_by_expert", grad, weights.transpose(1, 2), ends) if by_rows else None,
+            call("outer_by_expert", grad, rows, ends) if by_weights else None,
             None,
         )
 
-    torch.library.register_autograd(f"numba_moe::{name}", backward, setup_context=setup)
+    _register(name, setup, backward)
 
 
 def refused(name: str) -> None:

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from numba_moe.gating.backward import gating_backward
-from numba_moe.interop import torch_experts, torch_gradients, torch_results
+from numba_moe.interop import torch_experts, torch_gradients, torch_results, torch_transforms
 from numba_moe.permute.backward import permute_backward, unpermute_backward
 from numba_moe.reference.dispatch import DispatchTables
-from numba_moe.runtime import arrays
+from numba_moe.runtime import arrays, checks, observe, plans
 
 LIBRARY = "numba_moe"
 # How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor, but by these names.
@@ -215,13 +217,14 @@ def _register(
             _gather_tables(given)
         if isinstance(given.get("out"), list):
             given["out"] = tuple(given["out"])
+        named = observe.named(function)
         first = args[first_tensor]
         device = first.get_device()
         if device < 0 or device == arrays.current_device():
-            found = function(**given)
+            found = named(**given)
         else:
             with torch.cuda.device(device):
-                found = function(**given)
+                found = named(**given)
         if text.endswith("()"):
             return None
         return (
@@ -253,10 +256,24 @@ def _define() -> dict[str, Result | None]:
     for name, text, function, results in (*BACKWARD, *torch_experts.STEPS):
         _register(name, f"{name}{text}", function, results)
     torch_gradients.of_multiplying("multiply_by_expert")
+    for name in (*OPS, *(step[0] for step in (*BACKWARD, *torch_experts.STEPS))):
+        if OPS.get(name) is None or OPS[name].results is not torch_results.nothing:
+            torch_transforms.define(name)
     return types_of_results
 
 
 RESULT_TYPES = _define()
+PARAMETERS = {name: tuple(inspect.signature(_function(name)).parameters) for name in OPS}
+
+
+def _refuse_gradient(name: str, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """Refuse a gradient of an op that has none: compiled code would go on as if it were zero."""
+    for value in (*args, *given.values()):
+        if torch_gradients.wanted(value):
+            named = {**dict(zip(PARAMETERS[name], args, strict=False)), **given}
+            argument = next(key for key, found in named.items() if found is value)
+            rule = "without a gradient for these options"
+            raise ValueError(f"`{argument}` must be {rule}, got one that requires it")
 
 
 @torch.compiler.assume_constant_result  # what compiled code would otherwise look up at each call, to see it unchanged
@@ -266,8 +283,38 @@ def _traits(name: str) -> tuple[str, tuple[str, ...], tuple[tuple[str, str], ...
     return op.out, op.written, tuple(op.absent.items()), op.gradient is not None, nested
 
 
+def _check(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse tensors that the ops cannot do justice to: with tangents, with data beside fake ones."""
+    arguments = {**dict(zip(PARAMETERS[name], args, strict=False)), **kwargs}
+    tensors = [pair for argument, value in arguments.items() for pair in checks.tensors(argument, value)]
+    for argument, tensor in tensors:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise TypeError(torch_transforms.NO_TANGENTS.format(argument=argument))
+    fakes = [argument for argument, tensor in tensors if isinstance(tensor, FakeTensor)]
+    mixable = all(tensor.fake_mode.allow_non_fake_inputs for _, tensor in tensors if isinstance(tensor, FakeTensor))
+    if fakes and not mixable and len(fakes) < len(tensors):
+        other = next(argument for argument, tensor in tensors if not isinstance(tensor, FakeTensor))
+        raise TypeError(f"`{other}` must be a fake tensor, as `{fakes[0]}` is, got one with data")
+
+
 def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call the op of a public function, with its arguments and results, through torch's dispatcher."""
+    if arrays.is_traced():
+        return _call(name, args, kwargs)
+    _check(name, args, kwargs)
+    try:
+        return _call(name, args, kwargs)
+    except NotImplementedError as error:
+        arguments = {**dict(zip(PARAMETERS[name], args, strict=False)), **kwargs}
+        for argument, value in arguments.items():
+            for part, tensor in checks.tensors(argument, value):
+                if not plans.is_plain(tensor):
+                    rule = f"of a class that knows the op `{name}`"
+                    raise TypeError(f"`{part}` must be {rule}, got {type(tensor).__name__}") from error
+        raise
+
+
+def _call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if name == "fused_experts":
         return torch_experts.fused_experts(*args, **kwargs)
     out, also_written, absent_without, differentiable, nested = _traits(name)
@@ -285,6 +332,11 @@ def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if key not in written:
             given.pop(key, None)
     op = getattr(torch.ops.numba_moe, writing_name(name) if written else name)
+    if written and arrays.is_transformed():
+        rule = "None under the transforms of torch.func (functorch)"
+        raise ValueError(f"`{written[0]}` must be {rule}, got memory to write")
+    if not differentiable or written:
+        _refuse_gradient(name, args, given)
     if written and out:
         if out not in given:
             given[out] = OPS[name].results(*args, **given)
@@ -292,6 +344,8 @@ def call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(results, tuple):
             given[out] = list(results)
         op(*args, **given)
+    elif arrays.is_transformed() and not arrays.is_traced():
+        results = torch_transforms.apply(name, *args, **given)
     elif differentiable and not written:
         results = torch_gradients.overload(op, *args, *given.values())(*args, **given)
     else:

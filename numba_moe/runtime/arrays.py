@@ -48,14 +48,16 @@ class _Kind(abc.ABC):
 
     @contextlib.contextmanager
     def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
-        """Make the stream that the caller works on torch's current one."""
-        yield
+        """Make the array's device torch's current one, and the stream that the caller works on its current stream."""
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            yield
 
 
 class _NumpyKind(_Kind):
     def wrap(self, array: Any) -> torch.Tensor:
-        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-            array = array.copy()  # a tensor can express neither; the reference answers CPU arrays anyway
+        # A tensor can express none of these; the reference answers CPU arrays anyway.
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         return torch.from_numpy(array)
 
     def unwrap(self, tensor: torch.Tensor) -> Any:
@@ -105,7 +107,7 @@ class _DlpackKind(_Kind):
 def _kind(array: Any) -> _Kind | None:
     library = type(array).__module__.split(".")[0]
     if isinstance(array, np.ndarray):
-        return _NumpyKind()
+        return None if isinstance(array, np.ma.MaskedArray) else _NumpyKind()  # a mask would be lost
     if library == "cupy":
         return _CupyKind()
     if hasattr(array, "copy_to_host"):
@@ -154,15 +156,17 @@ def _writing(function: Callable[P, R], names: tuple[str, ...]) -> Callable[P, R]
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        if not given:
-            return function(*args, **kwargs)
         written = []
-        for name, value in given.items():
-            checks.changeable(name, value)
-            written += [tensor for _, tensor in checks.tensors(name, value) if not tensor.is_inference()]
+        for name in names:
+            value: Any = kwargs.get(name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor):
+                    checks.changeable(name, part)
+                    if not part.is_inference():  # such a tensor has no version
+                        written.append(part)
         result = function(*args, **kwargs)
-        torch.autograd.graph.increment_version(written)
+        if written:
+            torch.autograd.graph.increment_version(written)
         return result
 
     return call
@@ -174,7 +178,7 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
     Its first array, which is its first parameter annotated `Any`, decides which, and the function runs with its device
     as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written, and autograd is told.
     """
-    plain = observe.named(function)
+    plain = function
     function = _writing(plain, written) if written else plain
     writes = frozenset(written)
     parameters = inspect.signature(function).parameters
@@ -190,6 +194,8 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
             is_traced() or is_jit_tracing() or num_modes() or forward_ad._current_level >= 0
         ):
             run = function if writes and not writes.isdisjoint(kwargs) else plain
+            if observe.RANGES:
+                run = observe.named(run)
             device = array.get_device()
             try:
                 if device < 0 or device == current_device():
@@ -204,31 +210,34 @@ def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[
 
             if name in torch_ops.OPS:
                 return torch_ops.call(name, args, kwargs)
-            return function(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
+            run = observe.named(function)
+            return run(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         kind = _kind(array)
         if kind is None:
             return function(*args, **kwargs)  # whose checks say what the argument must be
 
-        def wrap(value: Any) -> Any:
+        def wrap(argument: str, value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(map(wrap, value))
+                return tuple(wrap(argument, part) for part in value)
             same_library = type(value).__module__.split(".")[0] == type(array).__module__.split(".")[0]
             if not same_library or _kind(value) is None:
                 return value
             try:
                 return kind.wrap(value)
-            except TypeError:
-                return value  # a dtype that torch lacks: the checks name the argument
+            except Exception as error:
+                if isinstance(kind, _NumpyKind) and isinstance(error, TypeError):
+                    return value  # a dtype that torch lacks: the checks name the argument
+                checks.unwrapped(argument, value, error)
 
         for keyword in written:
             checks.writable(keyword, kwargs.get(keyword))
-        positional: Any = [wrap(value) for value in args]
-        named: Any = {keyword: wrap(value) for keyword, value in kwargs.items()}
+        positional: Any = [wrap(*pair) for pair in zip(parameters, args, strict=False)]
+        named: Any = {keyword: wrap(keyword, value) for keyword, value in kwargs.items()}
         tensor = positional[place] if len(positional) > place else named[first]
         if not isinstance(tensor, torch.Tensor):
             return function(*positional, **named)
         with kind.calling(array, tensor):
-            return cast(R, _each(kind.unwrap, function(*positional, **named)))
+            return cast(R, _each(kind.unwrap, observe.named(function)(*positional, **named)))
 
     return call
 
@@ -269,7 +278,7 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
             return tuple(map(to_numpy, value))
         if not isinstance(value, torch.Tensor):
             return value
-        value = value.detach()
+        value = value.detach().resolve_neg()
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
     result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})

@@ -11,22 +11,23 @@ import contextlib
 import itertools
 import math
 import operator
-import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from numba_moe.runtime import environment
 from numba_moe.runtime.plans import Foreign, Layout, Unreadable, kind_of, layout
 
 LARGEST_INT32 = 2**31 - 1
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 LARGEST_INT64 = 2**63 - 1
-VALIDATE = os.environ.get("NUMBA_MOE_VALIDATE", "0") == "1"
+VALIDATE = environment.Switch("NUMBA_MOE_VALIDATE")
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+TO_CONTIGUOUS = "copy it with `np.ascontiguousarray` or `.contiguous()`"
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -123,15 +124,20 @@ def array(
         rule = f"of the same library as `{like[0]}`" if like else kinds + " or ".join(map(_name, dtypes))
         _wrong_type(argument, rule, value.what if isinstance(value, Foreign) else kind_of(value))
     if value.dtype not in dtypes:
-        _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype))
+        hint = ""
+        if dtypes[0] in (*IDS, torch.float32) and not value.dtype.is_complex:
+            name = _name(dtypes[0])
+            hint = f"; convert it with `.astype(np.{name})` or `.to(torch.{name})`"
+        _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype) + hint)
     if len(value.shape) not in ndims:
         shape = tuple(value.shape)
         _wrong_value(argument, "of " + " or ".join(map(str, ndims)) + " dimensions", f"shape {shape}")
     if rows:
         if value.strides is not None and value.strides[-1] != 1 and value.shape[-1] > 1:
-            _wrong_value(argument, "contiguous in its last dimension", f"strides {value.strides}")
+            _wrong_value(argument, "contiguous in its last dimension", f"strides {value.strides}; {TO_CONTIGUOUS}")
     elif value.strides is not None:
-        _wrong_value(argument, "contiguous", f"shape {tuple(value.shape)} with strides {value.strides}")
+        found = f"shape {tuple(value.shape)} with strides {value.strides}; {TO_CONTIGUOUS}"
+        _wrong_value(argument, "contiguous", found)
     if value.device.type not in ("cpu", "cuda"):
         _wrong_value(argument, "on a CUDA device or the CPU", str(value.device))
     if like is not None and value.device != like[1].device:
@@ -189,6 +195,12 @@ def logits(argument: str, value: torch.Tensor) -> None:
     """Check that logits are finite."""
     if place := _first(~value.isfinite()):
         _wrong_value(argument, "finite", f"another value at {place.replace(', k ', ', expert ')}")
+
+
+def unwrapped(argument: str, value: Any, error: Exception) -> NoReturn:
+    """Refuse an array that its library does not hand over by DLPack: a tracer of jax.jit has no data, for instance."""
+    rule = "an array with data, which a function sees outside of jax.jit, jax.grad and the like"
+    raise TypeError(f"`{argument}` must be {rule}, got {kind_of(value)} ({error})") from error
 
 
 def tuple_of(argument: str, value: Any, length: int) -> None:
@@ -251,6 +263,27 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
         return True
 
 
+def _surely_apart(values: Iterable[Any]) -> bool:
+    """Whether these arguments are contiguous tensors, tuples of them or others, and no two overlap: the usual case."""
+    spans = []
+    for value in values:
+        for part in value if isinstance(value, tuple) else (value,):
+            if type(part) is torch.Tensor:
+                if not part.is_contiguous() or not part.numel():
+                    return False
+                begin = part.data_ptr()
+                spans.append((begin, begin + part.nbytes))
+            elif isinstance(part, torch.Tensor | tuple):
+                return False
+    spans.sort()
+    last = 0
+    for begin, end in spans:
+        if begin < last:
+            return False
+        last = end
+    return True
+
+
 def tensors(argument: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of an argument, which is one or a tuple of them, with a name for each."""
     if isinstance(value, torch.Tensor):
@@ -276,14 +309,16 @@ def apart(
     onto
         For some of these, the argument that it may be itself.
     """
+    try:
+        if _surely_apart(arguments.values()):
+            return
+    except RuntimeError:  # torch's own, of a tensor without memory, which other checks refuse
+        pass
     named = [
         (*_extent(tensor), name, argument, tensor)
         for argument, value in arguments.items()
         for name, tensor in tensors(argument, value)
     ]
-    named.sort(key=operator.itemgetter(0))
-    if all(one[1] <= other[0] for one, other in itertools.pairwise(named)):
-        return
     for one, other in itertools.combinations(named, 2):
         pair = sorted((one, other), key=lambda item: item[3] not in written)
         (begin, end, name, argument, tensor), (first, last, other_name, other_argument, other_tensor) = pair
@@ -295,13 +330,12 @@ def apart(
             _wrong_value(name, "in memory of its own", f"an array that overlaps `{other_name}`")
 
 
-def changeable(argument: str, value: Any) -> None:
-    """Check that tensors, in a tuple or alone, can be written: torch could give what is written no gradient."""
-    for name, tensor in tensors(argument, value):
-        if tensor.requires_grad and torch.is_grad_enabled():
-            _wrong_value(name, "without a gradient, as it is written", "one that requires it")
-        if tensor.is_neg():
-            _wrong_value(name, "a tensor that holds what it says, as it is written", "a negated view")
+def changeable(argument: str, tensor: torch.Tensor) -> None:
+    """Check that a tensor can be written: what is written could have no gradient."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        _wrong_value(argument, "without a gradient, as it is written", "one that requires it")
+    if tensor.is_neg():
+        _wrong_value(argument, "a tensor that holds what it says, as it is written", "a negated view")
 
 
 def divides(argument: str, divisor: int, whole: str, number: int) -> None:

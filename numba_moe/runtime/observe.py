@@ -3,21 +3,22 @@
 import contextlib
 import functools
 import logging
-import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from numba_moe.runtime import environment
+
 # NUMBA_MOE_NVTX=1 names calls of public functions to NVTX, for Nsight Systems, and to torch's profiler.
-RANGES = os.environ.get("NUMBA_MOE_NVTX", "0") == "1"
+RANGES = environment.Switch("NUMBA_MOE_NVTX")
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def named(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function whose calls are ranges of its name in profiles, or itself where nobody asked for them."""
+    """Return a function whose calls are ranges of its name in profiles, or itself where nobody asks for them now."""
     if not RANGES:
         return function
     name = f"numba_moe::{function.__name__}"

@@ -79,7 +79,9 @@ def layout(value: Any) -> Any:
         shape = value.shape
     except RuntimeError:  # torch's own, of sparse and nested tensors, and of what torch.func's transforms pass
         return Unreadable(_without_memory(value))
-    if value.is_neg():
+    if (
+        strides is not None and value.is_neg()
+    ):  # as the imaginary part of a conjugate is, in which nothing is contiguous
         return Unreadable("a negated view")
     if not address and shape.numel() and value.device.type != "meta":
         return Unreadable(_without_memory(value))

@@ -113,7 +113,7 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
             return remembered(*args, **kwargs)  # type: ignore[arg-type]
         except _NotAKeyError:
             pass
-        except TypeError:  # of a check, or of an argument without a hash, whose check is still to come
+        except (TypeError, ValueError):  # of a check, or of an argument without a hash, whose check is still to come
             if _is_key((args, tuple(kwargs.values()))):
                 raise
         return function(*args, **kwargs)
@@ -132,7 +132,7 @@ def _holds_a_number(values: tuple[Any, ...]) -> bool:
 def _is_key(value: Any) -> bool:
     try:
         hash(value)
-    except TypeError:
+    except (TypeError, ValueError):  # the latter from memoryviews
         return False
     return True
 

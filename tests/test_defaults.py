@@ -142,7 +142,7 @@ def recordings(folder):
                 for layer in range(2):
                     with of.with_current_layer(layer):
                         if mode == "stat_approx":
-                            of.on_deepep_dispatch_low_latency(torch.bincount(chosen().flatten(), minlength=5).int())
+                            of.on_dispatch_counts(torch.bincount(chosen().flatten(), minlength=5).int())
                         else:
                             of.on_select_experts(chosen(), floats(6, 2).abs())
         dump = of.dump_record(output_mode="object")
@@ -167,7 +167,7 @@ def peers():
 
 
 def small_models():
-    """What a language model loses while it learns."""
+    """Losses of a language model that learns."""
     settings = tiny.Settings(layers=1, hidden=8, heads=2, experts=3, top_k=2, width=8, length=6, batch=2, steps=2)
     yield tiny.train(settings, "cpu").losses
 

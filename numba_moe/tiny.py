@@ -21,6 +21,8 @@ from numba_moe.block import MoEBlock, Router
 from numba_moe.reference.gating import TopK
 
 BYTES = 256
+# Of its parameters: drawn on the CPU and then moved, so that a seed means the same on every device.
+KIND: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 WARM_UP = 0.05  # of the steps, in which the rate of learning rises
 LAST = 50  # steps over which the loss is averaged
 TRIMMED_TOKENS = 1024
@@ -90,11 +92,12 @@ class Layer(torch.nn.Module):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.heads = settings.heads
-        self.before_attention, self.before_experts = (torch.nn.RMSNorm(settings.hidden) for _ in range(2))
-        self.qkv = torch.nn.Linear(settings.hidden, 3 * settings.hidden, bias=False)
-        self.out = torch.nn.Linear(settings.hidden, settings.hidden, bias=False)
+        self.before_attention, self.before_experts = (torch.nn.RMSNorm(settings.hidden, **KIND) for _ in range(2))
+        self.qkv = torch.nn.Linear(settings.hidden, 3 * settings.hidden, bias=False, **KIND)
+        self.out = torch.nn.Linear(settings.hidden, settings.hidden, bias=False, **KIND)
         block = PlainBlock if settings.plain else MoEBlock
-        self.experts = block(settings.hidden, settings.width, settings.experts, settings.top_k, renormalize=True)
+        sizes = settings.hidden, settings.width, settings.experts, settings.top_k
+        self.experts = block(*sizes, renormalize=True, **KIND)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         batch, length, hidden = states.shape
@@ -110,11 +113,11 @@ class TinyModel(torch.nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.bytes = torch.nn.Embedding(BYTES, settings.hidden)
-        self.places = torch.nn.Embedding(settings.length, settings.hidden)
+        self.bytes = torch.nn.Embedding(BYTES, settings.hidden, **KIND)
+        self.places = torch.nn.Embedding(settings.length, settings.hidden, **KIND)
         self.layers = torch.nn.Sequential(*(Layer(settings) for _ in range(settings.layers)))
-        self.norm = torch.nn.RMSNorm(settings.hidden)
-        self.head = torch.nn.Linear(settings.hidden, BYTES, bias=False)
+        self.norm = torch.nn.RMSNorm(settings.hidden, **KIND)
+        self.head = torch.nn.Linear(settings.hidden, BYTES, bias=False, **KIND)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         states = self.bytes(ids) + self.places(torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device))

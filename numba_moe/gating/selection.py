@@ -9,7 +9,7 @@ import torch
 from numba_moe import gating
 from numba_moe.gating import given, plans
 from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
-from numba_moe.gating.rows import SCORING, Chosen, Weighing
+from numba_moe.gating.rows import SCORING, Chosen, Weighting
 from numba_moe.placement.dispatch import ALGORITHMS, Dispatch, plan_dispatch
 from numba_moe.reference import selection as reference
 from numba_moe.reference.gating import TopK
@@ -46,7 +46,10 @@ class Options(NamedTuple):
         if self is NONE:
             return self
         found: Options = new_tuple(Options, map(layout, self))
-        return found if found.dispatch is None else found._replace(dispatch=tuple(map(layout, self.dispatch)))
+        if self.dispatch is None:
+            return found
+        tables = tuple(map(layout, self.dispatch)) if isinstance(self.dispatch, tuple) else self.dispatch
+        return found._replace(dispatch=tables)
 
     def arrays(self) -> dict[str, torch.Tensor | None]:
         """Return the arrays among them, by the names that kernels have for them."""
@@ -252,7 +255,7 @@ def _plan_weighing(
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
     rows = plans.rows_of(gating_output, 4 * plans.in_vectors(gating_output, num_experts))
     already = given.Given(topk_ids, plans.sized(input_ids), num_given, input_ids.dtype.itemsize if input_ids else 0)
-    weighing = Weighing(top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
+    weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
     records = (rows, already, weighing, Chosen(torch.float32, torch.int32), extras)
     return WeighingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),

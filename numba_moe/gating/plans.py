@@ -174,8 +174,15 @@ def _plan(
         records = (rows, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
         where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
         choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
-    weights_and_ids = (arrays.contiguous(dtype, num_tokens, num_slots) for dtype in (torch.float32, id_dtype))
-    return GatingPlan(*weights_and_ids, choose, group_scores, records, columns, role)
+    return GatingPlan(
+        arrays.contiguous(torch.float32, num_tokens, num_slots),
+        arrays.contiguous(id_dtype, num_tokens, num_slots),
+        choose,
+        group_scores,
+        records,
+        columns,
+        role,
+    )
 
 
 @planned

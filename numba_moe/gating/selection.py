@@ -154,8 +154,8 @@ def _check(
         num_rows = physical_map.shape[0]
         if algorithm != "fake":
             checks.at_least("len(dispatch.physical_map)", num_rows, num_experts - num_zero + num_shared, "experts")
-        rule = (num_rows, physical_map.shape.numel() // num_rows, ALGORITHMS.index(algorithm), seed)
-        dispatch = Dispatch(physical_map, num_valid, step, *rule)
+        width = physical_map.shape.numel() // num_rows
+        dispatch = Dispatch(physical_map, num_valid, step, num_rows, width, ALGORITHMS.index(algorithm), seed)
     counters = (0, 1, 0)
     if options.counts is not None:
         checks.array("counts", options.counts, checks.IDS, (1, 2), like=like)

@@ -77,6 +77,50 @@ def test_reference_by_torch(name):
     np.testing.assert_allclose(sum_rows(grad_rows, OFFSET), biases.grad.numpy(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["silu", "silu alpha", "gelu_tanh", "swiglu_oai"])
+def test_digits_are_kept_far_below_zero(name):
+    """Against torch's sigmoid in float64, whose relative error is that of the last digit."""
+    gate = torch.linspace(-100, 100, 2001, dtype=torch.float64).requires_grad_()
+    alpha, shift = {"silu": (1.0, 0.0), "silu alpha": (0.5, 0.0), "swiglu_oai": (1.702, 1.0)}.get(name, (None, 0.0))
+    inside = alpha * gate if alpha else math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3)
+    wanted = gate * torch.sigmoid(inside) * (1.0 + shift)
+    (slope,) = torch.autograd.grad(wanted.sum(), gate)
+    rows = torch.stack([gate.detach(), torch.ones_like(gate)], 1).numpy()
+    options = OPTIONS[name] | {"limit": 1e30}
+    found = reference.moe_activation(rows, **options)[:, 0]
+    np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-12)
+    grad = moe_activation_backward(rows, np.ones((len(rows), 1)), **options)
+    np.testing.assert_allclose(grad[:, 1], found / (1.0 + shift), rtol=1e-12)
+    turning = slope.abs() < 1e-3 * torch.sigmoid(inside)  # where the slope's two terms cancel
+    np.testing.assert_allclose(grad[~turning, 0], slope[~turning].numpy(), rtol=1e-10)
+    narrow = rows.astype(np.float32)[:: 40 if simulator.ENABLED else 1]
+    exact = reference.moe_activation(narrow.astype(np.float64), **options)[:, 0]
+    rounded = reference.moe_activation(narrow, **options)[:, 0]
+    np.testing.assert_allclose(rounded, exact, rtol=1e-7, atol=np.finfo(np.float32).smallest_subnormal)
+    with running():
+        on_device = moe.moe_activation(torch.from_numpy(narrow.copy()).to(DEVICE), **options).cpu().numpy()[:, 0]
+    normal = np.abs(exact) > 100 * np.finfo(np.float32).tiny  # where the share of the gate is no less than that
+    np.testing.assert_allclose(on_device[normal], exact[normal], rtol=3e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
+def test_what_lies_at_its_limit_has_a_gradient(activation):
+    """A clamp's edge belongs to what it leaves alone, as in torch."""
+    rows = torch.tensor([[2.0, 2.0], [2.0, -2.0], [1.0, 2.5], [2.5, 1.0]])
+    options = {"activation": activation, "limit": 2.0, "alpha": 1.0, "interleaved": False}
+    exact = rows.double().requires_grad_()
+    by_torch(exact, **options).sum().backward()
+    gate = torch.nn.functional.silu(torch.tensor([2.0, 2.0], dtype=torch.float64))
+    assert torch.allclose(exact.grad[:2, 1], gate)
+    found = [torch.from_numpy(moe_activation_backward(rows.numpy(), np.ones((4, 1), np.float32), **options))]
+    with running():
+        leaf = rows.to(DEVICE).requires_grad_()
+        found += torch.autograd.grad(moe.moe_activation(leaf, **options).sum(), leaf)
+    for grad in found:
+        assert torch.allclose(grad.cpu().double(), exact.grad, rtol=1e-5, atol=0)
+        assert grad[2, 1] == grad[3, 0] == 0
+
+
 def assert_gradients_as_reference(width, dtype, options, seed=0):
     rows, bias, rng = drawn(width, dtype, seed)
     gate_up, biases = (testing.to_device(part, DEVICE, dtype).requires_grad_() for part in (rows, bias))

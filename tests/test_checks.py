@@ -267,6 +267,18 @@ def test_what_is_no_text_is_no_name(argument, value):
         NAMES[argument](value)
 
 
+def test_a_memoryview_is_no_array_and_no_name():
+    view = memoryview(bytearray(16))  # which has no hash, and says so by a ValueError
+    with pytest.raises(TypeError, match=r"^`topk_ids` must be a torch tensor, .*, got builtins.memoryview"):
+        moe.count_tokens_per_expert(view, 8)
+    with pytest.raises(TypeError, match=r"^`expert_map` must be of the same library as `topk_ids`, got .*memoryview"):
+        moe.count_tokens_per_expert(IDS, 8, view)
+    with pytest.raises(TypeError, match=r"^`num_experts` must be an integer, got memoryview"):
+        moe.count_tokens_per_expert(IDS, view)
+    with pytest.raises(TypeError, match=r"^`scoring_func` must be one of .*, got memoryview"):
+        moe.select_experts(LOGITS, 2, scoring_func=view)
+
+
 @pytest.mark.parametrize("value", [np.zeros(2), torch.zeros(1), False, np.bool_(False), [0]], ids=repr)
 @pytest.mark.parametrize(
     "option",

@@ -69,9 +69,11 @@ def test_ids_and_maps_past_int32_are_no_experts(path, device, monkeypatch, reque
         assert 0 < len(known) < ids.size
         counts = moe.count_tokens_per_expert(ours, experts, ours_local)
         assert counts.tolist() == np.bincount(known, minlength=experts).tolist()
-        blocks = moe.moe_align_block_size(ours, 4, experts, ours_local, ignore_invalid_experts=True)
-        wanted = reference.moe_align_block_size(ids, 4, experts, local, ignore_invalid_experts=True)
-        assert [part.tolist() for part in blocks] == [part.tolist() for part in wanted]
+        inverse, wanted_inverse = torch.full_like(ours, 77, dtype=torch.int32), np.empty(ids.shape, np.int32)
+        options = {"ignore_invalid_experts": True}
+        blocks = moe.moe_align_block_size(ours, 4, experts, ours_local, inv_sorted_idx=inverse, **options)
+        wanted = reference.moe_align_block_size(ids, 4, experts, local, inv_sorted_idx=wanted_inverse, **options)
+        assert [part.tolist() for part in (*blocks, inverse)] == [part.tolist() for part in (*wanted, wanted_inverse)]
         assert blocks.num_tokens_post_padded.item() == sum(-(-count // 4) * 4 for count in counts.tolist())
 
 

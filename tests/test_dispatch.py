@@ -79,6 +79,21 @@ def test_fake_goes_over_all_ranks_and_slots():
     assert dispatch_map(idle, 0, "fake")[0].tolist() == [[0, 4, 1, 5, 0, 4]]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_places_below_0_are_none(algorithm, device):
+    places = torch.tensor([-1, -2, -(2**31), 5], dtype=torch.int32, device=device)
+    options = {"algorithm": algorithm}
+    if algorithm in ("dynamic", "hash"):
+        places, options["num_valid"] = places[:, None].contiguous(), torch.ones_like(places)
+    if algorithm == "dynamic":
+        options["step"] = torch.zeros(1, dtype=torch.int64, device=device)
+    ids = torch.tensor([0, 1, 2, 3, -1, 4, 2**32, -(2**32) + 3], device=device)
+    counts = torch.zeros(6, dtype=torch.int32, device=device)
+    found = dispatch_ids(ids, places, counts=counts, **options)
+    assert found.tolist() == [-1, -1, -1, 5, -1, -1, -1, -1]
+    assert counts.tolist() == [0, 0, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("algorithm", ["dynamic", "hash"])
 def test_turned_rows_hold_the_same_slots(algorithm):
     slots, count = LOCATION.logical_to_all_physical_map, LOCATION.logical_to_all_physical_map_num_valid

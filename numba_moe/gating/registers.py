@@ -101,10 +101,11 @@ def sum_exponentials(logits, columns):
 
 
 @cuda.jit(device=True)
-def in_chosen_group(rank, group, num_expert_group, topk_group):
-    """Whether the group of this lane is among the best; lanes of one group are neighbours with the same rank."""
-    if group >= num_expert_group:
-        rank = int32(LOWEST_ORDER)
+def in_chosen_group(rank, group, topk_group):
+    """Whether the group of this lane is among the best; lanes of one group are neighbours with the same rank.
+
+    Lanes behind the last group have no experts, and so the lowest rank, below that of any group.
+    """
     chosen = False
     for _ in range(topk_group):
         winner = cuda.shfl_sync(ALL_LANES, group, first_lane(rank == warp_highest(rank)))
@@ -266,7 +267,7 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
                 own.scores[column] = order(logits[column])
             best, second = best_two(own.scores, columns, count, lowest, lowest)
         rank = rank_group(best, second, lanes, choice.group_picks > 1)
-        if not in_chosen_group(rank, group, choice.num_expert_group, choice.topk_group):
+        if not in_chosen_group(rank, group, choice.topk_group):
             count = int32(0)
     if ragged or choice.num_expert_group > 1:
         lower_missing(ranks, columns, count)

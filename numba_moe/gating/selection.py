@@ -77,9 +77,9 @@ INFINITY = math.inf
 def options_of(*values: Any) -> Options:
     """Return options, or `NONE` if nothing is asked for: to compare tensors would take microseconds."""
     softcap, num_shared, on_output, num_zero, zero_expert_id, identity_weights, *arrays, indices_dtype = values
-    of_kinds = type(num_shared) is type(num_zero) is type(zero_expert_id) is int and type(on_output) is bool
-    if not of_kinds or type(softcap) not in (float, int):  # what equals a default may still be no such number
-        _check_numbers(softcap, num_shared, on_output, num_zero, zero_expert_id)
+    integers = type(num_shared) is type(num_zero) is type(zero_expert_id) is int
+    if not (integers and type(on_output) is bool and (type(softcap) is float or type(softcap) is int)):
+        _check_numbers(softcap, num_shared, on_output, num_zero, zero_expert_id)  # False equals 0, arrays have no truth
     if softcap == INFINITY:
         softcap = 0.0
     numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id)

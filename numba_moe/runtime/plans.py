@@ -45,7 +45,7 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
     def plan(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return remembered(*args, **kwargs)  # type: ignore[arg-type]
-        except TypeError:  # from a check, which will say so again, or because an argument cannot be a key
+        except (TypeError, ValueError):  # of a check, which will say so again, or of an argument that cannot be a key
             return function(*args, **kwargs)
 
     return plan

@@ -24,7 +24,7 @@ from numba_moe.gating.rows import (
     SMALLEST_SUM,
     SOFTMAX,
     SOFTPLUS_SQRT,
-    Weighing,
+    Weighting,
     score_of,
     weight_of,
 )
@@ -92,7 +92,7 @@ def slope_of(logit, scoring_func):
 
 
 @cuda.jit
-def differentiate_weights(weighed: Weighed, weighing: Weighing, gradients: Gradients):
+def differentiate_weights(weighed: Weighed, weighing: Weighting, gradients: Gradients):
     """Write the gradient of a token's row, by a warp, a lane every 32nd expert; the grid has a warp per token."""
     token = warp_index()
     if token >= weighed.num_tokens:
@@ -179,7 +179,7 @@ def _plan_backward(
     dtype = gating_output.dtype
     stride = num_experts if gating_output.strides is None else gating_output.strides[0]
     weighed = Weighed(gating_output, torch.float32, torch.int32, num_tokens, num_experts, stride)
-    weighing = Weighing(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
+    weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
     records = (weighed, weighing, Gradients(torch.float32, dtype))
     differentiate = Launch(differentiate_weights, gating_output.device, *warps(num_tokens), *records)
     return BackwardPlan(arrays.contiguous(dtype, num_tokens, num_experts), differentiate)

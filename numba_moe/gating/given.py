@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from numba_moe.gating.extras import Extras, Source, load_integer, load_one
 from numba_moe.gating.memory import softmax_from_memory
-from numba_moe.gating.rows import SOFTMAX, Chosen, Rows, Scores, Weighing
+from numba_moe.gating.rows import SOFTMAX, Chosen, Rows, Scores, Weighting
 from numba_moe.gating.token import (
     begin_counting,
     count_slots,
@@ -29,7 +29,7 @@ class Given(NamedTuple):
 
 
 @cuda.jit
-def weigh_given(rows: Rows, given: Given, weighing: Weighing, chosen: Chosen, extras: Extras):
+def weigh_given(rows: Rows, given: Given, weighing: Weighting, chosen: Chosen, extras: Extras):
     """Weigh the experts of a token, by a warp, a lane every 32nd of them; the grid has a warp per token."""
     token = warp_index()
     if token >= rows.num_tokens:

@@ -29,7 +29,7 @@ from numba_moe.gating.rows import (
     Chosen,
     Rows,
     Scores,
-    Weighing,
+    Weighting,
     has_no_softmax,
     lower_broken,
     rank_of,
@@ -230,7 +230,7 @@ def count_block(tally):
 def choose_for_many(
     rows: Rows,
     choice: Choice,
-    weighing: Weighing,
+    weighing: Weighting,
     octet: OctetLanes,
     chosen: Chosen,
     extras: Extras,

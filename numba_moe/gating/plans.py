@@ -8,7 +8,7 @@ import torch
 
 from numba_moe.gating import memory, octets, registers
 from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
-from numba_moe.gating.rows import SCORING, Choice, Chosen, Rows, Weighing
+from numba_moe.gating.rows import SCORING, Choice, Chosen, Rows, Weighting
 from numba_moe.placement.dispatch import Dispatch
 from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.launch import Launch, warps
@@ -154,7 +154,7 @@ def _plan(
     rows = rows_of(gating_output, 4 * in_vectors(gating_output, group_size) if kernel == "registers" else together)
     groups = (num_expert_group, topk_group, group_picks, group_size)
     choice = Choice(correction_bias, int(whole_softmax), *groups)
-    weighing = Weighing(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
+    weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
     chosen = Chosen(torch.float32, sized(gating_output))
     group_scores, columns = None, None
     if kernel == "memory":
@@ -174,8 +174,15 @@ def _plan(
         records = (rows, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
         where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
         choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
-    weights_and_ids = (arrays.contiguous(dtype, num_tokens, num_slots) for dtype in (torch.float32, id_dtype))
-    return GatingPlan(*weights_and_ids, choose, group_scores, records, columns, role)
+    return GatingPlan(
+        arrays.contiguous(torch.float32, num_tokens, num_slots),
+        arrays.contiguous(id_dtype, num_tokens, num_slots),
+        choose,
+        group_scores,
+        records,
+        columns,
+        role,
+    )
 
 
 @planned

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from numba_moe.gating.extras import Extras, Source, adjust, load_one
 from numba_moe.gating.networks import keep_best_four, put_in_order, sort_four
 from numba_moe.gating.picks import best_two, lower_missing, order_picks, rank_group
-from numba_moe.gating.rows import SOFTMAX, Choice, Chosen, Rows, Scores, Weighing, lower_broken, rank_of, score_all
+from numba_moe.gating.rows import SOFTMAX, Choice, Chosen, Rows, Scores, Weighting, lower_broken, rank_of, score_all
 from numba_moe.gating.token import (
     begin_counting,
     count_slots,
@@ -330,7 +330,7 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
 def choose_experts(
     rows: Rows,
     choice: Choice,
-    weighing: Weighing,
+    weighing: Weighting,
     lanes: WarpLanes,
     chosen: Chosen,
     extras: Extras,

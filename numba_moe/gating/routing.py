@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from numba_moe.gating.extras import Extras, load_id, load_integer
 from numba_moe.gating.registers import Own, WarpLanes, choose_for_token
-from numba_moe.gating.rows import Choice, Chosen, Rows, Weighing
+from numba_moe.gating.rows import Choice, Chosen, Rows, Weighting
 from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import Int32, Int32Array, Int64, OptionalSizedArray, Role, RouteColumns
 from numba_moe.runtime.primitives import (
@@ -58,7 +58,7 @@ class Blocks(NamedTuple):
 def route_tokens(
     rows: Rows,
     choice: Choice,
-    weighing: Weighing,
+    weighing: Weighting,
     lanes: WarpLanes,
     chosen: Chosen,
     extras: Extras,

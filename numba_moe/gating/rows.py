@@ -55,7 +55,7 @@ class Choice(NamedTuple):
     group_size: Int32
 
 
-class Weighing(NamedTuple):
+class Weighting(NamedTuple):
     """How the scores of chosen experts become weights."""
 
     top_k: Int32

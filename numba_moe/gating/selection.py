@@ -9,7 +9,7 @@ import torch
 from numba_moe import gating
 from numba_moe.gating import given, plans
 from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
-from numba_moe.gating.rows import SCORING, Chosen, Weighing
+from numba_moe.gating.rows import SCORING, Chosen, Weighting
 from numba_moe.placement.dispatch import ALGORITHMS, Dispatch, plan_dispatch
 from numba_moe.reference import selection as reference
 from numba_moe.reference.gating import TopK
@@ -165,8 +165,8 @@ def _check(
         num_rows = physical_map.shape[0]
         if algorithm != "fake":
             checks.at_least("len(dispatch.physical_map)", num_rows, num_experts - num_zero + num_shared, "experts")
-        rule = (num_rows, physical_map.shape.numel() // num_rows, ALGORITHMS.index(algorithm), seed)
-        dispatch = Dispatch(physical_map, num_valid, step, *rule)
+        width = physical_map.shape.numel() // num_rows
+        dispatch = Dispatch(physical_map, num_valid, step, num_rows, width, ALGORITHMS.index(algorithm), seed)
     counters = (0, 1, 0)
     if options.counts is not None:
         checks.array("counts", options.counts, checks.IDS, (1, 2), like=like)
@@ -270,7 +270,7 @@ def _plan_weighing(
     factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
     rows = plans.rows_of(gating_output, 4 * plans.in_vectors(gating_output, num_experts))
     already = given.Given(topk_ids, plans.sized(input_ids), num_given, input_ids.dtype.itemsize if input_ids else 0)
-    weighing = Weighing(top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
+    weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
     records = (rows, already, weighing, Chosen(torch.float32, torch.int32), extras)
     return WeighingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),

@@ -298,7 +298,6 @@ def _barrier(code: str) -> Any:
 
 
 cluster_arrive = _barrier("barrier.cluster.arrive.release.aligned;")
-cluster_arrive_relaxed = _barrier("barrier.cluster.arrive.relaxed.aligned;")
 cluster_wait = _barrier("barrier.cluster.wait.acquire.aligned;")
 
 

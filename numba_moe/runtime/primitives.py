@@ -52,7 +52,6 @@ larger: Any
 tail: Any
 as_uint32: Any
 cluster_arrive: Any
-cluster_arrive_relaxed: Any
 cluster_wait: Any
 of_block: Any
 as_int16: Any
@@ -178,8 +177,6 @@ if simulator.ENABLED:  # the twins of intrinsics.py and of libdevice
     def cluster_arrive() -> None:
         simulator.cluster_arrive()
 
-    cluster_arrive_relaxed = cluster_arrive
-
     def cluster_wait() -> None:
         simulator.cluster_wait()
 
@@ -240,7 +237,6 @@ else:
     larger = Deferred("numba.cuda.libdevice", "fmaxf")  # of a NaN and a number the number
     divide = Deferred("numba.cuda.libdevice", "fast_fdividef")
     cluster_arrive = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive")
-    cluster_arrive_relaxed = Deferred("numba_moe.runtime.intrinsics", "cluster_arrive_relaxed")
     cluster_wait = Deferred("numba_moe.runtime.intrinsics", "cluster_wait")
     of_block = Deferred("numba_moe.runtime.intrinsics", "of_block")
     as_uint32 = Deferred("numba_moe.runtime.intrinsics", "as_uint32")

@@ -220,7 +220,7 @@ def _run(
 ) -> torch.Tensor:
     offset, permuted_idx, inv_permuted_idx, ends = (arrays.empty(*indices) for indices in plan.indices)
     sorting.sort(*(plan.sort, topk_ids, permuted_idx, expert_map), position_of_slot=inv_permuted_idx, offset=offset)
-    rows = gather(plan.gather, hidden_states, permuted_idx, inv_permuted_idx, offset=offset, ends=ends)
+    rows = gather(plan.gather, hidden_states, permuted_idx, inv_permuted_idx, None, None, offset, ends)
     rows = multiply_by_expert(rows, gate_up_proj, ends, plan.grouped)
     activated = arrays.empty(*plan.activation.activated)
     plan.activation.activate(gate_up=rows, offset=offset, bias=gate_up_bias, activated=activated)

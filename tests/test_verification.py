@@ -56,14 +56,19 @@ def broken(home, kernel, function, old, new):
 FAULTS = {
     "no-op": (
         "sorting.kernels",
-        "place_slots",
+        "write_places",
         "sorted_slots[position] = slot",
         "sorted_slots[position] = slots.num_slots",
     ),
-    "off by one": ("sorting.kernels", "place_slots", "position = int32(places", "position = int32(1 + places"),
+    "off by one": (
+        "sorting.kernels",
+        "write_places",
+        "position = int32(tables.places",
+        "position = int32(1 + tables.places",
+    ),
     "swapped pair": (
         "sorting.kernels",
-        "place_slots",
+        "write_places",
         "sorted_slots[position] = slot",
         "sorted_slots[position] = slot ^ 1",
     ),
@@ -75,7 +80,7 @@ FAULTS = {
         "0, slots.num_slots, slots.num_slots",
     ),
     "wrong block name": ("sorting.kernels", "place_slots", "gemm.inactive_expert_id, int32(", "0, int32("),
-    "other blocks forgotten": ("sorting.kernels", "place_slots", "before = around[expert]", "before = 0"),
+    "other blocks forgotten": ("sorting.kernels", "start_of_experts", "int32(begin + before)", "begin"),
     "another expert": (
         "gating.registers",
         "choose_for_token",
@@ -145,12 +150,16 @@ FAULTS = {
     "unused rows left": ("activation.rows", "activate_rows", "store_run(", "if used: store_run("),
     "padding miscounted": (
         "sorting.kernels",
-        "place_slots",
+        "start_of_experts",
         "total + padding.block_size - 1",
         "total + padding.block_size",
     ),
 }
-KERNEL_OF = {"choose_for_token": "choose_experts"}
+KERNEL_OF = {
+    "choose_for_token": "choose_experts",
+    "start_of_experts": "place_slots",
+    "write_places": "place_slots",
+}
 OPS_OF = {
     "activation.rows": ["moe_activation", "fused_experts"],
     "align": ["moe_align_block_size"],

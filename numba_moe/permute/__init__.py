@@ -103,8 +103,8 @@ def _permute(
         offset=offset,
         expert_ids=block_experts,
     )
-    names = {} if m_indices is None else {"block_experts": block_experts, "m_indices": m_indices}
-    rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx, **names)
+    named = None if m_indices is None else block_experts  # one row to a block is named already
+    rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx, named, m_indices)
     moved = None if plan.scales is None else gather(plan.scales, scales, permuted_idx, inv_permuted_idx)
     experts = block_experts if m_indices is None else m_indices
     return new_tuple(PermutedTokens, (rows, offset, permuted_idx, inv_permuted_idx, counts, experts, moved))

@@ -277,6 +277,10 @@ def moe_reorder(topk_ids: Any, num_experts: int, expert_map: Any = None) -> Reor
         return arrays.by_reference(reference.moe_reorder, topk_ids, num_experts, expert_map)
     sorted_slots, reorder_topk_ids, src2dst = (arrays.empty(*slots) for _ in range(3))
     seg_indptr = arrays.empty(*offset)
-    written = {"position_of_slot": src2dst, "offset": seg_indptr, "expert_ids": reorder_topk_ids}
-    sorting.sort(sort, topk_ids, sorted_slots, expert_map, **written)
+    sorting.sort(
+        *(sort, topk_ids, sorted_slots, expert_map),
+        position_of_slot=src2dst,
+        offset=seg_indptr,
+        expert_ids=reorder_topk_ids,
+    )
     return new_tuple(ReorderedSlots, (reorder_topk_ids, src2dst, seg_indptr))

@@ -372,15 +372,25 @@ def gather(
     rows: torch.Tensor,
     permuted_idx: torch.Tensor,
     inv_permuted_idx: torch.Tensor,
-    **others: torch.Tensor | None,
+    block_experts: torch.Tensor | None = None,
+    m_indices: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Allocate the places and copy rows there; the others are arrays of `RowNames` or `Ends`, if those were planned."""
+    """Allocate the places and copy rows there; name the expert of each, or where experts end, if that was planned."""
     permuted: torch.Tensor = arrays.empty(*plan.permuted)
     source, target = rows, permuted
     if simulator.ENABLED:
         source, target = (array.view(plan.word) if array.numel() else array for array in (rows, permuted))
     plan.launch(
-        hidden_states=source, permuted=target, permuted_idx=permuted_idx, inv_permuted_idx=inv_permuted_idx, **others
+        hidden_states=source,
+        permuted=target,
+        permuted_idx=permuted_idx,
+        inv_permuted_idx=inv_permuted_idx,
+        block_experts=block_experts,
+        m_indices=m_indices,
+        offset=offset,
+        ends=ends,
     )
     return permuted
 

@@ -202,12 +202,17 @@ def sort(
     sorted_slots: torch.Tensor,
     expert_map: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
-    **others: torch.Tensor | None,
+    *,
+    block_names: torch.Tensor | None = None,
+    position_of_slot: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    expert_ids: torch.Tensor | None = None,
+    num_padded: torch.Tensor | None = None,
 ) -> None:
-    """Write every slot to its position; positions without a slot hold num_slots.
+    """Write every slot to its position, and what else was planned; positions without a slot hold num_slots.
 
-    The others are `block_names` and what the plan was told is written beside the sorted slots. Scratch is allocated, or
-    lies in a workspace of `workspace_size` int32 elements, at a multiple of 16 bytes.
+    Scratch is allocated, or lies in a workspace of `workspace_size` int32 elements, at a multiple of 16 bytes.
     """
     block_counts = block_offsets = None
     if plan.count_slots:
@@ -225,5 +230,10 @@ def sort(
         block_counts=block_counts,
         block_offsets=block_offsets,
         sorted_slots=sorted_slots,
-        **others,
+        block_names=block_names,
+        position_of_slot=position_of_slot,
+        counts=counts,
+        offset=offset,
+        expert_ids=expert_ids,
+        num_padded=num_padded,
     )

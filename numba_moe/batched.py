@@ -109,7 +109,7 @@ def _plan_batched(max_tokens_per_batch: int, block_size: int, expert_num_tokens:
     share = max(POSITIONS * threads, -(-num_positions // MOST_BLOCKS))
     outputs = tuple(arrays.contiguous(torch.int32, size) for size in (num_positions, num_blocks, 1))
     batches = Batches(expert_num_tokens, num_batches, max_tokens)
-    blocks = Blocks(*outputs, num_positions, block_size, share)
+    blocks = Blocks(torch.int32, torch.int32, torch.int32, num_positions, block_size, share)
     where = (expert_num_tokens.device, max(1, -(-num_positions // share)), threads)
     return BatchedPlan(outputs, Launch(fill_batches, *where, batches, blocks))
 

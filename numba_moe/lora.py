@@ -180,9 +180,17 @@ def _plan(
     )
     shapes = ((max_loras, length), (max_loras, num_blocks), (max_loras,))
     outputs = tuple(arrays.contiguous(torch.int32, *shape) for shape in shapes)
-    grouped = Grouped(*scratch[1:], num_slots=num_slots, num_experts=num_experts)
+    grouped = Grouped(
+        sorted_slots=torch.int32,
+        block_experts=torch.int32,
+        offset=torch.int64,
+        num_slots=num_slots,
+        num_experts=num_experts,
+    )
     into = Spread(
-        *outputs,
+        sorted_token_ids=torch.int32,
+        expert_ids=torch.int32,
+        num_padded=torch.int32,
         max_loras=max_loras,
         length=length,
         num_blocks=num_blocks,

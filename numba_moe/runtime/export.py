@@ -142,7 +142,9 @@ def comments(owner: Any) -> dict[str, str]:
     by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     (definition,) = ast.parse(source).body
     if isinstance(definition, ast.ClassDef):
-        fields = [(ast.unparse(node.target), node) for node in definition.body if isinstance(node, ast.AnnAssign)]
+        fields: list[tuple[str, ast.AnnAssign | ast.arg]] = [
+            (ast.unparse(node.target), node) for node in definition.body if isinstance(node, ast.AnnAssign)
+        ]
     else:
         assert isinstance(definition, ast.FunctionDef)
         fields = [(node.arg, node) for node in definition.args.args]

@@ -109,8 +109,10 @@ class Launch:
         self._one_cluster, self._on_gpu = one_cluster, device.type == "cuda"
         fields = [field for field in compile.parameters(kernel) if not field.is_constant]
         self._values = compile.values_of(kernel, records)
-        dtypes = {field.name: _name(self._values[field.name]) for field in fields if field.is_array and not field.like}
-        self._specialisation, self._constants = compile.specialisation_for(kernel, dtypes | constants), constants
+        chosen: dict[str, Any] = {
+            field.name: _name(self._values[field.name]) for field in fields if field.is_array and not field.like
+        }
+        self._specialisation, self._constants = compile.specialisation_for(kernel, chosen | constants), constants
         arrays = [field for field in fields if field.is_array]
         given = [field.name for field in arrays if self._values[field.name] is not None]
         absent = [field.name for field in arrays if self._values[field.name] is None]
@@ -125,7 +127,7 @@ class Launch:
         self._pack = struct.Struct(f"<{len(given)}Q{len(self._fixed)}s").pack_into
         self._configured: dict[int, Any] = {}  # by stream
 
-    def __call__(self, **arrays: torch.Tensor | None) -> None:
+    def __call__(self, **arrays: Any) -> None:
         """Launch the kernel on the arrays that it was told of, by name, on the current stream of the current device.
 
         Names of absent arrays may be left out, and so may be None.

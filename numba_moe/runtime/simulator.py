@@ -19,7 +19,7 @@ import torch
 ENABLED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 _ALL_LANES = 0xFFFFFFFF
 _POISON = 0x5A
-# Blocks that are simulated together, each of whose threads is a thread of Python's.
+# Blocks of a cluster, which are simulated together.
 MOST_IN_CLUSTER = 4
 _running = False
 
@@ -282,7 +282,7 @@ if ENABLED:
     _simulated_jit, numba.cuda.jit = numba.cuda.jit, _jit
     _kernel.BlockManager = _Block
     _kernelapi.threading = types.SimpleNamespace(current_thread=greenlet.getcurrent)  # all that kernels ask of it
-    FakeCUDAModule.shared = property(lambda self: greenlet.getcurrent().shared)  # type: ignore[attr-defined]
+    FakeCUDAModule.shared = property(lambda self: greenlet.getcurrent().shared)
     for _name, _operation in vars(_WarpOperations).items():
         if not _name.startswith("__"):
             setattr(FakeCUDAModule, _name, _operation)

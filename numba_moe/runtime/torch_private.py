@@ -57,7 +57,7 @@ in_transform = _private("_C._are_functorch_transforms_active", _perhaps)
 is_wrapped_by_transform = _private("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
 
 # Whether torch.jit.trace is at work.
-is_jit_tracing = _private("_C._is_tracing", torch.jit.is_tracing)
+is_jit_tracing = _private("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 # How many dispatch modes want to see each op. There is no public name; without it modes see what ops are made of.
 num_modes = _private("_C._len_torch_dispatch_stack", int)

@@ -170,7 +170,14 @@ def plan_sort(
     slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts, num_local)
     padding = kernels.Padding(block_size, *reciprocal_of(block_size))
     gemm = kernels.GemmBlocks(expert_ids, block_names, -(-num_positions // block_size), inactive_expert_id)
-    placed = kernels.Placed(sorted_slots=torch.int32, **outputs, **positions)
+    placed = kernels.Placed(
+        sorted_slots=torch.int32,
+        position_of_slot=outputs["position_of_slot"],
+        counts=outputs["counts"],
+        offset=outputs["offset"],
+        num_padded=outputs["num_padded"],
+        **positions,
+    )
     for most_in_cluster in (*CLUSTERS, 0):
         grid = grid_of(num_slots, num_experts, most_in_cluster)
         block_counts, block_offsets = _scratch(grid, num_experts)

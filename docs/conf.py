@@ -1,0 +1,28 @@
+"""How Sphinx builds the pages: the Markdown beside this file, and the API from the docstrings of every public name."""
+
+from importlib import metadata
+from pathlib import Path
+
+import numba_moe
+from numba_moe import placement, recorder
+
+project = "numba_moe"
+version = release = metadata.version("numba-moe")
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
+autosummary_generate = True
+autodoc_typehints = "none"  # docstrings say the types
+numpydoc_show_class_members = False
+myst_heading_anchors = 3
+html_theme_options = {"page_width": "1100px", "description": "Mixture-of-Experts routing in Python"}
+
+
+def names_of(package: object) -> str:
+    """Return the section of a package: a page for each of its names."""
+    name = package.__name__
+    rows = "".join(f"   {public}\n" for public in package.__all__)
+    title = f"{name}\n{'-' * len(name)}\n"
+    return f"{title}\n.. currentmodule:: {name}\n\n.. autosummary::\n   :toctree: api\n\n{rows}"
+
+
+sections = [names_of(package) for package in (numba_moe, placement, recorder)]
+Path(__file__).with_name("api.rst").write_text("\n".join(["API\n===\n", *sections]))

@@ -34,8 +34,8 @@ COLUMNS = {
     "transformers": ("transformers",),
 }
 QUICK = (
-    *("package", "docs", "checks", "arrays", "array_libraries", "torch_private", "torch_ops", "defaults"),
-    *("transformers", "recorder_files", "recorder_http"),
+    *("package", "docs", "arrays", "array_libraries", "torch_private", "torch_ops", "transformers"),
+    *("recorder_files", "recorder_http"),
 )
 COMPILE = """
 from numba_moe.runtime import compile

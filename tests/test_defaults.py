@@ -153,7 +153,7 @@ def recordings(folder):
             yield recorder.load(path).logical_count
     counts = torch.from_numpy(np.random.default_rng(0).integers(0, 900, (2, 6)))
     yield recorder.utilization(counts, 2), recorder.expert_entropy(counts), recorder.traffic_matrix(counts[None], 2)
-    many = torch.from_numpy(np.random.default_rng(1).random((2, 777, 5)).argsort(2)[..., :2].astype(np.int32))
+    many = torch.from_numpy(np.random.default_rng(1).random((777, 5)).argsort(1)[:, :2].astype(np.int32))
     yield recorder.coactivation(many, 5)
 
 

@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections import Counter
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,8 @@ from numba_moe.recorder import ExpertDistributionRecorder, load
 from numba_moe.recorder.files import FORMATS
 from numba_moe.recorder.http import make_app
 
+pytest.importorskip("starlette")
+httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.filterwarnings("ignore:there is nothing to dump", "ignore:.*changes nothing")
 
 

@@ -225,7 +225,9 @@ def test_a_plan_that_is_known_does_not_let_memory_overlap():
 
 def test_numpy_memory_that_overlaps_is_refused():
     buffer = np.zeros(16, np.int32)
-    with pytest.raises(ValueError, match="`inv_sorted_idx` must be in memory of its own, got an array that overlaps `counts`"):
+    with pytest.raises(
+        ValueError, match="`inv_sorted_idx` must be in memory of its own, got an array that overlaps `counts`"
+    ):
         moe.moe_align_block_size(IDS.numpy(), 2, 4, counts=buffer[:4], inv_sorted_idx=buffer[2:8].reshape(3, 2))
 
 

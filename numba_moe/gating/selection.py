@@ -359,7 +359,8 @@ def select_experts(
         Wrong kind of array or dtype.
     ValueError
         Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
-        than there are, unknown names, logits that require a gradient with one of the options from `softcap` on.
+        than there are, unknown names, logits that require a gradient with one of the options from `softcap` on, arrays
+        to be written that share memory with each other or another argument.
 
     Notes
     -----
@@ -510,7 +511,8 @@ def weigh_experts(
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        Wrong shape or layout, mixed devices, unknown names, logits that require a gradient.
+        Wrong shape or layout, mixed devices, unknown names, logits that require a gradient, arrays to be written that
+        share memory with each other or another argument.
 
     Notes
     -----

@@ -210,7 +210,8 @@ def moe_align_block_size(
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        Wrong shape or layout, mixed devices, block_size below 1, positions past int32, given arrays too small.
+        Wrong shape or layout, mixed devices, block_size below 1, positions past int32, given arrays that are
+        too small or share memory with each other or an input.
 
     Notes
     -----

@@ -171,6 +171,8 @@ class MoEBlock(torch.nn.Module):
             "group_score": group_score,
             "routed_scaling_factor": routed_scaling_factor,
         }
+        if device is not None:
+            device = checks.device("device", device, ("cpu", "cuda", "meta"))
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.hidden_size, self.intermediate_size, self.shared_size = hidden, width, shared
         self.num_experts = experts

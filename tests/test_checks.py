@@ -11,7 +11,7 @@ import torch
 
 import numba_moe as moe
 from numba_moe import placement, recorder
-from numba_moe.placement import DispatchTables, dispatch_ids
+from numba_moe.placement import DispatchTables, ExpertDispatch, ExpertLocation, dispatch_ids
 from numba_moe.runtime import arrays, checks
 
 IDS = torch.zeros(4, 2, dtype=torch.int32)
@@ -159,6 +159,9 @@ BAD = {
     "a map of too few experts": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS, expert_map=TABLE[:7]), ValueError, r"`len\(expert_map\)` must be at least the experts of `down_proj` = 8, got 7"),
     "ids of fewer tokens": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS[:3]), ValueError, r"`topk_ids` must be of shape \(num_tokens, top_k\) = \(4, 2\), got shape \(3, 2\)"),
     "weights of fewer tokens": (lambda: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS[:3], IDS), ValueError, r"`topk_weights` must be of shape that of `topk_ids` = \(4, 2\), got shape \(3, 2\)"),
+    "a block on no device": (lambda: moe.MoEBlock(8, 8, 4, 2, device="gpu"), ValueError, "`device` must be a CUDA device, an ordinal of one, or the CPU, got 'gpu'"),
+    "a block on a list": (lambda: moe.MoEBlock(8, 8, 4, 2, device=["cpu"]), TypeError, "`device` must be .*, got list"),
+    "tables on no device": (lambda: ExpertDispatch(ExpertLocation.trivial(1, 4), 0, "gpu"), ValueError, "`device` must be a CUDA device, .*, got 'gpu'"),
     "a block of too few experts": (lambda: moe.MoEBlock(8, 8, 2, 3), ValueError, "`top_k` must be at most num_experts = 2, got 3"),
     "a block of an unknown activation": (lambda: moe.MoEBlock(8, 8, 4, 2, activation="relu"), ValueError, "`activation` must be one of 'silu', .* got 'relu'"),
     "dispatch by an unknown algorithm": (lambda: dispatch_ids(IDS, TABLE, algorithm="lp"), ValueError, "`algorithm` must be one of 'static', 'dynamic', 'hash', 'fake', got 'lp'"),

@@ -405,7 +405,8 @@ def select_experts(
     ValueError
         Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
         than there are, unknown names, ids that `indices_dtype` cannot hold, numbers past float32, logits that require a
-        gradient with one of the options from `softcap` on.
+        gradient with one of the options from `softcap` on, arrays to be written that share memory with each other or
+        another argument.
 
     Notes
     -----
@@ -557,7 +558,7 @@ def weigh_experts(
         Wrong kind of array or dtype.
     ValueError
         Wrong shape or layout, mixed devices, unknown names, ids that `indices_dtype` cannot hold, numbers past float32,
-        logits that require a gradient.
+        logits that require a gradient, arrays to be written that share memory with each other or another argument.
 
     Notes
     -----

@@ -268,7 +268,8 @@ def dispatch_ids(
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        Wrong shape or layout, mixed devices, an unknown algorithm, an array that the algorithm lacks or has no use for.
+        Wrong shape or layout, mixed devices, an unknown algorithm, an array that the algorithm lacks or has no use for,
+        arrays to be written that share memory with each other or another argument, but for an `out` that is `topk_ids`.
 
     Notes
     -----
@@ -382,6 +383,7 @@ class ExpertDispatch:
         checks.choice("algorithm", algorithm, ALGORITHMS)
         self.location, self.algorithm = location, algorithm
         self.seed = checks.integer("seed", seed, 0, 2**32 - 1)
+        device = checks.device("device", device)
         tables = [table.to(device) for table in self._tables()]
         steps = torch.arange(location.num_layers, dtype=torch.int64, device=device) << 32
         self.physical_map = tables[0]

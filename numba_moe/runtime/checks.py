@@ -100,6 +100,24 @@ def dtype(argument: str, value: Any, dtypes: Sequence[torch.dtype] | None = None
     return found
 
 
+def device(argument: str, value: Any, kinds: Sequence[str] = ("cpu", "cuda")) -> torch.device:
+    """Return a device, given by itself, by its name, or by the ordinal of a CUDA device."""
+    if isinstance(value, int):
+        return torch.device("cuda", integer(argument, value, 0))
+    rule = "a CUDA device, an ordinal of one, or the CPU"
+    found = value
+    if isinstance(value, str):
+        try:
+            found = torch.device(value)
+        except RuntimeError as error:
+            raise ValueError(f"`{argument}` must be {rule}, got {value!r}") from error
+    if not isinstance(found, torch.device):
+        _wrong_type(argument, rule, type(value).__name__)
+    if found.type not in kinds:
+        _wrong_value(argument, rule, found)
+    return found
+
+
 def array(
     argument: str,
     value: Any,

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from typing import Any
 
 import torch
 
@@ -84,7 +83,7 @@ class BumpAllocator:
         self, size: int, dtype: torch.dtype | str, device: torch.device | str | int, *, alignment: int = 16
     ) -> None:
         self.size = checks.integer("size", size, 1, sys.maxsize)
-        dtype, device = checks.dtype("dtype", dtype), _device(device)
+        dtype, device = checks.dtype("dtype", dtype), checks.device("device", device)
         alignment = checks.integer("alignment", alignment, 1)
         if alignment & (alignment - 1):
             raise ValueError(f"`alignment` must be a power of two, got {alignment}")
@@ -160,19 +159,3 @@ class BumpAllocator:
         [7, 7]
         """
         self.used = 0
-
-
-def _device(device: Any) -> torch.device:
-    if isinstance(device, int):
-        return torch.device("cuda", checks.integer("device", device, 0))
-    rule = "`device` must be a CUDA device, an ordinal of one, or the CPU"
-    if isinstance(device, str):
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"{rule}, got {device!r}") from error
-    if not isinstance(device, torch.device):
-        raise TypeError(f"{rule}, got {type(device).__name__}")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{rule}, got {device}")
-    return device

@@ -186,8 +186,7 @@ def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
             elif count > 0:
                 atomic_add(counted.counts, first + expert, count)
             expert = int32(expert + threads)
-        cuda.syncthreads()
-        first = int32(first + CHUNK)
+        first = int32(first + CHUNK)  # no barrier: a thread clears next what it alone has just read
 
 
 @cuda.jit

@@ -174,23 +174,24 @@ def _plan(
     pair = Launch(pair_slots, device, -(-num_slots // threads), threads, slots, adapters, virtual_ids)
     written = ("offset", "expert_ids")
     sort = sorting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size, written=written)
-    scratch = (
-        *(arrays.contiguous(torch.int32, size) for size in (num_slots, num_sorted, -(-num_sorted // block_size))),
-        arrays.contiguous(torch.int64, num_virtual + 1),
+    sorted_slots, block_experts, sorted_token_ids, expert_ids, num_padded = (
+        arrays.contiguous(torch.int32, *shape)
+        for shape in (
+            (num_sorted,),
+            (-(-num_sorted // block_size),),
+            (max_loras, length),
+            (max_loras, num_blocks),
+            (max_loras,),
+        )
     )
-    shapes = ((max_loras, length), (max_loras, num_blocks), (max_loras,))
-    outputs = tuple(arrays.contiguous(torch.int32, *shape) for shape in shapes)
-    grouped = Grouped(
-        sorted_slots=torch.int32,
-        block_experts=torch.int32,
-        offset=torch.int64,
-        num_slots=num_slots,
-        num_experts=num_experts,
-    )
+    offset = arrays.contiguous(torch.int64, num_virtual + 1)
+    scratch = (arrays.contiguous(torch.int32, num_slots), sorted_slots, block_experts, offset)
+    outputs = (sorted_token_ids, expert_ids, num_padded)
+    grouped = Grouped(sorted_slots, block_experts, offset, num_slots, num_experts)
     into = Spread(
-        sorted_token_ids=torch.int32,
-        expert_ids=torch.int32,
-        num_padded=torch.int32,
+        sorted_token_ids,
+        expert_ids,
+        num_padded,
         max_loras=max_loras,
         length=length,
         num_blocks=num_blocks,

@@ -502,7 +502,9 @@ def test_close_is_for_every_mode_and_not_inside_a_pass(mode):
 INFERENCE = ("made", "first pass", "second pass", "control")
 
 
-@pytest.mark.parametrize("inside", [c for n in range(5) for c in itertools.combinations(INFERENCE, n)], ids=" and ".join)
+@pytest.mark.parametrize(
+    "inside", [c for n in range(5) for c in itertools.combinations(INFERENCE, n)], ids=" and ".join
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_inference_mode_is_no_obstacle(mode, inside):
     """Whatever of a recorder's life happens in torch.inference_mode, and whatever outside."""

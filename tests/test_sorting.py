@@ -26,10 +26,12 @@ def test_a_block_counts_more_experts_than_it_holds_at_a_time(blocks, device):
     ids = testing.random_ids(np.random.default_rng(blocks), threads * blocks // 2, num_experts, 2, "uniform")
     given = torch.from_numpy(ids).to(device)
     counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
-    choices = {"topk_ids": torch.int32, "expert_map": None, "items": 1}
-    numbers = (ids.size, num_experts, -(-num_experts // 8) * 8, 0, 0)
-    count = Launch(kernels.count_slots, counts.device, blocks, threads, numbers, choices)
-    count(given, None, None, counts, None)
+    slots = kernels.Slots(given, expert_map=None, num_slots=ids.size, num_experts=num_experts, num_local=num_experts)
+    counted = kernels.Counted(block_counts=None, counts=counts, stride=-(-num_experts // 8) * 8)
+    cleared = kernels.Cleared(sorted_slots=None, num_positions=0, num_words=0)
+    Launch(kernels.count_slots, counts.device, blocks, threads, slots, counted, cleared, items=1)(
+        topk_ids=given, counts=counts
+    )
     assert np.array_equal(counts.cpu().numpy(), reference.count_tokens_per_expert(ids, num_experts))
 
 
@@ -40,7 +42,9 @@ def test_sums_over_blocks_go_on_after_every_warp_of_them(num_blocks, device):
     counts = rng.integers(1, 4096, (num_blocks, stride)).astype(np.int16)
     given = torch.from_numpy(counts).to(device)
     offsets = torch.full((num_blocks + 1, num_experts), -7, dtype=torch.int32, device=device)
-    scan = Launch(kernels.scan_blocks, given.device, *warps(num_experts), (num_blocks, num_experts, stride))
-    scan(given, offsets)
+    by_block = kernels.BlockCounts(given, num_blocks, stride)
+    before = kernels.BlockOffsets(offsets, num_experts)
+    scan = Launch(kernels.scan_blocks, given.device, *warps(num_experts), by_block, before)
+    scan(block_counts=given, offsets=offsets)
     expected = np.vstack([np.zeros((1, stride), np.int64), counts.astype(np.int64).cumsum(axis=0)])
     assert np.array_equal(offsets.cpu().numpy(), expected[:, :num_experts])

@@ -184,7 +184,11 @@ def _plan_backward(
     grad_rows = arrays.contiguous(permuted.dtype, num_rows, hidden)
     grad_weights = arrays.contiguous(torch.float32, *topk_weights.shape)
     permuted_idx = arrays.contiguous(torch.int32, num_rows)
-    by_rows, by_weights = wanted
+    gradients = Gradients(
+        permuted_idx=permuted_idx if wanted[0] else None,
+        grad_rows=grad_rows if wanted[0] else None,
+        grad_weights=grad_weights if wanted[1] else None,
+    )
     inverse = Inverse(inv_permuted_idx, num_slots)
     blocks = -(-num_slots // threads)
     return BackwardPlan(
@@ -195,9 +199,7 @@ def _plan_backward(
             Forward(permuted, num_rows, hidden, row_stride=strides[0], lanes=lanes),
             Weighted(topk_weights, inv_permuted_idx, num_slots, top_k, float(factor)),
             Slopes(grad, strides[1]),
-            Gradients(
-                permuted_idx if by_rows else None, grad_rows if by_rows else None, grad_weights if by_weights else None
-            ),
+            gradients,
         ),
     )
 
@@ -217,7 +219,7 @@ def unpermute_backward(
         found = arrays.by_reference(reference.unpermute_backward, *arguments, routed_scaling_factor)
         return found[0].to(permuted.dtype), found[1].to(topk_weights.dtype)
     rows, weights, index, slopes = map(layout, arguments)
-    plan = _plan_backward(rows, weights, index, slopes, routed_scaling_factor, (wanted[0], wanted[1]))
+    plan = _plan_backward(rows, weights, index, slopes, routed_scaling_factor, wanted)
     permuted_idx = grad_rows = grad_weights = None
     if wanted[0]:
         grad_rows = arrays.empty(*plan.grad_rows)
@@ -294,7 +296,7 @@ class Unpermuting(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        wanted = ctx.needs_input_grad[:2]
+        wanted = tuple(ctx.needs_input_grad[:2])
         return *ctx.differentiate(*ctx.saved_tensors, grad, wanted=wanted), None, None, None
 
 

@@ -360,8 +360,8 @@ def plan_gather(
         *(gather_rows, rows.device, blocks, threads),
         Tokens(word, num_tokens, row_words, row_stride=stride_bytes // word.itemsize),
         Index(index_dtype, index_dtype, num_rows, top_k),
-        RowNames(index_dtype if named else None, index_dtype if named else None, alignment),
-        Ends(torch.int64 if num_ends else None, torch.int32 if num_ends else None, num_ends),
+        RowNames(index_dtype, index_dtype, alignment) if named else RowNames(None, None, alignment),
+        Ends(torch.int64, torch.int32, num_ends) if num_ends else Ends(None, None, num_ends),
         Permuted(word, int(zero_padding), parts=parts, share=share),
     )
     return Gather(arrays.contiguous(rows.dtype, *shape, *rows.shape[1:]), word, launch)

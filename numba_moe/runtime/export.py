@@ -141,6 +141,7 @@ def comments(owner: Any) -> dict[str, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     (definition,) = ast.parse(source).body
+    fields: list[tuple[str, ast.AnnAssign | ast.arg]]
     if isinstance(definition, ast.ClassDef):
         fields: list[tuple[str, ast.AnnAssign | ast.arg]] = [
             (ast.unparse(node.target), node) for node in definition.body if isinstance(node, ast.AnnAssign)

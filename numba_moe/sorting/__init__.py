@@ -165,18 +165,19 @@ def plan_sort(
     num_slots = topk_ids.shape.numel()
     num_local = num_experts if num_local is None else num_local
     outputs = {name: dtype if name in written else None for name, dtype in OPTIONAL.items()}
-    expert_ids = outputs.pop("expert_ids")
-    positions = {"num_positions": num_positions, "num_words": num_positions // 4 if aligned else 0}
+    num_words = num_positions // 4 if aligned else 0
     slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts, num_local)
     padding = kernels.Padding(block_size, *reciprocal_of(block_size))
-    gemm = kernels.GemmBlocks(expert_ids, block_names, -(-num_positions // block_size), inactive_expert_id)
+    num_names = -(-num_positions // block_size)
+    gemm = kernels.GemmBlocks(outputs["expert_ids"], block_names, num_names, inactive_expert_id)
     placed = kernels.Placed(
         sorted_slots=torch.int32,
         position_of_slot=outputs["position_of_slot"],
         counts=outputs["counts"],
         offset=outputs["offset"],
         num_padded=outputs["num_padded"],
-        **positions,
+        num_positions=num_positions,
+        num_words=num_words,
     )
     for most_in_cluster in (*CLUSTERS, 0):
         grid = grid_of(num_slots, num_experts, most_in_cluster)
@@ -194,7 +195,7 @@ def plan_sort(
     count = scan = None
     if block_counts:
         counted = kernels.Counted(block_counts, None, grid.stride)
-        cleared = kernels.Cleared(sorted_slots=torch.int32, **positions)
+        cleared = kernels.Cleared(torch.int32, num_positions, num_words)
         count = Launch(kernels.count_slots, *where, slots, counted, cleared, items=grid.items)
     if block_offsets:
         by_block = kernels.BlockCounts(block_counts, grid.blocks, grid.stride)

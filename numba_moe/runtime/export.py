@@ -143,9 +143,7 @@ def comments(owner: Any) -> dict[str, str]:
     (definition,) = ast.parse(source).body
     fields: list[tuple[str, ast.AnnAssign | ast.arg]]
     if isinstance(definition, ast.ClassDef):
-        fields: list[tuple[str, ast.AnnAssign | ast.arg]] = [
-            (ast.unparse(node.target), node) for node in definition.body if isinstance(node, ast.AnnAssign)
-        ]
+        fields = [(ast.unparse(node.target), node) for node in definition.body if isinstance(node, ast.AnnAssign)]
     else:
         assert isinstance(definition, ast.FunctionDef)
         fields = [(node.arg, node) for node in definition.args.args]

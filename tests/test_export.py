@@ -225,6 +225,7 @@ given = {
     "counts": counts_pointer.value,
     "num_slots": len(numbers),
     "num_experts": num_experts,
+    "num_local": num_experts,
     "stride": -(-num_experts // 8) * 8,
     "num_positions": 0,
     "num_words": 0,

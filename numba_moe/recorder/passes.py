@@ -69,8 +69,8 @@ class OpenPass:
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy integers to a device as int64, without waiting for it."""
-    pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
+    found = torch.from_numpy(np.array(values, np.int64))
+    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
 
 def copied(*columns: np.ndarray) -> list[np.ndarray]:

@@ -1,9 +1,27 @@
 """The command `numba-moe`."""
 
 import argparse
+import functools
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from numba_moe.runtime.text import counted
+
+WRONG = 2  # what was asked for cannot be done, as argparse says of options
+INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
+PIPE_CLOSED = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG, f"{self.prog}: {message} (--help names the options)\n")
 
 
 def use_simulator_without_gpu() -> None:
@@ -16,47 +34,102 @@ def use_simulator_without_gpu() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    is_ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # here, and not at exit, a closed pipe can be answered
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        if interrupts:  # what is interrupted in the middle of an import has errors of its own
+            return INTERRUPTED
+        raise
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _run(given: list[str]) -> int:
+    """Run a command: it reads and checks all that it is given, and then it works.
+
+    What is wrong with a file or an option is a ValueError or an OSError of the first part; of the second, only files
+    that cannot be written are the user's affair.
+    """
     if given[:1] == ["verify"]:
         use_simulator_without_gpu()  # before anything imports numba
+    options = _parser().parse_args(given)
+    try:
+        work: Callable[[], int] = options.prepare(options)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        return _refuse(options.command, error)
+    try:
+        return work()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _refuse(options.command, error)
+
+
+def _refuse(command: str, error: Exception) -> int:
+    print(f"numba-moe {command}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    return WRONG
+
+
+def _parser() -> Parser:
     from numba_moe import bench, verification
     from numba_moe.placement import command as rebalancing
     from numba_moe.recorder import report
 
-    parser = argparse.ArgumentParser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
+    parser = Parser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "compare the kernels with the reference"
     verify = commands.add_parser("verify", help=text, description=verification.__doc__)
     verification.add_arguments(verify)
-    verify.set_defaults(run=verification.run)
+    verify.set_defaults(prepare=verification.prepare)
     text = "time the ops beside other implementations"
     timing = commands.add_parser("bench", help=text, description=bench.__doc__)
     bench.add_arguments(timing)
-    timing.set_defaults(run=bench.run)
+    timing.set_defaults(prepare=bench.prepare)
     text = "replay recorded loads against ways of placing experts, to see whether moving them pays"
     rebalance = commands.add_parser("rebalance", help=text, description=rebalancing.__doc__)
     rebalancing.add_arguments(rebalance)
-    rebalance.set_defaults(run=rebalancing.run)
+    rebalance.set_defaults(prepare=rebalancing.prepare)
     text = "draw what a recorder dumped: hot experts, loads of ranks, balance over time, what a rebalance would change"
     drawing = commands.add_parser("report", help=text, description=report.__doc__)
     report.add_arguments(drawing)
-    drawing.set_defaults(run=report.run)
+    drawing.set_defaults(prepare=report.prepare)
     text = "compile every kernel ahead of its first use, also on a machine without a GPU"
     warmup = commands.add_parser("warmup", help=text, description=f"{text.capitalize()}.")
     text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"
     warmup.add_argument("--arch", metavar="LIST", type=_architectures, help=text)
-    warmup.set_defaults(run=_warmup)
+    warmup.set_defaults(prepare=_prepare_warmup)
     description = "write every kernel as a cubin, and manifest.json that describes them, for programs without Python"
     export = commands.add_parser("export", help=description, description=f"{description.capitalize()}.")
     export.add_argument("--arch", metavar="LIST", type=_architectures, help=text)
-    export.add_argument("folder", metavar="DIR", help="made if need be; files of the same names are replaced")
-    export.set_defaults(run=_export)
+    export.add_argument(
+        "folder", metavar="DIR", type=Path, help="made if need be; files of the same names are replaced"
+    )
+    export.set_defaults(prepare=_prepare_export)
     text = "print versions, devices, and what the cache of compiled kernels holds"
     info = commands.add_parser("info", help=text, description=f"{text.capitalize()}.")
-    info.set_defaults(run=_info)
-    options = parser.parse_args(given)
-    status: int = options.run(options)
-    return status
+    info.set_defaults(prepare=lambda options: _info)
+    return parser
 
 
 def _architectures(text: str) -> list[tuple[int, int]]:
@@ -79,43 +152,60 @@ def _devices() -> dict[str, tuple[int, int]]:
 
 
 def _wanted(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """Return what to compile for, if the compiler that is here knows it."""
+    from cuda.bindings import nvrtc
+
     wanted: list[tuple[int, int]] = options.arch or sorted(set(_devices().values()))
     if not wanted:
-        message = "no CUDA device here; name what to compile for with --arch"
-        print(f"numba-moe {options.command}: {message}", file=sys.stderr)
+        raise ValueError("no CUDA device here; name what to compile for with --arch")
+    try:
+        _, known = nvrtc.nvrtcGetSupportedArchs()
+    except RuntimeError as error:
+        raise ValueError(f"CUDA's compiler is not there: pip install numba-moe[cu13] ({error})") from error
+    for major, minor in wanted:
+        if 10 * major + minor not in known:
+            names = ", ".join(f"sm_{arch}" for arch in known)
+            raise ValueError(f"`--arch` must be among {names}, which the compiler here knows, got sm_{major}{minor}")
     return wanted
 
 
-def _warmup(options: argparse.Namespace) -> int:
+def _prepare_warmup(options: argparse.Namespace) -> Callable[[], int]:
+    from numba_moe.runtime import cache
+
+    wanted = _wanted(options)
+    if not cache.enabled():
+        raise ValueError("the cache is off (NUMBA_MOE_CACHE=0)")
+    return functools.partial(_warmup, wanted)
+
+
+def _warmup(wanted: list[tuple[int, int]]) -> int:
     from numba_moe.runtime import cache, compile
 
-    wanted = _wanted(options)
-    if not wanted:
-        return 2
-    if not cache.enabled():
-        print("numba-moe warmup: the cache is off (NUMBA_MOE_CACHE=0)", file=sys.stderr)
-        return 2
     count = compile.compile_all(wanted)
-    print(f"{count} kernels ready in {cache.folder()}, {compile.statistics['compiled']} of them compiled now")
+    print(
+        f"{counted(count, 'kernel')} ready in {cache.folder()}, {compile.statistics['compiled']} of them compiled now"
+    )
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
+def _prepare_export(options: argparse.Namespace) -> Callable[[], int]:
+    from numba_moe.runtime import export, files
+
+    wanted = _wanted(options)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    files.check_output("DIR", options.folder / export.MANIFEST)
+    return functools.partial(_export, options.folder, wanted)
+
+
+def _export(folder: Path, wanted: list[tuple[int, int]]) -> int:
     from numba_moe.runtime import export
 
-    wanted = _wanted(options)
-    if not wanted:
-        return 2
-    try:
-        count = export.export(options.folder, wanted)
-    except OSError as error:
-        print(f"numba-moe export: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} kernels and {export.MANIFEST} in {options.folder}")
+    count = export.export(folder, wanted)
+    print(f"{counted(count, 'kernel')} and {export.MANIFEST} in {folder}")
     return 0
 
 
-def _info(options: argparse.Namespace) -> int:
+def _info() -> int:
     import platform
     from collections import Counter
 
@@ -131,7 +221,7 @@ def _info(options: argparse.Namespace) -> int:
     found = list(cache.entries())
     size = sum(path.stat().st_size for path, _ in found)
     state = "" if cache.enabled() else ", off (NUMBA_MOE_CACHE=0)"
-    print(f"cache: {cache.folder()}, {len(found)} kernels, {size / 1024:.0f} KiB{state}")
+    print(f"cache: {cache.folder()}, {counted(len(found), 'kernel')}, {size / 1024:.0f} KiB{state}")
     current = Counter(
         (entry.kernel, entry.arch)
         for path, entry in found

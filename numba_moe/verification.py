@@ -5,12 +5,12 @@ On a machine without a CUDA device the same kernels run in Numba's CUDA simulato
 
 import argparse
 import contextlib
+import functools
 import json
-import pickle
 import platform
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from tqdm import tqdm
 import numba_moe
 from numba_moe import placement, recorder, reference, testing
 from numba_moe.cases import Case, edge_cases, input_cases, model_cases
-from numba_moe.runtime import cache, simulator
+from numba_moe.cases.inputs import TOP_K
+from numba_moe.runtime import cache, checks, files, simulator
 
 PAYLOADS = (  # whose dtype and layout a case chooses
     *("gating_output", "hidden_states", "permuted", "gate_up", "bias"),
@@ -160,7 +161,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--full", action="store_true", help="up to 65536 tokens")
     parser.add_argument("--input", type=Path, metavar="FILE", help="topk_ids or logits to verify on instead")
     parser.add_argument("--num-experts", type=int, metavar="N", help="of topk_ids in --input (default: largest id + 1)")
-    parser.add_argument("--top-k", type=int, default=8, metavar="K", help="for logits in --input (default 8)")
+    text = f"for logits in --input (default {TOP_K}, or all experts if they are fewer)"
+    parser.add_argument("--top-k", type=int, metavar="K", help=text)
     parser.add_argument("--block-size", type=int, default=64, metavar="ROWS", help="for --input (default 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -168,13 +170,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def select_cases(options: argparse.Namespace, on_gpu: bool) -> list[Case]:
     """Return the cases that the options ask for."""
+    sizes = {name: f"--{name.replace('_', '-')}" for name in ("num_experts", "top_k", "block_size")}
     if options.input is not None:
-        cases = list(input_cases(options.input, options.num_experts, options.top_k, options.block_size))
+        with checks.under_names(path="--input", **sizes):
+            cases = list(input_cases(options.input, options.num_experts, options.top_k, options.block_size))
     else:
         level = "quick" if options.quick else "full" if options.full else "default"
         cases = [*model_cases(level if on_gpu else "simulator"), *edge_cases()]
+    for pattern in options.op or []:
+        check_match(pattern, any(testing.matches(case.op, [pattern]) for case in cases))
+    for pattern in options.case or []:
+        check_match(pattern, any(testing.matches(case.name, [f"*{pattern}*"]) for case in cases))
     names = [f"*{pattern}*" for pattern in options.case or []]
-    return [case for case in cases if testing.matches(case.op, options.op) and testing.matches(case.name, names)]
+    chosen = [case for case in cases if testing.matches(case.op, options.op) and testing.matches(case.name, names)]
+    check_match(" with ".join([*(options.op or []), *(options.case or [])]), bool(chosen))
+    return chosen
+
+
+def check_match(pattern: str, matches: bool) -> None:
+    if not matches:
+        raise ValueError(f"nothing matches {pattern!r}; --list names them")
 
 
 def environment(on_gpu: bool) -> dict[str, str]:
@@ -184,31 +199,41 @@ def environment(on_gpu: bool) -> dict[str, str]:
     return {"device": device, "python": platform.python_version(), **found}
 
 
-def run(options: argparse.Namespace) -> int:
-    """Verify, print the table, and return the exit status: 1 if anything failed or nothing ran."""
+def prepare(options: argparse.Namespace) -> Callable[[], int]:
+    """Read and check what the options name; return what verifies or lists, and returns the exit status."""
     on_gpu = torch.cuda.is_available()
+    checks.integer("--seed", options.seed, 0, checks.LARGEST_INT64)
+    if options.json is not None:
+        files.check_output("--json", options.json)
+    cases = select_cases(options, on_gpu)
+    if options.list:
+        return functools.partial(list_cases, cases)
+    return functools.partial(run, options, cases, on_gpu)
+
+
+def list_cases(cases: Iterable[Case]) -> int:
+    """Name the cases, and nothing else, for programs that read them."""
+    print("\n".join(f"{case.op}: {case.name}" for case in cases))
+    return 0
+
+
+def run(options: argparse.Namespace, cases: Sequence[Case], on_gpu: bool) -> int:
+    """Verify, print the table, and return the exit status: 1 if anything failed."""
     where = environment(on_gpu)
     if on_gpu:
         print(f"Comparing the kernels on {where['device']} with the NumPy reference.")
     else:
         print("No CUDA device here: the same kernels run in Numba's CUDA simulator, on smaller cases.")
-    try:
-        cases = select_cases(options, on_gpu)
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
-        print(f"numba-moe verify: {error}", file=sys.stderr)
-        return 2
-    if options.list:
-        print("\n".join(f"{case.op}: {case.name}" for case in cases))
-        return 0
     print(", ".join(f"{name} {value}" for name, value in where.items() if name != "device"))
     progress = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
     outcomes = [run_case(case, options.seed, "cuda" if on_gpu else "cpu") for case in progress]
     print(table(outcomes), summary(outcomes), sep="\n\n")
     if options.json is not None:
         report = {"environment": where, "outcomes": [{**o._asdict(), "passed": o.passed} for o in outcomes]}
-        options.json.write_text(json.dumps(report, indent=1))
+        with files.replacing(options.json) as file:
+            file.write(json.dumps(report, indent=1).encode())
     failures = [outcome for outcome in outcomes if not outcome.passed]
     if failures:
         print(table(failures))
     print(f"{len(outcomes) - len(failures)} passed, {len(failures)} failed")
-    return 1 if failures or not outcomes else 0
+    return int(bool(failures))

@@ -2,13 +2,15 @@
 
 import argparse
 import lzma
+import os
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from numba_moe import bench, reference, testing
+from numba_moe import bench, cli, reference, testing
 from numba_moe.bench import contenders, measure, report
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.measure import Row
@@ -251,7 +253,7 @@ def test_registered_ops():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu(capsys):
-    assert bench.run(parse()) == 2
+    assert cli.main(["bench"]) == 2
     streams = capsys.readouterr()
     assert streams.err == "numba-moe bench: no CUDA device here, and nothing to time without one\n"
     assert streams.out == ""
@@ -374,11 +376,11 @@ def test_adapters_of_a_peer():
 
 
 def test_exit_status_is_about_our_results(on_cpu, monkeypatch, capsys):
-    options = parse("--op", "topk_softmax", "--shape", "1x64 top 2", "--peers", "torch")
-    assert bench.run(options) == 0
+    options = ["bench", "--op", "topk_softmax", "--shape", "1x64 top 2", "--peers", "torch"]
+    assert cli.main(options) == 0
     assert "WRONG" not in capsys.readouterr().out
     monkeypatch.setattr(measure.numba_moe, "topk_softmax", lambda gating_output, **options: 1 / 0)
-    assert bench.run(options) == 1
+    assert cli.main(options) == 1
     assert "WRONG ZeroDivisionError" in capsys.readouterr().out
 
 
@@ -387,20 +389,34 @@ def test_exit_status_is_about_our_results(on_cpu, monkeypatch, capsys):
     [
         (("--op", "gemm"), "no op and shape is called that"),
         (("--json", "no_such_folder/new.json"), "no folder for"),
+        (("--plot", "plot.txt"), "`--plot` must be one of '.png', '.svg', '.pdf', got '.txt'"),
         (("--compare", "no_such_file.json"), "No such file"),
+        (("--compare", "pipe"), "`--compare` must be a regular file, got pipe"),
+        (("--compare", "damaged.so.xz"), "damaged.so.xz is no report of this benchmark"),
         (("--peer-lib", "no_such_file.so.xz"), "No such file"),
+        (("--peer-lib", "damaged.so.xz"), "`--peer-lib` must be a whole .so.xz file"),
+        (("--peer-lib", "damaged.so"), "damaged.so"),
+        (("--peer-lib", "pipe.xz"), "must be a regular file, got pipe.xz"),
     ],
 )
-def test_what_cannot_run_is_said_before_anything_is_measured(on_cpu, options, message, capsys):
-    assert bench.run(parse(*options)) == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_run_is_said_before_anything_is_measured(on_cpu, options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe", "pipe.xz"):
+        os.mkfifo(name)
+    for name in ("damaged.so", "damaged.so.xz"):
+        Path(name).write_bytes(b"no library")
+    assert cli.main(["bench", *options]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
 
 
 @pytest.mark.gpu
 def test_end_to_end(tmp_path, capsys):
     path = tmp_path / "new.json"
-    options = ("--op", "topk_softmax", "--shape", "1x64 top 2", "--peers", "torch", "--json", str(path))
-    assert bench.run(parse(*options)) == 0
+    options = ["bench", "--op", "topk_softmax", "--shape", "1x64 top 2", "--peers", "torch", "--json", str(path)]
+    assert cli.main(options) == 0
     assert "driver: " in capsys.readouterr().out
     rows = list(report.read_report(path).values())
     assert [(row.dtype, row.implementation) for row in rows] == [
@@ -411,7 +427,7 @@ def test_end_to_end(tmp_path, capsys):
         assert 0.1 < row.device_us < 1000
         assert 0.1 < row.host_us < 10000
         assert 0 < row.copy_fraction < 10
-    assert bench.run(parse(*options, "--compare", str(path))) == 0
+    assert cli.main([*options, "--compare", str(path)]) == 0
     assert "old device us" in capsys.readouterr().out
 
 

@@ -1,12 +1,14 @@
 """The report: a page that holds everything, and says what the counts say."""
 
+import contextlib
 import re
 
 import numpy as np
 import pytest
+import torch
 
 from numba_moe import cli
-from numba_moe.recorder import files
+from numba_moe.recorder import ExpertDistributionRecorder, files
 
 
 @pytest.fixture
@@ -52,10 +54,36 @@ def test_traffic_is_drawn_where_ranks_are_known(dump, tmp_path):
     assert "Choices from rank to rank" in out.read_text()
 
 
+@pytest.mark.parametrize("records", [0, 1, 3])
+def test_a_report_of_nothing_says_so(records, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    recorder = ExpertDistributionRecorder(2, 8, mode="stat", device="cpu")
+    recorder.start_record()
+    for number in range(records):
+        with recorder.with_forward_pass(number), recorder.with_current_layer(0):
+            recorder.on_select_experts(torch.full((2, 2), -1))
+    with contextlib.nullcontext() if records else pytest.warns(RuntimeWarning, match="nothing to dump"):
+        recorder.dump_record(output_mode="object").save(tmp_path / "zero.npz")
+    out, pictures = tmp_path / "report.html", tmp_path / "pictures"
+    pictures.mkdir()
+    assert cli.main(["report", str(tmp_path / "zero.npz"), "--out", str(out), "--png", str(pictures)]) == 0
+    passes = {0: "0 passes", 1: "1 pass", 3: "3 passes"}[records]
+    assert capsys.readouterr().out == f"{out}: nothing was counted in {passes} on 1 rank\n"
+    text = out.read_text()
+    assert "Nothing was counted" in text
+    assert "<img" not in text
+    assert "Hottest" not in text
+    assert list(pictures.iterdir()) == []
+
+
 BAD = {
     "no dump": (["gone.npz"], "No such file"),
     "no folder": (["hot<b>.npz", "--out", "gone/x.html"], "`--out` must be in a folder"),
     "no folder for pictures": (["hot<b>.npz", "--png", "gone"], "`--png` must be in a folder"),
+    "a folder": (["hot<b>.npz", "--out", "."], "`--out` must be a file, got the folder ."),
+    "no name": (["hot<b>.npz", "--out", ""], "`--out` must be a file, got the folder ."),
+    "no ranks": (["hot<b>.npz", "--gpus", "0"], "`--gpus` must be at least 1, got 0"),
+    "another kind": (["dump.txt"], "`DUMP` must be one of 'npz', 'safetensors', 'json', 'csv', 'pt', got 'txt'"),
     "ranks": (["hot<b>.npz", "--gpus", "3"], "`--gpus` must be a divisor of the number of slots = 4, got 3"),
 }
 
@@ -65,5 +93,8 @@ def test_bad_arguments(name, dump, monkeypatch, capsys):
     monkeypatch.chdir(dump.parent)
     arguments, message = BAD[name]
     assert cli.main(["report", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert printed.out == ""
     assert [path.name for path in dump.parent.iterdir()] == ["hot<b>.npz"]

@@ -150,7 +150,7 @@ def test_a_move_that_costs_more_than_it_saves():
     found = simulate(PAIR[:1], 4, 1, 1, 2, **options)  # 20 ms to move, 15 ms saved
     assert found.best is found.scenarios[0]
     assert found.scenarios[1].pays_after == 2
-    expected = "Best over 1 steps: stay, 4 slots. With more like these, refined, 4 slots, once pays after 2."
+    expected = "Best over 1 step: stay, 4 slots. With more like these, refined, 4 slots, once pays after 2."
     assert verdict(found, 1) == expected
     balanced = simulate(np.ones((2, 1, 4)), 4, 1, 1, 2, **{**options, "algorithms": ["deepseek"]})
     assert balanced.scenarios[1].rebalances[0].num_moved > 0
@@ -330,7 +330,7 @@ def test_command(dump, tmp_path, capsys):
     assert main(["rebalance", str(dump), *options.split(), "--json", str(numbers), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]
-    assert printed.startswith("dump.npz: 3 steps, 1 layers, 4 experts\n")
+    assert printed.startswith("dump.npz: 3 steps, 1 layer, 4 experts\n")
     assert ["stay", "4", "-", "0.500", "0.500", "2.000", "50.0", "50.0", "0", "0", "0.00", "0.0", "0.0", "-"] in rows
     assert [
         "refined",
@@ -364,7 +364,7 @@ def test_command(dump, tmp_path, capsys):
         "30.0",
         "2",
     ] in rows
-    assert ["refined,", "4", "slots,", "every", "1", "steps", "0.500", "1.000", "1.000"] in rows
+    assert ["refined,", "4", "slots,", "every", "1", "step", "0.500", "1.000", "1.000"] in rows
     assert ["rank", "0", "2.000", "2.000", "2.000"] in rows
     assert ["rank", "0", "1.000", "1.000", "1.000"] in rows
     assert printed.endswith("once, 1.000 times the time of perfect balance. It pays after 2 steps.\n")
@@ -407,25 +407,60 @@ def test_matplotlib_is_imported_for_plots_alone(dump, without_simulator):
 
 WRONG = {
     "no file": (["nothing.npz", "--gpus", "2"], "No such file"),
-    "another kind": (["dump.csv", "--gpus", "2"], "must be a .npy, .npz"),
-    "no folder": (["dump.npz", "--gpus", "2", "--json", "gone/x.json"], "no folder for gone/x.json"),
+    "another kind": (["dump.txt", "--gpus", "2"], "`DUMP` must be a .npy, .npz"),
+    "no header": (["dump.csv", "--gpus", "2"], "`DUMP` must be a file with the header layer_id,expert_id,count"),
+    "no folder": (["dump.npz", "--gpus", "2", "--json", "gone/x.json"], "`--json` must be in a folder, got no folder for gone/x.json"),
+    "a folder": (["dump.npz", "--gpus", "2", "--json", "."], "`--json` must be a file, got the folder ."),
+    "plot": (["dump.npz", "--gpus", "2", "--plot", "x.txt"], "`--plot` must be one of '.png', '.svg', '.pdf', got '.txt'"),
+    "nodes": (["dump.npz", "--gpus", "2", "--nodes", "0"], "`--nodes` must be at least 1, got 0"),
+    "groups": (["dump.npz", "--gpus", "2", "--groups", "0"], "`--groups` must be at least 1, got 0"),
+    "replicas": (["dump.npz", "--gpus", "2", "--replicas", "3"], "`--replicas` must be at least num_experts = 4, got 3"),
+    "moves": (["dump.npz", "--gpus", "2", "--max-moves", "-1"], "`--max-moves` must be at least 0, got -1"),
+    "time": (["dump.npz", "--gpus", "2", "--step-ms", "nan"], "`--step-ms` must be above 0, got nan"),
+    "bandwidth": (["dump.npz", "--gpus", "2", "--bandwidth", "inf"], "`--bandwidth` must be above 0, got inf"),
+    "experts": (["dump.npz", "--gpus", "2", "--num-experts", "0"], "`--num-experts` must be at least 1, got 0"),
+    "steps of tokens": (["dump.npz", "--gpus", "2", "--tokens-per-step", "2"], "`--tokens-per-step` must be left out for dump.npz"),
+    "location": (["dump.npz", "--gpus", "2", "--location", "dump.txt"], "`--location` must be one of"),
+    "zeros": (["zeros.npz", "--gpus", "2"], "`DUMP` must be above 0 somewhere, got 0 everywhere"),
+    "an overflow": (["large.npz", "--gpus", "2"], "`logical_count` must be counts whose sum is at most"),
     "out": (["dump.npz", "--gpus", "2", "--out", "x.csv"], "`--out` must be one of '.json', '.npz', '.pt', got '.csv'"),
     "GPUs": (["dump.npz", "--gpus", "0"], "`--gpus` must be at least 1, got 0"),
-    "interval": (["dump.npz", "--gpus", "2", "--interval", "5"], "`intervals` must be at most the number of steps - 1 = 2"),
-    "algorithm": (["dump.npz", "--gpus", "2", "--algorithm", "best"], "`algorithms` must be one of"),
+    "interval": (["dump.npz", "--gpus", "2", "--interval", "5"], "`--interval` must be at most the number of steps - 1 = 2"),
+    "algorithm": (["dump.npz", "--gpus", "2", "--algorithm", "best"], "`--algorithm` must be one of"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_command_refuses(name, dump, monkeypatch, capsys):
     monkeypatch.chdir(dump.parent)
-    (dump.parent / "dump.csv").write_text("1")
+    for file in ("dump.csv", "dump.txt"):
+        (dump.parent / file).write_text("1")
+    np.savez(dump.parent / "zeros.npz", logical_count=np.zeros((1, 4), int))
+    np.savez(dump.parent / "large.npz", logical_count=np.full((1, 4), 2**62))
     arguments, message = WRONG[name]
     assert main(["rebalance", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("numba-moe rebalance: ")
     assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
     assert printed.out == ""
+
+
+def test_command_reads_our_csv(tmp_path, capsys):
+    (tmp_path / "dump.csv").write_text("layer_id,expert_id,count\n0,0,6\n0,1,6\n0,2,1\n")
+    sizes = ["--num-layers", "2", "--num-experts", "4"]
+    assert main(["rebalance", str(tmp_path / "dump.csv"), "--gpus", "2", *sizes]) == 0
+    assert capsys.readouterr().out.startswith("dump.csv: 1 step, 2 layers, 4 experts\n")
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "1e400", "x"])
+def test_command_refuses_sizes_that_are_none(size, dump, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["rebalance", str(dump), "--gpus", "2", "--bytes-per-expert", size])
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"argument --bytes-per-expert: invalid size value: '{size}'" in printed
+    assert len(printed.splitlines()) == 1
 
 
 def test_command_refuses_lists_that_are_none(dump, capsys):

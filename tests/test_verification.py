@@ -3,8 +3,6 @@
 import importlib
 import inspect
 import json
-import os
-import pickle
 
 import numpy as np
 import pytest
@@ -215,12 +213,28 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
 
 def test_command_lists_cases(capsys):
     assert cli.main(["verify", "--list", "--op", "grouped_topk"]) == 0
-    assert all(line.startswith("grouped_topk: ") for line in capsys.readouterr().out.splitlines()[1:])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("grouped_topk: ") for line in lines)
 
 
-def test_nothing_selected_is_a_failure(capsys):
-    assert cli.main(["verify", "--op", "no_such_op"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 0 failed"
+NOTHING = {
+    "an op": ("--op nope", "nope"),
+    "a case": ("--case nope", "nope"),
+    "one of two ops": ("--op topk_softmax --op nope*", "nope*"),
+    "one of two cases": ("--case one --case nope", "nope"),
+    "an op without such a case": ("--op grouped_topk --case Mixtral --list", "grouped_topk with Mixtral"),
+    "an op of an input": ("--input ids.npy --op topk_softmax", "topk_softmax"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_matches_nothing_is_named(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("ids.npy", np.array([[0, 1]]))
+    options, pattern = NOTHING[name]
+    assert cli.main(["verify", *options.split()]) == 2
+    assert tuple(capsys.readouterr()) == ("", f"numba-moe verify: nothing matches {pattern!r}; --list names them\n")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
@@ -243,23 +257,35 @@ def test_own_routing_is_verified(suffix, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == ("3" if suffix == ".npy" else "8") + " passed, 0 failed"
 
 
-class Payload:
-    """An object whose unpickling runs code."""
+EXPERTS = "the number of experts of logits.npy: array = 16"
+WRONG_SIZES = {
+    "top k": ("logits.npy --top-k 99", f"`--top-k` must be at most {EXPERTS}, got 99"),
+    "no expert": ("logits.npy --top-k 0", "`--top-k` must be at least 1, got 0"),
+    "an id": (
+        "ids.npy --num-experts 3",
+        "`--num-experts` must be at least 1 more than the largest id of ids.npy: array = 16, got 3",
+    ),
+    "logits": ("logits.npy --num-experts 3", f"`--num-experts` must be {EXPERTS}, got 3"),
+    "no experts": ("ids.npy --num-experts 0", "`--num-experts` must be at least 1, got 0"),
+    "no rows": ("ids.npy --block-size 0", "`--block-size` must be at least 1, got 0"),
+    "a seed": ("ids.npy --seed -1", "`--seed` must be at least 0, got -1"),
+}
 
-    def __reduce__(self):
-        return os.putenv, ("NUMBA_MOE_TEST_PAYLOAD", "ran")
+
+@pytest.mark.parametrize("name", WRONG_SIZES)
+def test_sizes_that_do_not_fit_the_input_are_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("ids.npy", np.array([[0, 15], [3, 4]]))
+    np.save("logits.npy", np.zeros((2, 16), np.float32))
+    options, message = WRONG_SIZES[name]
+    assert cli.main(["verify", "--input", *options.split()]) == 2
+    assert tuple(capsys.readouterr()) == ("", f"numba-moe verify: {message}\n")
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
-def test_a_file_cannot_run_code(suffix, tmp_path):
-    path = tmp_path / f"evil{suffix}"
-    if suffix == ".pt":
-        torch.save({"topk_ids": Payload()}, path)
-    else:
-        save = np.save if suffix == ".npy" else np.savez
-        save(path, np.array([Payload()], object), allow_pickle=True)
-    with pytest.raises((ValueError, pickle.UnpicklingError)):
-        cases.load_routing(path)
+def test_few_experts_have_no_more_to_choose_by_default(tmp_path, capsys):
+    np.save(tmp_path / "logits.npy", np.zeros((2, 4), np.float32))
+    assert cli.main(["verify", "--input", str(tmp_path / "logits.npy")]) == 0
+    assert capsys.readouterr().out.endswith("\n5 passed, 0 failed\n")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):

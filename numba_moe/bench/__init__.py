@@ -8,6 +8,7 @@ launches, which nobody who has a choice would run.
 """
 
 import argparse
+import functools
 import importlib.util
 import lzma
 import sys
@@ -20,7 +21,11 @@ from tqdm import tqdm
 
 from numba_moe import testing
 from numba_moe.bench import contenders, measure, report
+from numba_moe.bench.measure import Row
 from numba_moe.cases import Case
+from numba_moe.runtime import checks, files
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,33 +61,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def select_cases(options: argparse.Namespace) -> list[Case]:
     """Return the cases that the options ask for."""
     texts = options.shape or [""]
-    return [
+    chosen = [
         case
         for name, op in contenders.OPS.items()
         if testing.matches(name, options.op)
         for case in op.cases(options.routing)
         if any(text in case.name for text in texts)
     ]
+    if not chosen:
+        raise ValueError("no op and shape is called that")
+    return chosen
 
 
-def run(options: argparse.Namespace) -> int:
-    """Measure, print the table, and return the exit status: 1 if a result of ours is wrong, 2 if nothing can run."""
+def prepare(options: argparse.Namespace) -> Callable[[], int]:
+    """Read, check and load what the options name; return what measures, and returns the exit status."""
     cases = select_cases(options)
-    try:
-        if not torch.cuda.is_available():
-            raise ValueError("no CUDA device here, and nothing to time without one")
-        if not cases:
-            raise ValueError("no op and shape is called that")
-        for path in (options.json, options.plot):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"no folder for {path}")
-        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here, and nothing to time without one")
+    for name, suffixes in {"json": None, "plot": PICTURES}.items():
+        if getattr(options, name) is not None:
+            files.check_output(f"--{name}", getattr(options, name), suffixes)
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+    with checks.under_names(path="--compare"):
         old = None if options.compare is None else report.read_report(options.compare)
+    try:
         peers = contenders.load_peers(options.peers, options.peer_lib)
-    except (OSError, ValueError, lzma.LZMAError) as error:
-        print(f"numba-moe bench: {error}", file=sys.stderr)
-        return 2
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"`--peer-lib` must be a whole .so.xz file ({error})") from error
+    return functools.partial(run, options, cases, old, peers)
+
+
+def run(
+    options: argparse.Namespace, cases: Sequence[Case], old: dict[tuple[str, ...], Row] | None, peers: dict[str, str]
+) -> int:
+    """Measure, print the table, and return the exit status: 1 if a result of ours is wrong."""
     bandwidth = measure.copy_bandwidth()
     where = {**measure.environment(peers), "copy": f"{bandwidth / 1e3:.0f} GB/s read plus written"}
     print("\n".join(f"{name}: {value}" for name, value in where.items()))

@@ -21,6 +21,7 @@ from numba_moe import align_sizes, reference, testing
 from numba_moe.cases import trained_routing
 from numba_moe.cases.draws import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
+from numba_moe.runtime import files
 
 OURS = "numba_moe"
 # peer -> the torch.ops namespace of its ops, and the module whose import registers them
@@ -570,8 +571,8 @@ def unpacked(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.stem
-        with lzma.open(path) as packed, target.open("wb") as file:
-            shutil.copyfileobj(packed, file)
+        with files.reading(path) as packed, lzma.open(packed) as library, target.open("wb") as file:
+            shutil.copyfileobj(library, file)
         yield target
 
 

@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.measure import Row
+from numba_moe.runtime import files, formats
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, ...], tuple[float | None, float | None]]:
@@ -64,13 +65,16 @@ def table(rows: Sequence[Row], old: Mapping[tuple[str, ...], Row] | None = None)
 
 def write_report(path: Path, rows: Sequence[Row], environment: Mapping[str, str]) -> None:
     report = {"environment": environment, "rows": [row._asdict() for row in rows]}
-    path.write_text(json.dumps(report, indent=1))
+    with files.replacing(path) as file:
+        file.write(json.dumps(report, indent=1).encode())
 
 
 def read_report(path: Path) -> dict[tuple[str, ...], Row]:
     """Read the rows of a report, by their keys."""
+    with files.reading(path) as file:
+        content = file.read()
     try:
-        return {row.key: row for row in (Row(**fields) for fields in json.loads(path.read_text())["rows"])}
+        return {row.key: row for row in (Row(**fields) for fields in formats.parse_json(content)["rows"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no report of this benchmark: {error}") from error
 
@@ -93,4 +97,5 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         panel.set(xscale="log", yscale="log", title=op, xlabel="tokens", ylabel="device us, geometric mean over shapes")
         panel.legend()
         panel.grid(alpha=0.3)
-    figure.savefig(path)
+    with files.replacing(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))

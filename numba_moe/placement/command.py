@@ -1,6 +1,7 @@
 """What rebalancing would have brought: locations replayed against recorded loads, before a cluster is touched."""
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -11,12 +12,18 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from numba_moe.placement.location import FORMATS, ExpertLocation
+from numba_moe.placement.location import FORMATS, MOST_BYTES, ExpertLocation, check_tables
 from numba_moe.placement.rebalance import ALGORITHMS
 from numba_moe.placement.simulation import BANDWIDTH, Scenario, Simulation, simulate
 from numba_moe.placement.traces import load_trace
-from numba_moe.runtime import checks
+from numba_moe.runtime import checks, files
+from numba_moe.runtime.text import counted
 
+PICTURES = (".png", ".svg", ".pdf")
+# What the command calls the arguments of `simulate`, and of what that calls.
+NAMES = {"num_gpus": "--gpus", "num_nodes": "--nodes", "num_groups": "--groups", "num_replicas": "--replicas"}
+NAMES |= {"algorithms": "--algorithm", "intervals": "--interval", "current": "--location", "max_moves": "--max-moves"}
+NAMES |= {"bytes_per_expert": "--bytes-per-expert", "step_ms": "--step-ms", "bandwidth": "--bandwidth"}
 PERIODS = 8  # columns of the tables over time
 
 
@@ -39,10 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return 0 if text == "once" else int(text)
 
     def size(text: str) -> int:
-        return int(float(text))
+        try:
+            return int(float(text))
+        except OverflowError as error:
+            raise ValueError from error
 
     add = parser.add_argument
-    add("dump", type=Path, metavar="DUMP", help="logical_count or topk_ids, in .npz, .json, .pt, .npy or .safetensors")
+    text = "logical_count or topk_ids, in .npz, .json, .pt, .npy or .safetensors, or counts in .csv"
+    add("dump", type=Path, metavar="DUMP", help=text)
     add("--gpus", type=int, required=True, metavar="N", help="ranks of all nodes together")
     add("--nodes", type=int, default=1, metavar="N", help="(default 1)")
     add("--groups", type=int, default=1, metavar="N", help="groups of experts that stay on a node (default 1)")
@@ -59,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step-ms", type=float, metavar="MS", help="time of all experts at an average step in perfect balance")
     text = f"GB/s into and out of a rank (default {BANDWIDTH:g})"
     add("--bandwidth", type=float, default=BANDWIDTH, metavar="GB/s", help=text)
-    add("--num-experts", type=int, metavar="N", help="of topk_ids (default: largest id + 1)")
+    add("--num-experts", type=int, metavar="N", help="of topk_ids or a .csv (default: largest id + 1)")
+    add("--num-layers", type=int, metavar="N", help="of a .csv (default: largest layer + 1)")
     add("--tokens-per-step", type=int, metavar="N", help="divide topk_ids into steps of so many tokens")
     add("--detail", action="store_true", help="print every layer and rank over time")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
@@ -122,11 +134,12 @@ def verdict(found: Simulation, num_steps: int) -> str:
         if not paying:
             return f"Best: {best.name}. No rebalance takes less time."
         steps = min(paying)
-        return f"Best over {num_steps} steps: {best.name}. With more like these, {paying[steps]} pays after {steps}."
+        over = counted(num_steps, "step")
+        return f"Best over {over}: {best.name}. With more like these, {paying[steps]} pays after {steps}."
     text = f"Best: {best.name}, {best.time:.3f} times the time of perfect balance."
     if best.pays_after is None:
         return f"{text} Whether that pays: give --bytes-per-expert and --step-ms."
-    return f"{text} It pays after {best.pays_after} steps."
+    return f"{text} It pays after {counted(best.pays_after, 'step')}."
 
 
 def best_and_before(found: Simulation) -> list[Scenario]:
@@ -163,34 +176,49 @@ def plot(path: Path, found: Simulation) -> None:
         image = panel.imshow(scenario.rank_load.T, aspect="auto", vmin=0, vmax=top, interpolation="nearest")
         panel.set(title=scenario.name, xlabel="step", ylabel="rank")
     figure.colorbar(image, ax=list(heats), label="load over the mean")
-    figure.savefig(path)
+    with files.replacing(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
 
 
-def run(options: argparse.Namespace) -> int:
-    """Simulate, print the tables, write what is asked for, and return the exit status."""
-    try:
-        for path in (options.json, options.out, options.plot):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"no folder for {path}")
-        if options.out is not None:
-            checks.choice("--out", options.out.suffix, FORMATS)
-        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
-        trace = {"num_experts": options.num_experts, "tokens_per_step": options.tokens_per_step}
-        for name, value in trace.items():
+def check_outputs(options: argparse.Namespace) -> None:
+    """Check before the work what is to be written after it."""
+    for name, suffixes in {"json": None, "out": FORMATS, "plot": PICTURES}.items():
+        path = getattr(options, name)
+        if path is not None:
+            files.check_output(f"--{name}", path, suffixes)
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+
+
+def prepare(options: argparse.Namespace) -> Callable[[], int]:
+    """Read, check and simulate; return what prints the tables, writes what is asked for, and returns the status."""
+    check_outputs(options)
+    num_gpus = checks.integer("--gpus", options.gpus, 1)
+    sizes_of_file = {name: getattr(options, name) for name in ("num_layers", "num_experts", "tokens_per_step")}
+    with checks.under_names(path="DUMP", **{name: f"--{name.replace('_', '-')}" for name in sizes_of_file}):
+        for name, value in sizes_of_file.items():
             if value is not None:
                 checks.integer(name, value, 1)
-        num_gpus = checks.integer("--gpus", options.gpus, 1)
-        loads = load_trace(options.dump, **trace, num_gpus=num_gpus)
-        current = None if options.location is None else ExpertLocation.load(options.location)
-        sizes = search_sizes(loads.shape[2], num_gpus)
-        sizes = sizes if options.search else sizes[:1]
-        if current is not None:
-            sizes = [current.num_physical_experts]
-        intervals = search_intervals(len(loads)) if options.search else [0]
+        loads = load_trace(options.dump, **sizes_of_file, num_gpus=num_gpus)
+    num_layers, num_experts = loads.shape[1:3]
+    current = None
+    if options.location is not None:
+        with checks.under_names(path="--location"):
+            current = ExpertLocation.load(options.location)
+    sizes = search_sizes(num_experts, num_gpus)
+    sizes = options.replicas or (sizes if options.search else sizes[:1])
+    if current is not None and not options.replicas:
+        sizes = [current.num_physical_experts]
+    for num_slots in sizes:
+        check_tables("--replicas" if options.replicas else "--gpus", num_layers, num_experts, num_slots)
+    most = max(MOST_BYTES, 4 * loads.nbytes)
+    wanted = 8 * len(loads) * num_layers * num_gpus
+    checks.holds("--gpus", f"few enough for their loads to take at most {most} bytes", wanted <= most, num_gpus)
+    intervals = search_intervals(len(loads)) if options.search else [0]
+    with checks.under_names(weight="DUMP", **NAMES):
         found = simulate(
             loads,
-            options.replicas or sizes,
+            sizes,
             options.groups,
             options.nodes,
             num_gpus,
@@ -203,11 +231,14 @@ def run(options: argparse.Namespace) -> int:
             bandwidth=options.bandwidth,
             progress=sys.stderr.isatty(),
         )
-    except (OSError, ValueError) as error:
-        print(f"numba-moe rebalance: {error}", file=sys.stderr)
-        return 2
+    return functools.partial(run, options, loads, found)
+
+
+def run(options: argparse.Namespace, loads: np.ndarray, found: Simulation) -> int:
+    """Print the tables, write what is asked for, and return the exit status."""
     kind = "" if loads.ndim == 3 else ", tokens on the ranks that it says"
-    print(f"{options.dump.name}: {len(loads)} steps, {loads.shape[1]} layers, {loads.shape[2]} experts{kind}\n")
+    sizes = ", ".join(map(counted, loads.shape, ("step", "layer", "expert")))
+    print(f"{options.dump.name}: {sizes}{kind}\n")
     print(table(found, float(loads.sum())), end="\n\n")
     print(over_time({s.name: s.balancedness.mean(axis=1) for s in found.scenarios}, "balance at steps"), end="\n\n")
     if options.detail:
@@ -215,7 +246,8 @@ def run(options: argparse.Namespace) -> int:
             print_detail(scenario)
     print(verdict(found, len(loads)))
     if options.json is not None:
-        options.json.write_text(json.dumps(report(found)))
+        with files.replacing(options.json) as file:
+            file.write(json.dumps(report(found)).encode())
     if options.out is not None:
         found.best.location.save(options.out)
     if options.plot is not None:

@@ -13,6 +13,7 @@ from numba_moe.placement.location import ExpertLocation, check_location
 from numba_moe.placement.rebalance import ALGORITHMS, check_loads, rebalance_experts
 from numba_moe.reference.migration import plan_migration
 from numba_moe.runtime import checks
+from numba_moe.runtime.text import counted
 
 STAY = "stay"
 BANDWIDTH = 50.0  # GB/s into and out of a rank: a 400 Gb/s network card for each
@@ -53,7 +54,7 @@ class Scenario(NamedTuple):
     def name(self) -> str:
         if self.interval is None:
             return f"{self.algorithm}, {self.num_replicas} slots"
-        when = "once" if self.interval == 0 else f"every {self.interval} steps"
+        when = "once" if self.interval == 0 else f"every {counted(self.interval, 'step')}"
         return f"{self.algorithm}, {self.num_replicas} slots, {when}"
 
 
@@ -324,7 +325,7 @@ def simulate(
     >>> loads = np.tile([6.0, 6.0, 0.0, 0.0], (3, 1, 1))
     >>> found = simulate(loads, 4, 1, 1, 2, algorithms=["refined"], intervals=[1], bytes_per_expert=10**9, step_ms=15)
     >>> [(scenario.name, scenario.step_time.tolist()) for scenario in found.scenarios]
-    [('stay, 4 slots', [2.0, 2.0, 2.0]), ('refined, 4 slots, every 1 steps', [2.0, 1.0, 1.0])]
+    [('stay, 4 slots', [2.0, 2.0, 2.0]), ('refined, 4 slots, every 1 step', [2.0, 1.0, 1.0])]
     >>> found.best.rebalances[0]
     Rebalance(step=1, num_moved=2, num_across_nodes=0, busiest_rank=1, move_ms=20.0, saved_ms=15.0, pays_after=2)
     >>> found.best.bytes_moved, found.best.move_ms, found.best.pays_after

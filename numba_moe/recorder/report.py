@@ -2,11 +2,11 @@
 
 import argparse
 import base64
+import functools
 import html
 import importlib.util
 import io
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from numba_moe.placement.rebalance import ALGORITHMS
 from numba_moe.recorder.files import Dump, load
 from numba_moe.reference.recorder import expert_entropy, traffic_matrix, utilization
 from numba_moe.runtime import checks, files
+from numba_moe.runtime.text import counted
 
 HOTTEST = 20
 WINDOWS = (10, 100, 1000)
@@ -127,11 +128,11 @@ def hottest(dump: Dump) -> list[list[Any]]:
     return [[layer, expert, int(total[layer, expert]), f"{over[layer, expert]:.2f}"] for layer, expert in places]
 
 
-def page(dump: Dump, name: str, num_gpus: int, change: Rebalanced) -> str:
-    """Return the report as HTML that refers to nothing outside itself."""
+def facts(dump: Dump, num_gpus: int) -> list[list[Any]]:
+    """Return what was recorded: names and values."""
     num_steps, num_layers, num_experts = dump.logical_count.shape
     entropy = expert_entropy(dump.logical_count.sum(axis=0))
-    facts: list[list[Any]] = [
+    return [
         ["passes", num_steps],
         ["layers", num_layers],
         ["experts, in slots", f"{num_experts}, in {dump.global_physical_count.shape[2]}"],
@@ -139,23 +140,32 @@ def page(dump: Dump, name: str, num_gpus: int, change: Rebalanced) -> str:
         ["slots of routing", int(dump.logical_count.sum())],
         ["entropy over that of an even choice", f"{entropy.mean():.3f}, least {entropy.min():.3f}"],
     ]
+
+
+def page(dump: Dump, name: str, num_gpus: int, change: Rebalanced | None) -> str:
+    """Return the report as HTML that refers to nothing outside itself; without counts, that says so."""
+    parts = [f"<h1>{html.escape(name)}</h1>", _table(["", "what was recorded"], facts(dump, num_gpus))]
+    if change is None:
+        parts.append("<p>Nothing was counted: there is nothing to draw, and nothing to rebalance by.</p>")
+    else:
+        parts += _findings(dump, num_gpus, change)
+    head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _findings(dump: Dump, num_gpus: int, change: Rebalanced) -> Iterator[str]:
+    for title, draw in pictures(dump, num_gpus, change).values():
+        code = base64.b64encode(png(draw)).decode()
+        yield f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{code}">'
+    yield "<h2>Hottest experts</h2>"
+    yield _table(["layer", "expert", "count", "load / mean"], hottest(dump))
     rows: list[list[Any]] = [
         ["as recorded", f"{change.before.mean():.3f}", f"{change.before.min():.3f}", ""],
         [change.algorithm, f"{change.after.mean():.3f}", f"{change.after.min():.3f}", change.changed],
     ]
-    parts = [f"<h1>{html.escape(name)}</h1>", _table(["", "what was recorded"], facts)]
-    for title, draw in pictures(dump, num_gpus, change).values():
-        code = base64.b64encode(png(draw)).decode()
-        parts.append(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{code}">')
-    parts += [
-        "<h2>Hottest experts</h2>",
-        _table(["layer", "expert", "count", "load / mean"], hottest(dump)),
-        "<h2>What a rebalance would change</h2>",
-        _table(["placement", "balancedness", "of the worst layer", "slots that change"], rows),
-        '<p class="note">Balancedness is the mean load of ranks over that of the busiest, of all passes together.</p>',
-    ]
-    head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    yield "<h2>What a rebalance would change</h2>"
+    yield _table(["placement", "balancedness", "of the worst layer", "slots that change"], rows)
+    yield '<p class="note">Balancedness is the mean load of ranks over that of the busiest, of all passes together.</p>'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,26 +177,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--algorithm", choices=ALGORITHMS, default=ALGORITHMS[0], help=text)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Write the report and return the exit status."""
-    try:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("pictures need matplotlib: pip install numba-moe[plot]")
-        for folder in (options.out.absolute().parent, *([options.png] if options.png else [])):
-            checks.holds("--out" if folder != options.png else "--png", "in a folder", folder.is_dir(), folder)
+def prepare(options: argparse.Namespace) -> Callable[[], int]:
+    """Read, check and place anew; return what writes the report and returns the exit status."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("pictures need matplotlib: pip install numba-moe[plot]")
+    files.check_output("--out", options.out)
+    if options.png is not None:
+        checks.holds("--png", "in a folder", options.png.is_dir(), options.png)
+    with checks.under_names(path="DUMP"):
         dump = load(options.dump)
-        num_slots = dump.global_physical_count.shape[2]
-        num_gpus = checks.integer("--gpus", options.gpus or dump.num_gpus, 1)
-        checks.divides("--gpus", num_gpus, "the number of slots", num_slots)
-        change = rebalanced(dump, num_gpus, options.algorithm)
-        with files.replacing(options.out) as file:
-            file.write(page(dump, options.dump.name, num_gpus, change).encode())
-        if options.png is not None:
-            for name, (_, draw) in pictures(dump, num_gpus, change).items():
-                with files.replacing(options.png / f"{name}.png") as file:
-                    file.write(png(draw))
-    except (OSError, ValueError) as error:
-        print(f"numba-moe report: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {len(dump.logical_count)} passes on {num_gpus} ranks")
+    num_gpus = checks.integer("--gpus", dump.num_gpus if options.gpus is None else options.gpus, 1)
+    checks.divides("--gpus", num_gpus, "the number of slots", dump.global_physical_count.shape[2])
+    change = rebalanced(dump, num_gpus, options.algorithm) if dump.logical_count.any() else None
+    return functools.partial(run, options, dump, num_gpus, change)
+
+
+def run(options: argparse.Namespace, dump: Dump, num_gpus: int, change: Rebalanced | None) -> int:
+    """Write the report and return the exit status."""
+    with files.replacing(options.out) as file:
+        file.write(page(dump, options.dump.name, num_gpus, change).encode())
+    passes, ranks = counted(len(dump.logical_count), "pass"), counted(num_gpus, "rank")
+    if change is None:
+        print(f"{options.out}: nothing was counted in {passes} on {ranks}")
+        return 0
+    if options.png is not None:
+        for name, (_, draw) in pictures(dump, num_gpus, change).items():
+            with files.replacing(options.png / f"{name}.png") as file:
+                file.write(png(draw))
+    print(f"{options.out}: {passes} on {ranks}")
     return 0

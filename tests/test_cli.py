@@ -1,0 +1,182 @@
+"""The command line as shells and people meet it: one line for what is wrong, no tracebacks of signals and pipes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from numba_moe import cli, verification
+from numba_moe.placement import command
+from numba_moe.recorder import report
+
+RUN = [sys.executable, "-c", "import sys; from numba_moe.cli import main; sys.exit(main(sys.argv[1:]))"]
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Be in a folder with a dump, with what is no dump, and with a pipe."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("dump.npz", logical_count=np.random.default_rng(0).integers(1, 90, (4, 2, 8)))
+    np.save("ids.npy", np.array([[0, 1], [2, 0]]))
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "dump.npz").read_bytes()[:100])
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    return tmp_path
+
+
+INPUTS = ["gone.npz", "there", "there.npz", "text.txt", "empty.npz", "damaged.npz", "pipe.npz", "", "x" * 300 + ".npz"]
+COMMANDS = {
+    "report": ["report", "{}"],
+    "rebalance": ["rebalance", "{}", "--gpus", "2"],
+    "rebalance --location": ["rebalance", "dump.npz", "--gpus", "2", "--location", "{}"],
+    "verify": ["verify", "--input", "{}"],
+}
+
+
+@POSIX
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("path", INPUTS)
+def test_a_file_that_cannot_be_read_is_one_line(command, path, folder, capsys):
+    before = sorted(os.listdir(folder))
+    assert cli.main([part.format(path) for part in COMMANDS[command]]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"numba-moe {command.split()[0]}: ")
+    assert len(printed.err.splitlines()) == 1
+    assert sorted(os.listdir(folder)) == before
+
+
+OUTPUTS = {
+    "report --out": ["report", "dump.npz", "--out", "{}"],
+    "rebalance --json": ["rebalance", "dump.npz", "--gpus", "2", "--json", "{}"],
+    "rebalance --plot": ["rebalance", "dump.npz", "--gpus", "2", "--plot", "{}.png"],
+    "rebalance --out": ["rebalance", "dump.npz", "--gpus", "2", "--out", "{}.npz"],
+    "verify --json": ["verify", "--op", "expert_offsets", "--json", "{}"],
+}
+
+
+@POSIX
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("path", ["gone/x", "text.txt/x", "there", "x" * 300])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, path, folder, monkeypatch, capsys):
+    (folder / "there.png").mkdir()
+    for module in (verification, command, report):
+        monkeypatch.setattr(module, "run", lambda *_: pytest.fail("it worked first"))
+    assert cli.main([part.format(path) for part in OUTPUTS[name]]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_an_output_that_fails_after_all_is_one_line(folder, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    for name, arguments in OUTPUTS.items():
+        if "--plot" in arguments or arguments[0] == "report":
+            pytest.importorskip("matplotlib")
+        assert cli.main([part.format("x") for part in arguments]) == 2
+        assert capsys.readouterr().err == f"numba-moe {name.split()[0]}: [Errno 28] No space left on device\n"
+    assert not [path for path in os.listdir(folder) if path.startswith((".", "x"))]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError("a bug"), KeyError("a bug")])
+def test_a_bug_has_its_traceback(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(verification, "environment", fail)
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["verify", "--op", "expert_offsets"])
+
+
+OPTIONS = [
+    "",
+    "nope",
+    "info nope",
+    "verify --quick --full",
+    "verify --seed x",
+    "verify --input",
+    "rebalance dump.npz",
+    "rebalance dump.npz --gpus x",
+    "report dump.npz --algorithm nope",
+    "bench --routing nope",
+    "warmup --arch 9.0",
+    "export --arch sm_90",
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_that_do_not_parse_are_one_line(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(options.split())
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("numba-moe")
+    assert len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_10", "sm_999", "sm_90,sm_62"])
+def test_an_arch_that_the_compiler_does_not_know_is_refused(arch, tmp_path, capsys):
+    for arguments in (["warmup"], ["export", str(tmp_path / "folder")]):
+        assert cli.main([*arguments, "--arch", arch]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"numba-moe {arguments[0]}: `--arch` must be among sm_")
+        assert printed.endswith(f", got {arch.split(',')[-1]}\n")
+    assert not (tmp_path / "folder").exists()
+
+
+@POSIX
+@pytest.mark.parametrize("arguments", [["verify", "--list"], ["--help"], ["verify", "--op", "expert_offsets"]])
+def test_a_closed_pipe_is_silence(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*RUN, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == (0 if "--help" in arguments else 141)  # argparse prints, and asks nobody
+
+
+@POSIX
+@pytest.mark.parametrize("seconds", [0, 0.5, 2, 5, 15])
+def test_an_interrupt_is_silence(seconds, folder):
+    """A signal while modules are imported, while kernels compile or while cases run."""
+    program = "print('begun', flush=True); import sys; from numba_moe.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(max(seconds, 0.2))  # the few modules of `cli` itself
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=600)
+    assert (process.returncode, printed) == (130, "")
+
+
+def test_what_an_interrupted_import_raises_is_no_error_of_ours(monkeypatch):
+    def interrupted(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise AttributeError("module 'numpy' has no attribute 'ndim'") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert cli.main(["info"]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_cases_are_listed_and_nothing_else(capsys):
+    assert cli.main(["verify", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.split(": ")[0] in verification.OPS for line in lines)
+    assert len(lines) > 100

@@ -259,7 +259,7 @@ NOTHING = {
     "a case": ("--case nope", "nope"),
     "one of two ops": ("--op topk_softmax --op nope*", "nope*"),
     "one of two cases": ("--case one --case nope", "nope"),
-    "an op without such a case": ("--op moe_sum --case Mixtral --list", "moe_sum with Mixtral"),
+    "an op without such a case": ("--op grouped_topk --case Mixtral --list", "grouped_topk with Mixtral"),
     "an op of an input": ("--input ids.npy --op topk_softmax", "topk_softmax"),
 }
 

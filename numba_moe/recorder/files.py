@@ -230,9 +230,10 @@ def load(path: str | os.PathLike[str], *, num_layers: int | None = None, num_exp
     path : path
         A ``.npz``, ``.safetensors``, ``.json``, ``.csv`` or ``.pt`` file: this library's, SGLang's dumps of counts
         and of records, or any with ``logical_count`` [L, E] or [steps, L, E].
-    num_layers, num_experts : int, optional
-        Sizes of the model (L, E). A ``.csv`` file needs them where it has no line for the last layer or expert; other
-        files must be of these sizes.
+    num_layers : int, optional
+        Layers of the model (L). A ``.csv`` file without a line for the last one needs it; other files are checked.
+    num_experts : int, optional
+        Experts of a layer (E), in the same way.
 
     Returns
     -------

@@ -216,8 +216,8 @@ def logits(argument: str, value: torch.Tensor) -> None:
 
 
 def unwrapped(argument: str, value: Any, error: Exception) -> NoReturn:
-    """Refuse an array that its library does not hand over by DLPack: a tracer of jax.jit has no data, for instance."""
-    rule = "an array with data, which a function sees outside of jax.jit, jax.grad and the like"
+    """Refuse an array that its library does not hand over: a tracer of jax.jit has no data, for instance."""
+    rule = "an array with data to hand over, which tracers have not: call this outside of jax.jit and the like"
     raise TypeError(f"`{argument}` must be {rule}, got {kind_of(value)} ({error})") from error
 
 
@@ -249,14 +249,8 @@ class _Addresses:
     def __init__(self, tensor: torch.Tensor) -> None:
         size = tensor.itemsize
         strides = tuple(size * stride for stride in tensor.stride())
-        data, text = (tensor.data_ptr(), True), f"|V{size}"
-        self.__array_interface__ = {
-            "data": data,
-            "shape": tuple(tensor.shape),
-            "strides": strides,
-            "typestr": text,
-            "version": 3,
-        }
+        where = {"data": (tensor.data_ptr(), True), "shape": tuple(tensor.shape), "strides": strides}
+        self.__array_interface__ = {**where, "typestr": f"|V{size}", "version": 3}
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -278,7 +278,7 @@ def test_the_first_call_of_every_op_can_be_captured(mode, without_simulator, mon
         outcomes = [line.split() for line in without_simulator(FIRST_CALLS, mode).splitlines()]
         assert len(outcomes) > 20
         assert [name for name, _, same in outcomes if same != "True"] == []
-        assert sum(int(loaded) for _, loaded, _ in outcomes) > 20
+        assert sum(int(loaded) for _, loaded, _ in outcomes) > 12
 
 
 @pytest.mark.gpu

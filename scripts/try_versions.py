@@ -111,7 +111,9 @@ def attempt(one: Try, folder: Path) -> list[str]:
     constraints_file = folder / f"{name}.txt"
     constraints_file.write_text(constraints())
     python = str(here / "bin" / "python")
-    run([str(interpreter(one.python)), "-m", "venv", "--clear", str(here)], log)
+    run(
+        [str(interpreter(one.python)), "-m", "venv", "--clear", "--upgrade-deps", str(here)], log
+    )  # an old pip takes long
     pip = [
         python,
         "-m",

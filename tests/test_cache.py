@@ -144,8 +144,8 @@ def test_a_process_whose_sources_were_replaced_leaves_nothing_on_disk(package_co
     kernel = str(package_copy / "counting.py")
     upgrade = f"""
 import numba_moe.runtime
-path = {kernel!r}; text = open(path).read(); assert text.count("+ alignment - 1") == 1
-open(path, "w").write(text.replace("+ alignment - 1", "+ alignment - 2"))
+path = {kernel!r}; text = open(path).read(); assert text.count("+ rows.alignment - 1") == 1
+open(path, "w").write(text.replace("+ rows.alignment - 1", "+ rows.alignment - 2"))
 """
     assert run(package_copy, upgrade + COMPILE_HERE) == ["1", "0"], "the module is imported after the upgrade"
     assert not folder.exists()
@@ -172,7 +172,7 @@ def test_bytecode_without_sources_has_a_key_of_its_own(package_copy, run, folder
     assert run(package_copy, COMPILE_HERE) == ["1", "0"]
     assert run(package_copy, COMPILE_HERE) == ["0", "1"]
     edited = package_copy / "counting.py"
-    edited.write_text(kept[edited].replace("+ alignment - 1", "+ alignment - 2"))
+    edited.write_text(kept[edited].replace("+ rows.alignment - 1", "+ rows.alignment - 2"))
     compile_to_bytecode(edited)
     edited.unlink()
     assert run(package_copy, KEY) != first

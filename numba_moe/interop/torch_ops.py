@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from numba_moe.gating.backward import gating_backward
 from numba_moe.interop import torch_experts, torch_gradients, torch_results, torch_transforms
 from numba_moe.permute.backward import permute_backward, unpermute_backward
 from numba_moe.reference.dispatch import DispatchTables
-from numba_moe.runtime import arrays, checks, observe, plans
+from numba_moe.runtime import arrays, checks, observe, plans, torch_private
 
+FakeTensor: Any = torch_private.FakeTensor
 LIBRARY = "numba_moe"
 # How annotations are called in schemas; sizes may be symbols. What is annotated Any is a tensor, but by these names.
 KINDS: dict[Any, str] = {int: "SymInt", bool: "bool", float: "float", str: "str", str | None: "str?"}

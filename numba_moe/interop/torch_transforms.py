@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from numba_moe.interop import torch_gradients
+from numba_moe.runtime import torch_private
 
 OPS = torch.ops.numba_moe
 FUNCTIONS: dict[str, Any] = {}
@@ -25,7 +26,7 @@ def _refuse(ctx: Any, name: str, rule: str) -> NoReturn:
 
 
 def _is_functional(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and torch._is_functional_tensor(value)
+    return isinstance(value, torch.Tensor) and torch_private.is_functional(value)
 
 
 def _over_batch(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

@@ -13,14 +13,14 @@ from numba_moe import reference, testing
 FAKE_DRIVER = """
 import contextlib, ctypes, threading, types
 import torch
-from numba_moe.counting import scan_experts
+from numba_moe.counting import Counts, Offsets, scan_experts
 from numba_moe.runtime import launch
 
 noted, loads, answers = [], [], []
 here = types.SimpleNamespace(device=0, contexts={})
 
 def cuLaunchKernelEx(config, kernel, parameters, extra):
-    values = [ctypes.cast(parameters[i], ctypes.POINTER(ctypes.c_int64))[0] for i in range(2)]
+    values = [ctypes.cast(parameters[i], ctypes.POINTER(ctypes.c_int64))[0] for i in (0, 2)]
     noted.append((config._obj.stream, kernel.value, here.device, values))
     return answers.pop(0) if answers else 0
 
@@ -40,11 +40,14 @@ launch._current_device = lambda: here.device
 launch._current_stream = lambda device: 1000 + device
 launch._bind_context = lambda device: noted.append(f"bound {device}")
 torch.cuda.device = on
-arrays = [(torch.zeros(8, dtype=torch.int32), torch.zeros(9, dtype=torch.int64)) for _ in range(3)]
-addresses = [[part.data_ptr() for part in pair] for pair in arrays]
+arrays = [
+    {"counts": torch.zeros(8, dtype=torch.int32), "offset": torch.zeros(9, dtype=torch.int64)} for _ in range(3)
+]
+addresses = [[part.data_ptr() for part in pair.values()] for pair in arrays]
 
 def scan(index=0):
-    return launch.Launch(scan_experts, torch.device("cuda", index), 1, 32, (8, 1), {"counts": torch.int32})
+    records = Counts(torch.int32, 8), Offsets(torch.int64, 1)
+    return launch.Launch(scan_experts, torch.device("cuda", index), 1, 32, *records)
 """
 
 
@@ -59,10 +62,10 @@ def test_parameters_are_packed_after_a_kernel_was_compiled(with_fake_driver):
 def compile_and_launch_another(*arguments):
     if not loads:
         loads.append(0)
-        scan()(*arrays[1])
+        scan()(**arrays[1])
     return load(*arguments)
 launch._load = compile_and_launch_another
-scan()(*arrays[0])
+scan()(**arrays[0])
 print([values for *_, values in noted] == [addresses[1], addresses[0]])
 """
     assert with_fake_driver(program).split() == ["True"]
@@ -74,10 +77,10 @@ outer, inner = scan(), scan()
 pack = outer._pack
 def pack_and_be_interrupted(*arguments):
     pack(*arguments)
-    inner(*arrays[1])
+    inner(**arrays[1])
 outer._pack = pack_and_be_interrupted
 for _ in range(2):
-    outer(*arrays[0])
+    outer(**arrays[0])
 print([values for *_, values in noted] == 2 * [addresses[1], addresses[0]], len(launch._idle))
 """
     assert with_fake_driver(program).split() == ["True", "2"]
@@ -88,7 +91,7 @@ def test_threads_share_memory_for_parameters_one_after_another(with_fake_driver)
 launches = [scan() for _ in arrays]
 def work(index):
     for _ in range(300):
-        launches[index](*arrays[index])
+        launches[index](**arrays[index])
 threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -102,9 +105,9 @@ def test_a_launch_works_on_its_own_device_whatever_the_thread_works_on(with_fake
     program = """
 first, second = scan(0), scan(1)
 for launched in (first, second, first, second):
-    launched(*arrays[0])
+    launched(**arrays[0])
 here.device = 1
-first(*arrays[0])
+first(**arrays[0])
 print([(stream, device) for stream, _, device, _ in noted], here.device)
 """
     turns = [(1000, 0), (1001, 1)] * 2 + [(1000, 0)]
@@ -115,14 +118,14 @@ def test_a_thread_without_a_context_is_given_one_and_launches_again(with_fake_dr
     program = """
 answers[:] = [201, 0, 0]
 once = scan()
-once(*arrays[0])
-once(*arrays[0])
+once(**arrays[0])
+once(**arrays[0])
 print([note if isinstance(note, str) else "launched" for note in noted])
 answers[:] = [201, 700]
-try: once(*arrays[0])
+try: once(**arrays[0])
 except RuntimeError as error: print(error)
 answers[:] = [700]
-try: once(*arrays[0])
+try: once(**arrays[0])
 except RuntimeError as error: print(error)
 print(noted[-2] != "bound 0")
 """

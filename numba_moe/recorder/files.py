@@ -301,7 +301,7 @@ def _of_arrays(content: dict[str, Any]) -> Dump:
     names = [field.name for field in dataclasses.fields(Dump)]
     missing = [name for name in names if content.get(name) is None and name not in OF_TOKENS]
     checks.holds("path", "a whole dump", not missing, f"one without {', '.join(missing)}")
-    checks.choice("mode", content["mode"], MODES)
+    checks.holds("mode", f"one of {', '.join(MODES)}", content["mode"] in MODES, repr(content["mode"]))
     maps = formats.array("physical_to_logical_maps", content["physical_to_logical_maps"], (3,))
     num_layers, num_slots = maps.shape[1:]
     experts = formats.integer("num_experts", content["num_experts"], 1)

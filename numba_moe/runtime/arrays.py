@@ -25,7 +25,7 @@ from numba_moe.runtime import checks, observe, plans, simulator, torch_private
 Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
 is_jit_tracing, num_modes, forward_ad = torch_private.is_jit_tracing, torch_private.num_modes, torch_private.forward_ad
 # Whether a transform of torch.func is at work; asked where a tensor has no memory to read, as those it passes have not.
-is_transformed = torch_private.in_transform
+is_transformed = torch_private.is_transformed
 current_device = torch_private.current_device
 P = ParamSpec("P")
 R = TypeVar("R")

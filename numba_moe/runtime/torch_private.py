@@ -53,6 +53,9 @@ empty_strided = _private(f"_C._dynamo.guards._empty_strided_{'cpu' if simulator.
 # is right for all of them.
 in_transform = _private("_C._are_functorch_transforms_active", _perhaps)
 
+# The same for eager calls, which are outside of transforms unless torch says otherwise.
+is_transformed = _private("_C._are_functorch_transforms_active", bool)
+
 # Whether a tensor is one that a transform of torch.func made.
 is_wrapped_by_transform = _private("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
 

@@ -1,7 +1,7 @@
-"""Every private name of torch that the package uses, each beside the public one that serves where it is absent.
+"""Every private name of torch that the package uses, each beside a public one that serves where it is absent.
 
-The public ones do the same and take longer: together about 4 us more for an eager call. docs/versions.md lists the
-releases of torch that have been tried, with the private names and, by `NUMBA_MOE_TORCH_PRIVATE=0`, without any.
+`NUMBA_MOE_TORCH_PRIVATE=0` uses the public ones alone. They do the same and take longer: an allocation takes 3.1 us
+instead of 1.3 (CPU, torch 2.13).
 """
 
 import os

@@ -38,6 +38,8 @@ BESIDES_WEIGHING = (
     *("counts", "counts_enabled", "indices_dtype", *NOT_DISTINCT),
 )
 
+SMALLEST_SCORE = 2.0**-126  # the smallest normal float32
+
 ROUTINGS = ("uniform", "zipf", "one_hot")
 
 
@@ -238,24 +240,31 @@ def rows_decided_by_rounding(arguments: Mapping[str, Any], rows: np.ndarray, sco
     return close
 
 
-def as_kernels_weigh(name: str, expected: Any, arguments: Mapping[str, Any]) -> Any:
-    """Return the reference's weights, but not renormalised where scores sum to 1e-35 or less, as the contract says."""
+def as_kernels_weigh(name: str, expected: Any, arguments: Mapping[str, Any]) -> tuple[Any, np.ndarray | None]:
+    """Return the reference's weights, but not renormalised where scores sum to 1e-35 or less, as the contract says.
+
+    And the size, for `compare`, of what renormalising makes of scores below the normal numbers, which may count as 0.
+    """
     if not arguments.get("renormalize"):
-        return expected
+        return expected, None
     function = getattr(reference, name)
     weighing = inspect.signature(function).parameters.keys() - BESIDES_WEIGHING
     bare = {option: arguments[option] for option in weighing if option in arguments}
     scores = function(**bare | {"renormalize": False}).topk_weights.astype(np.float64)
     on_output = arguments.get("apply_routed_scaling_factor_on_output", True)
     factor = arguments.get("routed_scaling_factor", 1.0) if on_output else 1.0
-    little = scores.sum(axis=1) <= SMALLEST_SUM
+    sums = scores.sum(axis=1)
+    little = sums <= SMALLEST_SUM
     weights = expected.topk_weights.copy()
     routed = weights[:, : scores.shape[1]]  # a view
     routed[little] = np.where(routed[little] != 0.0, factor * scores[little], 0.0)  # 0 for what has no weight at all
-    return expected._replace(topk_weights=weights)
+    lost = np.where(little, 0.0, abs(factor) * scores.shape[1] * SMALLEST_SCORE / np.where(little, 1.0, sums))
+    return expected._replace(topk_weights=weights), lost[:, None] / TOLERANCES[torch.float32][0]
 
 
-def compare_topk(result: Any, expected: Any, arguments: Mapping[str, Any], scoring_func: str) -> list[Comparison]:
+def compare_topk(
+    result: Any, expected: Any, arguments: Mapping[str, Any], scoring_func: str, size: np.ndarray | None = None
+) -> list[Comparison]:
     """Compare weights and ids of a gating call, leaving out rows that float32 rounding decides; ids stay distinct."""
     got = to_numpy(result.topk_ids)
     num_experts = arguments["gating_output"].shape[1]
@@ -270,7 +279,8 @@ def compare_topk(result: Any, expected: Any, arguments: Mapping[str, Any], scori
         kept_rows = torch.from_numpy(np.flatnonzero(kept)).to(result.topk_ids.device)
         result = type(result)(*(part[kept_rows] for part in result))
         expected = type(expected)(*(part[kept] for part in expected))
-    return [compare(part, wanted) for part, wanted in zip(result, expected, strict=True)]
+        size = None if size is None else size[kept]
+    return [compare(result[0], expected[0], size=size), compare(result[1], expected[1])]
 
 
 def without_padding(part: torch.Tensor, permuted: Any) -> torch.Tensor:
@@ -290,9 +300,11 @@ def compare_results(name: str, result: Any, expected: Any, arguments: Mapping[st
             return compared  # other slots have other blocks
         return compared + compare_results("moe_align_block_size", result.blocks, expected.blocks, arguments)
     if name in GATING or name == "weigh_experts":
-        expected = as_kernels_weigh(name, expected, arguments)
-    if name in GATING:
-        return compare_topk(result, expected, arguments, GATING[name] or arguments.get("scoring_func", "softmax"))
+        expected, size = as_kernels_weigh(name, expected, arguments)
+        if name == "weigh_experts":
+            return [compare(result[0], expected[0], size=size), compare(result[1], expected[1])]
+        scoring_func = GATING[name] or arguments.get("scoring_func", "softmax")
+        return compare_topk(result, expected, arguments, scoring_func, size)
     if not isinstance(expected, tuple):
         result, expected = (result,), (expected,)
     exact = name.startswith("moe_permute")  # which moves rows and computes nothing

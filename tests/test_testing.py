@@ -138,3 +138,14 @@ def test_experts_round_between_their_steps(factor, mismatches):
     expected = reference.fused_experts(**arguments)
     (comparison,) = testing.compare_results("fused_experts", result, expected, arguments)
     assert comparison.mismatches == 2 * mismatches
+
+
+@pytest.mark.parametrize(("second", "mismatches"), [(0.0, 0), (0.5, 1)])
+def test_scores_below_the_normal_numbers_may_count_as_none(second, mismatches):
+    logits = np.array([[-79.0, -88.0]], np.float32)  # sigmoids of 5e-35 and 6e-39
+    arguments = {"gating_output": logits, "top_k": 2, "renormalize": True}
+    expected = reference.topk_sigmoid(**arguments)
+    assert expected.topk_weights[0, 1] > 1e-4
+    result = type(expected)(torch.tensor([[1.0, second]]), torch.from_numpy(expected.topk_ids))
+    weights, ids = testing.compare_results("topk_sigmoid", result, expected, arguments)
+    assert (weights.mismatches, ids.mismatches) == (mismatches, 0)

@@ -9,44 +9,44 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "AlignedBlocks": "align",
+    "AlignedBlocks": "reference.align",
     "BumpAllocator": "runtime.workspace",
     "MoEBlock": "block",
-    "MaskedTokens": "permute",
-    "PermutedTokens": "permute",
-    "RaggedMetadata": "ragged",
-    "ReorderedSlots": "permute",
-    "RoutedTokens": "routing",
-    "TopK": "gating",
+    "MaskedTokens": "reference.permute",
+    "PermutedTokens": "reference.permute",
+    "RaggedMetadata": "reference.ragged",
+    "ReorderedSlots": "reference.permute",
+    "RoutedTokens": "reference.routing",
+    "TopK": "reference.gating",
     "align_sizes": "align",
     "batched_moe_align_block_size": "batched",
     "count_tokens_per_expert": "counting",
     "expert_offsets": "counting",
     "fused_experts": "experts",
-    "grouped_topk": "gating",
+    "grouped_topk": "gating.choose",
     "make_ragged_metadata": "ragged",
-    "moe_activation": "activation",
+    "moe_activation": "activation.activate",
     "moe_align_block_size": "align",
     "moe_lora_align_block_size": "lora",
-    "moe_permute": "permute",
-    "moe_permute_masked": "permute",
-    "moe_reorder": "permute",
-    "moe_sum": "permute",
-    "moe_unpermute": "permute",
+    "moe_permute": "permute.permutation",
+    "moe_permute_masked": "permute.layouts",
+    "moe_reorder": "permute.layouts",
+    "moe_sum": "permute.permutation",
+    "moe_unpermute": "permute.permutation",
     "route": "routing",
     "select_experts": "gating.selection",
     "set_log_level": "runtime.observe",
-    "topk_raw": "gating",
-    "topk_sigmoid": "gating",
-    "topk_softmax": "gating",
-    "topk_softplus_sqrt": "gating",
+    "topk_raw": "gating.choose",
+    "topk_sigmoid": "gating.choose",
+    "topk_softmax": "gating.choose",
+    "topk_softplus_sqrt": "gating.choose",
     "weigh_experts": "gating.selection",
 }
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getattr__
     from numba_moe import reference as reference  # which mypy otherwise loses where modules import each other
-    from numba_moe.activation import moe_activation as moe_activation
+    from numba_moe.activation.activate import moe_activation as moe_activation
     from numba_moe.align import align_sizes as align_sizes
     from numba_moe.align import moe_align_block_size as moe_align_block_size
     from numba_moe.batched import batched_moe_align_block_size as batched_moe_align_block_size
@@ -54,19 +54,19 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow __getatt
     from numba_moe.counting import count_tokens_per_expert as count_tokens_per_expert
     from numba_moe.counting import expert_offsets as expert_offsets
     from numba_moe.experts import fused_experts as fused_experts
-    from numba_moe.gating import grouped_topk as grouped_topk
-    from numba_moe.gating import topk_raw as topk_raw
-    from numba_moe.gating import topk_sigmoid as topk_sigmoid
-    from numba_moe.gating import topk_softmax as topk_softmax
-    from numba_moe.gating import topk_softplus_sqrt as topk_softplus_sqrt
+    from numba_moe.gating.choose import grouped_topk as grouped_topk
+    from numba_moe.gating.choose import topk_raw as topk_raw
+    from numba_moe.gating.choose import topk_sigmoid as topk_sigmoid
+    from numba_moe.gating.choose import topk_softmax as topk_softmax
+    from numba_moe.gating.choose import topk_softplus_sqrt as topk_softplus_sqrt
     from numba_moe.gating.selection import select_experts as select_experts
     from numba_moe.gating.selection import weigh_experts as weigh_experts
     from numba_moe.lora import moe_lora_align_block_size as moe_lora_align_block_size
-    from numba_moe.permute import moe_permute as moe_permute
-    from numba_moe.permute import moe_permute_masked as moe_permute_masked
-    from numba_moe.permute import moe_reorder as moe_reorder
-    from numba_moe.permute import moe_sum as moe_sum
-    from numba_moe.permute import moe_unpermute as moe_unpermute
+    from numba_moe.permute.layouts import moe_permute_masked as moe_permute_masked
+    from numba_moe.permute.layouts import moe_reorder as moe_reorder
+    from numba_moe.permute.permutation import moe_permute as moe_permute
+    from numba_moe.permute.permutation import moe_sum as moe_sum
+    from numba_moe.permute.permutation import moe_unpermute as moe_unpermute
     from numba_moe.ragged import make_ragged_metadata as make_ragged_metadata
     from numba_moe.reference.align import AlignedBlocks as AlignedBlocks
     from numba_moe.reference.gating import TopK as TopK

@@ -7,31 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe import sorting
+from numba_moe import sizes, sorting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
-from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
+from numba_moe.runtime.op import op
+from numba_moe.sizes import num_elements
 
 INT32 = (torch.int32,)
-
-
-class Given(NamedTuple):
-    """Layouts of what a caller gives to be written."""
-
-    out: Any
-    inv_sorted_idx: Any
-    counts: Any
-    workspace: Any
-
-
-class AlignPlan(NamedTuple):
-    """The outputs, and the sort."""
-
-    sorted_token_ids: arrays.Contiguous
-    expert_ids: arrays.Contiguous
-    num_tokens_post_padded: arrays.Contiguous
-    sort: sorting.SortPlan
 
 
 class AlignSizes(NamedTuple):
@@ -40,71 +24,6 @@ class AlignSizes(NamedTuple):
     sorted_token_ids: int
     expert_ids: int
     workspace: int
-
-
-def _check_out(out: Any, topk_ids: Layout, num_positions: int, block_size: int) -> int:
-    """Check the arrays given for a result; return the positions that the first one has."""
-    checks.tuple_of("out", out, len(AlignedBlocks._fields))
-    like = ("topk_ids", topk_ids)
-    names = [f"out.{name}" for name in AlignedBlocks._fields]
-    for name, part in zip(names, out, strict=True):
-        checks.array(name, part, INT32, (1,), like=like)
-    given = out[0].shape[0]
-    checks.at_least(f"len({names[0]})", given, num_positions, "what any routing needs")
-    checks.shape(names[1], out[1], (-(-given // block_size),), "(blocks of `out.sorted_token_ids`,)")
-    checks.shape(names[2], out[2], (1,), "(1,)")
-    return given
-
-
-@planned
-def _plan(
-    topk_ids: Layout,
-    block_size: int,
-    num_experts: int,
-    expert_map: Layout | None,
-    pad_sorted_ids: bool,
-    ignore_invalid_experts: bool,
-    inactive_expert_id: int,
-    given: Given | None,
-) -> AlignPlan:
-    num_experts = checks.routing(topk_ids, num_experts, expert_map)
-    block_size = checks.integer("block_size", block_size, 1)
-    checks.boolean("pad_sorted_ids", pad_sorted_ids)
-    checks.boolean("ignore_invalid_experts", ignore_invalid_experts)
-    inactive_expert_id = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
-    num_slots = topk_ids.shape.numel()
-    num_positions = reference.max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
-    like = ("topk_ids", topk_ids)
-    if given is not None:
-        if given.out is not None:
-            num_positions = _check_out(given.out, topk_ids, num_positions, block_size)
-        if given.inv_sorted_idx is not None:
-            checks.array("inv_sorted_idx", given.inv_sorted_idx, INT32, (1, 2), like=like)
-            checks.shape("inv_sorted_idx", given.inv_sorted_idx, tuple(topk_ids.shape), "that of `topk_ids`")
-        if given.counts is not None:
-            checks.array("counts", given.counts, INT32, (1,), like=like)
-            checks.shape("counts", given.counts, (num_experts,), "(num_experts,)")
-        if given.workspace is not None:
-            checks.array("workspace", given.workspace, INT32, (1,), like=like)
-            size = sorting.workspace_size(num_slots, num_experts)
-            checks.at_least("len(workspace)", given.workspace.shape[0], size, "what `align_sizes` says")
-            checks.aligned("workspace", given.workspace)
-    checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
-    slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
-    aligned = given is None or given.out is None or given.out[0].address == 0
-    written = ["expert_ids", "num_padded"]
-    if given is not None and given.inv_sorted_idx is not None:
-        written.append("position_of_slot")
-    if given is not None and given.counts is not None:
-        written.append("counts")
-    sizes = (num_experts, num_positions, block_size, inactive_expert_id)
-    sort = sorting.plan_sort(topk_ids, *sizes, slot_map, block_names, aligned, written)
-    return AlignPlan(
-        arrays.contiguous(torch.int32, num_positions),
-        arrays.contiguous(torch.int32, -(-num_positions // block_size)),
-        arrays.contiguous(torch.int32, 1),
-        sort,
-    )
 
 
 def align_sizes(num_slots: int, block_size: int, num_experts: int, pad_sorted_ids: bool = False) -> AlignSizes:
@@ -152,20 +71,20 @@ def align_sizes(num_slots: int, block_size: int, num_experts: int, pad_sorted_id
     return AlignSizes(length, -(-length // block_size), sorting.workspace_size(num_slots, num_experts))
 
 
-@arrays.public_writing("out", "inv_sorted_idx", "counts", "workspace")
+@op(reference.moe_align_block_size, writes=("inv_sorted_idx", "counts", "workspace"), own_out=True)
 def moe_align_block_size(
-    topk_ids: Any,
+    topk_ids: Array,
     block_size: int,
     num_experts: int,
-    expert_map: Any = None,
+    expert_map: Array | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
     *,
     inactive_expert_id: int = -1,
-    out: Any = None,
-    inv_sorted_idx: Any = None,
-    counts: Any = None,
-    workspace: Any = None,
+    out: tuple[Array, Array, Array] | None = None,
+    inv_sorted_idx: Array | None = None,
+    counts: Array | None = None,
+    workspace: Array | None = None,
 ) -> AlignedBlocks:
     """Group the slots by expert and pad each group to a multiple of the block size.
 
@@ -229,41 +148,83 @@ def moe_align_block_size(
     >>> blocks.expert_ids
     array([ 0,  1,  2, -1], dtype=int32)
     """
-    given = None
-    if not (out is None and inv_sorted_idx is None and counts is None and workspace is None):
-        parts = tuple(map(layout, out)) if isinstance(out, tuple) else out
-        given = Given(parts, layout(inv_sorted_idx), layout(counts), layout(workspace))
-    plan = _plan(
-        *(layout(topk_ids), block_size, num_experts, layout(expert_map)),
-        *(pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, given),
-    )
-    if given is not None:
-        memory = {"out": out, "inv_sorted_idx": inv_sorted_idx, "counts": counts, "workspace": workspace}
-        checks.apart({"topk_ids": topk_ids, "expert_map": expert_map, **memory}, tuple(memory))
-    if checks.VALIDATE:
-        checks.ids(topk_ids, num_experts)
-    if arrays.answered_by_reference(topk_ids):
-        return arrays.by_reference(
-            reference.moe_align_block_size,
-            *(topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts),
-            inactive_expert_id=inactive_expert_id,
-            out=out,
-            inv_sorted_idx=inv_sorted_idx,
-            counts=counts,
-        )
-    if out is None:
-        sorted_token_ids = arrays.empty(*plan.sorted_token_ids)
-        expert_ids = arrays.empty(*plan.expert_ids)
-        num_tokens_post_padded = arrays.empty(*plan.num_tokens_post_padded)
-    else:
-        sorted_token_ids, expert_ids, num_tokens_post_padded = out
-    slot_map, block_names = (expert_map, None) if ignore_invalid_experts else (None, expert_map)
+
+
+@moe_align_block_size.outputs
+def _(given: Any) -> tuple[Contiguous, Contiguous, Contiguous]:
+    num_slots, block_size = num_elements(given.topk_ids), given.block_size
+    length = sizes.sorted_slots(num_slots, block_size, given.num_experts, given.pad_sorted_ids)
+    return tuple(contiguous(torch.int32, size) for size in (length, -(-length // block_size), 1))  # type: ignore[return-value]
+
+
+@moe_align_block_size.plan
+def _(given: Any) -> sorting.SortPlan:
+    num_experts = checks.routing(given.topk_ids, given.num_experts, given.expert_map)
+    block_size = checks.integer("block_size", given.block_size, 1)
+    checks.boolean("pad_sorted_ids", given.pad_sorted_ids)
+    checks.boolean("ignore_invalid_experts", given.ignore_invalid_experts)
+    inactive_expert_id = checks.integer("inactive_expert_id", given.inactive_expert_id, -(2**31))
+    num_slots = given.topk_ids.shape.numel()
+    num_positions = reference.max_sorted_slots(num_slots, block_size, num_experts, given.pad_sorted_ids)
+    aligned = True
+    if given.out is not None:
+        num_positions, aligned = _check_out(given, num_positions)
+    _check_written(given)
+    checks.fits_int32("topk_ids", num_positions, "the number of padded positions")
+    optional = {"position_of_slot": given.inv_sorted_idx, "counts": given.counts}
+    written = ["expert_ids", "num_padded", *(name for name, array in optional.items() if array is not None)]
+    numbers = (num_experts, num_positions, block_size, inactive_expert_id)
+    return sorting.plan_sort(given.topk_ids, *numbers, *_maps(given), aligned, written)
+
+
+def _maps(given: Any) -> tuple[Any, Any]:
+    """Return the map that slots go by, and the one that blocks are named by."""
+    return (given.expert_map, None) if given.ignore_invalid_experts else (None, given.expert_map)
+
+
+def _check_out(given: Any, num_positions: int) -> tuple[int, bool]:
+    """Check the arrays for a result; return the positions that the first has, and whether it is aligned."""
+    checks.tuple_of("out", given.out, len(AlignedBlocks._fields))
+    names = [f"out.{name}" for name in AlignedBlocks._fields]
+    parts = given.out.values
+    for name, part in zip(names, parts, strict=True):
+        checks.array(name, part, INT32, (1,), like=("topk_ids", given.topk_ids))
+    length = parts[0].shape[0]
+    checks.at_least(f"len({names[0]})", length, num_positions, "what any routing needs")
+    checks.shape(names[1], parts[1], (-(-length // given.block_size),), "(blocks of `out.sorted_token_ids`,)")
+    checks.shape(names[2], parts[2], (1,), "(1,)")
+    return length, parts[0].address == 0
+
+
+def _check_written(given: Any) -> None:
+    """Check the other arrays to be written."""
+    like = ("topk_ids", given.topk_ids)
+    if given.inv_sorted_idx is not None:
+        checks.array("inv_sorted_idx", given.inv_sorted_idx, INT32, (1, 2), like=like)
+        checks.shape("inv_sorted_idx", given.inv_sorted_idx, tuple(given.topk_ids.shape), "that of `topk_ids`")
+    if given.counts is not None:
+        checks.array("counts", given.counts, INT32, (1,), like=like)
+        checks.shape("counts", given.counts, (given.num_experts,), "(num_experts,)")
+    if given.workspace is not None:
+        checks.array("workspace", given.workspace, INT32, (1,), like=like)
+        size = sorting.workspace_size(given.topk_ids.shape.numel(), given.num_experts)
+        checks.at_least("len(workspace)", given.workspace.shape[0], size, "what `align_sizes` says")
+        checks.aligned("workspace", given.workspace)
+
+
+@moe_align_block_size.validate
+def _(given: Any) -> None:
+    checks.ids(given.topk_ids, given.num_experts)
+
+
+@moe_align_block_size.run
+def _(plan: Any, given: Any, sorted_token_ids: Any, expert_ids: Any, num_tokens_post_padded: Any) -> None:
+    slot_map, block_names = _maps(given)
     sorting.sort(
-        *(plan.sort, topk_ids, sorted_token_ids, slot_map, workspace),
+        *(plan, given.topk_ids, sorted_token_ids, slot_map, given.workspace),
         block_names=block_names,
-        position_of_slot=inv_sorted_idx,
-        counts=counts,
+        position_of_slot=given.inv_sorted_idx,
+        counts=given.counts,
         expert_ids=expert_ids,
         num_padded=num_tokens_post_padded,
     )
-    return new_tuple(AlignedBlocks, (sorted_token_ids, expert_ids, num_tokens_post_padded))

@@ -10,11 +10,12 @@ import torch
 
 from numba_moe.reference import batched as reference
 from numba_moe.reference.align import AlignedBlocks
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.dialect import cuda, int32, int64
 from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import Ids, Int32, Int32Array
-from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import WARP, block_sums, first_above, flat, quotient
 
 THREADS = 512
@@ -89,35 +90,10 @@ def fill_batches(batches: Batches, blocks: Blocks):
         blocks.num_padded[0] = base
 
 
-class BatchedPlan(NamedTuple):
-    """The outputs, and the launch."""
-
-    outputs: tuple[arrays.Contiguous, ...]
-    fill: Launch
-
-
-@planned
-def _plan_batched(max_tokens_per_batch: int, block_size: int, expert_num_tokens: Layout) -> BatchedPlan:
-    checks.array("expert_num_tokens", expert_num_tokens, checks.IDS, (1,))
-    max_tokens = checks.integer("max_tokens_per_batch", max_tokens_per_batch, 0)
-    block_size = checks.integer("block_size", block_size, 1)
-    num_batches = expert_num_tokens.shape[0]
-    num_blocks = num_batches * -(-max_tokens // block_size)
-    num_positions = num_blocks * block_size
-    checks.fits_int32("expert_num_tokens", num_positions, "the number of padded positions")
-    threads = block_threads(THREADS)
-    share = max(POSITIONS * threads, -(-num_positions // MOST_BLOCKS))
-    sizes = (num_positions, num_blocks, 1)
-    sorted_slots, expert_ids, num_padded = (arrays.contiguous(torch.int32, size) for size in sizes)
-    outputs = (sorted_slots, expert_ids, num_padded)
-    batches = Batches(expert_num_tokens, num_batches, max_tokens)
-    blocks = Blocks(sorted_slots, expert_ids, num_padded, num_positions, block_size, share)
-    where = (expert_num_tokens.device, max(1, -(-num_positions // share)), threads)
-    return BatchedPlan(outputs, Launch(fill_batches, *where, batches, blocks))
-
-
-@arrays.public
-def batched_moe_align_block_size(max_tokens_per_batch: int, block_size: int, expert_num_tokens: Any) -> AlignedBlocks:
+@op(reference.batched_moe_align_block_size)
+def batched_moe_align_block_size(
+    max_tokens_per_batch: int, block_size: int, expert_num_tokens: Array, *, out: AlignedBlocks | None = None
+) -> AlignedBlocks:
     """Align tokens that lie in one batch for each expert, as expert-parallel communication delivers them.
 
     Parameters
@@ -128,6 +104,8 @@ def batched_moe_align_block_size(max_tokens_per_batch: int, block_size: int, exp
         Rows of one GEMM block.
     expert_num_tokens : array of int32 or int64, shape [num_experts]
         Rows in use of each batch; less than 0 counts as 0, more than there are as `max_tokens_per_batch`.
+    out : tuple of three arrays as in the result, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -158,12 +136,35 @@ def batched_moe_align_block_size(max_tokens_per_batch: int, block_size: int, exp
     >>> blocks.expert_ids
     array([ 0,  2,  2, -1, -1, -1], dtype=int32)
     """
-    plan = _plan_batched(max_tokens_per_batch, block_size, layout(expert_num_tokens))
-    if arrays.answered_by_reference(expert_num_tokens):
-        arguments = (max_tokens_per_batch, block_size, expert_num_tokens)
-        return arrays.by_reference(reference.batched_moe_align_block_size, *arguments)
-    sorted_slots, expert_ids, num_padded = (arrays.empty(*output) for output in plan.outputs)
-    plan.fill(
-        expert_num_tokens=expert_num_tokens, sorted_slots=sorted_slots, expert_ids=expert_ids, num_padded=num_padded
+
+
+@batched_moe_align_block_size.outputs
+def _(given: Any) -> tuple[Contiguous, ...]:
+    num_blocks = given.expert_num_tokens.shape[0] * -(-given.max_tokens_per_batch // given.block_size)
+    return tuple(contiguous(torch.int32, size) for size in (num_blocks * given.block_size, num_blocks, 1))
+
+
+@batched_moe_align_block_size.plan
+def _(given: Any) -> Launch:
+    checks.array("expert_num_tokens", given.expert_num_tokens, checks.IDS, (1,))
+    max_tokens = checks.integer("max_tokens_per_batch", given.max_tokens_per_batch, 0)
+    block_size = checks.integer("block_size", given.block_size, 1)
+    num_batches = given.expert_num_tokens.shape[0]
+    num_positions = num_batches * -(-max_tokens // block_size) * block_size
+    checks.fits_int32("expert_num_tokens", num_positions, "the number of padded positions")
+    threads = block_threads(THREADS)
+    share = max(POSITIONS * threads, -(-num_positions // MOST_BLOCKS))
+    batches = Batches(given.expert_num_tokens, num_batches, max_tokens)
+    blocks = Blocks(torch.int32, torch.int32, torch.int32, num_positions, block_size, share)
+    where = (given.expert_num_tokens.device, max(1, -(-num_positions // share)), threads)
+    return Launch(fill_batches, *where, batches, blocks)
+
+
+@batched_moe_align_block_size.run
+def _(fill_batches: Any, given: Any, sorted_token_ids: Any, expert_ids: Any, num_tokens_post_padded: Any) -> None:
+    fill_batches(
+        expert_num_tokens=given.expert_num_tokens,
+        sorted_slots=sorted_token_ids,
+        expert_ids=expert_ids,
+        num_padded=num_tokens_post_padded,
     )
-    return AlignedBlocks(sorted_slots, expert_ids, num_padded)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from numba_moe.activation import moe_activation
+from numba_moe.activation.activate import moe_activation
 from numba_moe.activation.rows import KINDS
 from numba_moe.experts import fused_experts
 from numba_moe.gating.selection import select_experts

@@ -6,11 +6,12 @@ import torch
 
 from numba_moe import sorting
 from numba_moe.reference import counting as reference
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.dialect import cuda, int64
 from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import Ids, Int32, Int64Array
-from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import WARP, block_sums, flat
 from numba_moe.sorting import kernels
 
@@ -49,40 +50,10 @@ def scan_experts(slots: Counts, rows: Offsets):
         rows.offset[slots.num_experts] = base
 
 
-class CountPlan(NamedTuple):
-    """The result, whether it must start at zero, and the launch."""
-
-    counts: arrays.Contiguous
-    several_blocks: bool
-    launch: Launch
-
-
-@planned
-def _plan_count(topk_ids: Layout, num_experts: int, expert_map: Layout | None) -> CountPlan:
-    num_experts = checks.routing(topk_ids, num_experts, expert_map)
-    num_slots = topk_ids.shape.numel()
-    grid = sorting.grid_to_count(num_slots, num_experts)
-    result = arrays.contiguous(torch.int32, num_experts)
-    slots = kernels.Slots(topk_ids, expert_map, num_slots, num_experts, num_experts)
-    counted = kernels.Counted(block_counts=None, counts=result, stride=grid.stride)
-    cleared = kernels.Cleared(sorted_slots=None, num_positions=0, num_words=0)
-    where = (topk_ids.device, grid.blocks, grid.threads)
-    launch = Launch(kernels.count_slots, *where, slots, counted, cleared, items=grid.items)
-    return CountPlan(result, grid.blocks > 1, launch)
-
-
-@planned
-def _plan_offsets(counts: Layout, alignment: int) -> tuple[arrays.Contiguous, Launch]:
-    checks.array("counts", counts, checks.IDS, (1,))
-    alignment = checks.integer("alignment", alignment, 1)
-    num_experts = counts.shape[0]
-    result = arrays.contiguous(torch.int64, num_experts + 1)
-    where = (counts.device, 1, block_threads(kernels.MOST_THREADS))
-    return result, Launch(scan_experts, *where, Counts(counts, num_experts), Offsets(result, alignment))
-
-
-@arrays.public
-def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = None) -> Any:
+@op(reference.count_tokens_per_expert)
+def count_tokens_per_expert(
+    topk_ids: Array, num_experts: int, expert_map: Array | None = None, *, out: Array | None = None
+) -> Any:
     """Count the slots of each expert.
 
     Parameters
@@ -93,6 +64,8 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
         Number of experts that ids range over.
     expert_map : array of int32 or int64, shape [num_experts], optional
         The id under which this rank counts each expert, -1 for none.
+    out : array of int32, shape [num_experts], optional
+        Written: takes the result.
 
     Returns
     -------
@@ -116,20 +89,41 @@ def count_tokens_per_expert(topk_ids: Any, num_experts: int, expert_map: Any = N
     >>> count_tokens_per_expert(np.array([[0, 2], [2, -1]]), 4)
     array([1, 0, 2, 0], dtype=int32)
     """
-    plan = _plan_count(layout(topk_ids), num_experts, layout(expert_map))
-    if checks.VALIDATE:
-        checks.ids(topk_ids, num_experts)
-    if arrays.answered_by_reference(topk_ids):
-        return arrays.by_reference(reference.count_tokens_per_expert, topk_ids, num_experts, expert_map)
-    counts = arrays.empty(*plan.counts)
-    if plan.several_blocks:
+
+
+@count_tokens_per_expert.outputs
+def _(given: Any) -> Contiguous:
+    return contiguous(torch.int32, given.num_experts)
+
+
+@count_tokens_per_expert.plan
+def _(given: Any) -> tuple[bool, Launch]:
+    """Return whether counts must start at zero, and the launch."""
+    num_experts = checks.routing(given.topk_ids, given.num_experts, given.expert_map)
+    num_slots = given.topk_ids.shape.numel()
+    grid = sorting.grid_to_count(num_slots, num_experts)
+    slots = kernels.Slots(given.topk_ids, given.expert_map, num_slots, num_experts, num_experts)
+    counted = kernels.Counted(block_counts=None, counts=torch.int32, stride=grid.stride)
+    cleared = kernels.Cleared(sorted_slots=None, num_positions=0, num_words=0)
+    where = (given.topk_ids.device, grid.blocks, grid.threads)
+    return grid.blocks > 1, Launch(kernels.count_slots, *where, slots, counted, cleared, items=grid.items)
+
+
+@count_tokens_per_expert.validate
+def _(given: Any) -> None:
+    checks.ids(given.topk_ids, given.num_experts)
+
+
+@count_tokens_per_expert.run
+def _(plan: Any, given: Any, counts: torch.Tensor) -> None:
+    several_blocks, count_slots = plan
+    if several_blocks:
         counts.zero_()
-    plan.launch(topk_ids=topk_ids, expert_map=expert_map, counts=counts)
-    return counts
+    count_slots(topk_ids=given.topk_ids, expert_map=given.expert_map, counts=counts)
 
 
-@arrays.public
-def expert_offsets(counts: Any, alignment: int = 1) -> Any:
+@op(reference.expert_offsets)
+def expert_offsets(counts: Array, alignment: int = 1, *, out: Array | None = None) -> Any:
     """Sum the counts before each expert, every count rounded up to a multiple of the alignment.
 
     Parameters
@@ -138,6 +132,8 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
         Slots of each expert, none negative.
     alignment : int
         Rows of an expert are padded to a multiple of this; an expert without rows keeps none.
+    out : array of int64, shape [num_experts + 1], optional
+        Written: takes the result.
 
     Returns
     -------
@@ -161,9 +157,22 @@ def expert_offsets(counts: Any, alignment: int = 1) -> Any:
     >>> expert_offsets(np.array([3, 0, 5]), alignment=4)
     array([ 0,  4,  4, 12])
     """
-    result, scan = _plan_offsets(layout(counts), alignment)
-    if arrays.answered_by_reference(counts):
-        return arrays.by_reference(reference.expert_offsets, counts, alignment)
-    offset = arrays.empty(*result)
-    scan(counts=counts, offset=offset)
-    return offset
+
+
+@expert_offsets.outputs
+def _(given: Any) -> Contiguous:
+    return contiguous(torch.int64, given.counts.shape[0] + 1)
+
+
+@expert_offsets.plan
+def _(given: Any) -> Launch:
+    checks.array("counts", given.counts, checks.IDS, (1,))
+    alignment = checks.integer("alignment", given.alignment, 1)
+    slots = Counts(given.counts, given.counts.shape[0])
+    where = (given.counts.device, 1, block_threads(kernels.MOST_THREADS))
+    return Launch(scan_experts, *where, slots, Offsets(torch.int64, alignment))
+
+
+@expert_offsets.run
+def _(scan_experts: Any, given: Any, offset: torch.Tensor) -> None:
+    scan_experts(counts=given.counts, offset=offset)

@@ -12,12 +12,15 @@ import torch
 from numba_moe import sorting
 from numba_moe.reference import lora as reference
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous, empty
 from numba_moe.runtime.dialect import cuda, int64
 from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import Ids, Int32, Int32Array, Int64Array, OptionalInt32Array
-from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.plans import Layout
 from numba_moe.runtime.primitives import present, quotient
+from numba_moe.sizes import num_elements, sorted_slots
 from numba_moe.sorting.kernels import Slots
 
 THREADS = 256
@@ -114,108 +117,20 @@ def spread_adapters(grouped: Grouped, spread: Spread):
         spread.expert_ids[adapter * spread.num_blocks + block] = expert
 
 
-class LoraPlan(NamedTuple):
-    """The scratch for the sort of virtual experts, the outputs, and the launches."""
-
-    scratch: tuple[arrays.Contiguous, ...]
-    outputs: tuple[arrays.Contiguous, ...]
-    pair: Launch
-    sort: sorting.SortPlan
-    spread: Launch
-
-
-@planned
-def _plan(
-    topk_ids: Layout,
-    token_lora_mapping: Layout,
-    block_size: int,
-    num_experts: int,
-    max_loras: int,
-    adapter_enabled: Layout | None,
-    lora_ids: Layout | None,
-    expert_map: Layout | None,
-    pad_sorted_ids: bool,
-    inactive_expert_id: int,
-) -> LoraPlan:
-    num_experts = checks.routing(topk_ids, num_experts, expert_map, ndims=(2,))
-    num_tokens, top_k = topk_ids.shape
-    num_slots = num_tokens * top_k
-    like = ("topk_ids", topk_ids)
-    checks.array("token_lora_mapping", token_lora_mapping, checks.IDS, (1,), like=like)
-    checks.shape("token_lora_mapping", token_lora_mapping, (num_tokens,), "(num_tokens,)")
-    block_size = checks.integer("block_size", block_size, 1)
-    max_loras = checks.integer("max_loras", max_loras, 1)
-    if adapter_enabled is not None:
-        checks.array("adapter_enabled", adapter_enabled, (torch.int32,), (1,), like=like)
-        checks.at_least("len(adapter_enabled)", adapter_enabled.shape[0], max_loras, "max_loras")
-    if lora_ids is not None:
-        checks.array("lora_ids", lora_ids, (torch.int32,), (1,), like=like)
-    checks.boolean("pad_sorted_ids", pad_sorted_ids)
-    inactive_expert_id = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
-    num_virtual = max_loras * num_experts
-    num_sorted = max_sorted_slots(num_slots, block_size, num_virtual)
-    length = max_sorted_slots(num_slots, block_size, num_experts, pad_sorted_ids)
-    num_blocks = -(-length // block_size)
-    checks.fits_int32("max_loras", num_virtual, "max_loras * num_experts")
-    checks.fits_int32("topk_ids", max(num_sorted, max_loras * length), "the number of padded positions")
-
-    threads = block_threads(THREADS)
-    device = topk_ids.device
-    virtual_ids = Layout(torch.Size([num_slots]), torch.int32, device, None, 0)
-    adapters = Adapters(
-        token_lora_mapping,
-        adapter_enabled,
-        lora_ids,
-        top_k=top_k,
-        max_loras=max_loras,
-        num_lora_ids=-1 if lora_ids is None else lora_ids.shape[0],
-    )
-    slots = Slots(topk_ids, expert_map, num_slots, num_experts, num_experts)
-    pair = Launch(pair_slots, device, -(-num_slots // threads), threads, slots, adapters, virtual_ids)
-    written = ("offset", "expert_ids")
-    sort = sorting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size, written=written)
-    sorted_slots, block_experts, sorted_token_ids, expert_ids, num_padded = (
-        arrays.contiguous(torch.int32, *shape)
-        for shape in (
-            (num_sorted,),
-            (-(-num_sorted // block_size),),
-            (max_loras, length),
-            (max_loras, num_blocks),
-            (max_loras,),
-        )
-    )
-    offset = arrays.contiguous(torch.int64, num_virtual + 1)
-    scratch = (arrays.contiguous(torch.int32, num_slots), sorted_slots, block_experts, offset)
-    outputs = (sorted_token_ids, expert_ids, num_padded)
-    grouped = Grouped(sorted_slots, block_experts, offset, num_slots, num_experts)
-    into = Spread(
-        sorted_token_ids,
-        expert_ids,
-        num_padded,
-        max_loras=max_loras,
-        length=length,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        inactive_expert_id=inactive_expert_id,
-    )
-    elements = max(max_loras * length, max_loras)
-    spread = Launch(spread_adapters, device, -(-elements // threads), threads, grouped, into)
-    return LoraPlan(scratch, outputs, pair, sort, spread)
-
-
-@arrays.public
+@op(reference.moe_lora_align_block_size)
 def moe_lora_align_block_size(
-    topk_ids: Any,
-    token_lora_mapping: Any,
+    topk_ids: Array,
+    token_lora_mapping: Array,
     block_size: int,
     num_experts: int,
     max_loras: int,
-    adapter_enabled: Any = None,
-    lora_ids: Any = None,
-    expert_map: Any = None,
+    adapter_enabled: Array | None = None,
+    lora_ids: Array | None = None,
+    expert_map: Array | None = None,
     pad_sorted_ids: bool = False,
     *,
     inactive_expert_id: int = -1,
+    out: AlignedBlocks | None = None,
 ) -> AlignedBlocks:
     """Align the slots of each adapter's tokens by themselves.
 
@@ -242,6 +157,8 @@ def moe_lora_align_block_size(
         Round the length of the rows of `sorted_token_ids` up to a multiple of the block size.
     inactive_expert_id : int
         What `expert_ids` holds past the last block in use.
+    out : tuple of three arrays as in the result, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -276,25 +193,100 @@ def moe_lora_align_block_size(
     >>> blocks.num_tokens_post_padded
     array([0, 4], dtype=int32)
     """
-    optional = (adapter_enabled, lora_ids, expert_map)
-    plan = _plan(
-        *(layout(topk_ids), layout(token_lora_mapping), block_size, num_experts, max_loras),
-        *(*map(layout, optional), pad_sorted_ids, inactive_expert_id),
+
+
+@moe_lora_align_block_size.outputs
+def _(given: Any) -> tuple[Contiguous, ...]:
+    block_size, max_loras = given.block_size, given.max_loras
+    length = sorted_slots(num_elements(given.topk_ids), block_size, given.num_experts, given.pad_sorted_ids)
+    shapes = (max_loras, length), (max_loras, -(-length // block_size)), (max_loras,)
+    return tuple(contiguous(torch.int32, *shape) for shape in shapes)
+
+
+class LoraPlan(NamedTuple):
+    """The scratch for the sort of virtual experts, and the launches."""
+
+    scratch: tuple[Contiguous, ...]
+    pair: Launch
+    sort: sorting.SortPlan
+    spread: Launch
+
+
+@moe_lora_align_block_size.plan
+def _(given: Any) -> LoraPlan:
+    num_experts = checks.routing(given.topk_ids, given.num_experts, given.expert_map, ndims=(2,))
+    num_tokens, top_k = given.topk_ids.shape
+    num_slots = num_tokens * top_k
+    like = ("topk_ids", given.topk_ids)
+    checks.array("token_lora_mapping", given.token_lora_mapping, checks.IDS, (1,), like=like)
+    checks.shape("token_lora_mapping", given.token_lora_mapping, (num_tokens,), "(num_tokens,)")
+    block_size = checks.integer("block_size", given.block_size, 1)
+    max_loras = checks.integer("max_loras", given.max_loras, 1)
+    if given.adapter_enabled is not None:
+        checks.array("adapter_enabled", given.adapter_enabled, (torch.int32,), (1,), like=like)
+        checks.at_least("len(adapter_enabled)", given.adapter_enabled.shape[0], max_loras, "max_loras")
+    if given.lora_ids is not None:
+        checks.array("lora_ids", given.lora_ids, (torch.int32,), (1,), like=like)
+    checks.boolean("pad_sorted_ids", given.pad_sorted_ids)
+    inactive_expert_id = checks.integer("inactive_expert_id", given.inactive_expert_id, -(2**31))
+    num_virtual = max_loras * num_experts
+    num_sorted = max_sorted_slots(num_slots, block_size, num_virtual)
+    length = max_sorted_slots(num_slots, block_size, num_experts, given.pad_sorted_ids)
+    num_blocks = -(-length // block_size)
+    checks.fits_int32("max_loras", num_virtual, "max_loras * num_experts")
+    checks.fits_int32("topk_ids", max(num_sorted, max_loras * length), "the number of padded positions")
+
+    threads = block_threads(THREADS)
+    device = given.topk_ids.device
+    virtual_ids = Layout(torch.Size([num_slots]), torch.int32, device, None, 0)
+    adapters = Adapters(
+        given.token_lora_mapping,
+        given.adapter_enabled,
+        given.lora_ids,
+        top_k=top_k,
+        max_loras=max_loras,
+        num_lora_ids=-1 if given.lora_ids is None else given.lora_ids.shape[0],
     )
-    if checks.VALIDATE:
-        checks.ids(topk_ids, num_experts)
-    if arrays.answered_by_reference(topk_ids):
-        arguments = (topk_ids, token_lora_mapping, block_size, num_experts, max_loras, *optional, pad_sorted_ids)
-        function = reference.moe_lora_align_block_size
-        return arrays.by_reference(function, *arguments, inactive_expert_id=inactive_expert_id)
-    virtual_ids, sorted_slots, block_experts, offset = (arrays.empty(*array) for array in plan.scratch)
-    sorted_token_ids, expert_ids, num_padded = (arrays.empty(*output) for output in plan.outputs)
+    slots = Slots(given.topk_ids, given.expert_map, num_slots, num_experts, num_experts)
+    pair = Launch(pair_slots, device, -(-num_slots // threads), threads, slots, adapters, virtual_ids)
+    written = ("offset", "expert_ids")
+    sort = sorting.plan_sort(virtual_ids, num_virtual, num_sorted, block_size, written=written)
+    scratch = (
+        contiguous(torch.int32, num_slots),
+        contiguous(torch.int32, num_sorted),
+        contiguous(torch.int32, -(-num_sorted // block_size)),
+        contiguous(torch.int64, num_virtual + 1),
+    )
+    grouped = Grouped(torch.int32, torch.int32, torch.int64, num_slots, num_experts)
+    into = Spread(
+        torch.int32,
+        torch.int32,
+        torch.int32,
+        max_loras=max_loras,
+        length=length,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        inactive_expert_id=inactive_expert_id,
+    )
+    elements = max(max_loras * length, max_loras)
+    spread = Launch(spread_adapters, device, -(-elements // threads), threads, grouped, into)
+    return LoraPlan(scratch, pair, sort, spread)
+
+
+@moe_lora_align_block_size.validate
+def _(given: Any) -> None:
+    checks.ids(given.topk_ids, given.num_experts)
+
+
+@moe_lora_align_block_size.run
+def _(plan: Any, given: Any, sorted_token_ids: Any, expert_ids: Any, num_tokens_post_padded: Any) -> None:
+    virtual_ids, sorted_slots, block_experts, offset = (empty(*array) for array in plan.scratch)
     plan.pair(
-        topk_ids=topk_ids,
-        token_lora_mapping=token_lora_mapping,
-        adapter_enabled=adapter_enabled,
-        lora_ids=lora_ids,
-        expert_map=expert_map,
+        topk_ids=given.topk_ids,
+        token_lora_mapping=given.token_lora_mapping,
+        adapter_enabled=given.adapter_enabled,
+        lora_ids=given.lora_ids,
+        expert_map=given.expert_map,
         virtual_ids=virtual_ids,
     )
     sorting.sort(plan.sort, virtual_ids, sorted_slots, offset=offset, expert_ids=block_experts)
@@ -304,6 +296,5 @@ def moe_lora_align_block_size(
         offset=offset,
         sorted_token_ids=sorted_token_ids,
         expert_ids=expert_ids,
-        num_padded=num_padded,
+        num_padded=num_tokens_post_padded,
     )
-    return AlignedBlocks(sorted_token_ids, expert_ids, num_padded)

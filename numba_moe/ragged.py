@@ -10,12 +10,14 @@ import torch
 
 from numba_moe.reference import ragged as reference
 from numba_moe.reference.ragged import BLOCK_SIZES, RaggedMetadata
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
 from numba_moe.runtime.dialect import cuda, int32, int64
 from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import Ids, Int32, Int32Array
-from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import WARP, block_sums, first_above, flat, quotient
+from numba_moe.sizes import scheduled_blocks
 
 THREADS = 512
 # Entries of a schedule that a thread writes, and blocks in the grid from which on each writes more instead.
@@ -98,38 +100,8 @@ def schedule_blocks(slices: Slices, schedule: Schedule):
             slices.slice_offsets[slices.num_slices] = rows_base
 
 
-class RaggedPlan(NamedTuple):
-    """The outputs, and the launch."""
-
-    outputs: tuple[arrays.Contiguous, ...]
-    schedule: Launch
-
-
-@planned
-def _plan(slice_sizes: Layout, num_rows: int) -> RaggedPlan:
-    checks.array("slice_sizes", slice_sizes, checks.IDS, (1,))
-    num_rows = checks.integer("num_rows", num_rows, 0)
-    num_slices = slice_sizes.shape[0]
-    length = reference.max_blocks(num_slices, num_rows)
-    shift = reference.schedule_shift(num_slices, num_rows)
-    dtype = torch.int32 if shift == 16 else torch.int64
-    threads = block_threads(THREADS)
-    share = max(ENTRIES * threads, -(-length * len(BLOCK_SIZES) // MOST_BLOCKS))
-    shares = max(1, -(-length // share))
-    where = (slice_sizes.device, len(BLOCK_SIZES) * shares, threads)
-    shapes = ((num_slices,), (num_slices + 1,), (len(BLOCK_SIZES), num_slices + 1))
-    outputs = (
-        *(arrays.contiguous(torch.int32, *shape) for shape in shapes),
-        arrays.contiguous(dtype, len(BLOCK_SIZES), length),
-    )
-    sizes, offsets, block_offsets, block_schedule = outputs
-    slices = Slices(slice_sizes, sizes, offsets, num_slices)
-    schedule = Schedule(block_offsets, block_schedule, length, shift, share, shares)
-    return RaggedPlan(outputs, Launch(schedule_blocks, *where, slices, schedule))
-
-
-@arrays.public
-def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
+@op(reference.make_ragged_metadata)
+def make_ragged_metadata(slice_sizes: Array, num_rows: int, *, out: RaggedMetadata | None = None) -> RaggedMetadata:
     """Say where slices of rows begin, and which blocks they consist of, for blocks of 16, 32, 64 and 128 rows.
 
     Parameters
@@ -139,6 +111,8 @@ def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
     num_rows : int
         Rows in all, or more: what the caller knows without asking the device. If there are more than this, the
         schedule ends early.
+    out : tuple of four arrays as in the result, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -173,20 +147,55 @@ def make_ragged_metadata(slice_sizes: Any, num_rows: int) -> RaggedMetadata:
     >>> ragged.block_schedule[0] & 0xFFFF, ragged.block_schedule[0] >> 16  # slices and blocks; 65535 and -1 are unused
     (array([    0,     0,     2, 65535], dtype=int32), array([ 0,  1,  0, -1], dtype=int32))
     """
-    plan = _plan(layout(slice_sizes), num_rows)
-    by_reference = arrays.answered_by_reference(slice_sizes)
-    if by_reference or checks.VALIDATE:
-        total = int(slice_sizes.long().clamp(0, 2**31).sum())
-        rule = f"of no more rows together than int32 holds ({checks.LARGEST_INT32})"
-        checks.holds("slice_sizes", rule, total <= checks.LARGEST_INT32, f"{total} or more")
-    if by_reference:
-        return arrays.by_reference(reference.make_ragged_metadata, slice_sizes, num_rows)
-    outputs = RaggedMetadata(*(arrays.empty(*output) for output in plan.outputs))
-    plan.schedule(
-        sizes=slice_sizes,
-        slice_sizes=outputs.slice_sizes,
-        slice_offsets=outputs.slice_offsets,
-        block_offsets=outputs.block_offsets,
-        block_schedule=outputs.block_schedule,
+
+
+@make_ragged_metadata.outputs
+def _(given: Any) -> tuple[Contiguous, ...]:
+    num_slices, kinds = given.slice_sizes.shape[0], len(BLOCK_SIZES)
+    dtype = torch.int32 if reference.schedule_shift(num_slices, given.num_rows) == 16 else torch.int64
+    shapes = (num_slices,), (num_slices + 1,), (kinds, num_slices + 1)
+    length = scheduled_blocks(num_slices, given.num_rows)
+    return *(contiguous(torch.int32, *shape) for shape in shapes), contiguous(dtype, kinds, length)
+
+
+@make_ragged_metadata.plan
+def _(given: Any) -> Launch:
+    checks.array("slice_sizes", given.slice_sizes, checks.IDS, (1,))
+    num_rows = checks.integer("num_rows", given.num_rows, 0)
+    num_slices = given.slice_sizes.shape[0]
+    length = reference.max_blocks(num_slices, num_rows)
+    shift = reference.schedule_shift(num_slices, num_rows)
+    threads = block_threads(THREADS)
+    share = max(ENTRIES * threads, -(-length * len(BLOCK_SIZES) // MOST_BLOCKS))
+    shares = max(1, -(-length // share))
+    where = (given.slice_sizes.device, len(BLOCK_SIZES) * shares, threads)
+    slices = Slices(given.slice_sizes, torch.int32, torch.int32, num_slices)
+    of_schedule = torch.int32 if shift == 16 else torch.int64
+    schedule = Schedule(torch.int32, of_schedule, length, shift, share, shares)
+    return Launch(schedule_blocks, *where, slices, schedule)
+
+
+@make_ragged_metadata.validate
+def _(given: Any) -> None:
+    total = int(given.slice_sizes.long().clamp(0, 2**31).sum())
+    rule = f"of no more rows together than int32 holds ({checks.LARGEST_INT32})"
+    checks.holds("slice_sizes", rule, total <= checks.LARGEST_INT32, f"{total} or more")
+
+
+@make_ragged_metadata.on_cpu
+def _(given: Any) -> RaggedMetadata:
+    assert make_ragged_metadata.declaration.validate is not None
+    make_ragged_metadata.declaration.validate(given)
+    found: RaggedMetadata = by_reference(reference.make_ragged_metadata, given.slice_sizes, given.num_rows)
+    return found
+
+
+@make_ragged_metadata.run
+def _(schedule: Any, given: Any, slice_sizes: Any, slice_offsets: Any, block_offsets: Any, block_schedule: Any) -> None:
+    schedule(
+        sizes=given.slice_sizes,
+        slice_sizes=slice_sizes,
+        slice_offsets=slice_offsets,
+        block_offsets=block_offsets,
+        block_schedule=block_schedule,
     )
-    return outputs

@@ -1,6 +1,6 @@
 """The experts of each token and the slots grouped by them, for decode in one launch."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -8,122 +8,42 @@ from numba_moe.align import moe_align_block_size
 from numba_moe.gating import plans
 from numba_moe.gating.routing import MOST_EXPERTS, MOST_THREADS, Blocks, Sorting, route_tokens
 from numba_moe.gating.selection import (
-    NONE,
-    asked,
-    options_from,
+    answer_by,
+    biases_of,
+    check_data,
+    extra_arrays,
     options_of,
+    outputs_of,
     plan_selection,
-    refuse_gradient,
-    refuse_overlaps,
     select_experts,
 )
-from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
+from numba_moe.reference import routing as reference
+from numba_moe.reference.align import max_sorted_slots
+from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.reference.gating import TopK
 from numba_moe.reference.routing import RoutedTokens
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, contiguous
 from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import ROUTE_COLUMNS
-from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 from numba_moe.runtime.primitives import WARP, reciprocal_of
+from numba_moe.sizes import sorted_slots
 
 # Tokens for which one block chooses; up to MOST_TOKENS a cluster of blocks does, of so many each, if the device has
 # clusters. On an H200, of 256 experts, one block takes 4.2 us for 16 tokens and 9.3 for 64, two launches 4.2 and 5.1.
 ALONE, EACH, MOST_TOKENS = 16, 8, 64
 
 
-class RoutePlan(NamedTuple):
-    """The results, and the launch of gating and alignment in one, if there is one for so many tokens."""
-
-    topk_weights: arrays.Contiguous
-    topk_ids: arrays.Contiguous
-    sorted_token_ids: arrays.Contiguous
-    expert_ids: arrays.Contiguous
-    num_tokens_post_padded: arrays.Contiguous
-    num_sorted: int
-    route: Launch | None
-
-
-@planned
-def _plan_route(
-    gating_output: Layout,
-    top_k: int,
-    num_expert_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scoring_func: str,
-    correction_bias: Layout | None,
-    group_score: str | None,
-    routed_scaling_factor: float,
-    bias_mode: str,
-    block_size: int,
-    expert_map: Layout | None,
-    pad_sorted_ids: bool,
-    ignore_invalid_experts: bool,
-    inactive_expert_id: int,
-    num_physical_experts: int | None,
-    *wanted: Any,
-) -> RoutePlan:
-    options = options_from(wanted)
-    rules = (top_k, num_expert_group, topk_group, renormalize, scoring_func, correction_bias, group_score)
-    plan = plan_selection(gating_output, *rules, routed_scaling_factor, bias_mode, options)
-    num_tokens, num_slots = plan.topk_ids.shape[0], plan.topk_ids.shape[0] * plan.topk_ids.shape[1]
-    block_size = checks.integer("block_size", block_size, 1)
-    checks.boolean("pad_sorted_ids", pad_sorted_ids)
-    checks.boolean("ignore_invalid_experts", ignore_invalid_experts)
-    inactive = checks.integer("inactive_expert_id", inactive_expert_id, -(2**31))
-    num_sorted = gating_output.shape[1] - options.num_zero_experts + options.num_fused_shared_experts
-    needed = options.dispatch is not None
-    given = num_physical_experts
-    checks.holds(
-        "num_physical_experts", "given with `dispatch`, and with it alone", needed == (given is not None), given
-    )
-    if given is not None:
-        num_sorted = checks.integer("num_physical_experts", given, 1)
-    map_bytes = 0
-    if expert_map is not None:
-        checks.array("expert_map", expert_map, checks.IDS, (1,), like=("gating_output", gating_output))
-        checks.shape("expert_map", expert_map, (num_sorted,), "(experts that slots are sorted by,)")
-        map_bytes = expert_map.dtype.itemsize
-    num_positions = max_sorted_slots(num_slots, block_size, num_sorted, pad_sorted_ids)
-    checks.fits_int32("gating_output", num_positions, "the number of padded positions")
-    num_names = -(-num_positions // block_size)
-    route = None
-    most = block_threads(MOST_THREADS)
-    few = num_tokens <= MOST_TOKENS and num_slots <= most and num_sorted <= MOST_EXPERTS
-    columns = next((columns for columns in ROUTE_COLUMNS if few and plan.columns and columns >= plan.columns), None)
-    if columns is not None:
-        num_blocks = 1 if num_tokens <= ALONE else -(-num_tokens // EACH)
-        threads = min(most, -(-max(num_slots, num_sorted, WARP * -(-num_tokens // num_blocks)) // 128) * 128)
-        by_map = int(ignore_invalid_experts and map_bytes > 0)
-        sorting = Sorting(plans.sized(expert_map), map_bytes, by_map, num_sorted)
-        sizes = (num_positions, num_positions // 4, num_names, block_size, *reciprocal_of(block_size), inactive)
-        blocks = Blocks(torch.int32, torch.int32, torch.int32, *sizes)
-        launch = Launch(
-            *(route_tokens, gating_output.device, num_blocks, threads, *plan.records, sorting, blocks),
-            shared_bytes=4 * -(-num_slots // WARP) * num_sorted,
-            one_cluster=num_blocks > 1,
-            columns=columns,
-            role=plan.role,
-        )
-        route = launch if launch.fits() else None
-    return RoutePlan(
-        *(plan.topk_weights, plan.topk_ids),
-        arrays.contiguous(torch.int32, num_positions),
-        arrays.contiguous(torch.int32, num_names),
-        arrays.contiguous(torch.int32, 1),
-        *(num_sorted, route),
-    )
-
-
-@arrays.public_writing("identity_weights", "counts")
+@op(reference.route, writes=("identity_weights", "counts"))
 def route(
-    gating_output: Any,
+    gating_output: Array,
     top_k: int,
     block_size: int,
     *,
     scoring_func: str = "softmax",
     renormalize: bool = False,
-    correction_bias: Any = None,
+    correction_bias: Array | None = None,
     num_expert_group: int = 1,
     topk_group: int = 1,
     group_score: str | None = None,
@@ -134,18 +54,19 @@ def route(
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
-    identity_weights: Any = None,
-    num_token_non_padded: Any = None,
-    is_padding: Any = None,
-    dispatch: Any = None,
-    counts: Any = None,
-    counts_enabled: Any = None,
+    identity_weights: Array | None = None,
+    num_token_non_padded: Array | None = None,
+    is_padding: Array | None = None,
+    dispatch: DispatchTables | None = None,
+    counts: Array | None = None,
+    counts_enabled: Array | None = None,
     indices_dtype: Any = "int32",
-    expert_map: Any = None,
+    expert_map: Array | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
     inactive_expert_id: int = -1,
     num_physical_experts: int | None = None,
+    out: RoutedTokens | None = None,
 ) -> RoutedTokens:
     """Choose the experts of each token and group the slots by expert, in one launch where the tokens are few.
 
@@ -214,6 +135,8 @@ def route(
         What `expert_ids` holds past the last block in use.
     num_physical_experts : int, optional
         With `dispatch`: how many places there are.
+    out : tuple of a tuple of two arrays and one of three as in the result, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -243,64 +166,111 @@ def route(
     >>> blocks.sorted_token_ids.tolist(), blocks.expert_ids.tolist()
     ([0, 5, 6, 6, 1, 3, 4, 6, 2, 6, 6, 6, 6, 6, 6], [0, 1, 2, -1])
     """
-    chosen = (top_k, num_expert_group, topk_group, renormalize, scoring_func)
-    options = options_of(
-        softcap,
-        num_fused_shared_experts,
-        apply_routed_scaling_factor_on_output,
-        num_zero_experts,
-        zero_expert_id,
-        identity_weights,
-        num_token_non_padded,
-        is_padding,
-        dispatch,
-        counts,
-        counts_enabled,
-        indices_dtype,
+
+
+@route.outputs
+def _(given: Any) -> tuple[Any, Any]:
+    topk = outputs_of(given, given.top_k)
+    num_slots = given.gating_output.shape[0] * topk[0].shape[1]
+    length = sorted_slots(num_slots, given.block_size, _num_sorted(given), given.pad_sorted_ids)
+    sizes = (length, -(-length // given.block_size), 1)
+    return topk, tuple(contiguous(torch.int32, size) for size in sizes)
+
+
+def _num_sorted(given: Any) -> Any:
+    """Return how many experts, or places, slots are sorted by."""
+    if given.num_physical_experts is not None:
+        return given.num_physical_experts
+    return given.gating_output.shape[1] - given.num_zero_experts + given.num_fused_shared_experts
+
+
+@route.plan
+def _(given: Any) -> Launch | None:
+    """Return the launch of gating and alignment in one, if there is one for this call."""
+    options = options_of(given)
+    plan = plan_selection(given, options)
+    gating_output = given.gating_output
+    num_tokens = gating_output.shape[0]
+    num_slots = num_tokens * (given.top_k + options.num_fused_shared_experts)
+    block_size = checks.integer("block_size", given.block_size, 1)
+    checks.boolean("pad_sorted_ids", given.pad_sorted_ids)
+    checks.boolean("ignore_invalid_experts", given.ignore_invalid_experts)
+    inactive = checks.integer("inactive_expert_id", given.inactive_expert_id, -(2**31))
+    places = given.num_physical_experts
+    with_places = (options.dispatch is not None) == (places is not None)
+    checks.holds("num_physical_experts", "given with `dispatch`, and with it alone", with_places, places)
+    if places is not None:
+        checks.integer("num_physical_experts", places, 1)
+    num_sorted = _num_sorted(given)
+    expert_map, map_bytes = given.expert_map, 0
+    if expert_map is not None:
+        checks.array("expert_map", expert_map, checks.IDS, (1,), like=("gating_output", gating_output))
+        checks.shape("expert_map", expert_map, (num_sorted,), "(experts that slots are sorted by,)")
+        map_bytes = expert_map.dtype.itemsize
+    num_positions = max_sorted_slots(num_slots, block_size, num_sorted, given.pad_sorted_ids)
+    checks.fits_int32("gating_output", num_positions, "the number of padded positions")
+    most = block_threads(MOST_THREADS)
+    few = num_tokens <= MOST_TOKENS and num_slots <= most and num_sorted <= MOST_EXPERTS
+    columns = next((columns for columns in ROUTE_COLUMNS if few and plan.columns and columns >= plan.columns), None)
+    if columns is None:
+        return None
+    num_blocks = 1 if num_tokens <= ALONE else -(-num_tokens // EACH)
+    threads = min(most, -(-max(num_slots, num_sorted, WARP * -(-num_tokens // num_blocks)) // 128) * 128)
+    by_map = int(given.ignore_invalid_experts and map_bytes > 0)
+    sorting = Sorting(plans.sized(expert_map), map_bytes, by_map, num_sorted)
+    num_names = -(-num_positions // block_size)
+    aligned = given.out is None or given.out.values[1].values[0].address == 0
+    num_words = num_positions // 4 if aligned else 0
+    sizes = (num_positions, num_words, num_names, block_size, *reciprocal_of(block_size), inactive)
+    launch = Launch(
+        *(route_tokens, gating_output.device, num_blocks, threads, *plan.records, sorting),
+        Blocks(torch.int32, torch.int32, torch.int32, *sizes),
+        shared_bytes=4 * -(-num_slots // WARP) * num_sorted,
+        one_cluster=num_blocks > 1,
+        columns=columns,
+        role=plan.role,
     )
-    padding = (pad_sorted_ids, ignore_invalid_experts, inactive_expert_id, num_physical_experts)
-    rules = (layout(correction_bias), group_score, routed_scaling_factor, bias_mode)
-    plan = _plan_route(
-        layout(gating_output), *chosen, *rules, block_size, layout(expert_map), *padding, *asked(options)
-    )
-    if options is not NONE:
-        others = {"correction_bias": correction_bias, "expert_map": expert_map}
-        refuse_overlaps(options, gating_output=gating_output, **others)
-    refuse_gradient(gating_output)
-    if plan.route is None or checks.VALIDATE or arrays.answered_by_reference(gating_output):
-        topk = select_experts(
-            *(gating_output, top_k),
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            correction_bias=correction_bias,
-            num_expert_group=num_expert_group,
-            topk_group=topk_group,
-            group_score=group_score,
-            routed_scaling_factor=routed_scaling_factor,
-            bias_mode=bias_mode,
-            **options._asdict(),
+    return launch if launch.fits() else None
+
+
+route.validate(check_data)
+
+
+@route.on_cpu
+def _(given: Any) -> Any:
+    return answer_by(reference.route, given)
+
+
+@route.run
+def _(
+    route_tokens: Launch | None,
+    given: Any,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_padded: torch.Tensor,
+) -> None:
+    if route_tokens is None:
+        selection = {name: getattr(given, name) for name in select_experts.declaration.names if name != "out"}
+        select_experts(**selection, out=TopK(topk_weights, topk_ids))
+        moe_align_block_size(
+            *(topk_ids if topk_ids.dtype in checks.IDS else topk_ids.int(), given.block_size, _num_sorted(given)),
+            *(given.expert_map, given.pad_sorted_ids, given.ignore_invalid_experts),
+            inactive_expert_id=given.inactive_expert_id,
+            out=(sorted_token_ids, expert_ids, num_tokens_post_padded),
         )
-        ids = topk.topk_ids if topk.topk_ids.dtype in checks.IDS else topk.topk_ids.int()
-        mapped = (expert_map, pad_sorted_ids, ignore_invalid_experts)
-        blocks = moe_align_block_size(ids, block_size, plan.num_sorted, *mapped, inactive_expert_id=inactive_expert_id)
-        return new_tuple(RoutedTokens, (topk, blocks))
-    topk_weights = arrays.empty(*plan.topk_weights)
-    topk_ids = arrays.empty(*plan.topk_ids)
-    sorted_token_ids = arrays.empty(*plan.sorted_token_ids)
-    expert_ids = arrays.empty(*plan.expert_ids)
-    num_padded = arrays.empty(*plan.num_tokens_post_padded)
-    logit_bias, moving = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
-    plan.route(
-        gating_output=gating_output,
-        correction_bias=moving,
+        return
+    logit_bias, correction_bias = biases_of(given)
+    route_tokens(
+        gating_output=given.gating_output,
+        correction_bias=correction_bias,
         logit_bias=logit_bias,
-        expert_map=expert_map,
+        expert_map=given.expert_map,
         topk_weights=topk_weights,
         topk_ids=topk_ids,
         sorted_slots=sorted_token_ids,
         expert_ids=expert_ids,
-        num_padded=num_padded,
-        **options.arrays(),
+        num_padded=num_tokens_post_padded,
+        **extra_arrays(given),
     )
-    topk = new_tuple(TopK, (topk_weights, topk_ids))
-    return new_tuple(RoutedTokens, (topk, new_tuple(AlignedBlocks, (sorted_token_ids, expert_ids, num_padded))))

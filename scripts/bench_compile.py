@@ -21,7 +21,7 @@ from tabulate import tabulate
 import numba_moe
 from numba_moe import testing
 from numba_moe.bench.contenders import is_registered, load_peers
-from numba_moe.experts import multiply_by_expert
+from numba_moe.experts import product_by_expert
 
 CALLS = 50
 REPEATS = 21
@@ -66,8 +66,8 @@ def vllm(x: torch.Tensor, logits: torch.Tensor, up: torch.Tensor, down: torch.Te
     each = torch.arange(num_slots, dtype=torch.int32, device=x.device).reshape(num_tokens, top_k)
     ops.moe_permute(x, ids, each, None, num_experts, num_experts, top_k, rows, offset, inverse, slots)
     ends = offset[1:].int()
-    gates, ups = multiply_by_expert(rows, up, ends, grouped=True).chunk(2, dim=-1)
-    rows = multiply_by_expert(torch.nn.functional.silu(gates) * ups, down, ends, grouped=True)
+    gates, ups = product_by_expert(rows, up, ends, grouped=True).chunk(2, dim=-1)
+    rows = product_by_expert(torch.nn.functional.silu(gates) * ups, down, ends, grouped=True)
     out = empty(num_tokens, x.shape[1], dtype=x.dtype)
     ops.moe_unpermute(rows, weights, inverse.flatten(), None, top_k, out)
     return out

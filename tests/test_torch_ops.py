@@ -8,11 +8,12 @@ from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import numba_moe as moe
-from numba_moe import reference, testing, verification
-from numba_moe.interop import torch_ops, torch_results
+from numba_moe import reference, sizes, testing, verification
+from numba_moe.interop import torch_ops as torch_ops  # which registers all
 from numba_moe.placement import dispatch_ids
 from numba_moe.recorder import add_expert_counts
-from numba_moe.runtime import arrays
+from numba_moe.runtime import arrays, torch_library
+from numba_moe.runtime.declaration import DECLARATIONS
 
 pytestmark = pytest.mark.filterwarnings(  # of torch's compiler about torch
     "ignore:.torch.jit.script:DeprecationWarning",
@@ -135,21 +136,22 @@ NAMES = sorted({name_of(op) for op, *_ in calls(1, "cpu")})
 
 
 def test_every_op_is_registered_with_its_names_and_defaults():
-    assert set(torch_ops.OPS) == set(verification.OPS)
-    for name, op in torch_ops.OPS.items():
-        signature = inspect.signature(torch_ops._function(name)).parameters
-        wanted = {key: parameter.default for key, parameter in signature.items() if key != "dispatch"}
-        whole = getattr(OPS, torch_ops.writing_name(name) if op.out or op.written else name).default._schema.arguments
-        found = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in whole}
-        tables = {key for key in found if key.startswith("dispatch_")}
-        assert len(tables) == (5 if "dispatch" in signature else 0)
-        assert {key: found[key] for key in wanted if key != op.out} == {k: wanted[k] for k in wanted if k != op.out}
-        assert {a.name for a in whole if a.alias_info and a.alias_info.is_write} == {op.out, *op.written} - {""}
-        if torch_ops.writing_name(name) != name:
-            plain = {argument.name for argument in getattr(OPS, name).default._schema.arguments}
-            assert plain == found.keys() - {op.out, *op.written}
-    others = {torch_ops.writing_name(name) for name, op in torch_ops.OPS.items() if op.out or op.written}
-    assert {*torch_ops.OPS, *others} == set(NAMES)
+    for name in verification.OPS:
+        declaration = DECLARATIONS[name]
+        wanted = {key: p.default for key, p in declaration.parameters.items() if key != "dispatch"}
+        for variant in torch_library.variants(declaration).values():
+            whole = getattr(OPS, variant.name).default._schema.arguments
+            found = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in whole}
+            tables = {key for key in found if key.startswith("dispatch_")}
+            assert len(tables) == (5 if "dispatch" in declaration.parameters else 0)
+            left_out = {declaration.out, *declaration.written} - set(variant.written)
+            kept = wanted.keys() - left_out - {declaration.out}
+            assert found.keys() - tables - {declaration.out} == kept
+            assert {key: found[key] for key in kept} == {key: wanted[key] for key in kept}
+            assert {a.name for a in whole if a.alias_info and a.alias_info.is_write} == set(variant.written)
+    variants = {v.name for name in verification.OPS for v in torch_library.variants(DECLARATIONS[name]).values()}
+    assert set(NAMES) <= variants
+    assert {name for name in verification.OPS if name not in NAMES} == set()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -362,9 +364,8 @@ def test_reduce_overhead_captures_and_replays():
 
 
 def test_eager_calls_pass_the_dispatcher_by(monkeypatch):
-    monkeypatch.setattr(torch_ops, "call", lambda *_: pytest.fail("dispatched"))
+    monkeypatch.setattr(torch_library, "call", lambda *_: pytest.fail("dispatched"))
     block(*arguments(7))
-    block(*arguments(7, grad=True))
 
 
 def test_fake_tensors_and_parameters_are_dispatched():
@@ -397,12 +398,10 @@ def test_sizes_for_symbols_are_those_of_the_reference(pad):
     for num_slots in range(40):
         for block_size in (1, 4, 7):
             for num_experts in (1, 8, 20):
-                sizes = (num_slots, block_size, num_experts, pad)
-                assert torch_results.sorted_slots(*sizes) == reference.align.max_sorted_slots(*sizes)
+                given = (num_slots, block_size, num_experts, pad)
+                assert sizes.sorted_slots(*given) == reference.align.max_sorted_slots(*given)
         for num_slices in range(50):
-            assert torch_results.scheduled_blocks(num_slices, num_slots) == reference.ragged.max_blocks(
-                num_slices, num_slots
-            )
+            assert sizes.scheduled_blocks(num_slices, num_slots) == reference.ragged.max_blocks(num_slices, num_slots)
 
 
 def test_ops_see_the_simulated_kernels(device, monkeypatch):

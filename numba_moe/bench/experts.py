@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from numba_moe import fused_experts, moe_permute, testing, verification
 from numba_moe.bench.measure import device_time, host_time
-from numba_moe.experts import multiply_by_expert
+from numba_moe.experts import product_by_expert
 
 
 class Layer(NamedTuple):
@@ -100,8 +100,8 @@ def measure(name: str, tokens: int, weights: tuple[torch.Tensor, torch.Tensor], 
         return grouped_mm_experts_forward(module, rows, long_ids, topk_weights)
 
     def gemms() -> Any:
-        first = multiply_by_expert(permuted.permuted_hidden_states, weights[0], ends, grouped=True)
-        return first, multiply_by_expert(between, weights[1], ends, grouped=True)
+        first = product_by_expert(permuted.permuted_hidden_states, weights[0], ends, grouped=True)
+        return first, product_by_expert(between, weights[1], ends, grouped=True)
 
     wanted = testing.to_numpy(theirs())
     size = testing.EXPERT_ROUNDINGS * testing.largest_in_row(wanted)

@@ -10,12 +10,9 @@ With ``dot``, the sum of all ``grad_weights * topk_weights`` of a token, all gra
 Softmax scores come from the weights, so no row is reduced again.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from numba_moe.gating.rows import (
     FAR_BELOW,
@@ -29,12 +26,11 @@ from numba_moe.gating.rows import (
     weight_of,
 )
 from numba_moe.reference import gating as reference
-from numba_moe.reference.gating import TopK
-from numba_moe.runtime import arrays
+from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.launch import Launch, warps
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import LIKE, Float32Array, FloatArray, Int32, Int32Array, Int64
-from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
     ALL_LANES,
     NEGATIVE_INFINITY,
@@ -164,83 +160,69 @@ def differentiate_weights(weighed: Weighed, weighing: Weighting, gradients: Grad
         pick = int32(pick + WARP)
 
 
-class BackwardPlan(NamedTuple):
-    """The gradient, and the launch that writes it."""
-
-    grad_logits: arrays.Contiguous
-    differentiate: Launch
-
-
-@planned
-def _plan_backward(
-    gating_output: Layout, top_k: int, scoring_func: str, renormalize: bool, routed_scaling_factor: float
-) -> BackwardPlan:
-    num_tokens, num_experts = gating_output.shape
-    dtype = gating_output.dtype
-    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
-    weighed = Weighed(gating_output, torch.float32, torch.int32, num_tokens, num_experts, stride)
-    weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
-    records = (weighed, weighing, Gradients(torch.float32, dtype))
-    differentiate = Launch(differentiate_weights, gating_output.device, *warps(num_tokens), *records)
-    return BackwardPlan(arrays.contiguous(dtype, num_tokens, num_experts), differentiate)
-
-
+@op(reference.gating_backward, is_gradient=True)
 def gating_backward(
-    gating_output: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    grad_weights: torch.Tensor,
+    gating_output: Array,
+    topk_weights: Array,
+    topk_ids: Array,
+    grad_weights: Array,
     scoring_func: str,
     renormalize: bool,
     routed_scaling_factor: float,
-) -> torch.Tensor:
-    """Return the gradient by the logits, given that by the weights, both results of the call being at hand."""
-    rules = (scoring_func, renormalize, routed_scaling_factor)
-    grad_weights = grad_weights.contiguous()
-    if arrays.answered_by_reference(gating_output):
-        found = arrays.by_reference(reference.gating_backward, gating_output, topk_ids, grad_weights, *rules)
-        return found.to(gating_output.dtype)
-    plan = _plan_backward(layout(gating_output), topk_ids.shape[1], *rules)
-    grad_logits = arrays.empty(*plan.grad_logits)
-    plan.differentiate(
-        gating_output=gating_output,
-        topk_weights=topk_weights,
-        topk_ids=topk_ids,
-        grad_weights=grad_weights,
+) -> Any:
+    """Return the gradient by the logits, given that by the weights, both results of the call being at hand.
+
+    Parameters
+    ----------
+    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
+        The logits; rows may be strided.
+    topk_weights : array of float32, shape [num_tokens, top_k]
+        The weights that the call returned.
+    topk_ids : array of int32, shape [num_tokens, top_k]
+        The ids that it returned.
+    grad_weights : array of float32, shape [num_tokens, top_k]
+        The gradient by the weights.
+    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
+        How logits became scores.
+    renormalize : bool
+        Whether weights were divided by their sum.
+    routed_scaling_factor : float
+        What they were multiplied by.
+
+    Returns
+    -------
+    array of the dtype of `gating_output`, shape [num_tokens, num_experts]
+    """
+
+
+@gating_backward.outputs
+def _(given: Any) -> Contiguous:
+    return contiguous(given.gating_output.dtype, *given.gating_output.shape)
+
+
+@gating_backward.plan
+def _(given: Any) -> Launch:
+    gating_output, top_k = given.gating_output, given.topk_ids.shape[1]
+    num_tokens, num_experts = gating_output.shape
+    stride = num_experts if gating_output.strides is None else gating_output.strides[0]
+    weighed = Weighed(gating_output, torch.float32, torch.int32, num_tokens, num_experts, stride)
+    rules = (SCORING.index(given.scoring_func), int(given.renormalize), float(given.routed_scaling_factor))
+    records = (weighed, Weighting(top_k, *rules), Gradients(torch.float32, gating_output.dtype))
+    return Launch(differentiate_weights, gating_output.device, *warps(num_tokens), *records)
+
+
+@gating_backward.on_cpu
+def _(given: Any) -> Any:
+    rules = (given.scoring_func, given.renormalize, given.routed_scaling_factor)
+    return by_reference(reference.gating_backward, given.gating_output, given.topk_ids, given.grad_weights, *rules)
+
+
+@gating_backward.run
+def _(differentiate: Any, given: Any, grad_logits: torch.Tensor) -> None:
+    differentiate(
+        gating_output=given.gating_output,
+        topk_weights=given.topk_weights,
+        topk_ids=given.topk_ids,
+        grad_weights=given.grad_weights.contiguous(),
         grad_logits=grad_logits,
     )
-    return grad_logits
-
-
-class Weighing(torch.autograd.Function):
-    """A choice of experts whose weights have a gradient by the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, gating_output: torch.Tensor, choose: Any, differentiate: Any) -> Any:
-        topk_weights, topk_ids = choose(gating_output)
-        ctx.save_for_backward(gating_output, topk_weights, topk_ids)
-        ctx.mark_non_differentiable(topk_ids)
-        ctx.differentiate = differentiate
-        return topk_weights, topk_ids
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_weights: torch.Tensor, _: Any) -> Any:
-        return ctx.differentiate(*ctx.saved_tensors, grad_weights), None, None
-
-
-def differentiable(
-    choose: Callable[[torch.Tensor], TopK],
-    gating_output: torch.Tensor,
-    scoring_func: str,
-    renormalize: bool,
-    routed_scaling_factor: float = 1.0,
-) -> TopK:
-    """Return what `choose` does with logits that require a gradient, as a part of torch's graph."""
-    differentiate = functools.partial(
-        gating_backward,
-        scoring_func=scoring_func,
-        renormalize=renormalize,
-        routed_scaling_factor=routed_scaling_factor,
-    )
-    return TopK(*Weighing.apply(gating_output, choose, differentiate))

@@ -13,7 +13,7 @@ from numba_moe.placement.dispatch import Dispatch
 from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.launch import Launch, warps
 from numba_moe.runtime.parameters import COLUMNS, PLAIN
-from numba_moe.runtime.plans import Layout, planned
+from numba_moe.runtime.plans import Layout
 from numba_moe.runtime.primitives import WARP
 
 GROUP_SCORES = ("max", "top2_sum", "topk_sum")
@@ -62,8 +62,6 @@ class GatingPlan(NamedTuple):
     hold no rows.
     """
 
-    topk_weights: arrays.Contiguous
-    topk_ids: arrays.Contiguous
     choose: Launch
     group_scores: arrays.Contiguous | None
     records: tuple[Any, ...]
@@ -122,7 +120,6 @@ def _plan(
     routed_scaling_factor: float = 1.0,
     extras: Extras = NO_EXTRAS,
     role: int = PLAIN,
-    id_dtype: torch.dtype = torch.int32,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_tokens, num_experts = gating_output.shape
@@ -174,21 +171,13 @@ def _plan(
         records = (rows, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
         where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
         choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
-    return GatingPlan(
-        arrays.contiguous(torch.float32, num_tokens, num_slots),
-        arrays.contiguous(id_dtype, num_tokens, num_slots),
-        choose,
-        group_scores,
-        records,
-        columns,
-        role,
-    )
+    return GatingPlan(choose, group_scores, records, columns, role)
 
 
-@planned
-def plan_topk(
+def topk_plan(
     gating_output: Layout, top_k: int, renormalize: bool, correction_bias: Layout | None, scoring_func: str
 ) -> GatingPlan:
+    """Check a choice by scores, and plan it."""
     return _plan(gating_output, top_k, renormalize, correction_bias, scoring_func)
 
 
@@ -204,7 +193,6 @@ def grouped_plan(
     routed_scaling_factor: float,
     extras: Extras = NO_EXTRAS,
     role: int = PLAIN,
-    id_dtype: torch.dtype = torch.int32,
 ) -> GatingPlan:
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
     num_experts = gating_output.shape[1]
@@ -225,9 +213,4 @@ def grouped_plan(
     picks = {"max": 1, "top2_sum": 2, "topk_sum": top_k // topk_group}[group_score]
     groups = (num_expert_group, topk_group, picks)
     rules = (top_k, renormalize, correction_bias, scoring_func, *groups, routed_scaling_factor)
-    return _plan(gating_output, *rules, extras, role, id_dtype)
-
-
-@planned
-def plan_grouped(*arguments: Any) -> GatingPlan:
-    return grouped_plan(*arguments)
+    return _plan(gating_output, *rules, extras, role)

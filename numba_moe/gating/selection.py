@@ -1,22 +1,26 @@
 """Gating with everything around it in its one launch: other logits, other ids, padding, counts; and given experts."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from numba_moe import gating
-from numba_moe.gating import given, plans
+from numba_moe.gating import choose, plans
+from numba_moe.gating import given as already_given
 from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
 from numba_moe.gating.rows import SCORING, Chosen, Weighting
-from numba_moe.placement.dispatch import ALGORITHMS, Dispatch, plan_dispatch
+from numba_moe.placement.dispatch import check_dispatch
 from numba_moe.reference import selection as reference
+from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.reference.gating import TopK
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import COUNTING, EXTENDED
-from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
+from numba_moe.runtime.op import op
+from numba_moe.runtime.parameters import COUNTING, EXTENDED, PLAIN
+from numba_moe.runtime.plans import Layout
 
 BIAS_MODES = ("choice", "logits")
 ID_DTYPES = {"int32": torch.int32, "int64": torch.int64, "int16": torch.int16}
@@ -26,7 +30,7 @@ GIVEN_IDS = (torch.int32, torch.int64, torch.int16)
 
 
 class Options(NamedTuple):
-    """What is asked for besides choosing and weighing, by the names of `select_experts`; arrays, or their layouts."""
+    """What is asked for besides choosing and weighing, by the names of `select_experts`, with layouts of arrays."""
 
     softcap: Any = 0.0
     num_fused_shared_experts: Any = 0
@@ -41,66 +45,37 @@ class Options(NamedTuple):
     counts_enabled: Any = None
     indices_dtype: Any = "int32"
 
-    def arrays(self) -> dict[str, torch.Tensor | None]:
-        """Return the arrays among them, by the names that kernels have for them."""
-        found = {
-            "identity_weights": self.identity_weights,
-            "num_token_non_padded": self.num_token_non_padded,
-            "is_padding": self.is_padding,
-            "counts": self.counts,
-            "counts_enabled": self.counts_enabled,
-        }
-        if self.dispatch is not None:
-            found["physical_map"], found["num_valid"], _, _, found["step"] = self.dispatch
-        return found
-
-    def for_reference(self) -> dict[str, Any]:
-        """Return these options as the reference takes them."""
-        return self._asdict() | {"indices_dtype": str(self.indices_dtype).removeprefix("torch.")}
-
 
 NONE = Options()
-NO_NUMBERS = NONE[:5]
-INFINITY = math.inf
 
 
-def options_of(*values: Any) -> Options:
-    """Return options, or `NONE` if nothing is asked for: to compare tensors would take microseconds."""
-    softcap, num_shared, on_output, num_zero, zero_expert_id, identity_weights, *arrays, indices_dtype = values
-    of_kinds = type(num_shared) is type(num_zero) is type(zero_expert_id) is int and type(on_output) is bool
-    if not of_kinds or type(softcap) not in (float, int):  # what equals a default may still be no such number
-        _check_numbers(softcap, num_shared, on_output, num_zero, zero_expert_id)
-    if softcap == INFINITY:
-        softcap = 0.0
-    numbers = (softcap, num_shared, on_output, num_zero, zero_expert_id)
-    num_token_non_padded, is_padding, dispatch, counts, counts_enabled = arrays
-    no_arrays = num_token_non_padded is is_padding is dispatch is counts is counts_enabled is identity_weights is None
-    if no_arrays and numbers == NO_NUMBERS and isinstance(indices_dtype, str) and indices_dtype == NONE.indices_dtype:
-        return NONE
-    found: Options = new_tuple(Options, (*numbers, identity_weights, *arrays, indices_dtype))
+def options_of(given: Any) -> Options:
+    """Return the options of a call, their numbers checked: what equals a default may be no such number."""
+    options = Options(*(getattr(given, name) for name in Options._fields))
+    _check_numbers(*options[:5])
+    options = options._replace(indices_dtype=str(options.indices_dtype).removeprefix("torch."))
+    return options._replace(softcap=0.0) if options.softcap == math.inf else options
+
+
+def extra_arrays(given: Any) -> dict[str, torch.Tensor | None]:
+    """Return the arrays of a call's options, by the names that kernels have for them."""
+    found = {
+        "identity_weights": given.identity_weights,
+        "num_token_non_padded": given.num_token_non_padded,
+        "is_padding": given.is_padding,
+        "counts": given.counts,
+        "counts_enabled": given.counts_enabled,
+    }
+    if given.dispatch is not None:
+        found["physical_map"], found["num_valid"], _, _, found["step"] = given.dispatch
     return found
 
 
-def asked(options: Options) -> tuple[Any, ...]:
-    """Return options as arguments of a plan, with layouts of arrays: none of them for `NONE`."""
-    if options is NONE:
-        return ()
-    softcap, num_shared, on_output, num_zero, zero_expert_id, *given, indices_dtype = options
-    identity_weights, num_token_non_padded, is_padding, dispatch, counts, counts_enabled = given
-    tables: tuple[Any, ...] = ()
-    if dispatch is not None:
-        checks.tuple_of("dispatch", dispatch, 5)
-        tables = tuple(part if isinstance(part, str | int) else layout(part) for part in dispatch)
-    padding = (layout(num_token_non_padded), layout(is_padding))
-    others = (layout(identity_weights), *padding, layout(counts), layout(counts_enabled), indices_dtype)
-    return (softcap, num_shared, on_output, num_zero, zero_expert_id, *others, *tables)
-
-
-def options_from(arguments: tuple[Any, ...]) -> Options:
-    """Return the options that `asked` made arguments of."""
-    if not arguments:
-        return NONE
-    return Options._make((*arguments[:8], arguments[11:] or None, *arguments[8:11]))
+def outputs_of(given: Any, top_k: Any) -> tuple[Contiguous, Contiguous]:
+    """Return the shapes and dtypes of weights and ids."""
+    shape = (given.gating_output.shape[0], top_k + given.num_fused_shared_experts)
+    id_dtype = ID_DTYPES[str(given.indices_dtype).removeprefix("torch.")]
+    return contiguous(torch.float32, *shape), contiguous(id_dtype, *shape)
 
 
 def _check_numbers(softcap: Any, num_shared: Any, on_output: Any, num_zero: Any, zero_expert_id: Any) -> None:
@@ -116,12 +91,11 @@ def _check_numbers(softcap: Any, num_shared: Any, on_output: Any, num_zero: Any,
 
 def _check(
     gating_output: Layout, top_k: int, routed_scaling_factor: float, logit_bias: Layout | None, options: Options
-) -> tuple[Extras, torch.dtype]:
-    """Check options; return what of them kernels are told, and the dtype of ids."""
+) -> Extras:
+    """Check options; return what of them kernels are told."""
     like = ("gating_output", gating_output)
     num_tokens, num_experts = gating_output.shape
-    _check_numbers(*options[:5])
-    name = str(options.indices_dtype).removeprefix("torch.")
+    name = options.indices_dtype
     checks.choice("indices_dtype", name, tuple(ID_DTYPES))
     checks.number("routed_scaling_factor", routed_scaling_factor)
     on_output = options.apply_routed_scaling_factor_on_output
@@ -159,14 +133,13 @@ def _check(
         checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
     dispatch = plans.NO_DISPATCH
     if options.dispatch is not None:
-        physical_map, num_valid, algorithm, seed, step = options.dispatch
+        checks.tuple_of("dispatch", options.dispatch, 5)
+        tables = DispatchTables(*options.dispatch.values)
         ids = Layout(torch.Size((num_tokens, top_k + num_shared)), torch.int32, gating_output.device, None, 0)
-        plan_dispatch(ids, physical_map, num_valid, algorithm, seed, step, None, None)
-        num_rows = physical_map.shape[0]
-        if algorithm != "fake":
-            checks.at_least("len(dispatch.physical_map)", num_rows, num_experts - num_zero + num_shared, "experts")
-        width = physical_map.shape.numel() // num_rows
-        dispatch = Dispatch(physical_map, num_valid, step, num_rows, width, ALGORITHMS.index(algorithm), seed)
+        dispatch = check_dispatch(ids, tables)
+        if tables.algorithm != "fake":
+            num_real = num_experts - num_zero
+            checks.at_least("len(dispatch.physical_map)", dispatch.num_rows, num_real + num_shared, "experts")
     counters = (0, 1, 0)
     if options.counts is not None:
         checks.array("counts", options.counts, checks.IDS, (1, 2), like=like)
@@ -178,7 +151,7 @@ def _check(
     if options.counts_enabled is not None:
         checks.array("counts_enabled", options.counts_enabled, (torch.int32,), (1,), like=like)
         checks.shape("counts_enabled", options.counts_enabled, (1,), "(1,)")
-    extras = Extras(
+    return Extras(
         Adjusting(logit_bias, float(options.softcap)),
         Padding(plans.sized(options.num_token_non_padded), scalar_bytes, options.is_padding and torch.uint8),
         ZeroExperts(num_experts - num_zero, zero_expert_id, options.identity_weights),
@@ -187,137 +160,73 @@ def _check(
         Counting(plans.sized(options.counts), options.counts_enabled, *counters),
         ID_DTYPES[name].itemsize,
     )
-    return extras, ID_DTYPES[name]
 
 
-def plan_selection(
-    gating_output: Layout,
-    top_k: int,
-    num_expert_group: int,
-    topk_group: int,
-    renormalize: bool,
-    scoring_func: str,
-    correction_bias: Layout | None,
-    group_score: str | None,
-    routed_scaling_factor: float,
-    bias_mode: str,
-    options: Options,
-) -> plans.GatingPlan:
+def plan_selection(given: Any, options: Options) -> plans.GatingPlan:
     """Check everything about a selection, and plan it."""
+    gating_output, factor = given.gating_output, given.routed_scaling_factor
     checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
-    top_k = checks.integer("top_k", top_k, 1)
-    checks.choice("bias_mode", bias_mode, BIAS_MODES)
-    in_logits = bias_mode == "logits"
-    logit_bias, moving = (correction_bias, None) if in_logits else (None, correction_bias)
-    extras, id_dtype = _check(gating_output, top_k, routed_scaling_factor, logit_bias, options)
+    top_k = checks.integer("top_k", given.top_k, 1)
+    checks.choice("bias_mode", given.bias_mode, BIAS_MODES)
+    logit_bias, correction_bias = biases_of(given)
+    extras = _check(gating_output, top_k, factor, logit_bias, options)
     plans.check_bias(logit_bias, gating_output)
-    factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
-    rules = (renormalize, scoring_func, moving, group_score, factor)
-    if options is NONE and not in_logits:
-        return plans.grouped_plan(gating_output, top_k, num_expert_group, topk_group, *rules)
-    only_counts = not in_logits and options._replace(counts=None, counts_enabled=None) == NONE
-    what = (extras, COUNTING if only_counts else EXTENDED, id_dtype)
-    return plans.grouped_plan(gating_output, top_k, num_expert_group, topk_group, *rules, *what)
-
-
-@planned
-def _plan_selection(*arguments: Any) -> plans.GatingPlan:
-    rules: Any = (*arguments[:10], options_from(arguments[10:]))
-    return plan_selection(*rules)
-
-
-class WeighingPlan(NamedTuple):
-    """The results, and the launch."""
-
-    topk_weights: arrays.Contiguous
-    topk_ids: arrays.Contiguous
-    weigh: Launch
-
-
-@planned
-def _plan_weighing(
-    gating_output: Layout,
-    topk_ids: Layout,
-    input_ids: Layout | None,
-    scoring_func: str,
-    renormalize: bool,
-    routed_scaling_factor: float,
-    logit_bias: Layout | None,
-    *wanted: Any,
-) -> WeighingPlan:
-    options = options_from(wanted)
-    checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
-    like = ("gating_output", gating_output)
-    num_tokens, num_experts = gating_output.shape
-    checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
-    checks.array("topk_ids", topk_ids, GIVEN_IDS, (2,), like=like)
-    num_given, top_k = topk_ids.shape
-    checks.integer("top_k (columns of `topk_ids`)", top_k, 1)
-    checks.fits_int32("topk_ids", num_given, "the number of rows")
-    if input_ids is not None:
-        checks.array("input_ids", input_ids, checks.IDS, (1,), like=like)
-        checks.shape("input_ids", input_ids, (num_tokens,), "(num_tokens,)")
-    else:
-        checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
-    checks.choice("scoring_func", scoring_func, SCORING)
-    checks.boolean("renormalize", renormalize)
-    if logit_bias is not None:
-        checks.array("logit_bias", logit_bias, (torch.float32,), (1,), like=like)
-        checks.shape("logit_bias", logit_bias, (num_experts,), "(num_experts,)")
-    extras, id_dtype = _check(gating_output, top_k, routed_scaling_factor, logit_bias, options)
-    num_slots = top_k + extras.shared.num_shared
-    checks.fits_int32("gating_output", num_tokens * num_slots, "num_tokens * top_k")
-    factor = routed_scaling_factor if options.apply_routed_scaling_factor_on_output else 1.0
-    rows = plans.rows_of(gating_output, 4 * plans.in_vectors(gating_output, num_experts))
-    already = given.Given(topk_ids, plans.sized(input_ids), num_given, input_ids.dtype.itemsize if input_ids else 0)
-    weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(factor))
-    records = (rows, already, weighing, Chosen(torch.float32, torch.int32), extras)
-    return WeighingPlan(
-        arrays.contiguous(torch.float32, num_tokens, num_slots),
-        arrays.contiguous(id_dtype, num_tokens, num_slots),
-        Launch(given.weigh_given, gating_output.device, *warps(num_tokens), *records),
+    rules = (
+        *(gating_output, top_k, given.num_expert_group, given.topk_group, given.renormalize, given.scoring_func),
+        *(correction_bias, given.group_score, factor if options.apply_routed_scaling_factor_on_output else 1.0),
     )
+    if options == NONE and logit_bias is None:
+        return plans.grouped_plan(*rules)
+    only_counts = logit_bias is None and options._replace(counts=None, counts_enabled=None) == NONE
+    return plans.grouped_plan(*rules, extras, COUNTING if only_counts else EXTENDED)
 
 
-def _check_data(gating_output: torch.Tensor, options: Options) -> None:
-    _check_places(options)
-    padded = torch.zeros(len(gating_output), dtype=torch.bool, device=gating_output.device)
-    if options.num_token_non_padded is not None:
-        rows = torch.arange(len(gating_output), dtype=torch.int64, device=padded.device)
-        padded |= rows >= options.num_token_non_padded
-    if options.is_padding is not None:
-        padded |= options.is_padding
-    checks.logits("gating_output", gating_output.masked_fill(padded[:, None], 0))
+def biases_of(given: Any) -> tuple[Any, Any]:
+    """Return the bias that is added to logits, and the one that moves the choice alone."""
+    bias = given.correction_bias
+    return (bias, None) if given.bias_mode == "logits" else (None, bias)
 
 
-def _check_places(options: Options) -> None:
+def check_data(given: Any) -> None:
+    """Check the logits of tokens that are no padding, and the places that ids may become."""
+    check_places(given)
+    padded = torch.zeros(len(given.gating_output), dtype=torch.bool, device=given.gating_output.device)
+    if given.num_token_non_padded is not None:
+        rows = torch.arange(len(padded), dtype=torch.int64, device=padded.device)
+        padded |= rows >= given.num_token_non_padded
+    if given.is_padding is not None:
+        padded |= given.is_padding
+    checks.logits("gating_output", given.gating_output.masked_fill(padded[:, None], 0))
+
+
+def check_places(given: Any) -> None:
     """Check that the dtype of ids holds every place that they may become; this reads the map of places."""
-    if options.dispatch is not None:
-        name = str(options.indices_dtype).removeprefix("torch.")
-        places = options.dispatch[0].cpu().numpy()
+    if given.dispatch is not None:
+        name = str(given.indices_dtype).removeprefix("torch.")
+        places = given.dispatch[0].cpu().numpy()
         rule = f"at most {LARGEST_IDS[name]}, the largest {name}, which `indices_dtype` is"
         checks.every("dispatch.physical_map", rule, places <= LARGEST_IDS[name], places, ("row", "column"))
 
 
-def refuse_overlaps(options: Options, **inputs: Any) -> None:
-    """Refuse memory to be written that is another argument's."""
-    if options.identity_weights is not None or options.counts is not None:
-        checks.apart({**inputs, **options._asdict()}, ("identity_weights", "counts"))
+def answer_by(twin: Callable[..., Any], given: Any) -> Any:
+    """Answer a call of the CPU by the reference."""
+    check_places(given)
+    arguments = given._asdict()
+    del arguments["out"]
+    arguments["indices_dtype"] = str(given.indices_dtype).removeprefix("torch.")
+    if given.softcap == math.inf:
+        arguments["softcap"] = 0.0
+    return by_reference(twin, **arguments)
 
 
-def refuse_gradient(gating_output: torch.Tensor) -> None:
-    wanted = gating_output.requires_grad and torch.is_grad_enabled()
-    checks.holds("gating_output", "without a gradient for these options", not wanted, "one that requires it")
-
-
-@arrays.public_writing("identity_weights", "counts")
+@op(reference.select_experts, writes=("identity_weights", "counts"))
 def select_experts(
-    gating_output: Any,
+    gating_output: Array,
     top_k: int,
     *,
     scoring_func: str = "softmax",
     renormalize: bool = False,
-    correction_bias: Any = None,
+    correction_bias: Array | None = None,
     num_expert_group: int = 1,
     topk_group: int = 1,
     group_score: str | None = None,
@@ -328,13 +237,14 @@ def select_experts(
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
-    identity_weights: Any = None,
-    num_token_non_padded: Any = None,
-    is_padding: Any = None,
-    dispatch: Any = None,
-    counts: Any = None,
-    counts_enabled: Any = None,
+    identity_weights: Array | None = None,
+    num_token_non_padded: Array | None = None,
+    is_padding: Array | None = None,
+    dispatch: DispatchTables | None = None,
+    counts: Array | None = None,
+    counts_enabled: Array | None = None,
     indices_dtype: Any = "int32",
+    out: TopK | None = None,
 ) -> TopK:
     """Choose the experts of each token, with every option of every kind of gating by its name.
 
@@ -391,6 +301,8 @@ def select_experts(
     indices_dtype : {"int32", "int64", "int16"}
         Of `topk_ids`; a dtype of that name will do. A physical id of `dispatch` that it cannot hold is an error on the
         CPU, and -1, for no place, on the GPU, where nobody reads the map beforehand.
+    out : tuple of two arrays as in the result, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -427,80 +339,77 @@ def select_experts(
     >>> select_experts(logits, 2, counts=counts, indices_dtype="int64").topk_ids, counts
     (array([[0, 3]]), array([1, 0, 0, 1]))
     """
-    options = options_of(
-        softcap,
-        num_fused_shared_experts,
-        apply_routed_scaling_factor_on_output,
-        num_zero_experts,
-        zero_expert_id,
-        identity_weights,
-        num_token_non_padded,
-        is_padding,
-        dispatch,
-        counts,
-        counts_enabled,
-        indices_dtype,
-    )
-    if options is NONE and isinstance(bias_mode, str) and bias_mode == "choice":
-        return gating.choose_grouped(
-            gating_output,
-            top_k,
-            num_expert_group,
-            topk_group,
-            renormalize,
-            scoring_func,
-            correction_bias,
-            group_score,
-            routed_scaling_factor,
-        )
-    groups = (num_expert_group, topk_group, renormalize, scoring_func, layout(correction_bias), group_score)
-    rules = (routed_scaling_factor, bias_mode, *asked(options))
-    plan = _plan_selection(layout(gating_output), top_k, *groups, *rules)
-    refuse_overlaps(options, gating_output=gating_output, correction_bias=correction_bias)
-    refuse_gradient(gating_output)
-    if checks.VALIDATE:
-        _check_data(gating_output, options)
-    if arrays.answered_by_reference(gating_output):
-        _check_places(options)
-        return arrays.by_reference(
-            reference.select_experts,
-            *(gating_output, top_k),
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            correction_bias=correction_bias,
-            num_expert_group=num_expert_group,
-            topk_group=topk_group,
-            group_score=group_score,
-            routed_scaling_factor=routed_scaling_factor,
-            bias_mode=bias_mode,
-            **options.for_reference(),
-        )
-    logit_bias, correction_bias = (correction_bias, None) if bias_mode == "logits" else (None, correction_bias)
-    return gating.run_plan(plan, gating_output, correction_bias, logit_bias=logit_bias, **options.arrays())
 
 
-@arrays.public_writing("identity_weights", "counts")
+@select_experts.outputs
+def _(given: Any) -> tuple[Contiguous, Contiguous]:
+    return outputs_of(given, given.top_k)
+
+
+@select_experts.plan
+def _(given: Any) -> plans.GatingPlan:
+    return plan_selection(given, options_of(given))
+
+
+@select_experts.validate
+def _(given: Any) -> None:
+    check_data(given)
+
+
+@select_experts.on_cpu
+def _(given: Any) -> Any:
+    return answer_by(reference.select_experts, given)
+
+
+@select_experts.run
+def _(plan: plans.GatingPlan, given: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    logit_bias, correction_bias = biases_of(given)
+    extras = {} if plan.role == PLAIN else {"logit_bias": logit_bias, **extra_arrays(given)}
+    choose.choose(plan, given.gating_output, correction_bias, topk_weights, topk_ids, **extras)
+
+
+@select_experts.refuse
+def _(given: Any) -> None:
+    defaults = {**NONE._asdict(), "bias_mode": "choice"}
+    for name, default in defaults.items():
+        value = getattr(given, name)
+        if value is not None and value != default and (name, value) != ("softcap", math.inf):
+            rule = "without a gradient for these options"
+            checks.holds("gating_output", rule, False, f"one that requires it, and `{name}`")
+
+
+@select_experts.saves
+def _(ctx: Any, given: Any, topk_weights: Any, topk_ids: Any) -> None:
+    rules = (given.scoring_func, given.renormalize, given.routed_scaling_factor)
+    choose.keep(ctx, given.gating_output, topk_weights, topk_ids, *rules)
+
+
+select_experts.backward(choose.backward)
+
+
+@op(reference.weigh_experts, writes=("identity_weights", "counts"))
 def weigh_experts(
-    gating_output: Any,
-    topk_ids: Any,
+    gating_output: Array,
+    topk_ids: Array,
     *,
-    input_ids: Any = None,
+    input_ids: Array | None = None,
     scoring_func: str = "softmax",
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
     softcap: float = 0.0,
-    logit_bias: Any = None,
+    logit_bias: Array | None = None,
     num_fused_shared_experts: int = 0,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
-    identity_weights: Any = None,
-    num_token_non_padded: Any = None,
-    is_padding: Any = None,
-    dispatch: Any = None,
-    counts: Any = None,
-    counts_enabled: Any = None,
+    identity_weights: Array | None = None,
+    num_token_non_padded: Array | None = None,
+    is_padding: Array | None = None,
+    dispatch: DispatchTables | None = None,
+    counts: Array | None = None,
+    counts_enabled: Array | None = None,
     indices_dtype: Any = "int32",
+    out: TopK | None = None,
 ) -> TopK:
     """Weigh experts that are chosen already: recorded ones, or those that a table has for a token's id.
 
@@ -545,6 +454,8 @@ def weigh_experts(
         0 on the device: nothing is counted.
     indices_dtype : {"int32", "int64", "int16"}
         Of the ids that are returned, as in `select_experts`.
+    out : tuple of two arrays as in the result, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -574,40 +485,65 @@ def weigh_experts(
            [1.  , 0.  ]], dtype=float32), topk_ids=array([[ 2,  0],
            [ 1, -1]], dtype=int32))
     """
-    options = options_of(
-        *(softcap, num_fused_shared_experts, apply_routed_scaling_factor_on_output),
-        *(num_zero_experts, zero_expert_id, identity_weights, num_token_non_padded, is_padding),
-        *(dispatch, counts, counts_enabled, indices_dtype),
-    )
-    rules = (scoring_func, renormalize, routed_scaling_factor, layout(logit_bias), *asked(options))
-    plan = _plan_weighing(layout(gating_output), layout(topk_ids), layout(input_ids), *rules)
-    others = {"topk_ids": topk_ids, "input_ids": input_ids, "logit_bias": logit_bias}
-    refuse_overlaps(options, gating_output=gating_output, **others)
-    refuse_gradient(gating_output)
-    if checks.VALIDATE:
-        _check_data(gating_output, options)
-        checks.ids(topk_ids, gating_output.shape[1])
-    if arrays.answered_by_reference(gating_output):
-        _check_places(options)
-        return arrays.by_reference(
-            reference.weigh_experts,
-            *(gating_output, topk_ids),
-            input_ids=input_ids,
-            scoring_func=scoring_func,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            logit_bias=logit_bias,
-            **options.for_reference(),
-        )
-    topk_weights = arrays.empty(*plan.topk_weights)
-    written = arrays.empty(*plan.topk_ids)
-    plan.weigh(
-        gating_output=gating_output,
-        given_ids=topk_ids,
-        input_ids=input_ids,
+
+
+@weigh_experts.outputs
+def _(given: Any) -> tuple[Contiguous, Contiguous]:
+    return outputs_of(given, given.topk_ids.shape[1])
+
+
+@weigh_experts.plan
+def _(given: Any) -> Launch:
+    options, gating_output, topk_ids = options_of(given), given.gating_output, given.topk_ids
+    checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
+    like = ("gating_output", gating_output)
+    num_tokens, num_experts = gating_output.shape
+    checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
+    checks.array("topk_ids", topk_ids, GIVEN_IDS, (2,), like=like)
+    num_given, top_k = topk_ids.shape
+    checks.integer("top_k (columns of `topk_ids`)", top_k, 1)
+    checks.fits_int32("topk_ids", num_given, "the number of rows")
+    if given.input_ids is not None:
+        checks.array("input_ids", given.input_ids, checks.IDS, (1,), like=like)
+        checks.shape("input_ids", given.input_ids, (num_tokens,), "(num_tokens,)")
+    else:
+        checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
+    checks.choice("scoring_func", given.scoring_func, SCORING)
+    checks.boolean("renormalize", given.renormalize)
+    if given.logit_bias is not None:
+        checks.array("logit_bias", given.logit_bias, (torch.float32,), (1,), like=like)
+        checks.shape("logit_bias", given.logit_bias, (num_experts,), "(num_experts,)")
+    factor = given.routed_scaling_factor
+    extras = _check(gating_output, top_k, factor, given.logit_bias, options)
+    checks.fits_int32("gating_output", num_tokens * (top_k + extras.shared.num_shared), "num_tokens * top_k")
+    on_output = factor if options.apply_routed_scaling_factor_on_output else 1.0
+    rows = plans.rows_of(gating_output, 4 * plans.in_vectors(gating_output, num_experts))
+    id_bytes = given.input_ids.dtype.itemsize if given.input_ids else 0
+    already = already_given.Given(topk_ids, plans.sized(given.input_ids), num_given, id_bytes)
+    weighing = Weighting(top_k, SCORING.index(given.scoring_func), int(given.renormalize), float(on_output))
+    records = (rows, already, weighing, Chosen(torch.float32, torch.int32), extras)
+    return Launch(already_given.weigh_given, gating_output.device, *warps(num_tokens), *records)
+
+
+@weigh_experts.validate
+def _(given: Any) -> None:
+    check_data(given)
+    checks.ids(given.topk_ids, given.gating_output.shape[1])
+
+
+@weigh_experts.on_cpu
+def _(given: Any) -> Any:
+    return answer_by(reference.weigh_experts, given)
+
+
+@weigh_experts.run
+def _(weigh: Any, given: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    weigh(
+        gating_output=given.gating_output,
+        given_ids=given.topk_ids,
+        input_ids=given.input_ids,
         topk_weights=topk_weights,
-        topk_ids=written,
-        logit_bias=logit_bias,
-        **options.arrays(),
+        topk_ids=topk_ids,
+        logit_bias=given.logit_bias,
+        **extra_arrays(given),
     )
-    return new_tuple(TopK, (topk_weights, written))

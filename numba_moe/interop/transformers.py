@@ -12,22 +12,20 @@ and again whenever something of the module has changed. If none does, and in com
 module's own as it is, that runs between our permutation and torch's GEMMs.
 """
 
-import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from numba_moe.activation import moe_activation
-from numba_moe.experts import fused_experts, is_grouped, multiply_by_expert
-from numba_moe.permute import moe_permute, moe_unpermute
+from numba_moe.activation.activate import moe_activation
+from numba_moe.experts import fused_experts, multiply
+from numba_moe.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.reference.activation import RULES
-from numba_moe.runtime.plans import Layout, layout
 
 NAME = "numba_moe"
 # How near an activation's float32 results must be to the module's own to stand for them.
@@ -165,20 +163,6 @@ def experts_forward(
     return combined.to(hidden_states.dtype)
 
 
-def _multiplication(
-    hidden_states: torch.Tensor, up: torch.Tensor, down: torch.Tensor, topk_ids: torch.Tensor
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return what multiplies rows by the matrix of each expert."""
-    if not torch.compiler.is_compiling():
-        rows, first, second, ids = map(layout, (hidden_states, up, down, topk_ids))
-        if all(isinstance(found, Layout) for found in (rows, first, second, ids)):
-            grouped = is_grouped(rows, first, second, ids, torch.is_grad_enabled())
-            return functools.partial(multiply_by_expert, grouped=grouped)
-    from numba_moe.interop import torch_experts  # which registers the ops: only where torch traces
-
-    return torch_experts.multiply
-
-
 def _with_own_gate(
     self: Any,
     hidden_states: torch.Tensor,
@@ -193,16 +177,15 @@ def _with_own_gate(
     permuted = moe_permute(hidden_states, topk_ids, len(up))
     offset = permuted.expert_first_token_offset
     ends = offset[1:].to(torch.int32)
-    by_expert = _multiplication(hidden_states, up, down, topk_ids)
     unused = torch.arange(topk_ids.numel(), dtype=torch.int64, device=offset.device).unsqueeze(1) >= offset[-1]
 
-    def multiply(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = by_expert(rows, weights, ends).masked_fill(unused, 0)
+    def by_expert(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = multiply(rows, weights, ends).masked_fill(unused, 0)
         return rows if bias is None else moe_activation(rows, offset, bias, activation="none")
 
-    rows = multiply(permuted.permuted_hidden_states, up, up_bias)
+    rows = by_expert(permuted.permuted_hidden_states, up, up_bias)
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-    rows = multiply(rows, down, down_bias)
+    rows = by_expert(rows, down, down_bias)
     if _has_norm(self):
         rows = self.post_expert_norm(rows)
     return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx)

@@ -9,18 +9,16 @@ and 0 for a row without a slot. A warp serves a slot, and the row of its own num
 of float32 in a fixed order.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from numba_moe.permute.rows import plan_combine, stride_of
 from numba_moe.reference import permute as reference
-from numba_moe.runtime import arrays
+from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous, empty
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.launch import Launch, block_threads, warps
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import (
     LIKE,
     Float32,
@@ -31,7 +29,6 @@ from numba_moe.runtime.parameters import (
     OptionalFloat32Array,
     OptionalInt32Array,
 )
-from numba_moe.runtime.plans import Layout, layout, planned
 from numba_moe.runtime.primitives import (
     WARP,
     add_scaled,
@@ -155,189 +152,173 @@ def differentiate_rows(forward: Forward, slots: Weighted, slopes: Slopes, gradie
             column = int32(column + step)
 
 
-class BackwardPlan(NamedTuple):
-    """The gradients, the index of slots by row, and the launches that write them."""
+class UnpermuteGradients(NamedTuple):
+    """Gradients by rows and by weights; None for one that is not wanted."""
 
-    grad_rows: arrays.Contiguous
-    grad_weights: arrays.Contiguous
-    permuted_idx: arrays.Contiguous
+    rows: Any
+    weights: Any
+
+
+@op(is_gradient=True)
+def unpermute_backward(
+    permuted: Array,
+    topk_weights: Array,
+    inv_permuted_idx: Array,
+    grad: Array,
+    routed_scaling_factor: float,
+    by_rows: bool,
+    by_weights: bool,
+) -> UnpermuteGradients:
+    """Return the gradients by rows and by weights, those that are wanted, given that by the result.
+
+    Parameters
+    ----------
+    permuted : array of float32, float16 or bfloat16, shape [num_rows, hidden]
+        What `moe_unpermute` was given, and so are the next two.
+    topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
+        The weights.
+    inv_permuted_idx : array of int32, shape [num_tokens, top_k]
+        The row of each slot; each row is that of one slot at most.
+    grad : array of float32, float16 or bfloat16, shape [num_tokens, hidden]
+        The gradient by the result.
+    routed_scaling_factor : float
+        What sums were multiplied by.
+    by_rows, by_weights : bool
+        Whether a gradient is wanted.
+
+    Returns
+    -------
+    UnpermuteGradients
+        rows : as `permuted`; None unless wanted. weights : as `topk_weights`; None unless wanted.
+    """
+
+
+@unpermute_backward.outputs
+def _(given: Any) -> UnpermuteGradients:
+    permuted, topk_weights = given.permuted, given.topk_weights
+    return UnpermuteGradients(
+        contiguous(permuted.dtype, *permuted.shape) if given.by_rows else None,
+        contiguous(topk_weights.dtype, *topk_weights.shape) if given.by_weights else None,
+    )
+
+
+class BackwardPlan(NamedTuple):
+    """The scratch that may be needed, and the launches."""
+
+    permuted_idx: Contiguous
+    grad_weights: Contiguous | None
     invert: Launch
     differentiate: Launch
 
 
-@planned
-def _plan_backward(
-    permuted: Layout,
-    topk_weights: Layout,
-    inv_permuted_idx: Layout,
-    grad: Layout,
-    factor: float,
-    wanted: tuple[bool, bool],
-) -> BackwardPlan:
+@unpermute_backward.plan
+def _(given: Any) -> BackwardPlan:
+    permuted, topk_weights, grad = given.permuted, given.topk_weights, given.grad
     num_rows, hidden = permuted.shape
     num_slots, top_k = topk_weights.shape.numel(), topk_weights.shape[1]
-    strides = stride_of(permuted), stride_of(grad)
+    by_row = grad.strides is None or grad.strides[-1] == 1
+    strides = stride_of(permuted), stride_of(grad) if by_row else hidden
     lanes = 16 // permuted.dtype.itemsize
-    if permuted.address or grad.address or any(number % lanes for number in (hidden, *strides)):
+    if permuted.address or (by_row and grad.address) or any(number % lanes for number in (hidden, *strides)):
         lanes = 1
     threads, most = block_threads(THREADS), max(num_slots, num_rows)
-    grad_rows = arrays.contiguous(permuted.dtype, num_rows, hidden)
-    grad_weights = arrays.contiguous(torch.float32, *topk_weights.shape)
-    permuted_idx = arrays.contiguous(torch.int32, num_rows)
     gradients = Gradients(
-        permuted_idx=permuted_idx if wanted[0] else None,
-        grad_rows=grad_rows if wanted[0] else None,
-        grad_weights=grad_weights if wanted[1] else None,
+        permuted_idx=torch.int32 if given.by_rows else None,
+        grad_rows=permuted.dtype if given.by_rows else None,
+        grad_weights=torch.float32 if given.by_weights else None,
     )
-    inverse = Inverse(inv_permuted_idx, num_slots)
+    inverse = Inverse(given.inv_permuted_idx, num_slots)
     blocks = -(-num_slots // threads)
+    rounded = given.by_weights and topk_weights.dtype != torch.float32
     return BackwardPlan(
-        *(grad_rows, grad_weights, permuted_idx),
-        Launch(invert_index, permuted.device, blocks, threads, inverse, ByRow(permuted_idx, num_rows)),
+        contiguous(torch.int32, num_rows),
+        contiguous(torch.float32, *topk_weights.shape) if rounded else None,
+        Launch(invert_index, permuted.device, blocks, threads, inverse, ByRow(torch.int32, num_rows)),
         Launch(
             *(differentiate_rows, permuted.device, *warps(most, WARPS_IN_BLOCK)),
             Forward(permuted, num_rows, hidden, row_stride=strides[0], lanes=lanes),
-            Weighted(topk_weights, inv_permuted_idx, num_slots, top_k, float(factor)),
+            Weighted(topk_weights, given.inv_permuted_idx, num_slots, top_k, float(given.routed_scaling_factor)),
             Slopes(grad, strides[1]),
             gradients,
         ),
     )
 
 
-def unpermute_backward(
-    permuted: torch.Tensor,
-    topk_weights: torch.Tensor,
-    inv_permuted_idx: torch.Tensor,
-    grad: torch.Tensor,
-    routed_scaling_factor: float,
-    wanted: tuple[bool, bool] = (True, True),
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients by rows and by weights, those that are wanted, given that by the result."""
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    arguments = (permuted, topk_weights, inv_permuted_idx, grad)
-    if arrays.answered_by_reference(permuted):
-        found = arrays.by_reference(reference.unpermute_backward, *arguments, routed_scaling_factor)
-        return found[0].to(permuted.dtype), found[1].to(topk_weights.dtype)
-    rows, weights, index, slopes = map(layout, arguments)
-    plan = _plan_backward(rows, weights, index, slopes, routed_scaling_factor, wanted)
-    permuted_idx = grad_rows = grad_weights = None
-    if wanted[0]:
-        grad_rows = arrays.empty(*plan.grad_rows)
-        permuted_idx = arrays.empty(*plan.permuted_idx).fill_(-1)
-        plan.invert(inv_permuted_idx=inv_permuted_idx, permuted_idx=permuted_idx)
-    if wanted[1]:
-        grad_weights = arrays.empty(*plan.grad_weights)
+@unpermute_backward.on_cpu
+def _(given: Any) -> UnpermuteGradients:
+    arguments = (given.permuted, given.topk_weights, given.inv_permuted_idx, given.grad)
+    rows, weights = by_reference(reference.unpermute_backward, *arguments, given.routed_scaling_factor)
+    return UnpermuteGradients(rows if given.by_rows else None, weights if given.by_weights else None)
+
+
+@unpermute_backward.run
+def _(plan: BackwardPlan, given: Any, grad_rows: torch.Tensor | None, grad_weights: torch.Tensor | None) -> None:
+    permuted_idx = None
+    if grad_rows is not None:
+        permuted_idx = empty(*plan.permuted_idx).fill_(-1)
+        plan.invert(inv_permuted_idx=given.inv_permuted_idx, permuted_idx=permuted_idx)
+    in_float32 = grad_weights if plan.grad_weights is None else empty(*plan.grad_weights)
     plan.differentiate(
-        rows=permuted,
-        topk_weights=topk_weights,
-        inv_permuted_idx=inv_permuted_idx,
-        grad=grad,
+        rows=given.permuted,
+        topk_weights=given.topk_weights,
+        inv_permuted_idx=given.inv_permuted_idx,
+        grad=in_rows(given.grad),
         permuted_idx=permuted_idx,
         grad_rows=grad_rows,
-        grad_weights=grad_weights,
+        grad_weights=in_float32,
     )
-    return grad_rows, None if grad_weights is None else grad_weights.to(topk_weights.dtype)
+    if grad_weights is not None and in_float32 is not None and in_float32 is not grad_weights:
+        grad_weights.copy_(in_float32)
 
 
-@planned
-def _plan_permute_backward(grad: Layout, inv_permuted_idx: Layout) -> tuple[arrays.Contiguous, Launch]:
-    num_tokens, top_k = inv_permuted_idx.shape
-    launch = plan_combine(grad, num_tokens, top_k, None, inv_permuted_idx, True, 1.0, grad.dtype)
-    return arrays.contiguous(grad.dtype, num_tokens, grad.shape[1]), launch
+def in_rows(grad: torch.Tensor) -> torch.Tensor:
+    """Return a gradient with contiguous rows."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
-def permute_backward(inv_permuted_idx: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Return the gradient by the tokens' rows, given that by the permuted ones, or by batches of them."""
-    grad = grad.reshape(-1, grad.shape[-1]) if grad.dim() == 3 else grad
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    if arrays.answered_by_reference(grad):
-        ones = torch.ones(inv_permuted_idx.shape, dtype=torch.float32, device=grad.device)
-        return arrays.by_reference(reference.moe_unpermute, grad, ones, inv_permuted_idx).to(grad.dtype)
-    result, combine = _plan_permute_backward(layout(grad), layout(inv_permuted_idx))
-    found: torch.Tensor = arrays.empty(*result)
-    combine(rows=grad, places=inv_permuted_idx, combined=found)
+@op(is_gradient=True)
+def permute_backward(inv_permuted_idx: Array, grad: Array) -> Any:
+    """Return the gradient by the tokens' rows, given that by the permuted ones, or by batches of them.
+
+    Parameters
+    ----------
+    inv_permuted_idx : array of int32, shape [num_tokens, top_k]
+        The row of each slot, as `moe_permute` or `moe_permute_masked` returned it.
+    grad : array of float32, float16 or bfloat16, shape [num_rows, hidden] or [num_experts, max_m, hidden]
+        The gradient by the permuted rows.
+
+    Returns
+    -------
+    array of the dtype of `grad`, shape [num_tokens, hidden]
+    """
+
+
+@permute_backward.outputs
+def _(given: Any) -> Contiguous:
+    return contiguous(given.grad.dtype, given.inv_permuted_idx.shape[0], given.grad.shape[-1])
+
+
+@permute_backward.plan
+def _(given: Any) -> Launch:
+    grad, (num_tokens, top_k) = given.grad, given.inv_permuted_idx.shape
+    whole = grad.strides is None or (len(grad.shape) == 2 and grad.strides[-1] == 1)
+    rows = grad if whole else grad._replace(strides=None, address=0)
+    if len(grad.shape) == 3:
+        rows = rows._replace(shape=torch.Size((grad.shape[0] * grad.shape[1], grad.shape[2])))
+    return plan_combine(rows, num_tokens, top_k, None, given.inv_permuted_idx, True, 1.0, grad.dtype)
+
+
+def _rows_of(grad: torch.Tensor) -> torch.Tensor:
+    return in_rows(grad) if grad.dim() == 2 else grad.contiguous().view(-1, grad.shape[-1])
+
+
+@permute_backward.on_cpu
+def _(given: Any) -> torch.Tensor:
+    ones = torch.ones(given.inv_permuted_idx.shape, dtype=torch.float32, device=given.grad.device)
+    found: torch.Tensor = by_reference(reference.moe_unpermute, _rows_of(given.grad), ones, given.inv_permuted_idx)
     return found
 
 
-class Permuting(torch.autograd.Function):
-    """A permutation whose rows have a gradient by the tokens' rows."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, permute: Any) -> Any:
-        found = permute(hidden_states)
-        ctx.save_for_backward(found.inv_permuted_idx)
-        ctx.mark_non_differentiable(*(part for part in found[1:] if part is not None))
-        return tuple(found)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-        (inv_permuted_idx,) = ctx.saved_tensors
-        return permute_backward(inv_permuted_idx, grad), None
-
-
-class Unpermuting(torch.autograd.Function):
-    """A combination that has gradients by rows and by weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        permuted: torch.Tensor,
-        topk_weights: torch.Tensor,
-        inv_permuted_idx: torch.Tensor,
-        unpermute: Any,
-        differentiate: Any,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(permuted, topk_weights, inv_permuted_idx)
-        ctx.differentiate = differentiate
-        found: torch.Tensor = unpermute(permuted, topk_weights)
-        return found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        wanted = tuple(ctx.needs_input_grad[:2])
-        return *ctx.differentiate(*ctx.saved_tensors, grad, wanted=wanted), None, None, None
-
-
-class Adding(torch.autograd.Function):
-    """A sum of each token's rows, of which each has the gradient of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, topk_ids: Any, factor: float, add: Any) -> torch.Tensor:
-        ctx.save_for_backward(*(() if topk_ids is None else (topk_ids,)))
-        ctx.factor, ctx.shape, ctx.dtype = factor, hidden_states.shape, hidden_states.dtype
-        found: torch.Tensor = add(hidden_states)
-        return found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        grad = (grad * ctx.factor).to(ctx.dtype)[:, None].expand(ctx.shape)
-        for topk_ids in ctx.saved_tensors:
-            grad = grad.masked_fill((topk_ids < 0)[..., None], 0)
-        return grad, None, None, None
-
-
-def differentiable_permute(permute: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor) -> Any:
-    """Return the parts of what `permute` makes of rows that require a gradient, as a part of torch's graph."""
-    return Permuting.apply(hidden_states, permute)
-
-
-def differentiable_unpermute(
-    unpermute: Callable[..., torch.Tensor],
-    permuted: torch.Tensor,
-    topk_weights: torch.Tensor,
-    inv_permuted_idx: torch.Tensor,
-    routed_scaling_factor: float,
-) -> Any:
-    """Return what `unpermute` makes of rows or weights that require a gradient, as a part of torch's graph."""
-    differentiate = functools.partial(unpermute_backward, routed_scaling_factor=routed_scaling_factor)
-    return Unpermuting.apply(permuted, topk_weights, inv_permuted_idx, unpermute, differentiate)
-
-
-def differentiable_sum(
-    add: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor, topk_ids: Any, factor: float
-) -> Any:
-    """Return what `add` makes of rows that require a gradient, as a part of torch's graph."""
-    return Adding.apply(hidden_states, topk_ids, factor, add)
+@permute_backward.run
+def _(combine: Launch, given: Any, found: torch.Tensor) -> None:
+    combine(rows=_rows_of(given.grad), places=given.inv_permuted_idx, combined=found)

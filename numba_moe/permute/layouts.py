@@ -1,21 +1,22 @@
 """Rows of each expert in a batch of their own, and the order of slots under the names of SGLang's dispatcher."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 
 from numba_moe import sorting
-from numba_moe.permute.backward import differentiable_permute
+from numba_moe.permute.backward import permute_backward
 from numba_moe.permute.rows import Gather, check_rows, deal, gather, permute_by_reference, plan_gather
 from numba_moe.reference import permute as reference
 from numba_moe.reference.permute import MaskedTokens, ReorderedSlots
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous, empty
 from numba_moe.runtime.dialect import cuda, int32
 from numba_moe.runtime.launch import Launch
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import Int32, Int32Array, Int64Array
-from numba_moe.runtime.plans import Layout, layout, new_tuple, planned
 from numba_moe.runtime.primitives import quotient
+from numba_moe.sizes import num_elements
 
 
 class Grouped(NamedTuple):
@@ -61,114 +62,18 @@ def lay_out_rows(grouped: Grouped, batches: Batches):
         row = int32(row + batches.parts * cuda.blockDim.x)
 
 
-class MaskedPlan(NamedTuple):
-    """The results but for the rows, and what they are made from; the sort, and the copies of rows and scales."""
-
-    indices: tuple[arrays.Contiguous, ...]
-    sort: sorting.SortPlan
-    lay_out: Launch
-    rows: Gather
-    scales: Gather | None
-
-
-@planned
-def _plan_masked(
-    hidden_states: Layout,
-    topk_ids: Layout,
-    num_experts: int,
-    max_m: int,
-    expert_map: Layout | None,
-    num_local_experts: int | None,
-    scales: Layout | None,
-    zero_padding: bool,
-) -> MaskedPlan:
-    num_experts, top_k = check_rows(hidden_states, topk_ids, num_experts, expert_map, scales, zero_padding)
-    max_m = checks.integer("max_m", max_m, 1)
-    batches = num_experts
-    if num_local_experts is not None:
-        batches = checks.integer("num_local_experts", num_local_experts, 1, num_experts, f"num_experts = {num_experts}")
-    checks.fits_int32("max_m", batches * max_m, "the number of rows")
-    num_slots = topk_ids.shape.numel()
-    indices = (
-        arrays.contiguous(torch.int32, num_slots),
-        arrays.contiguous(torch.int64, num_experts + 1),
-        arrays.contiguous(torch.int32, *topk_ids.shape),
-        arrays.contiguous(torch.int32, batches, max_m),
-        arrays.contiguous(torch.int32, batches),
-    )
-    threads, parts = deal(num_experts, max_m)
-    sorted_slots, offset, inv_permuted_idx, permuted_idx, masked_m = indices
-    grouped = Grouped(sorted_slots, offset, num_slots)
-    into = Batches(inv_permuted_idx, permuted_idx, masked_m, num_batches=batches, max_m=max_m, parts=parts)
-    written = ("position_of_slot", "offset")
-    return MaskedPlan(
-        indices,
-        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map, written=written),
-        Launch(lay_out_rows, topk_ids.device, num_experts * parts, threads, grouped, into),
-        plan_gather(hidden_states, top_k, (batches, max_m), zero_padding),
-        scales and plan_gather(scales, top_k, (batches, max_m), zero_padding),
-    )
-
-
-def _permute_masked(
-    hidden_states: Any,
-    topk_ids: Any,
-    num_experts: int,
-    max_m: int,
-    expert_map: Any,
-    num_local_experts: int | None,
-    scales: Any,
-    zero_padding: bool,
-) -> MaskedTokens:
-    plan = _plan_masked(
-        *(layout(hidden_states), layout(topk_ids), num_experts, max_m, layout(expert_map)),
-        *(num_local_experts, layout(scales), zero_padding),
-    )
-    if checks.VALIDATE:
-        checks.ids(topk_ids, num_experts)
-    arguments = {"topk_ids": topk_ids, "num_experts": num_experts, "max_m": max_m, "expert_map": expert_map}
-    arguments |= {"num_local_experts": num_local_experts, "scales": scales, "zero_padding": zero_padding}
-    if hidden_states.requires_grad and torch.is_grad_enabled():
-        permute = functools.partial(_permute_masked, **arguments)
-        return MaskedTokens(*differentiable_permute(permute, hidden_states))
-    if arrays.answered_by_reference(hidden_states):
-        return permute_by_reference(reference.moe_permute_masked, hidden_states, **arguments)
-    sorted_slots, offset, inv_permuted_idx, permuted_idx, masked_m = (arrays.empty(*array) for array in plan.indices)
-    sorting.sort(*(plan.sort, topk_ids, sorted_slots, expert_map), position_of_slot=inv_permuted_idx, offset=offset)
-    plan.lay_out(
-        sorted_slots=sorted_slots,
-        offset=offset,
-        inv_permuted_idx=inv_permuted_idx,
-        permuted_idx=permuted_idx,
-        masked_m=masked_m,
-    )
-    rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx)
-    moved = None if plan.scales is None else gather(plan.scales, scales, permuted_idx, inv_permuted_idx)
-    return new_tuple(MaskedTokens, (rows, masked_m, permuted_idx, inv_permuted_idx, moved))
-
-
-@planned
-def _plan_reorder(
-    topk_ids: Layout, num_experts: int, expert_map: Layout | None
-) -> tuple[sorting.SortPlan, arrays.Contiguous, arrays.Contiguous]:
-    num_experts = checks.routing(topk_ids, num_experts, expert_map)
-    num_slots = topk_ids.shape.numel()
-    written = ("position_of_slot", "offset", "expert_ids")
-    sort = sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=expert_map, written=written)
-    return sort, arrays.contiguous(torch.int32, num_slots), arrays.contiguous(torch.int64, num_experts + 1)
-
-
-@arrays.public
+@op(reference.moe_permute_masked, absent={"permuted_scales": "scales"})
 def moe_permute_masked(
-    hidden_states: Any,
-    topk_ids: Any,
+    hidden_states: Array,
+    topk_ids: Array,
     num_experts: int,
     max_m: int,
-    expert_map: Any = None,
+    expert_map: Array | None = None,
     *,
     num_local_experts: int | None = None,
-    scales: Any = None,
+    scales: Array | None = None,
     zero_padding: bool = True,
+    out: MaskedTokens | None = None,
 ) -> MaskedTokens:
     """Copy each token's row once for each of its experts, into a batch of rows for every expert.
 
@@ -191,6 +96,8 @@ def moe_permute_masked(
         What quantised rows are scaled by: moved along with them.
     zero_padding : bool
         Write zeros to rows without a slot. Otherwise they hold what was in memory, and batches cost what they hold.
+    out : tuple of arrays as in the result, with its Nones, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -225,12 +132,99 @@ def moe_permute_masked(
     >>> masked.masked_m
     array([2, 2], dtype=int32)
     """
-    options = (expert_map, num_local_experts, scales, zero_padding)
-    return _permute_masked(hidden_states, topk_ids, num_experts, max_m, *options)
 
 
-@arrays.public
-def moe_reorder(topk_ids: Any, num_experts: int, expert_map: Any = None) -> ReorderedSlots:
+@moe_permute_masked.outputs
+def _(given: Any) -> MaskedTokens:
+    rows, scales, max_m = given.hidden_states, given.scales, given.max_m
+    batches = given.num_experts if given.num_local_experts is None else given.num_local_experts
+    return MaskedTokens(
+        contiguous(rows.dtype, batches, max_m, rows.shape[1]),
+        contiguous(torch.int32, batches),
+        contiguous(torch.int32, batches, max_m),
+        contiguous(torch.int32, *given.topk_ids.shape),
+        None if scales is None else contiguous(scales.dtype, batches, max_m, *scales.shape[1:]),
+    )
+
+
+class MaskedPlan(NamedTuple):
+    """Where the sort writes, the sort, how its slots get their rows, and the copies of rows and scales."""
+
+    scratch: tuple[Contiguous, Contiguous]
+    sort: sorting.SortPlan
+    lay_out: Launch
+    rows: Gather
+    scales: Gather | None
+
+
+@moe_permute_masked.plan
+def _(given: Any) -> MaskedPlan:
+    num_experts, top_k = check_rows(given)
+    max_m = checks.integer("max_m", given.max_m, 1)
+    batches = num_experts
+    if given.num_local_experts is not None:
+        limit = f"num_experts = {num_experts}"
+        batches = checks.integer("num_local_experts", given.num_local_experts, 1, num_experts, limit)
+    checks.fits_int32("max_m", batches * max_m, "the number of rows")
+    topk_ids, num_slots = given.topk_ids, given.topk_ids.shape.numel()
+    threads, parts = deal(num_experts, max_m)
+    scratch = (contiguous(torch.int32, num_slots), contiguous(torch.int64, num_experts + 1))
+    grouped = Grouped(*scratch, num_slots)
+    into = Batches(torch.int32, torch.int32, torch.int32, num_batches=batches, max_m=max_m, parts=parts)
+    written = ("position_of_slot", "offset")
+    return MaskedPlan(
+        scratch,
+        sorting.plan_sort(topk_ids, num_experts, num_slots, expert_map=given.expert_map, written=written),
+        Launch(lay_out_rows, topk_ids.device, num_experts * parts, threads, grouped, into),
+        plan_gather(given.hidden_states, top_k, batches * max_m, given.zero_padding),
+        given.scales and plan_gather(given.scales, top_k, batches * max_m, given.zero_padding),
+    )
+
+
+@moe_permute_masked.validate
+def _(given: Any) -> None:
+    checks.ids(given.topk_ids, given.num_experts)
+
+
+@moe_permute_masked.on_cpu
+def _(given: Any) -> MaskedTokens:
+    found: MaskedTokens = permute_by_reference(reference.moe_permute_masked, given)
+    return found
+
+
+@moe_permute_masked.run
+def _(plan: MaskedPlan, given: Any, *memory: Any) -> None:
+    rows, masked_m, permuted_idx, inv_permuted_idx, moved_scales = memory
+    sorted_slots, offset = (empty(*array) for array in plan.scratch)
+    indices = {"position_of_slot": inv_permuted_idx, "offset": offset}
+    sorting.sort(plan.sort, given.topk_ids, sorted_slots, given.expert_map, **indices)
+    plan.lay_out(
+        sorted_slots=sorted_slots,
+        offset=offset,
+        inv_permuted_idx=inv_permuted_idx,
+        permuted_idx=permuted_idx,
+        masked_m=masked_m,
+    )
+    gather(plan.rows, given.hidden_states, rows, permuted_idx, inv_permuted_idx)
+    if plan.scales is not None:
+        gather(plan.scales, given.scales, moved_scales, permuted_idx, inv_permuted_idx)
+
+
+@moe_permute_masked.saves
+def _(ctx: Any, given: Any, *found: Any) -> None:
+    ctx.save_for_backward(MaskedTokens(*found).inv_permuted_idx)
+
+
+@moe_permute_masked.backward
+def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
+    [inv_permuted_idx] = ctx.saved_tensors
+    return {"hidden_states": permute_backward(inv_permuted_idx, grad)}
+
+
+@op(reference.moe_reorder)
+def moe_reorder(
+    topk_ids: Array, num_experts: int, expert_map: Array | None = None, *, out: ReorderedSlots | None = None
+) -> ReorderedSlots:
     """Order slots by expert, and return the order as SGLang's dispatcher for DeepEP does.
 
     Parameters
@@ -241,6 +235,8 @@ def moe_reorder(topk_ids: Any, num_experts: int, expert_map: Any = None) -> Reor
         Number of experts that ids range over.
     expert_map : array of int32 or int64, shape [num_experts], optional
         This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped.
+    out : tuple of three arrays as in the result, optional
+        Written: takes the result.
 
     Returns
     -------
@@ -270,17 +266,31 @@ def moe_reorder(topk_ids: Any, num_experts: int, expert_map: Any = None) -> Reor
     >>> reordered.src2dst
     array([ 2,  0, -1,  1], dtype=int32)
     """
-    sort, slots, offset = _plan_reorder(layout(topk_ids), num_experts, layout(expert_map))
-    if checks.VALIDATE:
-        checks.ids(topk_ids, num_experts)
-    if arrays.answered_by_reference(topk_ids):
-        return arrays.by_reference(reference.moe_reorder, topk_ids, num_experts, expert_map)
-    sorted_slots, reorder_topk_ids, src2dst = (arrays.empty(*slots) for _ in range(3))
-    seg_indptr = arrays.empty(*offset)
-    sorting.sort(
-        *(sort, topk_ids, sorted_slots, expert_map),
-        position_of_slot=src2dst,
-        offset=seg_indptr,
-        expert_ids=reorder_topk_ids,
-    )
-    return new_tuple(ReorderedSlots, (reorder_topk_ids, src2dst, seg_indptr))
+
+
+@moe_reorder.outputs
+def _(given: Any) -> ReorderedSlots:
+    slots = contiguous(torch.int32, num_elements(given.topk_ids))
+    return ReorderedSlots(slots, slots, contiguous(torch.int64, given.num_experts + 1))
+
+
+@moe_reorder.plan
+def _(given: Any) -> tuple[sorting.SortPlan, Contiguous]:
+    """Return the sort, and the scratch for the sorted slots."""
+    num_experts = checks.routing(given.topk_ids, given.num_experts, given.expert_map)
+    num_slots = given.topk_ids.shape.numel()
+    written = ("position_of_slot", "offset", "expert_ids")
+    sort = sorting.plan_sort(given.topk_ids, num_experts, num_slots, expert_map=given.expert_map, written=written)
+    return sort, contiguous(torch.int32, num_slots)
+
+
+@moe_reorder.validate
+def _(given: Any) -> None:
+    checks.ids(given.topk_ids, given.num_experts)
+
+
+@moe_reorder.run
+def _(plan: Any, given: Any, reorder_topk_ids: Any, src2dst: Any, seg_indptr: Any) -> None:
+    sort, scratch = plan
+    written = {"position_of_slot": src2dst, "offset": seg_indptr, "expert_ids": reorder_topk_ids}
+    sorting.sort(sort, given.topk_ids, empty(*scratch), given.expert_map, **written)

@@ -5,7 +5,6 @@ once. A block serves a token, or a part of one where there are few, 16 bytes to 
 or address does not allow that are moved in smaller words and summed by elements.
 """
 
-import math
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -287,47 +286,41 @@ def deal(num_tokens: int, per_row: int, num_rows: int = 1) -> tuple[int, int]:
     return threads, max(1, parts)
 
 
-def check_rows(
-    hidden_states: Layout,
-    topk_ids: Layout,
-    num_experts: int,
-    expert_map: Layout | None,
-    scales: Layout | None,
-    zero_padding: bool,
-) -> tuple[int, int]:
+def check_rows(given: Any) -> tuple[int, int]:
     """Check what is permuted; return the number of experts and top_k."""
+    hidden_states, topk_ids, scales = given.hidden_states, given.topk_ids, given.scales
     checks.array("hidden_states", hidden_states, (*checks.FLOATS, *checks.BYTES), (2,), rows=True)
     like = ("hidden_states", hidden_states)
-    num_experts = checks.routing(topk_ids, num_experts, expert_map, ndims=(2,), like=like)
+    num_experts = checks.routing(topk_ids, given.num_experts, given.expert_map, ndims=(2,), like=like)
     top_k = checks.integer("top_k (columns of `topk_ids`)", topk_ids.shape[1], 1)
     num_tokens = hidden_states.shape[0]
     checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
     if scales is not None:
         checks.array("scales", scales, (*checks.FLOATS, *checks.BYTES, torch.int32), (1, 2), like, rows=True)
         checks.shape("scales", scales, (num_tokens, *scales.shape[1:]), "(num_tokens, ...)")
-    checks.boolean("zero_padding", zero_padding)
+    checks.boolean("zero_padding", given.zero_padding)
     return num_experts, top_k
 
 
-def permute_by_reference(function: Any, hidden_states: torch.Tensor, *args: Any, scales: Any, **options: Any) -> Any:
-    """Call a permutation of the reference, with rows as integers of their size: NumPy lacks some of the dtypes."""
+def permute_by_reference(twin: Any, given: Any) -> Any:
+    """Answer a permutation by the reference, with rows as integers of their size: NumPy lacks some of the dtypes."""
 
     def as_integers(rows: torch.Tensor) -> torch.Tensor:
         return rows.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[rows.dtype.itemsize])
 
+    arguments = given._asdict()
+    rows, scales, _ = arguments.pop("hidden_states"), arguments.pop("scales"), arguments.pop("out")
     moved = None if scales is None else as_integers(scales)
-    found = arrays.by_reference(function, as_integers(hidden_states), *args, scales=moved, **options)
-    rows = found.permuted_hidden_states.view(hidden_states.dtype)
+    found = arrays.by_reference(twin, as_integers(rows), scales=moved, **arguments)
     return found._replace(
-        permuted_hidden_states=rows,
+        permuted_hidden_states=found.permuted_hidden_states.view(rows.dtype),
         permuted_scales=None if scales is None else found.permuted_scales.view(scales.dtype),
     )
 
 
 class Gather(NamedTuple):
-    """A copy of rows to their places: the result, and the words that it is made in."""
+    """A copy of rows to their places, and the words that it is made in."""
 
-    permuted: arrays.Contiguous
     word: torch.dtype
     launch: Launch
 
@@ -335,19 +328,19 @@ class Gather(NamedTuple):
 def plan_gather(
     rows: Layout,
     top_k: int,
-    shape: tuple[int, ...],
+    num_rows: int,
     zero_padding: bool,
     *,
     alignment: int = 1,
     named: bool = False,
     num_ends: int = 0,
 ) -> Gather:
-    """Plan the copy of rows, [num_tokens] to places of some shape, in the widest words possible.
+    """Plan the copy of the rows of tokens to num_rows places, in the widest words possible.
 
     If `named`, it writes the expert of each row too, given those of blocks of `alignment` rows. With `num_ends` it
     writes where the rows of each of that number of experts end.
     """
-    num_tokens, num_rows = rows.shape[0], math.prod(shape)
+    num_tokens = rows.shape[0]
     row_bytes, stride_bytes = (rows.dtype.itemsize * n for n in (rows.shape[1:].numel(), stride_of(rows)))
     units = (row_bytes, stride_bytes, rows.address)
     word = next(word for word in WORDS if all(unit % word.itemsize == 0 for unit in units))
@@ -364,21 +357,21 @@ def plan_gather(
         Ends(torch.int64, torch.int32, num_ends) if num_ends else Ends(None, None, num_ends),
         Permuted(word, int(zero_padding), parts=parts, share=share),
     )
-    return Gather(arrays.contiguous(rows.dtype, *shape, *rows.shape[1:]), word, launch)
+    return Gather(word, launch)
 
 
 def gather(
     plan: Gather,
     rows: torch.Tensor,
+    permuted: torch.Tensor,
     permuted_idx: torch.Tensor,
     inv_permuted_idx: torch.Tensor,
     block_experts: torch.Tensor | None = None,
     m_indices: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Allocate the places and copy rows there; name the expert of each, or where experts end, if that was planned."""
-    permuted: torch.Tensor = arrays.empty(*plan.permuted)
+) -> None:
+    """Copy rows to their places; name the expert of each, or where experts end, if that was planned."""
     source, target = rows, permuted
     if simulator.ENABLED:
         source, target = (array.view(plan.word) if array.numel() else array for array in (rows, permuted))
@@ -392,7 +385,6 @@ def gather(
         offset=offset,
         ends=ends,
     )
-    return permuted
 
 
 def plan_combine(

@@ -15,10 +15,12 @@ import torch
 from numba_moe.placement.location import ExpertLocation, check_location
 from numba_moe.reference import dispatch as reference
 from numba_moe.reference.dispatch import DispatchTables
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.compile import MOST_SHARED_BYTES
 from numba_moe.runtime.dialect import cuda, int32, int64, uint32, uint64
 from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import (
     Ids,
     Int32,
@@ -28,7 +30,7 @@ from numba_moe.runtime.parameters import (
     OptionalInt32Array,
     OptionalInt64Array,
 )
-from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.plans import Layout
 from numba_moe.runtime.primitives import (
     add_to_global,
     atomic_add,
@@ -173,17 +175,10 @@ def _check_need(
         checks.holds(name, f"None with the algorithm {algorithm!r}", value is None, given)
 
 
-@planned
-def plan_dispatch(
-    topk_ids: Layout,
-    physical_map: Layout,
-    num_valid: Layout | None,
-    algorithm: str,
-    seed: int,
-    step: Layout | None,
-    counts: Layout | None,
-    out: Layout | None,
-) -> tuple[arrays.Contiguous, Launch]:
+def check_dispatch(topk_ids: Any, tables: Any) -> Dispatch:
+    """Check dispatch tables, or the arguments of `dispatch_ids` by the same names; return what kernels are told."""
+    physical_map, num_valid, step = tables.physical_map, tables.num_valid, tables.step
+    algorithm = tables.algorithm
     checks.array("topk_ids", topk_ids, checks.IDS, (1, 2))
     num_slots = topk_ids.shape.numel()
     checks.fits_int32("topk_ids", num_slots, "the number of slots")
@@ -197,41 +192,22 @@ def plan_dispatch(
     num_rows = physical_map.shape[0]
     _check_need("num_valid", num_valid, replicated, algorithm, torch.int32, (num_rows,), "(num_experts,)", here)
     _check_need("step", step, algorithm == "dynamic", algorithm, torch.int64, (1,), "(1,)", here)
-    seed = checks.integer("seed", seed, 0, 2**63 - 1)
-    num_physical = 0
-    if counts is not None:
-        checks.array("counts", counts, checks.IDS, (1,), like=here)
-        num_physical = counts.shape[0]
-        checks.fits_int32("counts", num_physical, "the number of counters")
-    if out is not None:
-        checks.array("out", out, (topk_ids.dtype,), (1, 2), like=here)
-        checks.shape("out", out, tuple(topk_ids.shape), "that of `topk_ids`")
-
-    threads = block_threads(min(MOST_THREADS, -(-num_slots // 32) * 32))
-    blocks = min(-(-num_slots // threads) if num_slots else 0, MOST_BLOCKS)
-    in_shared = blocks > 1 and 4 * num_physical <= MOST_SHARED_BYTES
-    num_in_shared = num_physical if in_shared else 0
-    top_k = max(topk_ids.shape[1], 1) if len(topk_ids.shape) == 2 else 1
-    slots = Slots(topk_ids, topk_ids, num_slots, top_k)
+    seed = checks.integer("seed", tables.seed, 0, 2**63 - 1)
     rule = (num_rows, num_entries // num_rows, ALGORITHMS.index(algorithm), seed)
-    dispatch = Dispatch(physical_map, num_valid, step, *rule)
-    counted = PhysicalCounts(counts, num_physical, num_in_shared)
-    where = (topk_ids.device, blocks, threads)
-    launch = Launch(map_ids, *where, slots, dispatch, counted, shared_bytes=4 * num_in_shared)
-    return arrays.contiguous(topk_ids.dtype, *topk_ids.shape), launch
+    return Dispatch(physical_map, num_valid, step, *rule)
 
 
-@arrays.public_writing("counts", "out")
+@op(reference.dispatch_ids, writes=("counts",), own_out=True, onto={"out": "topk_ids"})
 def dispatch_ids(
-    topk_ids: Any,
-    physical_map: Any,
-    num_valid: Any = None,
+    topk_ids: Array,
+    physical_map: Array,
+    num_valid: Array | None = None,
     *,
     algorithm: str = "static",
     seed: int = 0,
-    step: Any = None,
-    counts: Any = None,
-    out: Any = None,
+    step: Array | None = None,
+    counts: Array | None = None,
+    out: Array | None = None,
 ) -> Any:
     """Replace the experts of slots by physical ids: by one of the places that have the expert.
 
@@ -294,21 +270,53 @@ def dispatch_ids(
     >>> counts
     array([1, 2, 1, 1], dtype=int32)
     """
-    tables = layout(topk_ids), layout(physical_map), layout(num_valid)
-    result, launch = plan_dispatch(*tables, algorithm, seed, layout(step), layout(counts), layout(out))
-    if counts is not None or out is not None:
-        inputs = {"topk_ids": topk_ids, "physical_map": physical_map, "num_valid": num_valid, "step": step}
-        checks.apart({**inputs, "counts": counts, "out": out}, ("counts", "out"), onto={"out": "topk_ids"})
-    if checks.VALIDATE and algorithm != "fake":
-        checks.ids(topk_ids, physical_map.shape[0])
-    if arrays.answered_by_reference(topk_ids):
-        options = {"algorithm": algorithm, "seed": seed, "step": step, "counts": counts, "out": out}
-        found = arrays.by_reference(reference.dispatch_ids, topk_ids, physical_map, num_valid, **options)
-        return found if out is None else out
-    if out is None:
-        out = arrays.empty(*result)
-    launch(topk_ids=topk_ids, physical_map=physical_map, num_valid=num_valid, step=step, counts=counts, out=out)
-    return out
+
+
+@dispatch_ids.outputs
+def _(given: Any) -> Contiguous:
+    return contiguous(given.topk_ids.dtype, *given.topk_ids.shape)
+
+
+@dispatch_ids.plan
+def _(given: Any) -> Launch:
+    topk_ids, here = given.topk_ids, ("topk_ids", given.topk_ids)
+    dispatch = check_dispatch(topk_ids, given)
+    num_physical = 0
+    if given.counts is not None:
+        checks.array("counts", given.counts, checks.IDS, (1,), like=here)
+        num_physical = given.counts.shape[0]
+        checks.fits_int32("counts", num_physical, "the number of counters")
+    if given.out is not None:
+        checks.array("out", given.out, (topk_ids.dtype,), (1, 2), like=here)
+        checks.shape("out", given.out, tuple(topk_ids.shape), "that of `topk_ids`")
+    num_slots = topk_ids.shape.numel()
+    threads = block_threads(min(MOST_THREADS, -(-num_slots // 32) * 32))
+    blocks = min(-(-num_slots // threads) if num_slots else 0, MOST_BLOCKS)
+    in_shared = blocks > 1 and 4 * num_physical <= MOST_SHARED_BYTES
+    num_in_shared = num_physical if in_shared else 0
+    top_k = max(topk_ids.shape[1], 1) if len(topk_ids.shape) == 2 else 1
+    slots = Slots(topk_ids, topk_ids, num_slots, top_k)
+    counted = PhysicalCounts(given.counts, num_physical, num_in_shared)
+    where = (topk_ids.device, blocks, threads)
+    return Launch(map_ids, *where, slots, dispatch, counted, shared_bytes=4 * num_in_shared)
+
+
+@dispatch_ids.validate
+def _(given: Any) -> None:
+    if given.algorithm != "fake":
+        checks.ids(given.topk_ids, given.physical_map.shape[0])
+
+
+@dispatch_ids.run
+def _(map_ids: Any, given: Any, out: torch.Tensor) -> None:
+    map_ids(
+        topk_ids=given.topk_ids,
+        physical_map=given.physical_map,
+        num_valid=given.num_valid,
+        step=given.step,
+        counts=given.counts,
+        out=out,
+    )
 
 
 class ExpertDispatch:

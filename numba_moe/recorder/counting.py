@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.reference import recorder as reference
-from numba_moe.runtime import arrays, checks
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array
 from numba_moe.runtime.compile import MOST_SHARED_BYTES
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
 from numba_moe.runtime.parameters import (
     Ids,
     Int32,
@@ -23,7 +25,7 @@ from numba_moe.runtime.parameters import (
     OptionalFloatArray,
     OptionalInt32Array,
 )
-from numba_moe.runtime.plans import Layout, layout, planned
+from numba_moe.runtime.plans import Layout, planned
 from numba_moe.runtime.primitives import (
     add_to_global,
     atomic_add,
@@ -202,17 +204,6 @@ def plan_count(
 
 
 @planned
-def _check_counters(counts: Layout, enabled: Layout | None, num_tokens: Layout | None) -> int:
-    """Check what is counted into; return how many counters there are."""
-    checks.array("counts", counts, (torch.int64,), (1,))
-    for name, value in (("enabled", enabled), ("num_tokens", num_tokens)):
-        if value is not None:
-            checks.array(name, value, (torch.int32,), (1,), like=("counts", counts))
-            checks.shape(name, value, (1,), "(1,)")
-    return counts.shape[0]
-
-
-@planned
 def plan_add(given: Layout, counts: Layout) -> Launch:
     checks.array("counts", given, checks.IDS, (1,), like=("the recorder's counters", counts))
     num_experts = given.shape[0]
@@ -244,9 +235,14 @@ def plan_store(
     return Launch(store_tokens, topk_ids.device, blocks, threads, routed, topk_weights, switch, stage)
 
 
-@arrays.public_writing("counts")
+@op(reference.add_expert_counts, out="counts", own_out=True)
 def add_expert_counts(
-    topk_ids: Any, *, counts: Any, enabled: Any = None, num_tokens: Any = None, first_row: int = 0
+    topk_ids: Array,
+    *,
+    counts: Array,
+    enabled: Array | None = None,
+    num_tokens: Array | None = None,
+    first_row: int = 0,
 ) -> Any:
     """Add the slots of each expert to its counter.
 
@@ -289,16 +285,20 @@ def add_expert_counts(
     >>> add_expert_counts(np.array([[0, 2], [2, -1]]), counts=counts, num_tokens=np.array([1], np.int32))
     array([12,  1,  4])
     """
-    given = layout(topk_ids)
-    num_experts = _check_counters(layout(counts), layout(enabled), layout(num_tokens))
-    launch = plan_count(
-        *(given, num_experts, first_row, counts.device), switched=enabled is not None, limited=num_tokens is not None
-    )
-    inputs = {"topk_ids": topk_ids, "enabled": enabled, "num_tokens": num_tokens}
-    checks.apart({**inputs, "counts": counts}, ("counts",))
-    if arrays.answered_by_reference(topk_ids):
-        options = {"counts": counts, "enabled": enabled, "num_tokens": num_tokens, "first_row": first_row}
-        arrays.by_reference(reference.add_expert_counts, topk_ids, **options)
-    else:
-        launch(topk_ids=topk_ids, enabled=enabled, num_tokens=num_tokens, counts=counts)
-    return counts
+
+
+@add_expert_counts.plan
+def _(given: Any) -> Launch:
+    checks.array("counts", given.counts, (torch.int64,), (1,))
+    for name, value in (("enabled", given.enabled), ("num_tokens", given.num_tokens)):
+        if value is not None:
+            checks.array(name, value, (torch.int32,), (1,), like=("counts", given.counts))
+            checks.shape(name, value, (1,), "(1,)")
+    where = (given.counts.shape[0], given.first_row, given.counts.device)
+    switched, limited = given.enabled is not None, given.num_tokens is not None
+    return plan_count(given.topk_ids, *where, switched=switched, limited=limited)
+
+
+@add_expert_counts.run
+def _(count_ids: Any, given: Any, counts: torch.Tensor) -> None:
+    count_ids(topk_ids=given.topk_ids, enabled=given.enabled, num_tokens=given.num_tokens, counts=counts)

@@ -11,8 +11,8 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,15 +20,19 @@ import torch.utils.dlpack
 
 from numba_moe.runtime import checks, observe, plans, simulator, torch_private
 
-# What eager calls pay for, 0.1 us together: is torch compiling, is torch.jit tracing, and how many dispatch modes (of
-# make_fx, FakeTensorMode, counters of flops) want to see each op. All of them are told of ops by torch's dispatcher.
 Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
-is_jit_tracing, num_modes, forward_ad = torch_private.is_jit_tracing, torch_private.num_modes, torch_private.forward_ad
-# Whether a transform of torch.func is at work; asked where a tensor has no memory to read, as those it passes have not.
-is_transformed = torch_private.is_transformed
-current_device = torch_private.current_device
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Array(Protocol):
+    """An array of any library, in signatures: a torch tensor, or another that speaks DLPack; it is what results are."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
 
 
 def _working_on(handle: int, device: torch.device) -> Any:
@@ -151,100 +155,77 @@ def apart(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def _writing(function: Callable[P, R], names: tuple[str, ...]) -> Callable[P, R]:
-    """Check that the tensors that a function is given to write can be, and tell autograd afterwards that they were."""
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of torch tensors that is no op take and return arrays of any library.
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        written = []
-        for name in names:
-            value: Any = kwargs.get(name)
-            for part in value if isinstance(value, tuple) else (value,):
-                if isinstance(part, Tensor):
-                    checks.changeable(name, part)
-                    if not part.is_inference():  # such a tensor has no version
-                        written.append(part)
-        result = function(*args, **kwargs)
-        if written:
-            torch.autograd.graph.increment_version(written)
-        return result
-
-    return call
-
-
-def public(function: Callable[P, R], written: tuple[str, ...] = ()) -> Callable[P, R]:
-    """Let a function of torch tensors take and return arrays of any library.
-
-    Its first array, which is its first parameter annotated `Any`, decides which, and the function runs with its device
-    as the current one. Arrays given by the keywords `written`, alone or in a tuple, are written, and autograd is told.
+    Its first parameter decides which, and the function runs with its device as the current one.
     """
-    plain = function
-    function = _writing(plain, written) if written else plain
-    writes = frozenset(written)
     parameters = inspect.signature(function).parameters
-    annotated = (name for name, parameter in parameters.items() if parameter.annotation is Any)
-    first = next(annotated, next(iter(parameters)))
-    place = list(parameters).index(first)
-    name = function.__name__
+    first, name = next(iter(parameters)), function.__name__
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        array = args[place] if len(args) > place else kwargs.get(first)
-        if type(array) is Tensor and not (
-            is_traced() or is_jit_tracing() or num_modes() or forward_ad._current_level >= 0
-        ):
-            run = function if writes and not writes.isdisjoint(kwargs) else plain
-            if observe.RANGES:
-                run = observe.named(run)
-            device = array.get_device()
-            try:
-                if device < 0 or device == current_device():
-                    return run(*args, **kwargs)
-                with torch.cuda.device(device):
-                    return run(*args, **kwargs)
-            except checks.UnreadableError:
-                if not is_transformed():
-                    raise
-        if isinstance(array, Tensor):  # whatever torch.compile sees, fake tensors, parameters, others' subclasses
-            from numba_moe.interop import torch_ops  # which torch.compile does too, and so registers the ops
-
-            if name in torch_ops.OPS:
-                return torch_ops.call(name, args, kwargs)
-            run = observe.named(function)
-            return run(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
-        kind = _kind(array)
-        if kind is None:
-            return function(*args, **kwargs)  # whose checks say what the argument must be
-
-        def wrap(argument: str, value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(wrap(argument, part) for part in value)
-            same_library = type(value).__module__.split(".")[0] == type(array).__module__.split(".")[0]
-            if not same_library or _kind(value) is None:
-                return value
-            try:
-                return kind.wrap(value)
-            except Exception as error:
-                if isinstance(kind, _NumpyKind) and isinstance(error, TypeError):
-                    return value  # a dtype that torch lacks: the checks name the argument
-                checks.unwrapped(argument, value, error)
-
-        for keyword in written:
-            checks.writable(keyword, kwargs.get(keyword))
-        positional: Any = [wrap(*pair) for pair in zip(parameters, args, strict=False)]
-        named: Any = {keyword: wrap(keyword, value) for keyword, value in kwargs.items()}
-        tensor = positional[place] if len(positional) > place else named[first]
-        if not isinstance(tensor, torch.Tensor):
-            return function(*positional, **named)
-        with kind.calling(array, tensor):
-            return cast(R, _each(kind.unwrap, observe.named(function)(*positional, **named)))
+        array: Any = args[0] if args else kwargs.get(first)
+        if isinstance(array, Tensor):
+            plain: Any = map(_plain, args)
+            named: Any = {key: _plain(value) for key, value in kwargs.items()}
+            with on_device(array), observe.range_of(name):
+                return function(*plain, **named)
+        return cast(R, _in_library(array, parameters, name, function, args, kwargs))
 
     return call
 
 
-def public_writing(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return `public` for a function that writes the arrays given by these keywords."""
-    return functools.partial(public, written=names)
+def on_device(array: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the device of a tensor is the current one."""
+    return torch.cuda.device(array.device) if array.is_cuda else contextlib.nullcontext()
+
+
+def bridged(declaration: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Answer a call of an op whose first array is of another library than torch."""
+    place = declaration.names.index(declaration.first)
+    array = args[place] if len(args) > place else kwargs.get(declaration.first)
+    named = {**dict(zip(declaration.names, args, strict=False)), **kwargs}
+    if _kind(array) is not None:
+        for keyword in declaration.written:
+            checks.writable(keyword, named.get(keyword))
+    return _in_library(array, declaration.parameters, declaration.name, declaration.answer, args, kwargs)
+
+
+def _in_library(
+    array: Any,
+    parameters: Mapping[str, inspect.Parameter],
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a function of tensors with arrays of the library of one of them, and return such arrays."""
+    kind = _kind(array)
+    if kind is None:
+        return function(*args, **kwargs)  # whose checks say what the argument must be
+
+    def wrap(argument: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            parts = [wrap(argument, part) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        same_library = type(value).__module__.split(".")[0] == type(array).__module__.split(".")[0]
+        if not same_library or _kind(value) is None:
+            return value
+        try:
+            return kind.wrap(value)
+        except Exception as error:
+            if isinstance(kind, _NumpyKind) and isinstance(error, TypeError):
+                return value  # a dtype that torch lacks: the checks name the argument
+            checks.unwrapped(argument, value, error)
+
+    positional = [wrap(*pair) for pair in zip(parameters, args, strict=False)]
+    named = {keyword: wrap(keyword, value) for keyword, value in kwargs.items()}
+    tensor = wrap("", array)
+    if not isinstance(tensor, torch.Tensor):
+        return function(*positional, **named)
+    with kind.calling(array, tensor), observe.range_of(name):
+        return _each(kind.unwrap, function(*positional, **named))
 
 
 class Contiguous(NamedTuple):

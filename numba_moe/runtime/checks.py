@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from numba_moe.runtime import environment
-from numba_moe.runtime.plans import Foreign, Layout, Unreadable, kind_of, layout
+from numba_moe.runtime.plans import Foreign, Layout, Parts, Unreadable, kind_of, layout
 
 LARGEST_INT32 = 2**31 - 1
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -118,6 +118,12 @@ def device(argument: str, value: Any, kinds: Sequence[str] = ("cpu", "cuda")) ->
     return found
 
 
+def readable(argument: str, value: Any) -> None:
+    """Check that an argument, given by its layout, is no tensor without memory."""
+    if isinstance(value, Unreadable):
+        raise UnreadableError(f"`{argument}` must be a tensor with memory to read, got {value.what}")
+
+
 def array(
     argument: str,
     value: Any,
@@ -135,8 +141,7 @@ def array(
     rows
         The last dimension must be contiguous, the rows may be strided; otherwise the whole array must be contiguous.
     """
-    if isinstance(value, Unreadable):
-        raise UnreadableError(f"`{argument}` must be a tensor with memory to read, got {value.what}")
+    readable(argument, value)
     if not isinstance(value, Layout):
         kinds = "a torch tensor, or a NumPy, CuPy, Numba device or DLPack array, of dtype "
         rule = f"of the same library as `{like[0]}`" if like else kinds + " or ".join(map(_name, dtypes))
@@ -222,10 +227,12 @@ def unwrapped(argument: str, value: Any, error: Exception) -> NoReturn:
 
 
 def tuple_of(argument: str, value: Any, length: int) -> None:
-    if not isinstance(value, tuple):
-        _wrong_type(argument, f"a tuple of {length} arrays", type(value).__name__)
-    if len(value) != length:
-        _wrong_value(argument, f"a tuple of {length} arrays", f"{len(value)}")
+    """Check that an argument, given by its layouts, is a tuple of this length."""
+    rule = f"a tuple of {length} arrays"
+    if not isinstance(value, Parts):
+        _wrong_type(argument, rule, "an array" if isinstance(value, Layout) else value.what)
+    if len(value.values) != length:
+        _wrong_value(argument, rule, f"{len(value.values)}")
 
 
 def aligned(argument: str, value: Layout) -> None:

@@ -1,10 +1,8 @@
 """What the library says of itself: log messages, and ranges in profiles."""
 
 import contextlib
-import functools
 import logging
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
 
 import torch
 
@@ -13,23 +11,17 @@ from numba_moe.runtime import environment
 # NUMBA_MOE_NVTX=1 names calls of public functions to NVTX, for Nsight Systems, and to torch's profiler.
 RANGES = environment.Switch("NUMBA_MOE_NVTX")
 
-P = ParamSpec("P")
-R = TypeVar("R")
+
+@contextlib.contextmanager
+def _range(name: str) -> Iterator[None]:
+    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
+    with torch.profiler.record_function(name), nvtx:
+        yield
 
 
-def named(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function whose calls are ranges of its name in profiles, or itself where nobody asks for them now."""
-    if not RANGES:
-        return function
-    name = f"numba_moe::{function.__name__}"
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
-        with torch.profiler.record_function(name), nvtx:
-            return function(*args, **kwargs)
-
-    return call
+def range_of(name: str) -> contextlib.AbstractContextManager[None]:
+    """Return a range of a public function's name in profiles, or nothing where nobody asks for ranges now."""
+    return _range(f"numba_moe::{name}") if RANGES else contextlib.nullcontext()
 
 
 def set_log_level(level: int | str) -> None:

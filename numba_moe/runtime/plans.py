@@ -88,6 +88,24 @@ def layout(value: Any) -> Any:
     return new_tuple(Layout, (shape, value.dtype, value.device, strides, address % 16))
 
 
+class Parts(NamedTuple):
+    """The layouts of the arrays in a tuple, and its other values, with the types that tell 1, 1.0 and True apart."""
+
+    values: tuple[Any, ...]
+    types: tuple[type, ...]
+
+
+def layouts(value: Any) -> Any:
+    """Return the layout of a tensor, and of a tuple those of its parts."""
+    if value is None or not isinstance(value, tuple):
+        return layout(value)
+    described = tuple(
+        part if isinstance(part, str | int | float) else layouts(part)  # what is written in a table beside its arrays
+        for part in value
+    )
+    return Parts(described, tuple(map(type, value)))
+
+
 class _NotAKeyError(Exception):
     """Arguments hold numbers within a tuple, where a key of the cache would not tell 1, 1.0 and True apart."""
 
@@ -123,7 +141,7 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
 
 def _holds_a_number(values: tuple[Any, ...]) -> bool:
     """Whether a tuple among some values, other than a layout, holds a number."""
-    tuples = [value for value in values if isinstance(value, tuple) and not isinstance(value, Layout)]
+    tuples = [value for value in values if isinstance(value, tuple) and not isinstance(value, Layout | Parts)]
     return any(isinstance(part, numbers.Number) for parts in tuples for part in parts) or any(
         map(_holds_a_number, tuples)
     )

@@ -1,0 +1,291 @@
+"""What an op says of itself, and how an eager call of torch tensors is answered from it.
+
+`numba_moe.runtime.op` has the decorator that makes a declaration, and the order in which its parts are asked.
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, get_args
+
+import torch
+
+from numba_moe.runtime import arrays, checks, plans, simulator
+from numba_moe.runtime.arrays import Array, Contiguous
+from numba_moe.runtime.plans import Layout, Parts, new_tuple
+
+# What an eager call answers where its result is to be a part of torch's graph.
+WANTS_GRADIENT: Any = object()
+# Every op of the modules that are imported, by name.
+DECLARATIONS: "dict[str, Declaration]" = {}
+
+
+class Result(NamedTuple):
+    """A NamedTuple that an op returns, and what its fields are: None is an array."""
+
+    kind: Any
+    fields: "tuple[Result | None, ...]"
+
+    @classmethod
+    def of(cls, annotation: Any) -> "Result | None":
+        if not hasattr(annotation, "_fields"):
+            return None
+        fields = inspect.get_annotations(annotation, eval_str=True).values()
+        return cls(annotation, tuple(map(cls.of, fields)))
+
+
+def num_arrays(result: Result | None) -> int:
+    """Count the arrays of a result."""
+    return 1 if result is None else sum(map(num_arrays, result.fields))
+
+
+def flat(found: Any) -> list[Any]:
+    """Return the arrays of a result, or their descriptions; it is one of them or a tuple of results."""
+    if isinstance(found, tuple) and not isinstance(found, Contiguous):
+        return [leaf for part in found for leaf in flat(part)]
+    return [found]
+
+
+def rebuild(result: Result | None, leaves: Iterator[Any]) -> Any:
+    """Return a result of the arrays of `flat`."""
+    return next(leaves) if result is None else result.kind(*(rebuild(field, leaves) for field in result.fields))
+
+
+def names_of(result: Result | None, name: str) -> list[str]:
+    """Return what errors call the arrays of a result that is given by a name."""
+    if result is None:
+        return [name]
+    pairs = zip(result.kind._fields, result.fields, strict=True)
+    return [leaf for field, part in pairs for leaf in names_of(part, f"{name}.{field}")]
+
+
+class Planned(NamedTuple):
+    """What is remembered of a call: its plan, its outputs, and which arguments ask for more than launches."""
+
+    plan: Any
+    outputs: tuple[Contiguous | None, ...]
+    floats: tuple[int, ...]  # places of arguments that may require a gradient
+    written: tuple[int, ...]  # places of arguments to be written
+    on_cpu: bool
+    unaligned: bool  # memory for the result does not begin at multiples of 16 bytes, as kernels take it to
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return what an annotation allows, apart from None."""
+    found = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return {kind for kind in found if kind is not types.NoneType}
+
+
+class Declaration:
+    """All that there is to say about an op. The parts that are None here are functions that `op` was given.
+
+    Parameters
+    ----------
+    function
+        Has the name, the parameters with their annotations, the docstring, and no body.
+    twin
+        The function of the reference that defines the op.
+    writes
+        Parameters whose arrays are written, besides `out`.
+    out
+        The parameter whose arrays take the result.
+    onto
+        For some of the written ones, the parameter whose array they may be.
+    absent
+        Fields of the result that are there only with an argument: which.
+    is_gradient
+        The op is the gradient of another, and has none itself.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        twin: Callable[..., Any] | None,
+        writes: tuple[str, ...],
+        out: str,
+        onto: Mapping[str, str],
+        absent: Mapping[str, str],
+        is_gradient: bool,
+    ) -> None:
+        self.function, self.name, self.twin = function, function.__name__, twin
+        self.writes, self.out, self.onto, self.absent, self.is_gradient = writes, out, onto, absent, is_gradient
+        self.signature = inspect.signature(function, eval_str=True)
+        self.parameters = dict(self.signature.parameters)
+        self.names = tuple(self.parameters)
+        self.defaults = {
+            name: None if parameter.default is parameter.empty else parameter.default
+            for name, parameter in self.parameters.items()
+        }
+        self.kinds = {name: _kinds(parameter.annotation) for name, parameter in self.parameters.items()}
+        self.arrays = tuple(name for name in self.names if self.kinds[name] == {Array})
+        self.tables = tuple(
+            name for name in self.names if name != out and any(hasattr(kind, "_fields") for kind in self.kinds[name])
+        )
+        self.first = self.arrays[0]
+        self.has_out = out in self.names
+        self.written = tuple(name for name in (out, *writes) if name in self.names)
+        self.result = Result.of(self.signature.return_annotation)
+        self.nested = self.result is not None and any(field is not None for field in self.result.fields)
+        self.Given: Any = NamedTuple(self.name, [(name, Any) for name in self.names])  # type: ignore[misc]
+        self.bind = self._binder()
+        self.planned = plans.planned(self._made)
+        self.outputs: Callable[[Any], Any] | None = None
+        self.plan: Callable[[Any], Any] | None = None
+        self.run: Callable[..., None] | None = None
+        self.validate: Callable[[Any], None] | None = None
+        self.on_cpu: Callable[[Any], Any] | None = None
+        self.compute: Callable[..., Any] | None = None
+        self.refuse: Callable[[Any], None] | None = None
+        self.saves: Callable[..., None] | None = None
+        self.backward: Callable[..., Mapping[str, Any]] | None = None
+        self.composed: Callable[[Any], Any] | None = None
+        DECLARATIONS[self.name] = self
+
+    def _binder(self) -> Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """Compile what takes arguments as the op does, and returns them in order, and the key of their plan.
+
+        It is source text, as in `collections.namedtuple`: to bind by `inspect` takes 20 us a call.
+        """
+        scope: dict[str, Any] = {"layout": plans.layout, "layouts": plans.layouts}
+        declared: list[str] = []
+        for name, parameter in self.parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in declared:
+                declared.append("*")
+            if parameter.default is parameter.empty:
+                declared.append(name)
+            else:
+                scope[f"default_{name}"] = parameter.default
+                declared.append(f"{name}=default_{name}")
+        of_tuples = dict.fromkeys((*self.tables, *([self.out] if self.result and self.has_out else [])), "layouts")
+        readers = dict.fromkeys(self.arrays, "layout") | of_tuples
+        key = [f"{readers[name]}({name})" if name in readers else name for name in self.names]
+        source = f"lambda {', '.join(declared)}: (({', '.join(self.names)},), ({', '.join(key)},))"
+        binder: Any = eval(source, scope)
+        binder.__name__ = binder.__qualname__ = self.name  # which errors of wrong arguments name
+        return binder
+
+    def given_of(self, arguments: Mapping[str, Any]) -> Any:
+        """Return a call's arguments by name, with their defaults for those that are left out."""
+        return new_tuple(self.Given, [arguments.get(name, self.defaults[name]) for name in self.names])
+
+    def _made(self, *key: Any) -> Planned:
+        """Check a call, of which the key has layouts of arrays, and plan it."""
+        given = new_tuple(self.Given, key)
+        for name in self.arrays:
+            checks.readable(name, getattr(given, name))
+        plan = None if self.plan is None else self.plan(given)
+        outputs: list[Contiguous | None] = flat(self.outputs(given)) if self.outputs else []
+        places = {name: place for place, name in enumerate(self.names)}
+        if self.has_out and self.out not in self.own_out and given[places[self.out]] is not None:
+            self._check_out(given[places[self.out]], outputs, given)
+        floats = [
+            places[name]
+            for name in self.arrays
+            if name not in self.written
+            and isinstance(key[places[name]], Layout)
+            and key[places[name]].dtype.is_floating_point
+        ]
+        written = [places[name] for name in self.written if key[places[name]] is not None]
+        on_cpu = key[places[self.first]].device.type != "cuda"
+        out = key[places[self.out]] if self.has_out and not self.own_out else None
+        unaligned = any(part is not None and part.address != 0 for part in flat_layouts(out))
+        return Planned(plan, tuple(outputs), tuple(floats), tuple(written), on_cpu, unaligned)
+
+    # Parameters of this name are checked by the plan itself: the name of `out`, where it may be larger than the result.
+    own_out: tuple[str, ...] = ()
+
+    def _check_out(self, out: Any, outputs: list[Contiguous | None], given: Any) -> None:
+        """Check memory for the result: arrays of the shapes and dtypes that would be allocated."""
+        names = names_of(self.result, self.out)
+        if self.result is not None:
+            checks.tuple_of(self.out, out, len(self.result.fields))
+        like = (self.first, getattr(given, self.first))
+        for name, part, output in zip(names, flat_layouts(out), outputs, strict=True):
+            if output is None:
+                checks.holds(name, "None, as this call has no such result", part is None, "an array")
+                continue
+            checks.array(name, part, (output.dtype,), (len(output.shape),), like=like)
+            checks.shape(name, part, output.shape, "that of the result")
+
+    def eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool = True) -> Any:
+        """Answer a call of torch tensors with memory on the current device: check, allocate, launch."""
+        values, key = self.bind(*args, **kwargs)
+        plan, specs, floats, written, on_cpu, unaligned = self.planned(*key)
+        given = new_tuple(self.Given, values)
+        if checks.VALIDATE and self.validate is not None:
+            self.validate(given)
+        for place in floats:
+            if differentiable and values[place].requires_grad and torch.is_grad_enabled():
+                if self.refuse is not None:
+                    self.refuse(given)
+                return WANTS_GRADIENT
+        if written:
+            self._check_written(given, written)
+        out = values[self.names.index(self.out)] if self.has_out else None
+        if self.compute is not None:
+            result = self.compute(plan, given)
+        elif on_cpu and not simulator.is_running():
+            result = self._by_twin(given, specs, out)
+        else:
+            if out is None or unaligned:
+                memory: Any = [None if spec is None else arrays.empty(*spec) for spec in specs]
+            else:
+                memory = flat(out)
+            assert self.run is not None
+            self.run(plan, given, *memory)
+            if unaligned:
+                memory = _copied(memory, flat(out))
+            result = self.build(memory)
+        if written:
+            parts = [part for place in written for part in flat(values[place]) if part is not None]
+            torch.autograd.graph.increment_version([part for part in parts if not part.is_inference()])
+        return result
+
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer a call of tensors that no gradient is wanted of."""
+        return self.eager(args, kwargs)
+
+    def build(self, memory: Any) -> Any:
+        """Return the result of its arrays."""
+        if self.result is None:
+            return memory[0]
+        return rebuild(self.result, iter(memory)) if self.nested else new_tuple(self.result.kind, memory)
+
+    def _check_written(self, given: Any, written: tuple[int, ...]) -> None:
+        """Check that the arrays that a call writes can be, and overlap no other."""
+        for place in written:
+            for name, part in checks.tensors(self.names[place], given[place]):
+                checks.changeable(name, part)
+        named = [self.names[place] for place in written]
+        checks.apart(dict(zip(self.names, given, strict=True)), named, onto=self.onto)
+
+    def _by_twin(self, given: Any, specs: tuple[Contiguous | None, ...], out: Any) -> Any:
+        """Answer by the reference, on the CPU."""
+        if self.on_cpu is not None:
+            found = self.on_cpu(given)
+        else:
+            assert self.twin is not None
+            arguments = given._asdict()
+            if self.out not in self.own_out:
+                arguments.pop(self.out, None)
+            found = arrays.by_reference(self.twin, **arguments)
+        if self.own_out and out is not None:
+            return self.build(flat(out))
+        parts = [
+            part if spec is None or part is None else part.to(spec.dtype)
+            for part, spec in zip(flat(found), specs, strict=True)
+        ]
+        return self.build(parts if out is None else _copied(parts, flat(out)))
+
+
+def _copied(parts: list[Any], targets: list[Any]) -> list[Any]:
+    """Copy results into the memory that is given for them, and return that."""
+    for target, part in zip(targets, parts, strict=True):
+        if target is not None:
+            target.copy_(part)
+    return targets
+
+
+def flat_layouts(given: Any) -> list[Any]:
+    """Return the layouts of the arrays in what `plans.layouts` describes."""
+    return [leaf for part in given.values for leaf in flat_layouts(part)] if isinstance(given, Parts) else [given]

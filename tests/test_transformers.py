@@ -4,6 +4,8 @@ import contextlib
 import copy
 import functools
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,6 +401,27 @@ def test_a_compiled_model_follows_a_change_of_its_activation():
     ):
         change()
         torch.testing.assert_close(*by_both(model, layer, compiled))
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.6.9", "5.6.0.dev0"])
+def test_releases_that_know_no_implementation_of_others_are_refused(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=f"^`transformers` must be at least 5.7, got {re.escape(version)}$"):
+        interop.register("refused")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    assert "refused" not in ALL_EXPERTS_FUNCTIONS.valid_keys()
+
+
+@pytest.mark.parametrize("version", ["5.7.0", "5.7.0.dev0", "5.10.0", "6.0"])
+def test_later_releases_are_taken(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    interop.register()
+
+
+def test_the_oldest_release_is_the_declared_one():
+    declared = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"transformers>={".".join(map(str, interop.OLDEST))}"' in declared
 
 
 def test_a_name_of_ones_own():

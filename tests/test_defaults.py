@@ -31,7 +31,7 @@ def default(value):
         torch.set_default_device(None)
 
 
-@pytest.fixture(params=DEFAULTS)
+@pytest.fixture(params=[one if one == "bfloat16" else pytest.param(one, marks=pytest.mark.slow) for one in DEFAULTS])
 def another_default(request):
     return default(DEFAULTS[request.param])
 

@@ -18,7 +18,7 @@ MANY = 32 if simulator.ENABLED else 5000
 FEW = 4 if simulator.ENABLED else 5000
 
 
-@pytest.fixture(params=gating_plans.KERNELS)
+@pytest.fixture(params=[pytest.param(k, marks=pytest.mark.slow) if k == "memory" else k for k in gating_plans.KERNELS])
 def kernel(request):
     with gating_plans.preferring(request.param):
         yield request.param

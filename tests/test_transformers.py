@@ -132,7 +132,7 @@ def test_logits_and_gradients_agree_with_eager(name):
     assert_agrees(make(name), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("name", ["Mixtral", pytest.param("GptOss", marks=pytest.mark.slow)])
 def test_kernels_agree_with_eager(name):
     with simulator.running() if simulator.ENABLED else contextlib.nullcontext():
         assert_agrees(make(name, device="cpu" if simulator.ENABLED else "cuda"), 1e-5)
@@ -227,6 +227,7 @@ def assert_layer_agrees(model, layer, rows, ids, weights):
 
 @pytest.mark.parametrize("with_own_gate", [False, True])
 @pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.slow
 def test_ids_of_other_ranks_and_gates_of_its_own(with_own_gate, with_norm):
     model = make("Mixtral")
     layer = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
@@ -352,7 +353,9 @@ def test_a_model_runs_under_other_defaults(name):
     assert torch.equal(found, layer(rows, ids, weights))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["Mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "Mixtral")]
+)
 def test_models_compile_whole_before_any_eager_call(name):
     model, given = make(name), torch.arange(12).reshape(2, 6) * 7 % 64
     wanted = model(input_ids=given).logits

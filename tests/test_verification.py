@@ -27,6 +27,7 @@ def test_kernels_equal_the_reference(case):
     assert outcome.passed, outcome
 
 
+@pytest.mark.slow
 def test_every_op_and_every_kernel_option_has_cases():
     assert {case.op for case in CASES} == set(verification.OPS)
     assert len({(case.op, case.name) for case in CASES}) == len(CASES)
@@ -178,7 +179,12 @@ OPS_OF = {
 WRITES_OUTSIDE = {"off by one", "padding miscounted"}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FIRST_OF_MODULE = {module: name for name, (module, *_) in reversed(FAULTS.items())}.values()
+
+
+@pytest.mark.parametrize(
+    "fault", [name if name in FIRST_OF_MODULE else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+)
 def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
     if ON_GPU and fault in WRITES_OUTSIDE:
         pytest.skip("would write outside its arrays; the simulator catches that")
@@ -356,7 +362,9 @@ def test_what_matches_nothing_is_named(name, tmp_path, monkeypatch, capsys):
     assert tuple(capsys.readouterr()) == ("", f"numba-moe verify: nothing matches {pattern!r}; --list names them\n")
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    "suffix", [".npy", *(pytest.param(s, marks=pytest.mark.slow) for s in (".npz", ".safetensors", ".pt"))]
+)
 def test_own_routing_is_verified(suffix, tmp_path, capsys):
     rng = np.random.default_rng(0)
     ids = testing.random_ids(rng, 5, 12, 2, "zipf")

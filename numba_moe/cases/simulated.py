@@ -18,7 +18,7 @@ from numba_moe.runtime.compile import Specialisation
 from numba_moe.runtime.launch import Launch
 
 MOST_THREADS = 4096  # that the launches of a case have together
-LEAST = 6  # cases of an op that launch something
+LEAST = 6  # cases of an op that launch something, if no other number is asked for
 
 
 class Launched(NamedTuple):
@@ -50,10 +50,10 @@ def launches_of(call: Callable[[], Any]) -> tuple[set[Launched], int]:
     return found, threads
 
 
-def few(cases: Sequence[Case], call: Callable[[Case, dict[str, Any]], Any]) -> list[int]:
+def few(cases: Sequence[Case], call: Callable[[Case, dict[str, Any]], Any], least: int = LEAST) -> list[int]:
     """Return the numbers, in order, of the smallest cases of every op that launch all that its cases launch.
 
-    A case stays if it launches nothing, if it is one of the `LEAST` smallest of its op that launch something, or if
+    A case stays if it launches nothing, if it is one of the `least` smallest of its op that launch something, or if
     no smaller one of its op launches one of its kernels, as compiled, with one block or with several. None has more
     than `MOST_THREADS` threads. The smaller of two cases has fewer threads, or else fewer elements in its arguments.
 
@@ -63,6 +63,8 @@ def few(cases: Sequence[Case], call: Callable[[Case, dict[str, Any]], Any]) -> l
         All of them.
     call : callable
         Calls the op of a case with arguments of NumPy.
+    least : int
+        How many cases of an op that launch something stay, if it has them.
     """
     sized = []
     for number, case in enumerate(cases):
@@ -75,7 +77,7 @@ def few(cases: Sequence[Case], call: Callable[[Case, dict[str, Any]], Any]) -> l
     chosen = []
     for threads, _, number, launched in sorted(sized):
         op = cases[number].op
-        if threads <= MOST_THREADS and (not launched or kept[op] < LEAST or launched - seen[op]):
+        if threads <= MOST_THREADS and (not launched or kept[op] < least or launched - seen[op]):
             kept[op] += bool(launched)
             seen[op] |= launched
             chosen.append(number)

@@ -50,12 +50,17 @@ def launches_of(call: Callable[[], Any]) -> tuple[set[Launched], int]:
     return found, threads
 
 
-def few(cases: Sequence[Case], call: Callable[[Case, dict[str, Any]], Any], least: int = LEAST) -> list[int]:
+def few(
+    cases: Sequence[Case],
+    call: Callable[[Case, dict[str, Any]], Any],
+    least: int = LEAST,
+    most_threads: int = MOST_THREADS,
+) -> list[int]:
     """Return the numbers, in order, of the smallest cases of every op that launch all that its cases launch.
 
     A case stays if it launches nothing, if it is one of the `least` smallest of its op that launch something, or if
     no smaller one of its op launches one of its kernels, as compiled, with one block or with several. None has more
-    than `MOST_THREADS` threads. The smaller of two cases has fewer threads, or else fewer elements in its arguments.
+    than `most_threads` threads. The smaller of two cases has fewer threads, or else fewer elements in its arguments.
 
     Parameters
     ----------
@@ -65,6 +70,8 @@ def few(cases: Sequence[Case], call: Callable[[Case, dict[str, Any]], Any], leas
         Calls the op of a case with arguments of NumPy.
     least : int
         How many cases of an op that launch something stay, if it has them.
+    most_threads : int
+        Of all launches of a case together.
     """
     sized = []
     for number, case in enumerate(cases):
@@ -77,7 +84,7 @@ def few(cases: Sequence[Case], call: Callable[[Case, dict[str, Any]], Any], leas
     chosen = []
     for threads, _, number, launched in sorted(sized):
         op = cases[number].op
-        if threads <= MOST_THREADS and (not launched or kept[op] < least or launched - seen[op]):
+        if threads <= most_threads and (not launched or kept[op] < least or launched - seen[op]):
             kept[op] += bool(launched)
             seen[op] |= launched
             chosen.append(number)

@@ -1,16 +1,21 @@
 """Reference against GPU: every op over named cases, as a table.
 
-On a machine without a CUDA device the same kernels run in Numba's CUDA simulator, on smaller cases.
+On a machine without a CUDA device the same kernels run in Numba's CUDA simulator, on smaller cases, and by default on a
+few of them: `numba_moe.cases.few` says which.
 """
 
 import argparse
 import contextlib
 import functools
 import json
+import multiprocessing
+import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +26,18 @@ from tqdm import tqdm
 
 import numba_moe
 from numba_moe import placement, recorder, reference, testing
-from numba_moe.cases import Case, edge_cases, input_cases, model_cases
+from numba_moe.cases import Case, edge_cases, few, input_cases, model_cases
 from numba_moe.cases.inputs import TOP_K
 from numba_moe.runtime import cache, checks, files, simulator
+from numba_moe.runtime.text import counted
 
 PAYLOADS = (  # whose dtype and layout a case chooses
     *("gating_output", "hidden_states", "permuted", "gate_up", "bias"),
     *("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"),
 )
 PACKAGES = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
+MOST_PROCESSES = 8  # of the simulator; each takes seconds to start, and some 400 MB
+CASES_OF_A_PROCESS = 20  # at least
 SCRATCH = "workspace"  # what a kernel leaves there is its own affair
 WRITTEN_FLOATS = ("identity_weights",)  # compared as results are
 # The ops of the device, and the package that has each.
@@ -56,23 +64,29 @@ class Outcome(NamedTuple):
         return self.mismatches == 0 and self.repeats_equal and self.arguments_as_expected and not self.message
 
 
+def on_device(case: Case, arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return the arguments of a case, made anew on a device, its payload in the dtype and layout that it asks for."""
+    return {
+        name: testing.to_device(value, device, case.dtype, case.strided)
+        if name in PAYLOADS
+        else testing.to_device(value, device)
+        for name, value in arguments.items()
+    }
+
+
+def call(case: Case, arguments: dict[str, Any]) -> Any:
+    """Call the op of a case with arguments of NumPy, on the CPU."""
+    return getattr(OPS[case.op], case.op)(**on_device(case, arguments, "cpu"))
+
+
 def run_case(case: Case, seed: int | Sequence[int], device: str, timed: bool = True) -> Outcome:
     """Compare one call with the reference, on poisoned memory, twice over, with arguments of its own each time."""
     arguments = case.arguments(np.random.default_rng(seed))
-
-    def on_device() -> dict[str, Any]:
-        return {
-            name: testing.to_device(value, device, case.dtype, case.strided)
-            if name in PAYLOADS
-            else testing.to_device(value, device)
-            for name, value in arguments.items()
-        }
-
-    given, given_again = on_device(), on_device()
+    given, given_again = on_device(case, arguments, device), on_device(case, arguments, device)
     begin = time.perf_counter()
     expected = getattr(reference, case.op)(**arguments)
     reference_us = (time.perf_counter() - begin) * 1e6
-    left = on_device()  # the reference writes what it is given to be written, and nothing else
+    left = on_device(case, arguments, device)  # the reference writes what it is given to be written, and nothing else
     op = getattr(OPS[case.op], case.op)
     running = contextlib.nullcontext() if device == "cuda" else simulator.running()
     try:
@@ -158,13 +172,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="up to 100 tokens")
-    size.add_argument("--full", action="store_true", help="up to 65536 tokens")
+    size.add_argument("--full", action="store_true", help="up to 65536 tokens; without a GPU, every case there is")
     parser.add_argument("--input", type=Path, metavar="FILE", help="topk_ids or logits to verify on instead")
     parser.add_argument("--num-experts", type=int, metavar="N", help="of topk_ids in --input (default: largest id + 1)")
     text = f"for logits in --input (default {TOP_K}, or all experts if they are fewer)"
     parser.add_argument("--top-k", type=int, metavar="K", help=text)
     parser.add_argument("--block-size", type=int, default=64, metavar="ROWS", help="for --input (default 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
+    parser.add_argument("--verbose", action="store_true", help="print every case, not only those that fail")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
 
 
@@ -211,23 +226,82 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     return functools.partial(run, options, cases, on_gpu)
 
 
+def takes_few(options: argparse.Namespace) -> bool:
+    """Whether the simulator runs a few of the cases only: unless all are asked for, or some by name."""
+    return not (options.full or options.op or options.case or options.input)
+
+
 def list_cases(cases: Iterable[Case]) -> int:
     """Name the cases, and nothing else, for programs that read them."""
     print("\n".join(f"{case.op}: {case.name}" for case in cases))
     return 0
 
 
+def in_processes(cases: Sequence[Case], numbers: Sequence[int], options: argparse.Namespace) -> Iterator[Outcome]:
+    """Yield the outcomes of the cases of these numbers, in their order, from processes that share the work.
+
+    A case holds functions, which cannot be sent, so each process selects the cases itself.
+    """
+    count = min(os.cpu_count() or 1, MOST_PROCESSES, len(numbers) // CASES_OF_A_PROCESS)
+    if count < 2:
+        yield from (run_case(cases[number], options.seed, "cpu") for number in numbers)
+        return
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _select_in_process, (options,))
+    before = set(multiprocessing.active_children())
+    try:
+        with _interrupts_put_off():
+            outcomes = pool.map(_run_in_process, numbers)
+        yield from outcomes
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_put_off() -> Iterator[None]:
+    """Take no interrupt here until later, and never in processes that begin here: their owner ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_in_process: tuple[list[Case], int]  # the cases and the seed of a process that has a share of the work
+
+
+def _select_in_process(options: argparse.Namespace) -> None:
+    global _in_process
+    torch.set_num_threads(1)
+    _in_process = select_cases(options, on_gpu=False), options.seed
+
+
+def _run_in_process(number: int) -> Outcome:
+    cases, seed = _in_process
+    return run_case(cases[number], seed, "cpu")
+
+
 def run(options: argparse.Namespace, cases: Sequence[Case], on_gpu: bool) -> int:
-    """Verify, print the table, and return the exit status: 1 if anything failed."""
+    """Verify, print tables, and return the exit status: 1 if anything failed."""
     where = environment(on_gpu)
     if on_gpu:
         print(f"Comparing the kernels on {where['device']} with the NumPy reference.")
     else:
         print("No CUDA device here: the same kernels run in Numba's CUDA simulator, on smaller cases.")
-    print(", ".join(f"{name} {value}" for name, value in where.items() if name != "device"))
-    progress = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
-    outcomes = [run_case(case, options.seed, "cuda" if on_gpu else "cpu") for case in progress]
-    print(table(outcomes), summary(outcomes), sep="\n\n")
+    print(", ".join(f"{name} {value}" for name, value in where.items() if name != "device"), flush=True)
+    if on_gpu:
+        found: Iterator[Outcome] = (run_case(case, options.seed, "cuda") for case in cases)
+        total = len(cases)
+    else:
+        numbers = few(cases, call) if takes_few(options) else range(len(cases))
+        found, total = in_processes(cases, numbers, options), len(numbers)
+    outcomes = list(tqdm(found, total=total, unit="case", disable=not sys.stderr.isatty(), leave=False))
+    if options.verbose:
+        print(table(outcomes), end="\n\n")
+    print(summary(outcomes))
     if options.json is not None:
         report = {"environment": where, "outcomes": [{**o._asdict(), "passed": o.passed} for o in outcomes]}
         with files.replacing(options.json) as file:
@@ -235,5 +309,7 @@ def run(options: argparse.Namespace, cases: Sequence[Case], on_gpu: bool) -> int
     failures = [outcome for outcome in outcomes if not outcome.passed]
     if failures:
         print(table(failures))
+    if left_out := len(cases) - len(outcomes):
+        print(f"{counted(left_out, 'case')} left out, which take minutes in the simulator; --full runs them too.")
     print(f"{len(outcomes) - len(failures)} passed, {len(failures)} failed")
     return int(bool(failures))

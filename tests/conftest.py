@@ -7,14 +7,33 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from numba_moe import verification
+from numba_moe.cases import Case, few
 from numba_moe.runtime import cache, simulator
 
 # JAX would take most of the GPU's memory at its first call, and other tests find none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where the simulator runs cases, mark as slow those that launch only what smaller ones of the test do."""
+    if not simulator.ENABLED:
+        return
+    by_test: dict[Any, list[pytest.Item]] = {}
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if isinstance(case, Case):
+            by_test.setdefault(item.function, []).append(item)
+    for found in by_test.values():
+        kept = few([item.callspec.params["case"] for item in found], verification.call, least=1, most_threads=1024)
+        for number in set(range(len(found))) - set(kept):
+            found[number].add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

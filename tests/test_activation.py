@@ -150,7 +150,7 @@ def test_kernel_gradients_equal_the_reference(name, width, dtype):
     assert_gradients_as_reference(width, dtype, OPTIONS[name])
 
 
-@pytest.mark.parametrize("width", [300, 264])
+@pytest.mark.parametrize("width", [pytest.param(300, marks=pytest.mark.slow), 264])
 def test_gradients_over_several_runs_of_columns(width):
     assert_gradients_as_reference(width, "bfloat16", OPTIONS["swiglu_oai"])
 

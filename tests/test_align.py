@@ -50,7 +50,7 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
         assert (allocator.buffer == 77).all(), "something beside the given memory was written"
 
 
-@pytest.mark.parametrize("num_experts", [60, 250, 500])
+@pytest.mark.parametrize("num_experts", [60, *(pytest.param(n, marks=pytest.mark.slow) for n in (250, 500))])
 def test_counts_of_any_number_of_blocks(num_experts, device, monkeypatch, request):
     monkeypatch.setattr(sorting, "CLUSTERS", ())
     plans.forget()

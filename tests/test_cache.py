@@ -140,6 +140,7 @@ def test_any_edit_changes_the_key_of_the_processes_that_import_it(package_copy, 
     assert run(package_copy, KEY) != [before]
 
 
+@pytest.mark.slow
 def test_a_process_whose_sources_were_replaced_leaves_nothing_on_disk(package_copy, run, folder):
     kernel = str(package_copy / "counting.py")
     upgrade = f"""
@@ -154,12 +155,14 @@ open(path, "w").write(text.replace("+ rows.alignment - 1", "+ rows.alignment - 2
     assert len(list(folder.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_process_does_not_read_what_its_replaced_sources_would_name(package_copy, run, folder):
     assert run(package_copy, COMPILE_HERE) == ["1", "0"]
     edit = f"import numba_moe.runtime; open({str(package_copy / 'counting.py')!r}, 'a').write('#')\n"
     assert run(package_copy, edit + COMPILE_HERE) == ["1", "0"]
 
 
+@pytest.mark.slow
 def test_bytecode_without_sources_has_a_key_of_its_own(package_copy, run, folder):
     def compile_to_bytecode(source):
         subprocess.run([sys.executable, "-m", "compileall", "-q", "-b", str(source)], check=True)
@@ -460,6 +463,7 @@ print(json.dumps([compile.statistics, "numba" in sys.modules, len(entry.cubin)])
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing_and_never_imports_numba(folder, without_simulator, monkeypatch):
     first, second = (json.loads(without_simulator(COMPILE)) for _ in range(2))
     assert first[0] == {"compiled": 1, "read": 0}

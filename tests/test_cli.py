@@ -147,22 +147,35 @@ def test_a_closed_pipe_is_silence(arguments):
     assert done.returncode == (0 if "--help" in arguments else 141)  # argparse prints, and asks nobody
 
 
+@pytest.fixture
+def taking_interrupts():
+    """Take interrupts as a terminal's programs do, also where the tests run in the background, which ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @POSIX
-@pytest.mark.parametrize("seconds", [0, 0.5, 2, 5, 15])
-def test_an_interrupt_is_silence(seconds, folder):
-    """A signal while modules are imported, while kernels compile or while cases run."""
+@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
+@pytest.mark.parametrize("seconds", [0, 0.5, 2, *(pytest.param(s, marks=pytest.mark.slow) for s in (5, 15))])
+def test_an_interrupt_is_silence(seconds, to_all, folder, taking_interrupts):
+    """A signal while modules are imported, while kernels compile or while cases run, here or in other processes."""
     program = "print('begun', flush=True); import sys; from numba_moe.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, "verify"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout.readline() == "begun\n"
     time.sleep(max(seconds, 0.2))  # the few modules of `cli` itself
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=600)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=600)  # until nobody has the pipes
     assert (process.returncode, printed) == (130, "")
 
 
-def test_what_an_interrupted_import_raises_is_no_error_of_ours(monkeypatch):
+def test_what_an_interrupted_import_raises_is_no_error_of_ours(taking_interrupts, monkeypatch):
     def interrupted(_):
         try:
             signal.raise_signal(signal.SIGINT)

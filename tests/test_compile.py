@@ -23,6 +23,7 @@ print(json.dumps(report))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compute_capability", "step"), [((8, 0), 5), ((9, 0), 1), ((10, 0), 5)])
 def test_specialisations_compile_to_ptx(compute_capability, step, without_simulator):
     report = json.loads(without_simulator(PROGRAM, json.dumps(compute_capability), str(step)))
@@ -82,6 +83,7 @@ except TypeError as error:
     assert without_simulator(program).startswith("kernel scan_blocks takes ('int16',) for block_counts, got float32")
 
 
+@pytest.mark.slow
 def test_a_kernel_waits_for_the_one_ahead_before_it_does_anything_or_lets_the_next_one_start(without_simulator):
     program = """
 from numba_moe.runtime import compile
@@ -97,6 +99,7 @@ for capability in ((8, 0), (9, 0)):
     assert since == ["griddepcontrol.wait", "griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 
 
+@pytest.mark.slow
 def test_a_process_compiles_for_one_gpu_after_another(without_simulator):
     program = """
 from numba_moe.runtime import compile
@@ -110,6 +113,7 @@ for capability in ((8, 0), (9, 0), (8, 0)):
     assert lines == ["True False False", "False True True", "True False False"], "before Hopper there are no clusters"
 
 
+@pytest.mark.slow
 def test_reads_of_a_cluster_are_done_before_the_next_barrier_lets_others_on(without_simulator):
     program = """
 import re
@@ -153,6 +157,7 @@ print(seen == {before}, dispatcher.get_current_device is before)
 """
 
 
+@pytest.mark.slow
 def test_other_threads_find_numba_as_it_is_while_two_compile(without_simulator):
     assert without_simulator(WHILE_OTHERS_COMPILE).split() == ["True", "True"]
 
@@ -167,6 +172,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_settings_of_numba_and_cuda_change_nothing_of_a_kernel(without_simulator, monkeypatch):
     program = """
 import re, warnings
@@ -193,6 +199,7 @@ print(done.stdout, done.stderr[-500:])
 """
 
 
+@pytest.mark.slow
 def test_numba_cuda_is_found_where_no_pth_file_says_so(without_simulator, package_copy):
     """As after `pip install --target`: Python reads no .pth files there."""
     look = """
@@ -207,6 +214,7 @@ print(numba_moe.counting.cuda.implementation, type(numba_moe.counting.scan_exper
     assert "`numba.cuda` must be numba-cuda, got Numba's own" in printed
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_missing_is_named_with_the_ways_to_have_one(without_simulator):
     program = """
 from cuda.pathfinder import DynamicLibNotFoundError

@@ -16,10 +16,11 @@ PATHS = {
     "counted": {"CLUSTERS": ()},
     "scanned": {"CLUSTERS": (), "UNSCANNED_COUNTS": 0},
 }
+SLOW_PATHS = ["clustered", *(pytest.param(path, marks=pytest.mark.slow) for path in ("counted", "scanned"))]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("chunk", [1024, 16])
+@pytest.mark.parametrize("path", SLOW_PATHS)
+@pytest.mark.parametrize("chunk", [1024, pytest.param(16, marks=pytest.mark.slow)])
 def test_every_path(path, chunk, device, monkeypatch):
     if device == "cuda" and chunk != sorting.kernels.CHUNK:
         pytest.skip("the chunk is compiled into the kernels")
@@ -46,7 +47,7 @@ def test_every_path(path, chunk, device, monkeypatch):
     plans.forget()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", SLOW_PATHS)
 def test_ids_and_maps_past_int32_are_no_experts(path, device, monkeypatch, request):
     for name, value in PATHS[path].items():
         monkeypatch.setattr(sorting, name, value)

@@ -51,6 +51,7 @@ def some_cases():
     return [case for found in by_op.values() for case in found[:: -(-len(found) // 3)]]
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_reference(another_default):
     with another_default:
         outcomes = [verification.run_case(case, 1, "cuda" if ON_GPU else "cpu", timed=False) for case in some_cases()]

@@ -50,6 +50,7 @@ def test_examples_run(name, peers):
     assert found.failed == 0
 
 
+@pytest.mark.slow
 def test_the_pages_build_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "kept"), "docs"]
     done = subprocess.run([*command, str(tmp_path / "pages")], cwd=ROOT, capture_output=True, text=True)

@@ -18,7 +18,7 @@ MANY = 32 if simulator.ENABLED else 5000
 FEW = 4 if simulator.ENABLED else 5000
 
 
-@pytest.fixture(params=gating_plans.KERNELS)
+@pytest.fixture(params=[pytest.param(k, marks=pytest.mark.slow) if k == "memory" else k for k in gating_plans.KERNELS])
 def kernel(request):
     with gating_plans.preferring(request.param):
         yield request.param
@@ -57,13 +57,13 @@ def nearly_tied(experts, bits):
     return words.astype(np.int32).view(np.float32)
 
 
-@pytest.mark.parametrize("experts", [20, 64, 200])
-@pytest.mark.parametrize("top_k", [1, 3, 8])
+@pytest.mark.parametrize("experts", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 200))])
+@pytest.mark.parametrize("top_k", [1, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_ranks_that_differ_in_their_lowest_bits(kernel, experts, top_k):
     assert_as_reference("topk_softmax", nearly_tied(experts, 9), top_k, True)
 
 
-@pytest.mark.parametrize("values", [1, 2, 5])
+@pytest.mark.parametrize("values", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 5])
 def test_a_few_values_only(kernel, values):
     logits = np.random.default_rng(values).integers(0, values, (MANY, 96)).astype(np.float32)
     assert_as_reference("topk_softmax", logits, 6, True)
@@ -79,7 +79,7 @@ def test_the_last_experts_of_chosen_groups_come_before_those_of_others(kernel):
     assert run("grouped_topk", logits, 6, **call).topk_ids[0].tolist() == [5, 15, 3, 4, 16, 17]
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("scoring_func", ["softplus_sqrt", "raw"])
 def test_other_scores(kernel, scoring_func, biased):
     rng = np.random.default_rng(3)
@@ -275,7 +275,7 @@ def test_shared_experts_by_hand(kernel, renormalize, on_output, num_zero):
         np.testing.assert_allclose(np.asarray(weights.tolist()), [wanted] * FEW, rtol=1e-5)
 
 
-@pytest.mark.parametrize("top_k", [3, 33])
+@pytest.mark.parametrize("top_k", [3, pytest.param(33, marks=pytest.mark.slow)])
 def test_rows_of_any_size(top_k):
     rng = np.random.default_rng(top_k)
     tied = rng.integers(0, 4, (2, 1030)).astype(np.float32)

@@ -118,7 +118,7 @@ def test_kernel_equals_the_reference(shape, scoring_func, renormalize):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("factor", [2.5, -1.0, 0.0])
+@pytest.mark.parametrize("factor", [2.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (-1.0, 0.0))])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", SCORING)
 def test_groups_factors_and_dtypes(scoring_func, renormalize, factor, dtype):

@@ -57,6 +57,7 @@ def with_fake_driver(without_simulator):
     return lambda program: without_simulator(FAKE_DRIVER + program)
 
 
+@pytest.mark.slow
 def test_parameters_are_packed_after_a_kernel_was_compiled(with_fake_driver):
     program = """
 def compile_and_launch_another(*arguments):
@@ -71,6 +72,7 @@ print([values for *_, values in noted] == [addresses[1], addresses[0]])
     assert with_fake_driver(program).split() == ["True"]
 
 
+@pytest.mark.slow
 def test_what_runs_between_packing_and_launching_has_memory_of_its_own(with_fake_driver):
     program = """
 outer, inner = scan(), scan()
@@ -86,6 +88,7 @@ print([values for *_, values in noted] == 2 * [addresses[1], addresses[0]], len(
     assert with_fake_driver(program).split() == ["True", "2"]
 
 
+@pytest.mark.slow
 def test_threads_share_memory_for_parameters_one_after_another(with_fake_driver):
     program = """
 launches = [scan() for _ in arrays]
@@ -101,6 +104,7 @@ print(all(found.count(pair) == 300 for pair in addresses), len(launch._idle) <= 
     assert with_fake_driver(program).split() == ["True", "True"]
 
 
+@pytest.mark.slow
 def test_a_launch_works_on_its_own_device_whatever_the_thread_works_on(with_fake_driver):
     program = """
 first, second = scan(0), scan(1)

@@ -344,7 +344,7 @@ def run_processes(role, size, folder):
     return [process.returncode for process in processes], printed
 
 
-@pytest.mark.parametrize("size", PAIRS)
+@pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.slow) if n > 2 else n for n in PAIRS])
 def test_random_pairs(size, tmp_path):
     assert run_processes("pairs", size, tmp_path)[0] == [0] * size
 
@@ -355,11 +355,13 @@ def test_random_pairs_on_gpus(tmp_path):
     assert run_processes("nccl", 2, tmp_path)[0] == [0, 0]
 
 
+@pytest.mark.slow
 def test_faults_of_one_rank_reach_all(tmp_path):
     assert run_processes("faults", 3, tmp_path)[0] == [0] * 3
 
 
 @pytest.mark.parametrize(("how", "least", "most"), [("kill", 0, 10), ("hang", 3, 11)])
+@pytest.mark.slow
 def test_a_lost_process_ends_in_an_error(how, least, most, tmp_path):
     statuses, printed = run_processes(how, 3, tmp_path)
     assert statuses == [0, -signal.SIGKILL, 0]

@@ -29,7 +29,7 @@ def test_calls_are_ranges_in_the_profile(monkeypatch):
     assert "numba_moe::double" in {event.key for event in profiled.key_averages()}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_profile_example_shows_the_ops_by_name(without_simulator, compiled):
     program = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     sizes = ("--tokens", "5", "--experts", "8", "--hidden", "16", "--top-k", "2", "--calls", "2")
@@ -58,6 +58,7 @@ def test_log_level(logger, monkeypatch):
         moe.set_log_level("LOUD")
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_logged(without_simulator, tmp_path):
     program = (
         "import os, sys; os.environ['NUMBA_MOE_CACHE_DIR'] = sys.argv[1]\n"

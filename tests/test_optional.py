@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("cupy", "httpx", "jax", "matplotlib", "numpydoc", "starlette", "transformers")
 PROGRAM = f"""
@@ -21,6 +23,7 @@ def test_no_test_imports_an_optional_library_without_asking():
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
+@pytest.mark.slow
 def test_tests_skip_what_is_not_installed():
     asking = re.compile(rf"importorskip\(\"(?:{'|'.join(OPTIONAL)})\b")
     asked = [path for path in (ROOT / "tests").glob("*.py") if asking.search(path.read_text())]
@@ -29,6 +32,7 @@ def test_tests_skip_what_is_not_installed():
         sys.executable,
         "-c",
         PROGRAM,
+        "--all",
         "-k",
         "not kernels and not the_same_is_found",
         *map(str, asked),

@@ -39,6 +39,7 @@ def test_import_is_light():
     assert float(took) < 0.3
 
 
+@pytest.mark.slow
 def test_placement_imports_numba_when_something_is_rebalanced(without_simulator):
     program = (
         "import sys; from numba_moe import placement; assert not {'torch', 'numba'} & set(sys.modules);"

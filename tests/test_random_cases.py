@@ -17,6 +17,7 @@ def run(*arguments):
     return random_cases.run(parser.parse_args(arguments))
 
 
+@pytest.mark.slow
 def test_a_few(capsys):
     assert run("--cases", str(2 * len(DRAWS)), "--seed", "5") == 0
     printed = capsys.readouterr().out.splitlines()

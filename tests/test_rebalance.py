@@ -122,6 +122,7 @@ def answer(function, *arguments, **options):
         return str(error)
 
 
+@pytest.mark.slow
 def test_refined_is_its_twin_bit_for_bit():
     rng = np.random.default_rng(2)
     refused = 0
@@ -334,6 +335,7 @@ def test_results_do_not_depend_on_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "noise"])
+@pytest.mark.slow
 def test_a_damaged_file_of_compiled_code_is_compiled_again(damage, tmp_path, monkeypatch, without_simulator):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     program = "import numpy as np; from numba_moe.placement import search; print(search.moves(np.arange(3), np.zeros(3, int)))"

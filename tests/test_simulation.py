@@ -376,6 +376,17 @@ def test_command(dump, tmp_path, capsys):
     assert report["scenarios"][2]["rebalances"][0]["move_ms"] == 20
 
 
+@pytest.mark.parametrize(
+    ("dtype", "count"), [("uint8", 255), ("int16", 30_000), ("uint32", 2**32 - 1), ("int64", 2**63 // 24)]
+)
+def test_percentages_are_of_counts_of_any_size(dtype, count, tmp_path, capsys):
+    """No sum is in the dtype of the file, where it would wrap round."""
+    np.savez(tmp_path / "counts.npz", logical_count=np.full((3, 1, 8), count, dtype))
+    assert main(["rebalance", str(tmp_path / "counts.npz"), "--gpus", "2", "--algorithm", "refined"]) == 0
+    [stay] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("stay  ")]
+    assert stay[2:8] == ["-", "1.000", "1.000", "1.000", "50.0", "0.0"]
+
+
 def test_command_goes_on_from_a_location(dump, tmp_path, capsys):
     spread = ExpertLocation.from_mapping([[0, 2, 3, 1, 2, 3]], num_gpus=2)
     spread.save(tmp_path / "now.npz")

@@ -339,6 +339,7 @@ torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(*given
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_ahead_of_time_inductor(device, tmp_path, without_simulator):
     given = arguments(7, device)
     exported = torch.export.export(Block(), given)
@@ -381,6 +382,7 @@ def test_fake_tensors_and_parameters_are_dispatched():
     assert torch.equal(parameter.grad, scores.grad)
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_nothing_and_compiling_does(without_simulator):
     program = (
         "import torch, numba_moe\n"

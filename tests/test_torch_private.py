@@ -76,11 +76,12 @@ def test_public_names_say_the_same_on_a_gpu():
 
 
 @pytest.mark.skipif(not torch_private.ALLOWED, reason="this is the run without them")
+@pytest.mark.slow
 def test_the_core_runs_without_private_names():
     program = (
         "import sys, pytest, torch; from numba_moe.runtime import torch_private as p; assert not p.ALLOWED;"
         "assert p.current_device is torch.cuda.current_device; assert p.empty_strided is p._empty_strided;"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not inductor', *sys.argv[1:]]))"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--all', '-k', 'not inductor', *sys.argv[1:]]))"
     )
     tests = [f"tests/{name}" for name in CORE]
     environment = {**os.environ, "NUMBA_MOE_TORCH_PRIVATE": "0"}

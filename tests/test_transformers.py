@@ -4,6 +4,8 @@ import contextlib
 import copy
 import functools
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,7 +132,7 @@ def test_logits_and_gradients_agree_with_eager(name):
     assert_agrees(make(name), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("name", ["Mixtral", pytest.param("GptOss", marks=pytest.mark.slow)])
 def test_kernels_agree_with_eager(name):
     with simulator.running() if simulator.ENABLED else contextlib.nullcontext():
         assert_agrees(make(name, device="cpu" if simulator.ENABLED else "cuda"), 1e-5)
@@ -225,6 +227,7 @@ def assert_layer_agrees(model, layer, rows, ids, weights):
 
 @pytest.mark.parametrize("with_own_gate", [False, True])
 @pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.slow
 def test_ids_of_other_ranks_and_gates_of_its_own(with_own_gate, with_norm):
     model = make("Mixtral")
     layer = next(module for module in model.modules() if hasattr(module, "_apply_gate"))
@@ -350,7 +353,9 @@ def test_a_model_runs_under_other_defaults(name):
     assert torch.equal(found, layer(rows, ids, weights))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["Mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "Mixtral")]
+)
 def test_models_compile_whole_before_any_eager_call(name):
     model, given = make(name), torch.arange(12).reshape(2, 6) * 7 % 64
     wanted = model(input_ids=given).logits
@@ -399,6 +404,27 @@ def test_a_compiled_model_follows_a_change_of_its_activation():
     ):
         change()
         torch.testing.assert_close(*by_both(model, layer, compiled))
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.6.9", "5.6.0.dev0"])
+def test_releases_that_know_no_implementation_of_others_are_refused(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=f"^`transformers` must be at least 5.7, got {re.escape(version)}$"):
+        interop.register("refused")
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    assert "refused" not in ALL_EXPERTS_FUNCTIONS.valid_keys()
+
+
+@pytest.mark.parametrize("version", ["5.7.0", "5.7.0.dev0", "5.10.0", "6.0"])
+def test_later_releases_are_taken(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    interop.register()
+
+
+def test_the_oldest_release_is_the_declared_one():
+    declared = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"transformers>={".".join(map(str, interop.OLDEST))}"' in declared
 
 
 def test_a_name_of_ones_own():

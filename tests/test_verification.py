@@ -1,5 +1,7 @@
 """The kernels equal the reference over all named cases, and the verification notices when they do not."""
 
+import collections
+import functools
 import importlib
 import inspect
 import json
@@ -12,7 +14,7 @@ from numba import cuda
 import numba_moe
 from numba_moe import cases, cli, placement, recorder, reference, testing, verification
 from numba_moe.placement import dispatch
-from numba_moe.runtime import plans
+from numba_moe.runtime import plans, simulator
 
 ON_GPU = torch.cuda.is_available()
 LEVEL = "quick" if ON_GPU else "simulator"
@@ -25,6 +27,7 @@ def test_kernels_equal_the_reference(case):
     assert outcome.passed, outcome
 
 
+@pytest.mark.slow
 def test_every_op_and_every_kernel_option_has_cases():
     assert {case.op for case in CASES} == set(verification.OPS)
     assert len({(case.op, case.name) for case in CASES}) == len(CASES)
@@ -176,7 +179,12 @@ OPS_OF = {
 WRITES_OUTSIDE = {"off by one", "padding miscounted"}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+FIRST_OF_MODULE = {module: name for name, (module, *_) in reversed(FAULTS.items())}.values()
+
+
+@pytest.mark.parametrize(
+    "fault", [name if name in FIRST_OF_MODULE else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+)
 def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
     if ON_GPU and fault in WRITES_OUTSIDE:
         pytest.skip("would write outside its arrays; the simulator catches that")
@@ -247,6 +255,87 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert outcome["passed"] is True
 
 
+def test_only_what_fails_is_printed_case_by_case_unless_all_is_asked_for(capsys):
+    asked = ["verify", "--op", "expert_offsets", "--case", "no experts"]
+    assert cli.main(asked) == 0
+    assert "no experts" not in capsys.readouterr().out
+    assert cli.main([*asked, "--verbose"]) == 0
+    assert "no experts" in capsys.readouterr().out
+
+
+ONLY_IN_SIMULATOR = pytest.mark.skipif(ON_GPU, reason="on a GPU all cases run")
+
+
+@ONLY_IN_SIMULATOR
+@pytest.mark.parametrize(
+    ("options", "takes_few"), [("", True), ("--quick", True), ("--full", False), ("--op dispatch_ids", False)]
+)
+def test_the_simulator_runs_a_few_cases_unless_others_are_asked_for(options, takes_few, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(verification, "few", lambda cases, call: [3, 5])
+    monkeypatch.setattr(
+        verification, "run_case", lambda case, *_: verification.Outcome(*case[:2], 0, 0, 1, 1, 0, 0, "")
+    )
+    monkeypatch.setattr(verification, "MOST_PROCESSES", 1)
+    report = tmp_path / "report.json"
+    assert cli.main(["verify", *options.split(), "--json", str(report)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    asked = [case for case in CASES if options != "--op dispatch_ids" or case.op == "dispatch_ids"]
+    run = [CASES[3], CASES[5]] if takes_few else asked
+    assert [(o["op"], o["case"]) for o in json.loads(report.read_text())["outcomes"]] == [case[:2] for case in run]
+    left_out = f"{len(CASES) - 2} cases left out, which take minutes in the simulator; --full runs them too."
+    assert (left_out in printed) == takes_few
+    assert printed[-1] == f"{len(run)} passed, 0 failed"
+
+
+@ONLY_IN_SIMULATOR
+def test_a_few_cases_launch_what_all_of_that_size_do():
+    chosen = cases.few(CASES, verification.call)
+    found = []
+    for case in CASES:
+        arguments = case.arguments(np.random.default_rng(0))
+        launched, threads = cases.simulated.launches_of(functools.partial(verification.call, case, arguments))
+        found.append({(case.op, one) for one in launched} if threads <= cases.simulated.MOST_THREADS else set())
+    assert set().union(*(found[number] for number in chosen)) == set().union(*found)
+    ops = collections.Counter(CASES[number].op for number in chosen)
+    assert set(ops) == set(verification.OPS)
+    assert min(ops.values()) >= cases.simulated.LEAST
+    assert len(chosen) < len(CASES) / 2
+    assert cases.few(CASES, verification.call) == chosen
+
+
+@ONLY_IN_SIMULATOR
+def test_what_a_case_launches_is_known_and_nothing_runs(monkeypatch):
+    ids, counts = np.array([[1, 0, 1]], np.int32), np.zeros(2, np.int64)
+    given = verification.on_device(
+        cases.Case("add_expert_counts", "", None), {"topk_ids": ids, "counts": counts}, "cpu"
+    )
+    call = functools.partial(recorder.add_expert_counts, **given)
+    [one], threads = cases.simulated.launches_of(call)
+    assert one.kernel == "count_ids"
+    assert not one.many_blocks
+    assert threads % 32 == 0
+    assert not given["counts"].any()
+    with simulator.running():
+        call()
+    assert given["counts"].tolist() == [1, 2]
+
+
+@pytest.mark.slow
+@ONLY_IN_SIMULATOR
+def test_processes_share_the_cases_and_keep_their_order(monkeypatch, tmp_path):
+    outcomes = []
+    for processes in (1, 2):
+        monkeypatch.setattr(verification, "MOST_PROCESSES", processes)
+        monkeypatch.setattr("os.cpu_count", lambda: 2)
+        path = tmp_path / f"{processes}.json"
+        assert cli.main(["verify", "--op", "dispatch_ids", "--op", "add_*", "--json", str(path)]) == 0
+        outcomes.append(json.loads(path.read_text())["outcomes"])
+        for outcome in outcomes[-1]:
+            del outcome["reference_us"]
+    assert outcomes[0] == outcomes[1]
+    assert len(outcomes[0]) > 2 * verification.CASES_OF_A_PROCESS
+
+
 def test_command_lists_cases(capsys):
     assert cli.main(["verify", "--list", "--op", "grouped_topk"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -273,7 +362,9 @@ def test_what_matches_nothing_is_named(name, tmp_path, monkeypatch, capsys):
     assert tuple(capsys.readouterr()) == ("", f"numba-moe verify: nothing matches {pattern!r}; --list names them\n")
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    "suffix", [".npy", *(pytest.param(s, marks=pytest.mark.slow) for s in (".npz", ".safetensors", ".pt"))]
+)
 def test_own_routing_is_verified(suffix, tmp_path, capsys):
     rng = np.random.default_rng(0)
     ids = testing.random_ids(rng, 5, 12, 2, "zipf")

@@ -9,8 +9,18 @@ from numba_moe.cases import gating, grouping, moving
 from numba_moe.cases.draws import Case
 from numba_moe.cases.inputs import input_cases, load_routing
 from numba_moe.cases.models import model_cases, trained_cases, trained_routing
+from numba_moe.cases.simulated import few
 
-__all__ = ["Case", "edge_cases", "input_cases", "load_routing", "model_cases", "trained_cases", "trained_routing"]
+__all__ = [
+    "Case",
+    "edge_cases",
+    "few",
+    "input_cases",
+    "load_routing",
+    "model_cases",
+    "trained_cases",
+    "trained_routing",
+]
 
 
 def edge_cases() -> Iterator[Case]:

@@ -28,6 +28,7 @@ from numba_moe.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.reference.activation import RULES
 
 NAME = "numba_moe"
+OLDEST = (5, 7)  # transformers whose models take any implementation that is registered
 # How near an activation's float32 results must be to the module's own to stand for them.
 SAME = 1e-5
 LARGEST_LIMIT = 1000
@@ -202,8 +203,14 @@ def register(name: str = NAME) -> None:
     Raises
     ------
     ImportError
-        transformers is not installed, or is older than version 5.
+        transformers is not installed, or is older than 5.7: its models know no implementations but their own.
     """
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[: len(OLDEST)])
+    if version < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(f"`transformers` must be at least {oldest}, got {transformers.__version__}")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)

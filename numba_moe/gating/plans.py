@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.gating import memory, octets, registers
+from numba_moe.gating import lanes, memory, octets, registers
 from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
 from numba_moe.gating.rows import SCORING, Choice, Chosen, Rows, Weighting
 from numba_moe.placement.dispatch import Dispatch
 from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import COLUMNS, PLAIN
+from numba_moe.runtime.parameters import COLUMNS, LANE_COLUMNS, PLAIN
 from numba_moe.runtime.plans import Layout, planned
 from numba_moe.runtime.primitives import WARP
 
@@ -25,6 +25,21 @@ MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 32
 # From so many tokens on, blocks of eight warps take less time than blocks of four (1 to 7 %), and before more.
 TOKENS_FOR_EIGHT_WARPS = 256
+# How many lanes hold the row of a token where there are no groups: in the first line whose experts, picks and tokens
+# are not fewer than those of a call. More lanes take less time for few tokens, and fewer lanes for many.
+ANY = checks.LARGEST_INT32
+LANES = (
+    # experts, picks, tokens, lanes
+    (8, 8, 4096, 8),
+    (16, 16, 4096, 16),
+    (32, 32, 4096, 32),
+    (16, 2, ANY, 2),
+    (32, 2, ANY, 2),
+    (64, 2, ANY, 4),
+    (128, 2, ANY, 4),
+    (256, 2, ANY, 8),
+    (384, 2, ANY, 16),
+)
 
 
 NO_DISPATCH = Dispatch(None, None, None, 0, 0, 0, 0)
@@ -37,7 +52,7 @@ NO_EXTRAS = Extras(
     Counting(None, None, 0, 1, 0),
     torch.int32.itemsize,
 )
-KERNELS = ("registers", "octets", "memory")
+KERNELS = ("registers", "octets", "memory", "lanes")
 _preferred: str | None = None
 
 
@@ -58,8 +73,8 @@ def preferring(kernel: str) -> Iterator[None]:
 class GatingPlan(NamedTuple):
     """The results, the launch, and the group scores that rows read from memory need.
 
-    And the records and constants of the launch, for a kernel that does the same and more; `columns` is None where lanes
-    hold no rows.
+    And the records and constants of a launch of `registers`, for a kernel that does the same and more; `columns` is None
+    where rows do not fit, or tokens are many.
     """
 
     topk_weights: arrays.Contiguous
@@ -97,11 +112,28 @@ def rows_of(gating_output: Layout, vector: int) -> Rows:
     return Rows(gating_output, num_tokens, num_experts, stride, vector)
 
 
+def lanes_for(num_tokens: int, num_experts: int, top_k: int) -> int:
+    """Return how many lanes hold the row of a token, 0 if another kernel takes less time."""
+    for experts, picks, tokens, number in LANES:
+        if num_experts <= experts and top_k <= picks and num_tokens <= tokens:
+            return number
+    return WARP if _preferred == "lanes" and top_k <= WARP and num_experts <= WARP * LANE_COLUMNS[-1] else 0
+
+
+def columns_for(number: int, num_experts: int) -> int:
+    """Return how many experts each of so many lanes holds; with one they are counted, which takes some lanes."""
+    choices = LANE_COLUMNS if number >= lanes.LEAST_TO_COUNT else LANE_COLUMNS[1:]
+    return next(columns for columns in choices if columns * number >= num_experts)
+
+
 def kernel_for(
     num_tokens: int, num_experts: int, top_k: int, num_expert_group: int, group_picks: int, few_per_expert: bool
 ) -> str:
     """Return which of KERNELS serves a call; `few_per_expert` tells that eight lanes pay from half the tokens on."""
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
+    by_lanes = num_expert_group == 1 and _preferred in (None, "lanes")
+    if by_lanes and lanes_for(num_tokens, num_experts, top_k):
+        return "lanes"
     fits = lane_bits >= 0 and COLUMNS[-1] << lane_bits >= num_experts // num_expert_group
     if not fits or (num_expert_group > 1 and group_picks > 2) or _preferred == "memory":
         return "memory"
@@ -149,9 +181,9 @@ def _plan(
     kernel = kernel_for(
         num_tokens, num_experts, top_k, num_expert_group, group_picks, not grouped and bool(exact or in_block)
     )
-    if kernel != "registers":
+    if kernel in ("octets", "memory"):
         whole_softmax = whole_softmax or (softmax and grouped)
-    rows = rows_of(gating_output, 4 * in_vectors(gating_output, group_size) if kernel == "registers" else together)
+    rows = rows_of(gating_output, together)
     groups = (num_expert_group, topk_group, group_picks, group_size)
     choice = Choice(correction_bias, int(whole_softmax), *groups)
     weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
@@ -165,15 +197,28 @@ def _plan(
         choose = Launch(memory.choose_from_memory, *where, *records, role=role)
     elif kernel == "octets":
         mask = (1 << (num_experts - 1).bit_length()) - 1
-        lanes = octets.OctetLanes((octets.LANES // num_expert_group).bit_length() - 1, mask, exact, in_block)
-        records = (rows, choice, weighing, lanes, chosen, extras)
+        octet = octets.OctetLanes((octets.LANES // num_expert_group).bit_length() - 1, mask, exact, in_block)
+        records = (rows, choice, weighing, octet, chosen, extras)
         where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))
         choose = Launch(octets.choose_for_many, *where, *records, shared_bytes=4 * in_block, role=role)
     else:
         columns = next(columns for columns in COLUMNS if columns << lane_bits >= group_size)
-        records = (rows, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
-        where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
-        choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
+        by_fours = rows_of(gating_output, 4 * in_vectors(gating_output, group_size))
+        records = (by_fours, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
+        if kernel == "lanes":
+            number = lanes_for(num_tokens, num_experts, top_k)
+            in_block = in_block if num_tokens >= MANY_TOKENS else 0
+            of_lanes = lanes.LaneChoice(correction_bias, int(whole_softmax), number.bit_length() - 1, in_block)
+            where = (device, *warps(-(-num_tokens * number // WARP), 8 if in_block else 4))
+            choose = Launch(
+                *(lanes.choose_by_lanes, *where, rows, of_lanes, weighing, chosen, extras),
+                shared_bytes=4 * in_block,
+                columns=columns_for(number, num_experts),
+                role=role,
+            )
+        else:
+            where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
+            choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
     return GatingPlan(
         arrays.contiguous(torch.float32, num_tokens, num_slots),
         arrays.contiguous(id_dtype, num_tokens, num_slots),

@@ -43,7 +43,7 @@ def assert_as_reference(op, *args, **kwargs):
 
 
 # Of these cases verification runs in the simulator what their sizes ask for: by warps, and long rows from memory.
-@pytest.mark.parametrize("kernel", ["octets", pytest.param("memory", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("kernel", ["lanes", "octets", pytest.param("memory", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
 def test_the_kernels_for_more_equal_the_reference(case, kernel):
     outcome = verification.run_case(case, seed=1, device="cuda" if ON_GPU else "cpu")
@@ -77,6 +77,23 @@ def test_the_last_experts_of_chosen_groups_come_before_those_of_others(kernel):
     call = {"num_expert_group": 8, "topk_group": 2, "renormalize": False, "scoring_func": "sigmoid"}
     assert_as_reference("grouped_topk", logits, 6, **call)
     assert run("grouped_topk", logits, 6, **call).topk_ids[0].tolist() == [5, 15, 3, 4, 16, 17]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_any_number_of_lanes_serves_a_token(number, biased, monkeypatch):
+    rng = np.random.default_rng(number)
+    for experts in (number, 2 * number + 1, 8 * number, 12 * number, 32 * number):
+        monkeypatch.setattr(gating_plans, "LANES", [(experts, number, FEW, number)])
+        logits = rng.standard_normal((FEW, experts)).astype(np.float32)
+        logits[1] = logits[1].round()  # few values
+        logits[2] = np.where(logits[2] > 1, logits[2], -np.inf)
+        logits[3, experts // 2] = np.nan
+        bias = rng.standard_normal(experts).astype(np.float32) if biased else None
+        for renormalize in (False, True):
+            with gating_plans.preferring("lanes"):
+                assert_as_reference("topk_softmax", logits, min(number, 6), renormalize, bias)
+                assert_as_reference("topk_sigmoid", logits, number, renormalize, bias)
 
 
 @pytest.mark.parametrize("biased", [False, True])

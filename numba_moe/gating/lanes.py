@@ -30,6 +30,7 @@ from numba_moe.runtime.dialect import cuda, float32, int32, int64, uint32
 from numba_moe.runtime.parameters import EXTENDED, PLAIN, Int32, LaneColumns, OptionalFloat32Array, Role
 from numba_moe.runtime.primitives import (
     ALL_LANES,
+    INFINITY,
     LARGEST_INT32,
     NEGATIVE_INFINITY,
     exp,
@@ -104,7 +105,7 @@ def lanes_with(predicate, lanes):
 
 @cuda.jit(device=True)
 def softmax_of_lanes(logits, columns, lanes):
-    """Return the largest logit of a token, and the sum of exponentials, 0 if all logits are -inf."""
+    """Return the largest logit of a token, and the sum of exponentials, 0 if the former is infinite."""
     peak = logits[0]
     for column in range(1, columns):
         peak = larger(peak, logits[column])
@@ -113,7 +114,7 @@ def softmax_of_lanes(logits, columns, lanes):
         peak = larger(peak, cuda.shfl_xor_sync(ALL_LANES, peak, distance))
         distance = int32(distance << 1)
     total = float32(0.0)
-    if peak > float32(NEGATIVE_INFINITY):
+    if float32(NEGATIVE_INFINITY) < peak < float32(INFINITY):
         for column in range(columns):
             total += exp(logits[column] - peak)
     return peak, sum_over(total, lanes)

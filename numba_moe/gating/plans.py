@@ -73,8 +73,8 @@ def preferring(kernel: str) -> Iterator[None]:
 class GatingPlan(NamedTuple):
     """The results, the launch, and the group scores that rows read from memory need.
 
-    And the records and constants of a launch of `registers`, for a kernel that does the same and more; `columns` is None
-    where rows do not fit, or tokens are many.
+    And the records and constants of a launch of `registers`, for a kernel that does the same and more; `columns` is
+    None where rows do not fit, or tokens are many.
     """
 
     topk_weights: arrays.Contiguous

@@ -33,16 +33,22 @@ from numba_moe.runtime.primitives import (
     INFINITY,
     LARGEST_INT32,
     NEGATIVE_INFINITY,
+    WARP,
     exp,
     fill,
     flat,
     larger,
+    order_of_number,
     present,
+    value_of,
+    warp_highest,
     warp_index,
 )
 
 # So many lanes at least find an expert's slot by counting.
 LEAST_TO_COUNT = 8
+# Large blocks pay where few of them serve all tokens: a small grid lets the next kernel start (see runtime.compile).
+MOST_WARPS_IN_BLOCK = 16
 
 
 class LaneChoice(NamedTuple):
@@ -109,10 +115,13 @@ def softmax_of_lanes(logits, columns, lanes):
     peak = logits[0]
     for column in range(1, columns):
         peak = larger(peak, logits[column])
-    distance = int32(1)
-    while distance < lanes:
-        peak = larger(peak, cuda.shfl_xor_sync(ALL_LANES, peak, distance))
-        distance = int32(distance << 1)
+    if lanes == WARP:
+        peak = value_of(warp_highest(order_of_number(peak)))
+    else:
+        distance = int32(1)
+        while distance < lanes:
+            peak = larger(peak, cuda.shfl_xor_sync(ALL_LANES, peak, distance))
+            distance = int32(distance << 1)
     total = float32(0.0)
     if float32(NEGATIVE_INFINITY) < peak < float32(INFINITY):
         for column in range(columns):
@@ -138,6 +147,11 @@ def best_column(ranks, free, columns):
 @cuda.jit(device=True)
 def best_of_lanes(rank, expert, lanes):
     """Return the highest rank of a token's lanes, and its expert, the lowest of those that have it."""
+    if lanes == WARP:  # two steps that a warp has as one instruction each, for the ten of lanes that exchange
+        own = order_of_number(rank)
+        highest = warp_highest(own)
+        lowest = warp_highest(int32(-expert if own == highest else -LARGEST_INT32))
+        return value_of(highest), int32(-lowest)
     distance = int32(1)
     while distance < lanes:
         other = cuda.shfl_xor_sync(ALL_LANES, rank, distance)
@@ -193,7 +207,7 @@ def place_of(rank, lanes):
     return place
 
 
-@cuda.jit
+@cuda.jit(launch_bounds=WARP * MOST_WARPS_IN_BLOCK)
 def choose_by_lanes(
     rows: Rows,
     choice: LaneChoice,
@@ -273,7 +287,9 @@ def choose_by_lanes(
     if is_mine:
         final = Scores(bias, scoring_func, peak, total)
         score, weight = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
-    scale = scale_of(score, lanes, weighing)
+    # Lanes of picks are the first ones, or any where experts are counted, and then a single pick is its own sum.
+    anywhere = columns == 1 and (top_k > 1 or role == EXTENDED)
+    scale = scale_of(score, lanes if anywhere else min(top_k, lanes), weighing)
     if is_mine:
         chosen.topk_weights[slot] = weight * scale
     if role == EXTENDED:

@@ -1,12 +1,14 @@
 """What a choice of experts needs beside its data: which kernel serves it, with what records."""
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.gating import lanes, memory, octets, registers
+from numba_moe.gating import lane_table, lanes, memory, octets, registers
 from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
 from numba_moe.gating.rows import SCORING, Choice, Chosen, Rows, Weighting
 from numba_moe.placement.dispatch import Dispatch
@@ -25,21 +27,10 @@ MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 32
 # From so many tokens on, blocks of eight warps take less time than blocks of four (1 to 7 %), and before more.
 TOKENS_FOR_EIGHT_WARPS = 256
-# How many lanes hold the row of a token where there are no groups: in the first line whose experts, picks and tokens
-# are not fewer than those of a call. More lanes take less time for few tokens, and fewer lanes for many.
-ANY = checks.LARGEST_INT32
-LANES = (
-    # experts, picks, tokens, lanes
-    (8, 8, 4096, 8),
-    (16, 16, 4096, 16),
-    (32, 32, 4096, 32),
-    (16, 2, ANY, 2),
-    (32, 2, ANY, 2),
-    (64, 2, ANY, 4),
-    (128, 2, ANY, 4),
-    (256, 2, ANY, 8),
-    (384, 2, ANY, 16),
-)
+# What a row needs to rank and weigh its experts: their logits, all exponentials of a softmax, or all scores and biases.
+# Two neighbours are as unlike as experts or picks of which one has this power of two more.
+LOGITS, SOFTMAX, BIASED = 0, 1, 2
+UNLIKE = 0.75
 
 
 NO_DISPATCH = Dispatch(None, None, None, 0, 0, 0, 0)
@@ -54,19 +45,23 @@ NO_EXTRAS = Extras(
 )
 KERNELS = ("registers", "octets", "memory", "lanes")
 _preferred: str | None = None
+_preferred_lanes: tuple[int, int] | None = None
 
 
 @contextlib.contextmanager
-def preferring(kernel: str) -> Iterator[None]:
-    """Let one of KERNELS serve every call that it can, for tests."""
-    global _preferred
+def preferring(kernel: str, lanes_and_warps: tuple[int, int] | None = None) -> Iterator[None]:
+    """Let one of KERNELS serve every call that it can, for tests and measurements.
+
+    Of `lanes` it may say how many lanes serve a token, 0 for another kernel, and how many warps a block has.
+    """
+    global _preferred, _preferred_lanes
     checks.choice("kernel", kernel, KERNELS)
-    before, _preferred = _preferred, kernel
+    before, _preferred, _preferred_lanes = (_preferred, _preferred_lanes), kernel, lanes_and_warps
     plans.forget()
     try:
         yield
     finally:
-        _preferred = before
+        _preferred, _preferred_lanes = before
         plans.forget()
 
 
@@ -112,12 +107,26 @@ def rows_of(gating_output: Layout, vector: int) -> Rows:
     return Rows(gating_output, num_tokens, num_experts, stride, vector)
 
 
-def lanes_for(num_tokens: int, num_experts: int, top_k: int) -> int:
-    """Return how many lanes hold the row of a token, 0 if another kernel takes less time."""
-    for experts, picks, tokens, number in LANES:
-        if num_experts <= experts and top_k <= picks and num_tokens <= tokens:
-            return number
-    return WARP if _preferred == "lanes" and top_k <= WARP and num_experts <= WARP * LANE_COLUMNS[-1] else 0
+@functools.lru_cache(maxsize=1024)
+def lanes_by_tokens(num_experts: int, top_k: int, needs: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the lines of what was measured that is most like a call: up to how many tokens, lanes and warps."""
+
+    def distance(measured: tuple[int, int, int]) -> float:
+        experts, picks, needed = measured
+        return abs(math.log2(experts / num_experts)) + abs(math.log2(picks / top_k)) + UNLIKE * abs(needed - needs)
+
+    return lane_table.LANES[min(lane_table.LANES, key=distance)]
+
+
+def lanes_for(num_tokens: int, num_experts: int, top_k: int, needs: int) -> tuple[int, int]:
+    """Return how many lanes hold the row of a token, 0 if another kernel takes less time, and the warps of a block."""
+    lines = lanes_by_tokens(num_experts, top_k, needs)
+    number, in_block = next((number, in_block) for tokens, number, in_block in lines if num_tokens <= tokens)
+    if _preferred == "lanes":
+        number, in_block = _preferred_lanes or (number or WARP, in_block)
+    while 0 < number <= WARP and (number < top_k or number * LANE_COLUMNS[-1] < num_experts):
+        number *= 2
+    return (number if number <= WARP else 0), in_block
 
 
 def columns_for(number: int, num_experts: int) -> int:
@@ -127,18 +136,27 @@ def columns_for(number: int, num_experts: int) -> int:
 
 
 def kernel_for(
-    num_tokens: int, num_experts: int, top_k: int, num_expert_group: int, group_picks: int, few_per_expert: bool
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    num_expert_group: int,
+    group_picks: int,
+    few_per_expert: bool,
+    needs: int,
 ) -> str:
-    """Return which of KERNELS serves a call; `few_per_expert` tells that eight lanes pay from half the tokens on."""
+    """Return which of KERNELS serves a call.
+
+    `few_per_expert` tells that eight lanes pay from half the tokens on; `needs` is LOGITS, SOFTMAX or BIASED.
+    """
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
     by_lanes = num_expert_group == 1 and _preferred in (None, "lanes")
-    if by_lanes and lanes_for(num_tokens, num_experts, top_k):
+    if by_lanes and lanes_for(num_tokens, num_experts, top_k, needs)[0]:
         return "lanes"
     fits = lane_bits >= 0 and COLUMNS[-1] << lane_bits >= num_experts // num_expert_group
     if not fits or (num_expert_group > 1 and group_picks > 2) or _preferred == "memory":
         return "memory"
-    many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts // (2 if few_per_expert else 1))
-    eight = num_tokens >= many if _preferred is None else _preferred == "octets"
+    many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts) // (2 if few_per_expert else 1)
+    eight = num_tokens >= many if _preferred in (None, "lanes") else _preferred == "octets"
     return "octets" if eight and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8) else "registers"
 
 
@@ -178,9 +196,8 @@ def _plan(
     exact = int(not biased and adjusting.logit_bias is None and dtype.itemsize == 2 and not adjusting.softcap)
     counts_fit = counting.count_rows == 1 and counting.num_counts <= octets.MOST_COUNTS_IN_BLOCK
     in_block = counting.num_counts if counts_fit else 0
-    kernel = kernel_for(
-        num_tokens, num_experts, top_k, num_expert_group, group_picks, not grouped and bool(exact or in_block)
-    )
+    few_per_expert, needs = not grouped and bool(exact or in_block), BIASED if biased else SOFTMAX * int(whole_softmax)
+    kernel = kernel_for(*(num_tokens, num_experts, top_k, num_expert_group, group_picks, few_per_expert, needs))
     if kernel in ("octets", "memory"):
         whole_softmax = whole_softmax or (softmax and grouped)
     rows = rows_of(gating_output, together)
@@ -206,10 +223,11 @@ def _plan(
         by_fours = rows_of(gating_output, 4 * in_vectors(gating_output, group_size))
         records = (by_fours, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
         if kernel == "lanes":
-            number = lanes_for(num_tokens, num_experts, top_k)
+            number, warps_in_block = lanes_for(num_tokens, num_experts, top_k, needs)
             in_block = in_block if num_tokens >= MANY_TOKENS else 0
             of_lanes = lanes.LaneChoice(correction_bias, int(whole_softmax), number.bit_length() - 1, in_block)
-            where = (device, *warps(-(-num_tokens * number // WARP), 8 if in_block else 4))
+            warps_in_block = max(8, warps_in_block) if in_block else warps_in_block
+            where = (device, *warps(-(-num_tokens * number // WARP), warps_in_block))
             choose = Launch(
                 *(lanes.choose_by_lanes, *where, rows, of_lanes, weighing, chosen, extras),
                 shared_bytes=4 * in_block,

@@ -61,9 +61,7 @@ def measure(seconds: float) -> dict[str, Any]:
     from numba_moe.gating import plans
 
     begin = time.monotonic()
-    rows: list[Row] = [
-        row for row in itertools.product(EXPERTS, PICKS, NEEDS) if row[1] <= min(row[0], 8 if row[0] < 64 else 4)
-    ]
+    rows: list[Row] = [row for row in itertools.product(EXPERTS, PICKS, NEEDS) if row[1] <= row[0]]
     random.Random(0).shuffle(rows)
     found = []
     for number, (experts, picks, needs) in enumerate(rows):

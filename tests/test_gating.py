@@ -112,15 +112,16 @@ def test_every_call_has_lanes_that_can_hold_it():
 
 
 def test_lanes_are_those_of_the_nearest_measurement(monkeypatch):
-    measured = {(8, 1, 0): ((100, 4, 8), (checks.LARGEST_INT32, 0, 4)), (128, 4, 2): ((checks.LARGEST_INT32, 16, 4),)}
+    measured = {(8, 1, 0): ((100, 1, 8), (checks.LARGEST_INT32, 0, 4)), (128, 4, 2): ((checks.LARGEST_INT32, 16, 4),)}
     monkeypatch.setattr(lane_table, "LANES", measured)
     gating_plans.lanes_by_tokens.cache_clear()
     try:
-        assert gating_plans.lanes_for(100, 16, 1, gating_plans.LOGITS) == (4, 8)
+        assert gating_plans.lanes_for(100, 16, 1, gating_plans.LOGITS) == (1, 8)
         assert gating_plans.lanes_for(101, 16, 1, gating_plans.LOGITS) == (0, 4)
-        assert gating_plans.lanes_for(1, 16, 6, gating_plans.LOGITS) == (8, 8)  # a lane for each pick
+        assert gating_plans.lanes_for(1, 16, 2, gating_plans.LOGITS) == (2, 8)  # a lane for each pick
         assert gating_plans.lanes_for(1, 100, 2, gating_plans.BIASED) == (16, 4)
         assert gating_plans.lanes_for(1, 1000, 2, gating_plans.BIASED) == (32, 4)
+        assert gating_plans.lanes_for(1, 32, 2, gating_plans.SOFTMAX) == (16, 4)  # measured with more picks, not fewer
     finally:
         gating_plans.lanes_by_tokens.cache_clear()
 

@@ -31,6 +31,8 @@ TOKENS_FOR_EIGHT_WARPS = 256
 # Two neighbours are as unlike as experts or picks of which one has this power of two more.
 LOGITS, SOFTMAX, BIASED = 0, 1, 2
 UNLIKE = 0.75
+# Fewer picks are so many times as unlike as more of them: lanes that serve them may be too few.
+FEWER_PICKS = 2.2
 
 
 NO_DISPATCH = Dispatch(None, None, None, 0, 0, 0, 0)
@@ -113,7 +115,9 @@ def lanes_by_tokens(num_experts: int, top_k: int, needs: int) -> tuple[tuple[int
 
     def distance(measured: tuple[int, int, int]) -> float:
         experts, picks, needed = measured
-        return abs(math.log2(experts / num_experts)) + abs(math.log2(picks / top_k)) + UNLIKE * abs(needed - needs)
+        more_picks = math.log2(picks / top_k)
+        of_picks = max(more_picks, -FEWER_PICKS * more_picks)
+        return abs(math.log2(experts / num_experts)) + of_picks + UNLIKE * abs(needed - needs)
 
     return lane_table.LANES[min(lane_table.LANES, key=distance)]
 

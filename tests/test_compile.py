@@ -28,6 +28,7 @@ print(json.dumps(report))
 def test_specialisations_compile_to_ptx(compute_capability, step, without_simulator):
     report = json.loads(without_simulator(PROGRAM, json.dumps(compute_capability), str(step)))
     assert set(report) == {
+        "choose_by_lanes",
         "choose_experts",
         "choose_for_many",
         "choose_from_memory",

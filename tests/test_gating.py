@@ -1,6 +1,7 @@
 """Gating: every kernel on every case, and the rows where keys do not decide."""
 
 import contextlib
+import itertools
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 import numba_moe as moe
 from numba_moe import cases, reference, testing, verification
+from numba_moe.gating import lane_table, lanes
 from numba_moe.gating import plans as gating_plans
 from numba_moe.recorder import ExpertDistributionRecorder
-from numba_moe.runtime import simulator
+from numba_moe.runtime import checks, simulator
 
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
@@ -43,7 +45,7 @@ def assert_as_reference(op, *args, **kwargs):
 
 
 # Of these cases verification runs in the simulator what their sizes ask for: by warps, and long rows from memory.
-@pytest.mark.parametrize("kernel", ["octets", pytest.param("memory", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("kernel", ["lanes", "octets", pytest.param("memory", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
 def test_the_kernels_for_more_equal_the_reference(case, kernel):
     outcome = verification.run_case(case, seed=1, device="cuda" if ON_GPU else "cpu")
@@ -77,6 +79,52 @@ def test_the_last_experts_of_chosen_groups_come_before_those_of_others(kernel):
     call = {"num_expert_group": 8, "topk_group": 2, "renormalize": False, "scoring_func": "sigmoid"}
     assert_as_reference("grouped_topk", logits, 6, **call)
     assert run("grouped_topk", logits, 6, **call).topk_ids[0].tolist() == [5, 15, 3, 4, 16, 17]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_any_number_of_lanes_serves_a_token(number, biased):
+    rng = np.random.default_rng(number)
+    for experts in (number, 2 * number + 1, 8 * number, 12 * number, 32 * number):
+        logits = rng.standard_normal((FEW, experts)).astype(np.float32)
+        logits[1] = logits[1].round()  # few values
+        logits[2] = np.where(logits[2] > 1, logits[2], -np.inf)
+        logits[3, experts // 2] = np.nan
+        bias = rng.standard_normal(experts).astype(np.float32) if biased else None
+        with gating_plans.preferring("lanes", (number, 8)):
+            assert_as_reference("topk_softmax", logits, 1, True, bias)
+            assert_as_reference("topk_softmax", logits, min(number, 6), False, bias)
+            assert_as_reference("topk_sigmoid", logits, number, True, bias)
+            assert_as_reference("topk_sigmoid", logits, 1, False, bias)
+
+
+def test_every_call_has_lanes_that_can_hold_it():
+    for lines in lane_table.LANES.values():
+        tokens = [tokens for tokens, *_ in lines]
+        assert tokens == sorted(set(tokens))
+        assert tokens[-1] == checks.LARGEST_INT32
+        assert all(0 < warps <= lanes.MOST_WARPS_IN_BLOCK for *_, warps in lines)
+    for experts, top_k, needs in itertools.product((1, 3, 8, 60, 384, 1024, 1025, 5000), (1, 2, 6, 32, 33), (0, 1, 2)):
+        for tokens in (1, 3000, 10**9):
+            number, _ = gating_plans.lanes_for(tokens, experts, top_k, needs)
+            assert number in (0, 1, 2, 4, 8, 16, 32)
+            assert number == 0 or (top_k <= number and experts <= 32 * number)
+
+
+def test_lanes_are_those_of_the_nearest_measurement(monkeypatch):
+    measured = {(8, 1, 0): ((100, 1, 8), (checks.LARGEST_INT32, 0, 4)), (128, 4, 2): ((checks.LARGEST_INT32, 16, 4),)}
+    monkeypatch.setattr(lane_table, "LANES", measured)
+    gating_plans.lanes_by_tokens.cache_clear()
+    try:
+        assert gating_plans.lanes_for(100, 16, 1, gating_plans.LOGITS) == (1, 8)
+        assert gating_plans.lanes_for(101, 16, 1, gating_plans.LOGITS) == (0, 4)
+        assert gating_plans.lanes_for(1, 16, 2, gating_plans.LOGITS) == (2, 8)  # a lane for each pick
+        assert gating_plans.lanes_for(1, 100, 2, gating_plans.BIASED) == (16, 4)
+        assert gating_plans.lanes_for(1, 1000, 2, gating_plans.BIASED) == (32, 4)
+        assert gating_plans.lanes_for(1, 32, 2, gating_plans.SOFTMAX) == (16, 4)  # measured with more picks, not fewer
+    finally:
+        gating_plans.lanes_by_tokens.cache_clear()
 
 
 @pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -1,18 +1,20 @@
 """What a choice of experts needs beside its data: which kernel serves it, with what records."""
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.gating import memory, octets, registers
+from numba_moe.gating import lane_table, lanes, memory, octets, registers
 from numba_moe.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
 from numba_moe.gating.rows import SCORING, Choice, Chosen, Rows, Weighting
 from numba_moe.placement.dispatch import Dispatch
 from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.launch import Launch, warps
-from numba_moe.runtime.parameters import COLUMNS, PLAIN
+from numba_moe.runtime.parameters import COLUMNS, LANE_COLUMNS, PLAIN
 from numba_moe.runtime.plans import Layout
 from numba_moe.runtime.primitives import WARP
 
@@ -25,6 +27,12 @@ MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 32
 # From so many tokens on, blocks of eight warps take less time than blocks of four (1 to 7 %), and before more.
 TOKENS_FOR_EIGHT_WARPS = 256
+# What a row needs to rank and weigh its experts: their logits, all exponentials of a softmax, or all scores and biases.
+# Two neighbours are as unlike as experts or picks of which one has this power of two more.
+LOGITS, SOFTMAX, BIASED = 0, 1, 2
+UNLIKE = 0.75
+# Fewer picks are so many times as unlike as more of them: lanes that serve them may be too few.
+FEWER_PICKS = 2.2
 
 
 NO_DISPATCH = Dispatch(None, None, None, 0, 0, 0, 0)
@@ -37,29 +45,33 @@ NO_EXTRAS = Extras(
     Counting(None, None, 0, 1, 0),
     torch.int32.itemsize,
 )
-KERNELS = ("registers", "octets", "memory")
+KERNELS = ("registers", "octets", "memory", "lanes")
 _preferred: str | None = None
+_preferred_lanes: tuple[int, int] | None = None
 
 
 @contextlib.contextmanager
-def preferring(kernel: str) -> Iterator[None]:
-    """Let one of KERNELS serve every call that it can, for tests."""
-    global _preferred
+def preferring(kernel: str, lanes_and_warps: tuple[int, int] | None = None) -> Iterator[None]:
+    """Let one of KERNELS serve every call that it can, for tests and measurements.
+
+    Of `lanes` it may say how many lanes serve a token, 0 for another kernel, and how many warps a block has.
+    """
+    global _preferred, _preferred_lanes
     checks.choice("kernel", kernel, KERNELS)
-    before, _preferred = _preferred, kernel
+    before, _preferred, _preferred_lanes = (_preferred, _preferred_lanes), kernel, lanes_and_warps
     plans.forget()
     try:
         yield
     finally:
-        _preferred = before
+        _preferred, _preferred_lanes = before
         plans.forget()
 
 
 class GatingPlan(NamedTuple):
     """The results, the launch, and the group scores that rows read from memory need.
 
-    And the records and constants of the launch, for a kernel that does the same and more; `columns` is None where lanes
-    hold no rows.
+    And the records and constants of a launch of `registers`, for a kernel that does the same and more; `columns` is
+    None where rows do not fit, or tokens are many.
     """
 
     choose: Launch
@@ -95,16 +107,58 @@ def rows_of(gating_output: Layout, vector: int) -> Rows:
     return Rows(gating_output, num_tokens, num_experts, stride, vector)
 
 
+@functools.lru_cache(maxsize=1024)
+def lanes_by_tokens(num_experts: int, top_k: int, needs: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the lines of what was measured that is most like a call: up to how many tokens, lanes and warps."""
+
+    def distance(measured: tuple[int, int, int]) -> float:
+        experts, picks, needed = measured
+        more_picks = math.log2(picks / top_k)
+        of_picks = max(more_picks, -FEWER_PICKS * more_picks)
+        return abs(math.log2(experts / num_experts)) + of_picks + UNLIKE * abs(needed - needs)
+
+    return lane_table.LANES[min(lane_table.LANES, key=distance)]
+
+
+def lanes_for(num_tokens: int, num_experts: int, top_k: int, needs: int) -> tuple[int, int]:
+    """Return how many lanes hold the row of a token, 0 if another kernel takes less time, and the warps of a block."""
+    lines = lanes_by_tokens(num_experts, top_k, needs)
+    number, in_block = next((number, in_block) for tokens, number, in_block in lines if num_tokens <= tokens)
+    if _preferred == "lanes":
+        number, in_block = _preferred_lanes or (number or WARP, in_block)
+    while 0 < number <= WARP and (number < top_k or number * LANE_COLUMNS[-1] < num_experts):
+        number *= 2
+    return (number if number <= WARP else 0), in_block
+
+
+def columns_for(number: int, num_experts: int) -> int:
+    """Return how many experts each of so many lanes holds; with one they are counted, which takes some lanes."""
+    choices = LANE_COLUMNS if number >= lanes.LEAST_TO_COUNT else LANE_COLUMNS[1:]
+    return next(columns for columns in choices if columns * number >= num_experts)
+
+
 def kernel_for(
-    num_tokens: int, num_experts: int, top_k: int, num_expert_group: int, group_picks: int, few_per_expert: bool
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    num_expert_group: int,
+    group_picks: int,
+    few_per_expert: bool,
+    needs: int,
 ) -> str:
-    """Return which of KERNELS serves a call; `few_per_expert` tells that eight lanes pay from half the tokens on."""
+    """Return which of KERNELS serves a call.
+
+    `few_per_expert` tells that eight lanes pay from half the tokens on; `needs` is LOGITS, SOFTMAX or BIASED.
+    """
     lane_bits = (WARP // num_expert_group).bit_length() - 1  # -1 if there are more groups than lanes
+    by_lanes = num_expert_group == 1 and _preferred in (None, "lanes")
+    if by_lanes and lanes_for(num_tokens, num_experts, top_k, needs)[0]:
+        return "lanes"
     fits = lane_bits >= 0 and COLUMNS[-1] << lane_bits >= num_experts // num_expert_group
     if not fits or (num_expert_group > 1 and group_picks > 2) or _preferred == "memory":
         return "memory"
-    many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts // (2 if few_per_expert else 1))
-    eight = num_tokens >= many if _preferred is None else _preferred == "octets"
+    many = max(MANY_TOKENS, MANY_TOKENS_PER_EXPERT * num_experts) // (2 if few_per_expert else 1)
+    eight = num_tokens >= many if _preferred in (None, "lanes") else _preferred == "octets"
     return "octets" if eight and top_k <= octets.MOST_PICKS and num_expert_group in (1, 2, 4, 8) else "registers"
 
 
@@ -143,12 +197,11 @@ def _plan(
     exact = int(not biased and adjusting.logit_bias is None and dtype.itemsize == 2 and not adjusting.softcap)
     counts_fit = counting.count_rows == 1 and counting.num_counts <= octets.MOST_COUNTS_IN_BLOCK
     in_block = counting.num_counts if counts_fit else 0
-    kernel = kernel_for(
-        num_tokens, num_experts, top_k, num_expert_group, group_picks, not grouped and bool(exact or in_block)
-    )
-    if kernel != "registers":
+    few_per_expert, needs = not grouped and bool(exact or in_block), BIASED if biased else SOFTMAX * int(whole_softmax)
+    kernel = kernel_for(*(num_tokens, num_experts, top_k, num_expert_group, group_picks, few_per_expert, needs))
+    if kernel in ("octets", "memory"):
         whole_softmax = whole_softmax or (softmax and grouped)
-    rows = rows_of(gating_output, 4 * in_vectors(gating_output, group_size) if kernel == "registers" else together)
+    rows = rows_of(gating_output, together)
     groups = (num_expert_group, topk_group, group_picks, group_size)
     choice = Choice(correction_bias, int(whole_softmax), *groups)
     weighing = Weighting(top_k, SCORING.index(scoring_func), int(renormalize), float(routed_scaling_factor))
@@ -162,15 +215,29 @@ def _plan(
         choose = Launch(memory.choose_from_memory, *where, *records, role=role)
     elif kernel == "octets":
         mask = (1 << (num_experts - 1).bit_length()) - 1
-        lanes = octets.OctetLanes((octets.LANES // num_expert_group).bit_length() - 1, mask, exact, in_block)
-        records = (rows, choice, weighing, lanes, chosen, extras)
+        octet = octets.OctetLanes((octets.LANES // num_expert_group).bit_length() - 1, mask, exact, in_block)
+        records = (rows, choice, weighing, octet, chosen, extras)
         where = (device, *warps(-(-num_tokens * octets.LANES // WARP), 8 if in_block else 4))
         choose = Launch(octets.choose_for_many, *where, *records, shared_bytes=4 * in_block, role=role)
     else:
         columns = next(columns for columns in COLUMNS if columns << lane_bits >= group_size)
-        records = (rows, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
-        where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
-        choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
+        by_fours = rows_of(gating_output, 4 * in_vectors(gating_output, group_size))
+        records = (by_fours, choice, weighing, registers.WarpLanes(lane_bits, exact), chosen, extras)
+        if kernel == "lanes":
+            number, warps_in_block = lanes_for(num_tokens, num_experts, top_k, needs)
+            in_block = in_block if num_tokens >= MANY_TOKENS else 0
+            of_lanes = lanes.LaneChoice(correction_bias, int(whole_softmax), number.bit_length() - 1, in_block)
+            warps_in_block = max(8, warps_in_block) if in_block else warps_in_block
+            where = (device, *warps(-(-num_tokens * number // WARP), warps_in_block))
+            choose = Launch(
+                *(lanes.choose_by_lanes, *where, rows, of_lanes, weighing, chosen, extras),
+                shared_bytes=4 * in_block,
+                columns=columns_for(number, num_experts),
+                role=role,
+            )
+        else:
+            where = (device, *warps(num_tokens, 8 if num_tokens >= TOKENS_FOR_EIGHT_WARPS else 4))
+            choose = Launch(registers.choose_experts, *where, *records, columns=columns, role=role)
     return GatingPlan(choose, group_scores, records, columns, role)
 
 

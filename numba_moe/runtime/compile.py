@@ -17,8 +17,8 @@ from numba_moe.runtime import cache, dialect
 from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
 
 KERNEL_MODULES = (
-    *("activation.rows", "batched", "counting", "gating.backward", "gating.given", "gating.memory"),
-    *("gating.octets", "gating.registers", "gating.routing", "lora"),
+    *("activation.rows", "batched", "counting", "gating.backward", "gating.given", "gating.lanes"),
+    *("gating.memory", "gating.octets", "gating.registers", "gating.routing", "lora"),
     *("permute.backward", "permute.layouts", "permute.rows"),
     *("placement.dispatch", "ragged", "recorder.counting", "sorting.kernels"),
 )

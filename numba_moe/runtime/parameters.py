@@ -63,6 +63,10 @@ Run = Annotated[int, CONSTANT, 1, 8]
 COLUMNS = (1, 2, 4, 8, 16, 32)
 Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]
 
+# Experts of one lane where a token has as many lanes as pay.
+LANE_COLUMNS = (1, 4, 8, 16, 24, 32)
+LaneColumns = Annotated[int, CONSTANT, 1, 4, 8, 16, 24, 32]
+
 # The same where gating and alignment are one kernel.
 ROUTE_COLUMNS = (4, 8, 16)
 RouteColumns = Annotated[int, CONSTANT, 4, 8, 16]

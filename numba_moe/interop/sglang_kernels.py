@@ -346,5 +346,7 @@ def gemma4_fused_routing(
     A softmax over the chosen logits alone is the renormalised softmax over all. torch multiplies.
     """
     weights, ids = numba_moe.topk_softmax(gating_output, topk, renormalize=True)
-    checks.holds("per_expert_scale", "of num_experts", len(per_expert_scale) == gating_output.shape[1], "others")
+    num_experts = gating_output.shape[1]
+    fits = per_expert_scale.shape == (num_experts,)
+    checks.holds("per_expert_scale", f"of num_experts = {num_experts}", fits, per_expert_scale.shape[0])
     return weights * per_expert_scale.float()[ids.long()], ids

@@ -284,3 +284,17 @@ def test_a_million_rows_of_7168():
         assert torch.equal(permuted.permuted_hidden_states[part], rows[order[part]])
     weights = torch.ones(tokens, 1, device="cuda")
     assert torch.equal(moe.moe_unpermute(permuted.permuted_hidden_states, weights, permuted.inv_permuted_idx), rows)
+
+
+def test_rows_are_combined_by_a_flat_index_as_by_that_of_slots(device):
+    ids = torch.tensor([[1, 0], [-1, 1], [0, 1]], dtype=torch.int32, device=device)
+    src2dst = moe.moe_reorder(ids, 2).src2dst
+    rows = torch.randn(6, 16, device=device, requires_grad=True)
+    weights = torch.rand(3, 2, device=device, requires_grad=True)
+    results = []
+    for index in (src2dst, src2dst.view(3, 2)):
+        combined = moe.moe_unpermute(rows, weights, index)
+        results.append([combined, *torch.autograd.grad(combined.square().sum(), (rows, weights))])
+    assert all(map(torch.equal, *results))
+    with pytest.raises(ValueError, match=r"`inv_permuted_idx` must be of shape \(num_tokens \* top_k,\) = \(6,\), got"):
+        moe.moe_unpermute(rows, weights, src2dst[:4])

@@ -117,12 +117,14 @@ def _plan_unpermute(
     checks.array("permuted", permuted, checks.FLOATS, (2,), rows=True)
     like = ("permuted", permuted)
     checks.array("topk_weights", topk_weights, checks.FLOATS, (2,), like=like)
-    checks.array("inv_permuted_idx", inv_permuted_idx, (torch.int32,), (2,), like=like)
-    checks.shape("inv_permuted_idx", inv_permuted_idx, tuple(topk_weights.shape), "that of `topk_weights`")
+    checks.array("inv_permuted_idx", inv_permuted_idx, (torch.int32,), (1, 2), like=like)
+    shape, flat = tuple(topk_weights.shape), len(inv_permuted_idx.shape) == 1
+    rule = "(num_tokens * top_k,)" if flat else "that of `topk_weights`"
+    checks.shape("inv_permuted_idx", inv_permuted_idx, (shape[0] * shape[1],) if flat else shape, rule)
     checks.number("routed_scaling_factor", routed_scaling_factor)
     dtype = permuted.dtype if out_dtype is None else checks.dtype("out_dtype", out_dtype, checks.FLOATS)
     checks.fits_int32("permuted", permuted.shape[0], "the number of rows")
-    num_tokens, top_k = inv_permuted_idx.shape
+    num_tokens, top_k = shape
     numbers = (num_tokens, top_k, topk_weights, inv_permuted_idx, True, float(routed_scaling_factor), dtype)
     return arrays.contiguous(dtype, num_tokens, permuted.shape[1]), plan_combine(permuted, *numbers)
 
@@ -258,8 +260,9 @@ def moe_unpermute(
         Rows in expert order, or batches of `moe_permute_masked` flattened to rows; rows may be strided.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
         Contiguous.
-    inv_permuted_idx : array of int32, shape [num_tokens, top_k]
-        The row of each slot. A slot whose index is outside ``[0, num_rows)`` adds nothing.
+    inv_permuted_idx : array of int32, shape [num_tokens, top_k] or [num_tokens * top_k]
+        The row of each slot, as `src2dst` of `moe_reorder` has it too. A slot whose index is outside ``[0, num_rows)``
+        adds nothing.
     routed_scaling_factor : float
         What sums are multiplied by.
     out_dtype : torch dtype or its name, optional

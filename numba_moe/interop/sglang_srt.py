@@ -244,7 +244,7 @@ def select_experts(
     if topk_config is not None:
         checks.holds("top_k", "None with `topk_config`", top_k is None, top_k)
         rules = {name: getattr(topk_config, name) for name in CONFIGURED}
-        of_call = {"num_token_non_padded": num_token_non_padded, "layer_id": layer_id}
+        of_call: dict[str, Any] = {"num_token_non_padded": num_token_non_padded, "layer_id": layer_id}
         of_call["expert_location_dispatch_info"] = expert_location_dispatch_info
         found = select_experts(hidden_states, router_logits, **rules, **of_call)
         return StandardTopKOutput(found[0], found[1], router_logits)

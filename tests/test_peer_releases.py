@@ -174,7 +174,7 @@ def test_the_plugin_of_sglang_patches_when_the_environment_asks(installed, monke
 
 
 def test_a_function_that_does_not_say_what_it_takes_is_replaced():
-    assert lacking(sglang.moe_sum, dict.update) == []
+    assert lacking(sglang.moe_sum, print) == []
     assert lacking(sglang.moe_sum, lambda *args, **kwargs: None) == []
     assert lacking(sglang.moe_sum, lambda input_tensor, *, out=None: None) == ["out"]
     assert Patch(["json"], {"json": {"dumps": json.dumps}}).apply() == ["json.dumps"]

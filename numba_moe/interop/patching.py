@@ -152,13 +152,15 @@ def lacking(ours: Callable[..., Any], theirs: Any) -> list[str]:
         wanted = inspect.signature(theirs).parameters.values()
     except (TypeError, ValueError):
         return []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in wanted):
+        return []
     parameters = inspect.signature(ours).parameters
     places = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
     missing = []
     for place, parameter in enumerate(wanted):
         if parameter.kind is parameter.KEYWORD_ONLY:
             there = parameter.name in parameters
-        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        elif parameter.kind is parameter.VAR_KEYWORD:
             there = True
         else:
             there = place < len(places) and places[place] == parameter.name

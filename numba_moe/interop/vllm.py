@@ -169,6 +169,7 @@ def dsv4_topk(
     return found.topk_weights, found.topk_ids
 
 
+@apart("expert_load_view")
 def eplb_map_to_physical_and_record(
     topk_ids: torch.Tensor,
     expert_load_view: torch.Tensor,
@@ -204,6 +205,7 @@ def remap_topk_to_local(
     return dispatch_ids(signed_ids(topk_ids).to(out_dtype), expert_map.to(torch.int32))
 
 
+@apart("outputs")
 def moe_fused_mul_sum(
     inputs: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -264,7 +266,7 @@ def moe_permute(
     """
     scales = a1q_scale if a1q_scale is not None and a1q_scale.dim() > 1 else None
     ids = signed_ids(topk_ids)
-    local = n_expert if n_local_expert == -1 else n_local_expert
+    local = vllm_ops.local_experts(n_expert, n_local_expert)
     if scratch is not None:
         _check_scratch(scratch, n_expert, local)
     found = numba_moe.moe_permute(hidden_states, ids, n_expert, expert_map, scales=scales)

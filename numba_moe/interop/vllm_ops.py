@@ -61,6 +61,11 @@ def slot_numbers(like: torch.Tensor) -> torch.Tensor:
     return torch.arange(num_tokens * top_k, dtype=torch.int32, device=like.device).view(top_k, num_tokens).t()
 
 
+def local_experts(n_expert: int, n_local_expert: int) -> int:
+    """Return how many experts a rank has; -1 are all of them."""
+    return n_expert if n_local_expert == -1 else n_local_expert
+
+
 def kept_slots(positions: torch.Tensor) -> torch.Tensor:
     """Return the number of each slot, or -1 for one without a position."""
     slots = torch.arange(positions.numel(), dtype=torch.int32, device=positions.device)
@@ -350,7 +355,7 @@ def moe_permute(
     checks.holds("topk", f"the columns of `topk_ids`, {topk_ids.shape[1]}", topk == topk_ids.shape[1], topk)
     found = numba_moe.moe_permute(hidden_states, signed_ids(topk_ids), n_expert, expert_map)
     permuted_hidden_states.copy_(found.permuted_hidden_states)
-    expert_first_token_offset.copy_(found.expert_first_token_offset[: n_local_expert + 1])
+    expert_first_token_offset.copy_(found.expert_first_token_offset[: 1 + local_experts(n_expert, n_local_expert)])
     inv_permuted_idx.copy_(found.inv_permuted_idx.view(inv_permuted_idx.shape))
     permuted_idx.copy_(found.permuted_idx)
 
@@ -408,7 +413,7 @@ def write_rows(
 ) -> None:
     """Write where experts begin, and the row of each slot."""
     found = numba_moe.moe_reorder(signed_ids(topk_ids), n_expert, expert_map)
-    expert_first_token_offset.copy_(found.seg_indptr[: n_local_expert + 1])
+    expert_first_token_offset.copy_(found.seg_indptr[: 1 + local_experts(n_expert, n_local_expert)])
     scatter_idx.copy_(found.src2dst.view(scatter_idx.shape))
 
 

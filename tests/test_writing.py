@@ -393,7 +393,16 @@ PEERS = {
         {"topk_ids": IDS, "num_experts": 4, "n": 16, "k": 8},
     ),
 }
-FLOATS = {"topk_weights", "output", "output_tensor", "permuted_hidden_states", "hidden_states", "out", "gateup_input"}
+FLOATS = {
+    "topk_weights",
+    "output",
+    "output_tensor",
+    "permuted_hidden_states",
+    "hidden_states",
+    "out",
+    "outputs",
+    "gateup_input",
+}
 PLACES = [(function, name) for function, (written, _) in PEERS.items() for name, _ in written]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 import numba_moe
+from numba_moe.permute import into
 
 
 def float32_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -45,12 +46,11 @@ def weighted_sum(
     topk_ids: torch.Tensor | None,
     expert_map: torch.Tensor | None,
     num_valid_tokens: torch.Tensor | None,
-    routed_scaling_factor: float = 1.0,
 ) -> torch.Tensor:
     """Sum rows [num_tokens, top_k, hidden], weighted; `out` keeps the rows of tokens that are none or have no id."""
     num_tokens, top_k, hidden = rows.shape
     places = torch.arange(num_tokens * top_k, dtype=torch.int32, device=rows.device).view(num_tokens, top_k)
-    kept = None
+    kept: Any = None
     if topk_ids is not None:
         places = places.where(local_slots(topk_ids, expert_map), -1)
         kept = (topk_ids >= 0).any(1)
@@ -58,11 +58,10 @@ def weighted_sum(
         valid = torch.arange(num_tokens, device=rows.device) < num_valid_tokens
         places = places.where(valid[:, None], -1)
         kept = valid if kept is None else kept & valid
-    options: dict[str, Any] = {
-        "routed_scaling_factor": routed_scaling_factor,
-        "out_dtype": rows.dtype if out is None else out.dtype,
-    }
-    found: torch.Tensor = numba_moe.moe_unpermute(rows.reshape(-1, hidden), topk_weights, places, **options)
-    if out is None:
-        return found
-    return out.copy_(found if kept is None else torch.where(kept[:, None], found, out))
+    rows = rows.reshape(-1, hidden)
+    if out is not None and kept is None:
+        into.moe_unpermute(out, rows, topk_weights, places)
+        return out
+    out_dtype = rows.dtype if out is None else out.dtype
+    found: torch.Tensor = numba_moe.moe_unpermute(rows, topk_weights, places, out_dtype=out_dtype)
+    return found if out is None else out.copy_(torch.where(kept[:, None], found, out))

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 import numba_moe
+from numba_moe.gating.into import select_experts as choose_into
 from numba_moe.interop import sglang_kernels
 from numba_moe.interop.composed import float32_bias
 from numba_moe.interop.patching import Patch
 from numba_moe.interop.vllm_ops import align_into, slot_numbers
+from numba_moe.permute import into
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
 
@@ -96,10 +98,8 @@ def topk_softmax(
         "softcap": moe_softcapping,
         "correction_bias": float32_bias(correction_bias),
     }
-    mode = "choice" if correction_bias is None else "logits"
-    _write(
-        numba_moe.select_experts(gating_output, topk_ids.shape[1], bias_mode=mode, **options), topk_weights, topk_ids
-    )
+    options["bias_mode"] = "choice" if correction_bias is None else "logits"
+    choose_into(topk_weights, topk_ids, gating_output, **options)
 
 
 @apart("topk_weights", "topk_ids", "token_expert_indices")
@@ -123,8 +123,8 @@ def topk_sigmoid(
     correction_bias: torch.Tensor | None = None,
 ) -> None:
     """Choose experts by sigmoid scores; a bias counts for the choice alone."""
-    found = numba_moe.topk_sigmoid(gating_output, topk_ids.shape[1], renormalize, float32_bias(correction_bias))
-    _write(found, topk_weights, topk_ids)
+    options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": float32_bias(correction_bias)}
+    choose_into(topk_weights, topk_ids, gating_output, scoring_func="sigmoid", **options)
 
 
 def moe_fused_gate(
@@ -180,14 +180,13 @@ def kimi_k2_moe_fused_gate(
 @apart("output_tensor")
 def moe_sum(input_tensor: torch.Tensor, output_tensor: torch.Tensor) -> None:
     """Sum each token's rows."""
-    output_tensor.copy_(numba_moe.moe_sum(input_tensor, out_dtype=output_tensor.dtype))
+    into.moe_sum(output_tensor, input_tensor)
 
 
 @apart("output_tensor")
 def moe_sum_reduce(input_tensor: torch.Tensor, output_tensor: torch.Tensor, routed_scaling_factor: float = 0) -> None:
     """Sum each token's rows, and scale the sums."""
-    options: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": output_tensor.dtype}
-    output_tensor.copy_(numba_moe.moe_sum(input_tensor, **options))
+    into.moe_sum(output_tensor, input_tensor, None, routed_scaling_factor)
 
 
 @apart(
@@ -216,11 +215,6 @@ def prepare_moe_input(
     sglang_kernels.prepare_grouped(
         *(topk_ids, expert_offsets, problem_sizes1, problem_sizes2, *maps, num_experts, n, k, blockscale_offsets)
     )
-
-
-def _write(found: numba_moe.TopK, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
-    topk_weights.copy_(found.topk_weights)
-    topk_ids.copy_(found.topk_ids)
 
 
 # By their names in `sgl_kernel.moe`; a tuple has the forms of several releases.

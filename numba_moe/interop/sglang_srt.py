@@ -19,6 +19,7 @@ import torch
 import numba_moe
 from numba_moe import recorder
 from numba_moe.interop.composed import float32_bias, packed_ids
+from numba_moe.permute import into
 from numba_moe.placement.dispatch import dispatch_ids
 from numba_moe.recorder.hooks import Setting
 from numba_moe.reference.dispatch import DispatchTables
@@ -452,9 +453,8 @@ def post_reorder_for_cutlass_moe(
 ) -> None:
     """Sum each token's rows, weighted, times the factor, into `output`, but for slots of other ranks' experts."""
     _check_sizes(output, topk_ids, topk, num_tokens, hidden_size)
-    options: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": output.dtype}
     rows = _rows_of(src2dst, topk_ids, num_local_experts)
-    output.copy_(numba_moe.moe_unpermute(down_output, topk_weights.contiguous(), rows, **options))
+    into.moe_unpermute(output, down_output, topk_weights.contiguous(), rows, routed_scaling_factor)
 
 
 @apart("output")

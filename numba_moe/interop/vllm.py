@@ -21,6 +21,7 @@ from numba_moe.interop import vllm_ops
 from numba_moe.interop.composed import float32_bias, weighted_sum
 from numba_moe.interop.patching import Patch
 from numba_moe.interop.vllm_ops import scored_by_sigmoid, signed_ids
+from numba_moe.permute import into
 from numba_moe.placement.dispatch import dispatch_ids
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
@@ -269,11 +270,12 @@ def moe_permute(
     local = vllm_ops.local_experts(n_expert, n_local_expert)
     if scratch is not None:
         _check_scratch(scratch, n_expert, local)
-    found = numba_moe.moe_permute(hidden_states, ids, n_expert, expert_map, scales=scales)
+    if permuted_hidden_states is None:
+        found = numba_moe.moe_permute(hidden_states, ids, n_expert, expert_map, scales=scales)
+    else:
+        found = into.moe_permute(permuted_hidden_states, hidden_states, ids, n_expert, expert_map, scales)
     rows, offset = found.permuted_hidden_states, found.expert_first_token_offset[: local + 1]
     inverse, index = found.inv_permuted_idx.flatten(), found.permuted_idx
-    if permuted_hidden_states is not None:
-        rows = permuted_hidden_states.copy_(rows)
     if scratch is not None:
         scratch.reserve(ids.numel())
         offset = scratch.expert_first_token_offset.copy_(offset)

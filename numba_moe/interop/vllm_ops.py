@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 import numba_moe
+from numba_moe.gating.into import select_experts as choose_into
 from numba_moe.interop.composed import chosen_where, float32_bias, local_slots
+from numba_moe.permute import into
 from numba_moe.reference.align import max_sorted_slots
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
@@ -217,8 +219,8 @@ def topk_softmax(
     """Choose experts by softmax scores; rows that `is_padding` marks get id -1 and weight 0."""
     bias = float32_bias(e_score_correction_bias)
     options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": bias, "is_padding": is_padding}
-    found = numba_moe.select_experts(gating_output, topk_ids.shape[1], **options)
-    _write_choice(found, topk_weights, topk_ids, token_expert_indices)
+    choose_into(topk_weights, topk_ids, gating_output, **options)
+    token_expert_indices.copy_(slot_numbers(topk_ids))
 
 
 @apart("topk_weights", "topk_ids", "token_expert_indices")
@@ -239,8 +241,8 @@ def topk_sigmoid(
     options: dict[str, Any] = {"renormalize": renormalize, "routed_scaling_factor": routed_scaling_factor}
     options |= {"correction_bias": float32_bias(e_score_correction_bias), "is_padding": is_padding}
     logits = scored_by_sigmoid(gating_output)
-    found = numba_moe.select_experts(logits, topk_ids.shape[1], scoring_func="sigmoid", **options)
-    _write_choice(found, topk_weights, topk_ids, token_expert_indices)
+    choose_into(topk_weights, topk_ids, logits, scoring_func="sigmoid", **options)
+    token_expert_indices.copy_(slot_numbers(topk_ids))
 
 
 @apart("topk_weights", "topk_indices", "token_expert_indices")
@@ -312,7 +314,7 @@ def moe_sum(
     """Sum each token's rows; those of ids below 0, or that the map lacks or sends there, add nothing."""
     if topk_ids is not None and expert_map is not None:
         topk_ids = torch.where(local_slots(topk_ids, expert_map), 0, -1).to(topk_ids.dtype)
-    output.copy_(numba_moe.moe_sum(input, topk_ids, out_dtype=output.dtype))
+    into.moe_sum(output, input, topk_ids)
 
 
 def grouped_topk(
@@ -353,8 +355,7 @@ def moe_permute(
 ) -> None:
     """Copy rows into expert order; `token_expert_indices` and `topk` say nothing that shapes do not."""
     checks.holds("topk", f"the columns of `topk_ids`, {topk_ids.shape[1]}", topk == topk_ids.shape[1], topk)
-    found = numba_moe.moe_permute(hidden_states, signed_ids(topk_ids), n_expert, expert_map)
-    permuted_hidden_states.copy_(found.permuted_hidden_states)
+    found = into.moe_permute(permuted_hidden_states, hidden_states, signed_ids(topk_ids), n_expert, expert_map)
     expert_first_token_offset.copy_(found.expert_first_token_offset[: 1 + local_experts(n_expert, n_local_expert)])
     inv_permuted_idx.copy_(found.inv_permuted_idx.view(inv_permuted_idx.shape))
     permuted_idx.copy_(found.permuted_idx)
@@ -430,7 +431,7 @@ def moe_unpermute(
     index = inv_permuted_idx.view(-1, topk)
     if expert_first_token_offset is not None:  # vLLM's own index has rows for slots of other ranks, behind all others
         index = torch.where(index < expert_first_token_offset[-1], index, -1)
-    hidden_states.copy_(numba_moe.moe_unpermute(permuted_hidden_states, topk_weights.contiguous(), index.contiguous()))
+    into.moe_unpermute(hidden_states, permuted_hidden_states, topk_weights.contiguous(), index.contiguous())
 
 
 # What of this is in `vllm._custom_ops`, by the same name and with the same arguments.

@@ -69,7 +69,7 @@ def _plan_permute(
     )
 
 
-def _permute(
+def permute_rows(
     hidden_states: Any,
     topk_ids: Any,
     num_experts: int,
@@ -77,7 +77,9 @@ def _permute(
     scales: Any,
     alignment: int | None,
     zero_padding: bool,
+    out: Any = None,
 ) -> PermutedTokens:
+    """Permute; rows go to `out`, if it is given, which only a call that is the kernels' has a use for."""
     plan = _plan_permute(
         *(layout(hidden_states), layout(topk_ids), num_experts, layout(expert_map)),
         *(layout(scales), alignment, zero_padding),
@@ -87,7 +89,7 @@ def _permute(
     options = {"scales": scales, "alignment": alignment, "zero_padding": zero_padding}
     if hidden_states.requires_grad and torch.is_grad_enabled():
         permute = functools.partial(
-            _permute, topk_ids=topk_ids, num_experts=num_experts, expert_map=expert_map, **options
+            permute_rows, topk_ids=topk_ids, num_experts=num_experts, expert_map=expert_map, **options
         )
         return PermutedTokens(*differentiable_permute(permute, hidden_states))
     if arrays.answered_by_reference(hidden_states):
@@ -104,14 +106,14 @@ def _permute(
         expert_ids=block_experts,
     )
     named = None if m_indices is None else block_experts  # one row to a block is named already
-    rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx, named, m_indices)
+    rows = gather(plan.rows, hidden_states, permuted_idx, inv_permuted_idx, named, m_indices, out=out)
     moved = None if plan.scales is None else gather(plan.scales, scales, permuted_idx, inv_permuted_idx)
     experts = block_experts if m_indices is None else m_indices
     return new_tuple(PermutedTokens, (rows, offset, permuted_idx, inv_permuted_idx, counts, experts, moved))
 
 
 @planned
-def _plan_unpermute(
+def plan_unpermute(
     permuted: Layout, topk_weights: Layout, inv_permuted_idx: Layout, routed_scaling_factor: float, out_dtype: Any
 ) -> tuple[arrays.Contiguous, Launch]:
     checks.array("permuted", permuted, checks.FLOATS, (2,), rows=True)
@@ -133,7 +135,7 @@ def _unpermute(
     permuted: Any, topk_weights: Any, inv_permuted_idx: Any, routed_scaling_factor: float, out_dtype: Any
 ) -> Any:
     options = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": out_dtype}
-    result, combine = _plan_unpermute(layout(permuted), layout(topk_weights), layout(inv_permuted_idx), **options)
+    result, combine = plan_unpermute(layout(permuted), layout(topk_weights), layout(inv_permuted_idx), **options)
     if (permuted.requires_grad or topk_weights.requires_grad) and torch.is_grad_enabled():
         unpermute = functools.partial(_unpermute, inv_permuted_idx=inv_permuted_idx, **options)
         return differentiable_unpermute(unpermute, permuted, topk_weights, inv_permuted_idx, routed_scaling_factor)
@@ -146,7 +148,7 @@ def _unpermute(
 
 
 @planned
-def _plan_sum(
+def plan_sum(
     hidden_states: Layout, topk_ids: Layout | None, routed_scaling_factor: float, out_dtype: Any
 ) -> tuple[arrays.Contiguous, Launch]:
     checks.array("hidden_states", hidden_states, checks.FLOATS, (3,), rows=True)
@@ -163,7 +165,7 @@ def _plan_sum(
 
 def _sum(hidden_states: Any, topk_ids: Any, routed_scaling_factor: float, out_dtype: Any) -> Any:
     options = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": out_dtype}
-    result, combine = _plan_sum(layout(hidden_states), layout(topk_ids), **options)
+    result, combine = plan_sum(layout(hidden_states), layout(topk_ids), **options)
     if hidden_states.requires_grad and torch.is_grad_enabled():
         add = functools.partial(_sum, topk_ids=topk_ids, **options)
         return differentiable_sum(add, hidden_states, topk_ids, routed_scaling_factor)
@@ -240,7 +242,7 @@ def moe_permute(
     array([[ 2,  0],
            [-1,  1]], dtype=int32)
     """
-    return _permute(hidden_states, topk_ids, num_experts, expert_map, scales, alignment, zero_padding)
+    return permute_rows(hidden_states, topk_ids, num_experts, expert_map, scales, alignment, zero_padding)
 
 
 @arrays.public

@@ -376,9 +376,13 @@ def gather(
     m_indices: torch.Tensor | None = None,
     offset: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Allocate the places and copy rows there; name the expert of each, or where experts end, if that was planned."""
-    permuted: torch.Tensor = arrays.empty(*plan.permuted)
+    """Copy rows to the places, which are allocated unless they are given.
+
+    Name the expert of each, or where experts end, if that was planned.
+    """
+    permuted: torch.Tensor = arrays.empty(*plan.permuted) if out is None else out
     source, target = rows, permuted
     if simulator.ENABLED:
         source, target = (array.view(plan.word) if array.numel() else array for array in (rows, permuted))

@@ -331,19 +331,19 @@ def test_a_graph_reads_padding_tables_and_flags_at_each_replay():
 
 
 CHOICES = {
-    "plain": {"renormalize": True},
-    "scaled": {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5},
-    "capped": {"softcap": 2.0, "bias_mode": "logits"},
+    "plain": (torch.int32, False, {"renormalize": True}),
+    "scaled": (torch.int64, True, {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5}),
+    "capped": (torch.int32, True, {"softcap": 2.0, "bias_mode": "logits"}),
+    "of 16 bits": (torch.int16, False, {}),
 }
 
 
-@pytest.mark.parametrize("ids", [torch.int32, torch.int64, torch.int16])
 @pytest.mark.parametrize("rules", CHOICES)
-@pytest.mark.parametrize("biased", [False, True])
-def test_choices_go_into_memory_that_is_given(device, rules, biased, ids, monkeypatch):
+def test_choices_go_into_memory_that_is_given(device, rules, monkeypatch):
     logits = torch.randn(6, 12, device=device)
-    options = dict(CHOICES[rules])
+    ids, biased, options = CHOICES[rules]
     if biased:
+        options = dict(options)
         options["correction_bias"] = torch.linspace(-1, 1, 12, device=device)
         options["is_padding"] = torch.arange(6, device=device) == 2
     expected = moe.select_experts(logits, 3, **options)

@@ -68,7 +68,7 @@ def _candidates(router: Any) -> Iterator[Rule]:
         return (*(name for name in names if getattr(router, name, None) is not None), None)
 
     groups = [pair for pair in GROUPS if all(getattr(router, name, None) for name in pair)]
-    norms = [name for name in there(RENORMALISES) if name] or [True, False]
+    norms: list[bool | str] = [True, False] if getattr(router, RENORMALISES, None) is None else [RENORMALISES]
     yield from itertools.starmap(
         Rule,
         itertools.product(
@@ -149,8 +149,8 @@ def replace_routers(model: torch.nn.Module) -> list[str]:
     Notes
     -----
     Choices are those of the routers but for ties, which the lower id wins, and for rounding: logits of 16 bits are
-    scored in float32. The expert that ranks best comes first. Gradients, hooks, torch.compile and recorded logits work as
-    before. A second call looks at all routers again; `restore_routers` undoes it.
+    scored in float32. The expert that ranks best comes first. Gradients, hooks, torch.compile and recorded logits work
+    as before. A second call looks at all routers again; `restore_routers` undoes it.
     """
     replaced = []
     rules: dict[Any, Rule | None] = {}

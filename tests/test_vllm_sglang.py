@@ -12,7 +12,7 @@ import torch
 
 import numba_moe as moe
 from numba_moe import reference
-from numba_moe.interop import sglang, vllm, vllm_ops
+from numba_moe.interop import sglang, sglang_kernels, vllm, vllm_ops
 
 IDS = torch.tensor([[3, 1], [0, 3], [-1, 2], [3, 0]], dtype=torch.int32)
 LOGITS = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
@@ -677,3 +677,27 @@ def test_the_plugin_patches_when_the_environment_asks(peers, monkeypatch):
     assert contents(peers) == before
     monkeypatch.setenv("NUMBA_MOE_VLLM", "1")
     assert f"{vllm.LAYERS}.moe_align_block_size.moe_align_block_size" in plugin()
+
+
+def gated(logits):
+    weights, ids, numbers = torch.empty(5, 2), ints(5, 2), ints(5, 2)
+    vllm_ops.topk_softmax(weights, ids, numbers, logits, True, BIAS)
+    return weights, ids, numbers
+
+
+COMPILED = {
+    "vllm.fused_topk": lambda logits: vllm.fused_topk(logits, logits, 2, True),
+    "vllm_ops.topk_softmax": gated,
+    "sglang_kernels.moe_fused_gate": lambda logits: sglang_kernels.moe_fused_gate(logits, BIAS, 3, "sigmoid", 1),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_gates_compile_into_one_graph_where_padding_is_skipped(name, peers):
+    context = types.SimpleNamespace(is_padding=torch.tensor([False, True, False, False, False]))
+    module("vllm.envs", VLLM_MOE_SKIP_PADDING=True)
+    module("vllm.forward_context", is_forward_context_available=lambda: True, get_forward_context=lambda: context)
+    expected = COMPILED[name](LOGITS)
+    found = torch.compile(COMPILED[name], fullgraph=True, backend="eager")(LOGITS)
+    assert all(map(torch.equal, found, expected))
+    assert (expected[1][1] < 0).all() == (name == "vllm.fused_topk")

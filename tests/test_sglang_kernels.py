@@ -193,3 +193,38 @@ def test_gemmas_router_multiplies_by_the_scales_of_experts():
     torch.testing.assert_close(weights, best.values.softmax(1) * scale.float()[best.indices])
     with pytest.raises(ValueError, match="`per_expert_scale` must be of num_experts = 8, got 7"):
         kernels.gemma4_fused_routing(LOGITS, scale[1:], 3)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_experts_of_a_table_are_weighed(shared):
+    table, tokens = torch.tensor([[0, 1], [7, 3], [2, 5]], dtype=torch.int32), torch.tensor([2, 0, 1, 1, 2])
+    weights, ids = kernels.hash_topk(LOGITS, tokens, table, shared, 2.5)
+    chosen = table[tokens]
+    assert ids.tolist() == [[*row, *range(8, 8 + shared)] for row in chosen.tolist()]
+    taken = scores_of("sqrtsoftplus").gather(1, chosen.long())
+    torch.testing.assert_close(weights[:, :2], taken / taken.sum(1, keepdim=True))
+    assert weights[:, 2:].allclose(torch.tensor(0.4))
+    with pytest.raises(ValueError, match="`scoring_func` must be one of 'sqrtsoftplus', got 'sigmoid'"):
+        kernels.hash_topk(LOGITS, tokens, table, scoring_func="sigmoid")
+
+
+def test_ids_of_padding_are_masked_in_place():
+    ids = IDS.clone()
+    kernels.mask_topk_ids(ids, torch.tensor([2]))
+    assert ids.tolist() == [[3, 1], [0, 3], [-1, -1], [-1, -1]]
+
+
+def test_weighted_sum_of_the_kernels():
+    rows, weights = torch.randn(4, 2, 16), torch.rand(4, 2)
+    local = torch.tensor([-1, 0, -1, 1], dtype=torch.int32)
+    torch.testing.assert_close(kernels.moe_fused_mul_sum(rows, weights), (rows * weights[..., None]).sum(1))
+    rows[2, 0] = torch.nan
+    out = torch.full((4, 16), torch.nan)
+    assert kernels.moe_fused_mul_sum(rows, weights, out, IDS, local, 2.0, True) is out
+    kept = torch.tensor([[True, True], [False, True], [False, False], [True, False]])
+    expected = 2 * torch.where(kept[..., None], rows * weights[..., None], 0).sum(1)
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(ValueError, match="`topk_ids` must be given with `expert_map`, got None"):
+        kernels.moe_fused_mul_sum(rows, weights, expert_map=local)
+    with pytest.raises(TypeError, match="`is_ep` must be True or False, got None"):
+        kernels.moe_fused_mul_sum(rows, weights, is_ep=None)

@@ -361,6 +361,10 @@ PEERS = {
         BUCKETS,
         {"topk_ids": IDS, "num_experts": 5, "block_size": 2, "cumsum_buffer": None},
     ),
+    sglang_kernels.moe_fused_mul_sum: (
+        [("outputs", (3, 8))],
+        {"inputs": ROWS.view(3, 1, 8), "topk_weights": torch.ones(3, 1)},
+    ),
     sglang_kernels.topk_sigmoid: (CHOICE, {"gating_output": LOGITS}),
     sglang_kernels.cutlass_prepare_moe_input: (
         [*zip(PROBLEMS, [(5,), (4, 3), (4, 3), (6,), (6,)], strict=True), ("blockscale_offsets", (5,))],

@@ -39,6 +39,12 @@ def local_slots(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torc
     return known
 
 
+def slots_of(rows: torch.Tensor) -> torch.Tensor:
+    """Return the number of each slot of rows [num_tokens, top_k, hidden], int32."""
+    num_tokens, top_k, _ = rows.shape
+    return torch.arange(num_tokens * top_k, dtype=torch.int32, device=rows.device).view(num_tokens, top_k)
+
+
 def weighted_sum(
     rows: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -48,8 +54,8 @@ def weighted_sum(
     num_valid_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sum rows [num_tokens, top_k, hidden], weighted; `out` keeps the rows of tokens that are none or have no id."""
-    num_tokens, top_k, hidden = rows.shape
-    places = torch.arange(num_tokens * top_k, dtype=torch.int32, device=rows.device).view(num_tokens, top_k)
+    num_tokens, _, hidden = rows.shape
+    places = slots_of(rows)
     kept: Any = None
     if topk_ids is not None:
         places = places.where(local_slots(topk_ids, expert_map), -1)

@@ -251,6 +251,8 @@ PATCH = Patch(
         f"{KERNELS}.moe_topk_softmax": {"topk_softmax": topk_softmax},
         f"{KERNELS}.moe_topk_sigmoid": {"topk_sigmoid": sglang_kernels.topk_sigmoid},
         f"{KERNELS}.cutlass_prepare_moe_input": {"cutlass_prepare_moe_input": sglang_kernels.cutlass_prepare_moe_input},
+        f"{KERNELS}.dsv4": {"hash_topk": sglang_kernels.hash_topk, "mask_topk_ids": sglang_kernels.mask_topk_ids},
+        f"{KERNELS}.moe_fused_mul_sum": {"moe_fused_mul_sum": sglang_kernels.moe_fused_mul_sum},
         f"{KERNELS}.gemma4_routing": {"gemma4_fused_routing": sglang_kernels.gemma4_fused_routing},
     },
     _forget_kernels,

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 import numba_moe
-from numba_moe.interop.composed import chosen_where, float32_bias, packed_ids
+from numba_moe.interop.composed import chosen_where, float32_bias, local_slots, packed_ids, slots_of
 from numba_moe.interop.vllm_ops import align_into
+from numba_moe.permute import into
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
 
@@ -350,3 +351,61 @@ def gemma4_fused_routing(
     fits = per_expert_scale.shape == (num_experts,)
     checks.holds("per_expert_scale", f"of num_experts = {num_experts}", fits, per_expert_scale.shape[0])
     return weights * per_expert_scale.float()[ids.long()], ids
+
+
+def hash_topk(
+    router_logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    tid2eid: torch.Tensor,
+    num_fused_shared_experts: int = 0,
+    routed_scaling_factor: float = 1.0,
+    scoring_func: str = "sqrtsoftplus",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weigh the experts that a table has for each token's id, and renormalise: DeepSeek V4's first layers.
+
+    The last slots are those of shared experts, which weigh ``1 / routed_scaling_factor``.
+    """
+    checks.choice("scoring_func", scoring_func, ("sqrtsoftplus",))
+    found = numba_moe.weigh_experts(
+        *(router_logits, tid2eid.contiguous()),
+        input_ids=input_ids,
+        scoring_func=SCORING[scoring_func],
+        renormalize=True,
+        num_fused_shared_experts=num_fused_shared_experts,
+        routed_scaling_factor=routed_scaling_factor,
+        apply_routed_scaling_factor_on_output=False,
+    )
+    return found.topk_weights, found.topk_ids
+
+
+def mask_topk_ids(topk_ids: torch.Tensor, num_token_non_padded: torch.Tensor) -> None:
+    """Write -1 for the ids of tokens from a number on the device on, by torch."""
+    rows = torch.arange(len(topk_ids), device=topk_ids.device)[:, None]
+    topk_ids.masked_fill_(rows >= num_token_non_padded, -1)
+
+
+@apart("outputs")
+def moe_fused_mul_sum(
+    inputs: torch.Tensor,
+    topk_weights: torch.Tensor,
+    outputs: torch.Tensor | None = None,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    routed_scaling_factor: float | None = None,
+    is_ep: bool = False,
+) -> torch.Tensor:
+    """Sum each token's rows of `inputs`, [num_tokens, top_k, hidden], weighted, times the factor, into `outputs`.
+
+    Slots of ids below 0, and of experts that the map lacks or sends there, add nothing. `is_ep` changes nothing, as in
+    SGLang, where the ids say so.
+    """
+    checks.boolean("is_ep", is_ep)
+    checks.holds("topk_ids", "given with `expert_map`", expert_map is None or topk_ids is not None, None)
+    places = slots_of(inputs)
+    if topk_ids is not None:
+        places = places.where(local_slots(topk_ids, expert_map), -1)
+    if outputs is None:
+        outputs = torch.empty_like(inputs[:, 0], memory_format=torch.contiguous_format)
+    factor = 1.0 if routed_scaling_factor is None else routed_scaling_factor
+    into.moe_unpermute(outputs, inputs.reshape(-1, inputs.shape[2]), topk_weights, places, factor)
+    return outputs

@@ -204,6 +204,36 @@ def test_rules_may_come_in_one_object():
         srt.select_experts(*BOTH, 2, topk_config=config)
 
 
+@pytest.mark.parametrize("layer", [None, 3])
+def test_simulated_routing_is_balanced_over_ranks_and_experts(layer):
+    ids, weights = torch.empty(16, 4, dtype=torch.int64), torch.empty(16, 4)
+    options = {"num_ranks": 4, "layer_id": layer}
+    srt.simulate_balanced_routing(ids, weights, 16, random=False, weight_scale=2.0, **options)
+    assert torch.bincount(ids.ravel()).tolist() == [4] * 16
+    assert sorted((ids[0] // 4).tolist()) == [0, 1, 2, 3]  # a rank each
+    assert ids[0, 0] == (12 if layer else 0)
+    assert weights.eq(0.5).all()
+    srt.simulate_balanced_routing(ids, weights, 16, random=False, num_token_non_padded=15, **options)
+    assert (ids[15].tolist(), weights[15].tolist()) == ([-1] * 4, [0.0] * 4)
+    with pytest.raises(ValueError, match="`num_ranks` must be a divisor of num_experts = 16, got 3"):
+        srt.simulate_balanced_routing(ids, weights, 16, random=False, num_ranks=3)
+    with pytest.raises(ValueError, match="`seed` must be None but for `random`, got 1"):
+        srt.simulate_balanced_routing(ids, weights, 16, random=False, seed=1)
+
+
+def test_simulated_routing_at_random_is_distinct_and_of_its_seed():
+    draws = []
+    for seed in (1, 1, 2):
+        ids, weights = torch.empty(64, 4, dtype=torch.int32), torch.empty(64, 4)
+        srt.simulate_balanced_routing(ids, weights, 16, random=True, seed=seed)
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+        draws.append(ids)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    srt.simulate_balanced_routing(ids, weights, 16, random=True)
+    assert weights.eq(0.25).all()
+
+
 def test_rows_of_deepep_are_those_in_use_in_int64():
     experts, src2dst, starts = srt.deepep_run_moe_deep_preprocess(IDS, 4)
     assert experts.tolist() == [0, 0, 1, 2, 3, 3, 3]

@@ -288,6 +288,55 @@ def select_experts(
     return weights, ids
 
 
+@apart("topk_ids", "topk_weights")
+def simulate_balanced_routing(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    num_experts: int,
+    *,
+    random: bool,
+    num_ranks: int = 1,
+    layer_id: int | None = None,
+    seed: int | None = None,
+    num_token_non_padded: int | torch.Tensor | None = None,
+    weight_scale: float = 1.0,
+) -> None:
+    """Write a choice that is balanced, to measure what follows routing: experts in turn, or from a random one on.
+
+    Slots in turn go to the ranks in turn, and on each to its ``num_experts / num_ranks`` experts in turn, beginning
+    `layer_id` later. With `random` a token begins at any expert, drawn by torch from `seed`, or torch's own generator,
+    and its experts are ``num_experts // top_k`` apart. Weights are ``weight_scale / top_k``; tokens from
+    `num_token_non_padded` on get ids -1 and weights 0. All is on the device, by torch.
+
+    Examples
+    --------
+    >>> ids, weights = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, 2)
+    >>> simulate_balanced_routing(ids, weights, 4, random=False, num_ranks=2)
+    >>> ids.tolist(), weights.tolist()
+    ([[0, 2], [1, 3]], [[0.5, 0.5], [0.5, 0.5]])
+    """
+    checks.boolean("random", random)
+    num_experts = checks.integer("num_experts", num_experts, 1)
+    num_ranks = checks.integer("num_ranks", num_ranks, 1)
+    checks.divides("num_ranks", num_ranks, "num_experts", num_experts)
+    first = 0 if layer_id is None else checks.integer("layer_id", layer_id, 0)
+    num_tokens, top_k = topk_ids.shape
+    device = topk_ids.device
+    if random:
+        generator = None if seed is None else torch.Generator(device).manual_seed(checks.integer("seed", seed, 0))
+        base = torch.randint(num_experts, (num_tokens, 1), device=device, generator=generator)
+        found = (base + torch.arange(top_k, device=device) * max(num_experts // top_k, 1)) % num_experts
+    else:
+        checks.holds("seed", "None but for `random`", seed is None, seed)
+        turn = torch.arange(first, first + num_tokens * top_k, device=device).view(num_tokens, top_k)
+        each = num_experts // num_ranks
+        found = turn % num_ranks * each + turn // num_ranks % each
+    weights = torch.full_like(topk_weights, weight_scale / top_k)
+    weights, found = _finished(weights, found, num_token_non_padded, None)
+    topk_ids.copy_(found)
+    topk_weights.copy_(weights)
+
+
 def _shared(older: int, newer: int) -> int:
     """Return the number of shared experts' replicas, which has two names."""
     checks.integer("n_share_experts_fusion", older, 0)

@@ -40,8 +40,8 @@ def select_experts(
     """
     top_k = topk_ids.shape[1]
     direct = topk_weights.dtype == torch.float32 and topk_ids.dtype in ID_DTYPES and not checks.VALIDATE
-    inputs = (gating_output, correction_bias, is_padding)
-    if not (direct and kernel_writes(topk_weights, *inputs) and kernel_writes(topk_ids, *inputs)):
+    outs, inputs = (topk_weights, topk_ids), (gating_output, correction_bias, is_padding)
+    if not (direct and kernel_writes(outs, inputs)):
         found = selection.select_experts(
             *(gating_output, top_k),
             scoring_func=scoring_func,

@@ -18,16 +18,20 @@ from numba_moe.runtime.plans import layout
 HERE = contextlib.nullcontext()
 
 
-def kernel_writes(out: torch.Tensor, *inputs: torch.Tensor | None) -> bool:
+def kernel_writes(outs: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether a kernel can write the memory, of torch's own tensors that nobody traces or differentiates."""
-    tensors = [out, *(array for array in inputs if array is not None)]
     if arrays.is_traced() or arrays.is_jit_tracing() or arrays.num_modes() or arrays.forward_ad._current_level >= 0:
         return False
-    if any(type(tensor) is not Tensor for tensor in tensors) or arrays.answered_by_reference(out):
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return out.is_contiguous() and out.data_ptr() % 16 == 0
+    wants_gradient = torch.is_grad_enabled()
+    for out in outs:
+        if type(out) is not Tensor or not out.is_contiguous() or out.data_ptr() % 16:
+            return False
+        if wants_gradient and out.requires_grad:
+            return False
+    for array in inputs:
+        if array is not None and (type(array) is not Tensor or (wants_gradient and array.requires_grad)):
+            return False
+    return not arrays.answered_by_reference(outs[0])
 
 
 def on_device(tensor: torch.Tensor) -> Any:
@@ -52,7 +56,7 @@ def moe_sum(
     routed_scaling_factor: float = 1.0,
 ) -> None:
     """Sum each token's rows into `out`, [num_tokens, hidden]: `numba_moe.moe_sum`."""
-    if not kernel_writes(out, hidden_states, topk_ids):
+    if not kernel_writes((out,), (hidden_states, topk_ids)):
         options: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": out.dtype}
         out.copy_(permute.moe_sum(hidden_states, topk_ids, **options))
         return
@@ -70,7 +74,7 @@ def moe_unpermute(
     routed_scaling_factor: float = 1.0,
 ) -> None:
     """Sum each token's rows, weighted, into `out`, [num_tokens, hidden]: `numba_moe.moe_unpermute`."""
-    if not kernel_writes(out, permuted, topk_weights, inv_permuted_idx):
+    if not kernel_writes((out,), (permuted, topk_weights, inv_permuted_idx)):
         options: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": out.dtype}
         out.copy_(permute.moe_unpermute(permuted, topk_weights, inv_permuted_idx, **options))
         return
@@ -93,7 +97,7 @@ def moe_permute(
 
     `numba_moe.moe_permute` is the rest.
     """
-    if not kernel_writes(out, hidden_states, topk_ids, expert_map, scales):
+    if not kernel_writes((out,), (hidden_states, topk_ids, expert_map, scales)):
         found = permute.moe_permute(hidden_states, topk_ids, num_experts, expert_map, scales=scales)
         return found._replace(permuted_hidden_states=out.copy_(found.permuted_hidden_states))
     shape = (topk_ids.numel(), hidden_states.shape[-1])

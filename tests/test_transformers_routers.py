@@ -66,6 +66,17 @@ def test_attributes_are_read_at_every_call():
         torch.testing.assert_close(part, wanted)
 
 
+def test_a_rule_is_found_under_another_default_dtype():
+    router = make_router("mixtral.MixtralTopKRouter")
+    expected = routers.find_rule(router)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert routers.find_rule(router) == expected is not None
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_weights_have_gradients_as_before():
     router = make_router("qwen3_moe.Qwen3MoeTopKRouter")
     own = copy.deepcopy(router)

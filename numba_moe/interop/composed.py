@@ -61,7 +61,7 @@ def weighted_sum(
         places = places.where(local_slots(topk_ids, expert_map), -1)
         kept = (topk_ids >= 0).any(1)
     if num_valid_tokens is not None:
-        valid = torch.arange(num_tokens, device=rows.device) < num_valid_tokens
+        valid = torch.arange(num_tokens, dtype=torch.int32, device=rows.device) < num_valid_tokens
         places = places.where(valid[:, None], -1)
         kept = valid if kept is None else kept & valid
     rows = rows.reshape(-1, hidden)

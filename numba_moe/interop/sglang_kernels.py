@@ -380,7 +380,7 @@ def hash_topk(
 
 def mask_topk_ids(topk_ids: torch.Tensor, num_token_non_padded: torch.Tensor) -> None:
     """Write -1 for the ids of tokens from a number on the device on, by torch."""
-    rows = torch.arange(len(topk_ids), device=topk_ids.device)[:, None]
+    rows = torch.arange(len(topk_ids), dtype=torch.int32, device=topk_ids.device)[:, None]
     topk_ids.masked_fill_(rows >= num_token_non_padded, -1)
 
 

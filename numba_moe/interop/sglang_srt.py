@@ -324,11 +324,13 @@ def simulate_balanced_routing(
     device = topk_ids.device
     if random:
         generator = None if seed is None else torch.Generator(device).manual_seed(checks.integer("seed", seed, 0))
-        base = torch.randint(num_experts, (num_tokens, 1), device=device, generator=generator)
-        found = (base + torch.arange(top_k, device=device) * max(num_experts // top_k, 1)) % num_experts
+        base = torch.randint(num_experts, (num_tokens, 1), dtype=torch.int64, device=device, generator=generator)
+        steps = torch.arange(top_k, dtype=torch.int64, device=device) * max(num_experts // top_k, 1)
+        found = (base + steps) % num_experts
     else:
         checks.holds("seed", "None but for `random`", seed is None, seed)
-        turn = torch.arange(first, first + num_tokens * top_k, device=device).view(num_tokens, top_k)
+        turn = torch.arange(first, first + num_tokens * top_k, dtype=torch.int64, device=device)
+        turn = turn.view(num_tokens, top_k)
         each = num_experts // num_ranks
         found = turn % num_ranks * each + turn // num_ranks % each
     weights = torch.full_like(topk_weights, weight_scale / top_k)
@@ -367,9 +369,10 @@ def _choose(logits: torch.Tensor, topk: int, rules: Rules, options: dict[str, An
         raise ValueError(f"`routed_scaling_factor` must be a number other than 0 with shared experts, got {factor}")
     weights, ids = numba_moe.select_experts(logits, topk - 1, **options)
     num_experts, (num_tokens, _) = logits.shape[1], ids.shape
-    shared = torch.randint(num_experts, num_experts + rules.num_shared, (num_tokens, 1), device=ids.device)
+    last = num_experts + rules.num_shared
+    shared = torch.randint(num_experts, last, (num_tokens, 1), dtype=ids.dtype, device=ids.device)
     weights = torch.cat([weights, weights.sum(1, keepdim=True) / factor], 1)
-    ids = torch.cat([ids, shared.to(ids.dtype)], 1)
+    ids = torch.cat([ids, shared], 1)
     return _finished(weights, ids, rules.num_token_non_padded, rules.expert_location_dispatch_info)
 
 
@@ -381,7 +384,7 @@ def _finished(weights: torch.Tensor, ids: torch.Tensor, num_token_non_padded: An
         ids = dispatch_ids(ids.contiguous(), places, replicas, algorithm=algorithm, seed=seed, step=step)
     limit = _on_device(num_token_non_padded, ids)
     if limit is not None:
-        padded = torch.arange(len(ids), device=ids.device)[:, None] >= limit
+        padded = torch.arange(len(ids), dtype=torch.int32, device=ids.device)[:, None] >= limit
         weights, ids = weights.masked_fill(padded, 0), ids.masked_fill(padded, -1)
     return weights, ids
 
@@ -480,7 +483,8 @@ def pre_reorder_for_cutlass_moe(
     rows = _rows_of(src2dst, topk_ids, num_local_experts)
     num_rows = gateup_input.shape[0]
     slots = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=input.device)
-    slots[torch.where(rows >= 0, rows, num_rows).ravel().long()] = torch.arange(rows.numel(), device=input.device)
+    numbers = torch.arange(rows.numel(), dtype=torch.int64, device=input.device)
+    slots[torch.where(rows >= 0, rows, num_rows).ravel().long()] = numbers
     slots = slots[:num_rows, None]
     moved = input.float() if a1_scales is None else input.float() / a1_scales.float()
     moved = moved.to(gateup_input.dtype)[slots.ravel().clamp(min=0) // topk]

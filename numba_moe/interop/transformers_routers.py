@@ -85,13 +85,12 @@ def find_rule(router: Any) -> Rule | None:
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or type(getattr(router, "top_k", None)) is not int:
         return None
     own = copy.deepcopy(router).to("cpu", torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for tensor in (*own.parameters(), *own.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_()
-        own.weight /= weight.shape[1] ** 0.5
-        rows = torch.randn(TOKENS, weight.shape[1])
+    generator = torch.Generator("cpu").manual_seed(0)
+    for tensor in (*own.parameters(), *own.buffers()):
+        if tensor.is_floating_point():
+            tensor.normal_(generator=generator)
+    own.weight /= weight.shape[1] ** 0.5
+    rows = torch.randn(TOKENS, weight.shape[1], dtype=torch.float32, device="cpu", generator=generator)
     if isinstance(getattr(own, FACTOR, None), int | float):
         setattr(own, FACTOR, 1.75)
     wanted = _results(own, rows)
@@ -116,7 +115,8 @@ def find_rule(router: Any) -> Rule | None:
 def _results(router: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
     """Return the three results of a router's own forward; None if it takes or gives others."""
     try:
-        found = type(router).forward(router, rows)
+        with torch.random.fork_rng(devices=[]):  # for a router that draws
+            found = type(router).forward(router, rows)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     shape = (len(rows), router.top_k)
@@ -128,7 +128,9 @@ def _same(wanted: tuple[torch.Tensor, ...], found: tuple[torch.Tensor, ...]) -> 
     """Whether two choices are of the same experts with the same weights, in whichever order."""
     if wanted[0].shape != found[0].shape or not torch.allclose(wanted[0], found[0], rtol=SAME, atol=SAME):
         return False
-    one, other = (torch.zeros(found[0].shape).scatter(1, ids, weights.float()) for _, weights, ids in (wanted, found))
+    one, other = (
+        torch.zeros_like(found[0]).scatter(1, ids, weights.to(found[0].dtype)) for _, weights, ids in (wanted, found)
+    )
     same_ids = torch.equal(wanted[2].sort(1).values, found[2].sort(1).values)
     return same_ids and torch.allclose(one, other, rtol=SAME, atol=SAME)
 
@@ -158,7 +160,7 @@ def replace_routers(model: torch.nn.Module) -> list[str]:
         if "router" not in type(module).__name__.lower():
             continue
         numbers = sorted((key, value) for key, value in vars(module).items() if isinstance(value, bool | int | float))
-        alike = (type(module), tuple(getattr(module, "weight", torch.empty(0)).shape), *numbers)
+        alike = (type(module), getattr(getattr(module, "weight", None), "shape", None), *numbers)
         if alike not in rules:
             rules[alike] = find_rule(module)
         rule = rules[alike]

@@ -191,7 +191,7 @@ def eplb_map_to_physical_and_record(
     physical = dispatch_ids(ids, places, replicas, algorithm="hash")
     counted = record_enabled.view(1, 1) != 0
     if num_unpadded_tokens is not None:
-        rows = torch.arange(len(physical), device=physical.device)[:, None]
+        rows = torch.arange(len(physical), dtype=torch.int32, device=physical.device)[:, None]
         counted = counted & (rows < num_unpadded_tokens)
     expert_load_view += numba_moe.count_tokens_per_expert(torch.where(counted, physical, -1), len(expert_load_view))
     return physical.view(topk_ids.dtype)

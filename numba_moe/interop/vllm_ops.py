@@ -145,7 +145,7 @@ def fused_globalize_align_block_size(
     global id, `rank_expert_offset` more, is not below `global_num_experts`. `scatter_idx`, if given, gets the number of
     each slot, -1 for one that is skipped. Masking is by torch, in front of the one alignment.
     """
-    rows = torch.arange(topk_idx.shape[0], device=topk_idx.device)[:, None]
+    rows = torch.arange(topk_idx.shape[0], dtype=torch.int32, device=topk_idx.device)[:, None]
     last = min(local_num_experts, global_num_experts - rank_expert_offset)
     received = (topk_idx >= 0) & (topk_idx < last) & (rows < psum[-1])
     local = torch.where(received, topk_idx, -1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from numba_moe.reference import maps as reference
 from numba_moe.runtime import checks
 
 STRATEGIES = ("linear", "round_robin")
@@ -34,6 +35,10 @@ def make_expert_map(num_experts: int, num_ranks: int, rank: int, strategy: str =
     ValueError
         No experts or ranks, a rank past the last, an unknown strategy.
 
+    Notes
+    -----
+    Computed on the host, by the reference. An `ExpertLocation` has experts on several ranks, and moves them.
+
     Examples
     --------
     >>> make_expert_map(5, num_ranks=2, rank=1)
@@ -45,8 +50,4 @@ def make_expert_map(num_experts: int, num_ranks: int, rank: int, strategy: str =
     num_ranks = checks.integer("num_ranks", num_ranks, 1)
     rank = checks.integer("rank", rank, 0, num_ranks - 1, f"num_ranks - 1 = {num_ranks - 1}")
     checks.choice("strategy", strategy, STRATEGIES)
-    experts = np.arange(num_experts)
-    experts = np.array_split(experts, num_ranks)[rank] if strategy == "linear" else experts[rank::num_ranks]
-    found = np.full(num_experts, -1, np.int32)
-    found[experts] = np.arange(len(experts))
-    return found
+    return reference.make_expert_map(num_experts, num_ranks, rank, strategy)

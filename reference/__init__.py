@@ -20,6 +20,7 @@ from numba_moe.reference.gating import (
     topk_softplus_sqrt,
 )
 from numba_moe.reference.lora import moe_lora_align_block_size
+from numba_moe.reference.maps import make_expert_map
 from numba_moe.reference.migration import plan_migration
 from numba_moe.reference.permute import (
     MaskedTokens,
@@ -65,6 +66,7 @@ __all__ = [
     "fused_experts",
     "grouped_topk",
     "logical_counts",
+    "make_expert_map",
     "make_ragged_metadata",
     "moe_activation",
     "moe_align_block_size",

@@ -297,7 +297,8 @@ def moe_unpermute(
     topk_weights
         float32 or float16 [num_tokens, top_k].
     inv_permuted_idx
-        int32 [num_tokens, top_k], the row of each slot; a slot whose index is outside ``[0, num_rows)`` adds nothing.
+        int32 [num_tokens, top_k] or [num_tokens * top_k], the row of each slot; a slot whose index is outside
+        ``[0, num_rows)`` adds nothing.
     routed_scaling_factor
         What sums are multiplied by.
     out_dtype
@@ -316,10 +317,10 @@ def moe_unpermute(
     array([[20.],
            [ 5.]], dtype=float32)
     """
-    num_tokens, top_k = inv_permuted_idx.shape
+    num_tokens, top_k = topk_weights.shape
     combined = np.zeros((num_tokens, permuted.shape[1]), np.float64)
     for k in range(top_k):
-        rows = inv_permuted_idx[:, k]
+        rows = inv_permuted_idx.reshape(num_tokens, top_k)[:, k]
         present = (rows >= 0) & (rows < len(permuted))
         weights = topk_weights[present, k, None].astype(np.float64)
         combined[present] += weights * permuted[rows[present]]
@@ -346,7 +347,7 @@ def unpermute_backward(
     grad_rows = np.zeros(permuted.shape, np.float64)
     grad_weights = np.zeros(topk_weights.shape, np.float64)
     for k in range(topk_weights.shape[1]):
-        rows = inv_permuted_idx[:, k]
+        rows = inv_permuted_idx.reshape(topk_weights.shape)[:, k]
         present = (rows >= 0) & (rows < len(permuted))
         grad_rows[rows[present]] = topk_weights[present, k, None] * grad[present]
         grad_weights[present, k] = (permuted[rows[present]] * grad[present]).sum(1)

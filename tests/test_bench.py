@@ -194,7 +194,7 @@ def test_torch_is_a_right_peer():
 
 def test_cases():
     every = bench.select_cases(parse())
-    assert len(every) == 12 + 3 * 4 + 1 + 4 + 6 + 5 + 5 + 10 * 2 * 2 + 7 * 2 + 8 * 2 + 3 * 4
+    assert len(every) == 13 + 3 * 4 + 1 + 4 + 6 + 5 + 5 + 20 * 2 * 2 + 7 * 2 + 8 * 2 + 3 * 4
     assert len({(case.op, case.name, case.dtype) for case in every}) == len(every)
     chosen = bench.select_cases(parse("--op", "moe_align*", "--shape", "16384x512", "--routing", "uniform,zipf"))
     assert [case.name for case in chosen] == [

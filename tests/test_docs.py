@@ -1,6 +1,8 @@
 """Pages run and build, and docstrings keep numpydoc's rules."""
 
 import doctest
+import inspect
+import re
 import subprocess
 import sys
 import types
@@ -11,7 +13,7 @@ import torch
 
 import numba_moe
 from numba_moe import placement, recorder
-from numba_moe.interop import sglang, vllm
+from numba_moe.interop import sglang, sglang_srt, vllm
 
 ROOT = Path(__file__).parents[1]
 NAMES = [f"{package.__name__}.{name}" for package in (numba_moe, placement, recorder) for name in package.__all__]
@@ -35,12 +37,12 @@ def peers():
             vars(sys.modules[name]).update(dict.fromkeys(functions, print))
     yield
     torch._dynamo.reset()  # which otherwise outlives what a page defines
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel", "sglang")]:
         del sys.modules[name]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("name", ["put-it-in.md", "use.md"])
+@pytest.mark.parametrize("name", ["from-sglang.md", "put-it-in.md", "use.md"])
 def test_examples_run(name, peers):
     pytest.importorskip("transformers")
     page = ROOT / "docs" / name
@@ -48,6 +50,22 @@ def test_examples_run(name, peers):
     found = doctest.DocTestRunner().run(test, clear_globs=False)  # which torch's compiler holds on to
     assert found.attempted > 10
     assert found.failed == 0
+
+
+def test_every_function_of_sglangs_slice_is_there_and_has_its_test():
+    page = (ROOT / "docs" / "from-sglang.md").read_text().partition("## Function by function")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "::" in line]
+    for names, _, test in rows:
+        file, _, function = test.strip(" |`").partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            owners = (sglang_srt, sglang_srt.ExpertDistributionRecorder, sglang)
+            parameters = {*inspect.signature(sglang_srt.select_experts).parameters, *sglang_srt.MODES}
+            parameters |= set(inspect.signature(sglang.moe_align_block_size_with_counters).parameters)
+            assert any(hasattr(owner, name) for owner in owners) or name in parameters | {"sgl_kernel"}
+    functions = [value for value in vars(sglang_srt).values() if inspect.isfunction(value) and value.__name__[0] != "_"]
+    made_here = {function.__name__ for function in functions if function.__module__ == sglang_srt.__name__}
+    assert {name for name in made_here if name not in page} == set()
 
 
 @pytest.mark.slow

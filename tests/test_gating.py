@@ -11,8 +11,9 @@ import numba_moe as moe
 from numba_moe import cases, reference, testing, verification
 from numba_moe.gating import lane_table, lanes
 from numba_moe.gating import plans as gating_plans
+from numba_moe.interop import into
 from numba_moe.recorder import ExpertDistributionRecorder
-from numba_moe.runtime import checks, simulator
+from numba_moe.runtime import arrays, checks, simulator
 
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
@@ -375,3 +376,38 @@ def test_a_graph_reads_padding_tables_and_flags_at_each_replay():
     wanted = reference.moe_align_block_size(ids.numpy(), 8, 32)
     for part, expected in zip(blocks, wanted, strict=True):
         assert np.array_equal(part.cpu().numpy(), expected)
+
+
+CHOICES = {
+    "plain": (torch.int32, False, {"renormalize": True}),
+    "scaled": (torch.int64, True, {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5}),
+    "capped": (torch.int32, True, {"softcap": 2.0, "bias_mode": "logits"}),
+    "of 16 bits": (torch.int16, False, {}),
+}
+
+
+@pytest.mark.parametrize("rules", CHOICES)
+def test_choices_go_into_memory_that_is_given(device, rules, monkeypatch):
+    logits = torch.randn(6, 12, device=device)
+    ids, biased, options = CHOICES[rules]
+    if biased:
+        options = dict(options)
+        options["correction_bias"] = torch.linspace(-1, 1, 12, device=device)
+        options["is_padding"] = torch.arange(6, device=device) == 2
+    expected = moe.select_experts(logits, 3, **options)
+    allocated, empty = [], arrays.empty
+    monkeypatch.setattr(arrays, "empty", lambda *what: allocated.append(what[0]) or empty(*what))
+    for pad in (0, 1):
+        weights = torch.full((6, 3 + pad), torch.nan, device=device)[:, :3]
+        chosen = torch.full((6, 3), -7, dtype=ids, device=device)
+        allocated.clear()
+        versions = weights._version, chosen._version
+        into.select_experts(weights, chosen, logits, **options)
+        assert torch.equal(weights, expected.topk_weights)
+        assert torch.equal(chosen.int(), expected.topk_ids)
+        assert (weights._version, chosen._version) > versions
+        assert bool(allocated) == (pad == 1 or ids == torch.int16)
+    with pytest.raises(ValueError, match=r"`topk_weights` must be of shape \(num_tokens, top_k\) = \(6, 3\), got"):
+        into.select_experts(
+            torch.zeros(5, 3, device=device), torch.zeros(6, 3, dtype=torch.int32, device=device), logits
+        )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from numba_moe.placement import ExpertLocation, rebalance_experts
+from numba_moe.placement import ExpertLocation, make_expert_map, rebalance_experts
 from numba_moe.placement.traces import load_trace
 
 MAP = np.array([[0, 1, 2, 0, 3, 1], [3, 2, 1, 0, 0, 3]])
@@ -335,3 +335,27 @@ def test_a_failed_save_leaves_what_was_there(suffix, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert ExpertLocation.load(path) == LOCATION
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("num_experts", "num_ranks"), [(8, 2), (7, 3), (3, 5), (1, 1)])
+@pytest.mark.parametrize("strategy", ["linear", "round_robin"])
+def test_maps_give_every_expert_to_one_rank(num_experts, num_ranks, strategy):
+    maps = np.stack([make_expert_map(num_experts, num_ranks, rank, strategy) for rank in range(num_ranks)])
+    assert (maps >= 0).sum(0).tolist() == [1] * num_experts
+    owners = (maps >= 0).argmax(0).tolist()
+    if strategy == "round_robin":
+        assert owners == [expert % num_ranks for expert in range(num_experts)]
+    else:
+        assert owners == sorted(owners)
+    sizes = (maps >= 0).sum(1)
+    assert sizes.max() - sizes.min() <= 1
+    assert (np.diff(sizes) <= 0).all()  # the first ranks have more
+    for local in maps:
+        assert local[local >= 0].tolist() == list(range((local >= 0).sum()))
+
+
+def test_maps_of_no_such_rank_or_strategy_are_refused():
+    with pytest.raises(ValueError, match="`rank` must be at most num_ranks - 1 = 1, got 2"):
+        make_expert_map(8, 2, 2)
+    with pytest.raises(ValueError, match="`strategy` must be one of 'linear', 'round_robin', got 'random'"):
+        make_expert_map(8, 2, 1, "random")

@@ -8,8 +8,9 @@ import torch
 
 import numba_moe as moe
 from numba_moe import reference, testing
+from numba_moe.interop import into
 from numba_moe.permute.rows import WORDS, plan_gather
-from numba_moe.runtime import plans, simulator
+from numba_moe.runtime import arrays, plans, simulator
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 DTYPES = ("float32", "float16", "bfloat16")
@@ -305,3 +306,72 @@ def test_a_million_rows_of_7168():
         assert torch.equal(permuted.permuted_hidden_states[part], rows[order[part]])
     weights = torch.ones(tokens, 1, device="cuda")
     assert torch.equal(moe.moe_unpermute(permuted.permuted_hidden_states, weights, permuted.inv_permuted_idx), rows)
+
+
+def test_rows_are_combined_by_a_flat_index_as_by_that_of_slots(device):
+    ids = torch.tensor([[1, 0], [-1, 1], [0, 1]], dtype=torch.int32, device=device)
+    src2dst = moe.moe_reorder(ids, 2).src2dst
+    rows = torch.randn(6, 16, device=device, requires_grad=True)
+    weights = torch.rand(3, 2, device=device, requires_grad=True)
+    results = []
+    for index in (src2dst, src2dst.view(3, 2)):
+        combined = moe.moe_unpermute(rows, weights, index)
+        results.append([combined, *torch.autograd.grad(combined.square().sum(), (rows, weights))])
+    assert all(map(torch.equal, *results))
+    with pytest.raises(ValueError, match=r"`inv_permuted_idx` must be of shape \(num_tokens \* top_k,\) = \(6,\), got"):
+        moe.moe_unpermute(rows, weights, src2dst[:4])
+
+
+MEMORY = {
+    "given": lambda out: out,
+    "strided": lambda out: out.new_empty(len(out), 2 * out.shape[1])[:, ::2],
+    "between words": lambda out: out.new_empty(out.numel() + 1)[1:].view(out.shape),
+}
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_go_into_memory_that_is_given(device, memory, dtype, monkeypatch):
+    ids = torch.tensor([[1, 0], [-1, 1], [0, 1]], dtype=torch.int32, device=device)
+    tokens = torch.randn(3, 16, device=device).to(dtype)
+    weights = torch.rand(3, 2, device=device)
+    expected = moe.moe_permute(tokens, ids, 2)
+    rows, places = expected.permuted_hidden_states, expected.inv_permuted_idx
+    slots = tokens.repeat(2, 1).view(3, 2, 16)
+    calls = {
+        "moe_permute": ((tokens, ids, 2), rows),
+        "moe_unpermute": (
+            (rows, weights, places, 2.0),
+            moe.moe_unpermute(rows, weights, places, routed_scaling_factor=2),
+        ),
+        "moe_sum": ((slots, ids, 2.0), moe.moe_sum(slots, ids, routed_scaling_factor=2)),
+    }
+    allocated, empty = [], arrays.empty
+    monkeypatch.setattr(arrays, "empty", lambda *what: allocated.append((tuple(what[0]), what[2])) or empty(*what))
+    for name, (arguments, wanted) in calls.items():
+        out = MEMORY[memory](torch.full_like(wanted, torch.nan))
+        allocated.clear()
+        version = out._version
+        getattr(into, name)(out, *arguments)
+        assert torch.equal(out, wanted)
+        assert out._version > version
+        assert ((tuple(wanted.shape), dtype) in allocated) == (memory != "given")
+
+
+def test_memory_of_another_size_or_dtype_is_refused(device):
+    slots = torch.randn(3, 2, 16, device=device)
+    with pytest.raises(ValueError, match=r"`out` must be of shape that of the result = \(3, 16\), got shape \(4, 16\)"):
+        into.moe_sum(torch.empty(4, 16, device=device), slots)
+    ids = torch.zeros(3, 2, dtype=torch.int32, device=device)
+    with pytest.raises(TypeError, match=r"`out\.permuted_hidden_states` must be of dtype float32, got float16"):
+        into.moe_permute(torch.empty(6, 16, device=device, dtype=torch.float16), slots[:, 0], ids, 2)
+
+
+def test_rows_in_given_memory_are_compiled_and_differentiated_by_copies():
+    slots, out = torch.randn(3, 2, 16, requires_grad=True), torch.zeros(3, 16)
+    given = out.clone()
+    into.moe_sum(given, slots)
+    assert given.grad_fn is not None
+    with torch.no_grad():
+        torch.compile(into.moe_sum, fullgraph=True, backend="eager")(out, slots.detach())
+    torch.testing.assert_close(out, slots.detach().sum(1))

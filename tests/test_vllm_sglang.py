@@ -1,6 +1,5 @@
 """Functions of ours under the peers' names do what theirs do, and take their places in an installed peer."""
 
-import inspect
 import re
 import sys
 import types
@@ -13,7 +12,7 @@ import torch
 
 import numba_moe as moe
 from numba_moe import reference
-from numba_moe.interop import sglang, vllm, vllm_ops
+from numba_moe.interop import sglang, sglang_kernels, vllm, vllm_ops
 
 IDS = torch.tensor([[3, 1], [0, 3], [-1, 2], [3, 0]], dtype=torch.int32)
 LOGITS = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
@@ -158,6 +157,192 @@ def test_vllm_counts_of_local_experts():
     assert vllm.count_expert_num_tokens(IDS, 6, LOCAL).tolist() == [1, 3, 0, 0, 0, 0]
 
 
+def test_vllm_sigmoid_weights_are_scaled_and_padding_named():
+    weights, ids = choice_memory()
+    padding = torch.tensor([False, True, False, False, False])
+    vllm_ops.topk_sigmoid(weights, ids, ints(5, 2), LOGITS, True, BIAS, 2.5, is_padding=padding)
+    expected = moe.topk_sigmoid(LOGITS, 2, True, BIAS)
+    torch.testing.assert_close(weights[~padding], 2.5 * expected.topk_weights[~padding])
+    assert ids[1].tolist() == [-1, -1]
+
+
+TOKENS = torch.tensor([2, 7, 11, 12, 1], dtype=torch.int32)  # 7 to 11 are those of an image below
+OTHER_BIAS = BIAS.flip(0) * 4
+
+
+def test_vllm_tokens_of_an_image_go_by_the_second_bias():
+    weights, ids = choice_memory()
+    options = {"input_tokens": TOKENS, "bias_vl": OTHER_BIAS.half(), "image_sentinel_lo": 7}
+    vllm_ops.topk_hash_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, True, 2.0, BIAS.half(), **options)
+    of_image = torch.tensor([False, True, True, False, False])
+    for mask, bias in ((of_image, OTHER_BIAS), (~of_image, BIAS)):
+        expected = moe.topk_softplus_sqrt(LOGITS, 2, True, bias.half().float())
+        assert torch.equal(ids[mask], expected.topk_ids[mask])
+        torch.testing.assert_close(weights[mask], 2 * expected.topk_weights[mask])
+    options["image_sentinel_lo"] = 0  # no image
+    vllm_ops.topk_hash_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, True, 2.0, BIAS, **options)
+    assert torch.equal(ids, moe.topk_softplus_sqrt(LOGITS, 2, True, BIAS).topk_ids)
+    with pytest.raises(ValueError, match="`input_tokens` must be given with `bias_vl`, got None"):
+        vllm_ops.topk_hash_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, bias_vl=BIAS)
+
+
+def test_vllm_tokens_of_an_image_pass_the_table_and_padding_passes_both():
+    weights, ids = choice_memory()
+    table = torch.arange(26).view(13, 2) % 8
+    padding = torch.tensor([True, False, False, False, False])
+    options = {"hash_indices_table": table, "is_padding": padding, "bias_vl": OTHER_BIAS, "image_sentinel_lo": 7}
+    vllm_ops.topk_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, input_tokens=TOKENS, **options)
+    assert ids[[3, 4]].tolist() == [[0, 1], [2, 3]]
+    assert torch.equal(ids[1:3], moe.topk_softplus_sqrt(LOGITS, 2, False, OTHER_BIAS).topk_ids[1:3])
+    assert (ids[0].tolist(), weights[0].tolist()) == ([-1, -1], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64])
+def test_vllm_gate_of_deepseek_chooses_six(indices):
+    logits = torch.randn(5, 256, generator=torch.Generator().manual_seed(5))
+    bias = torch.linspace(-1, 1, 256)
+    padding = torch.tensor([True, False, False, False, False])
+    options = {"is_padding": padding, "input_ids": TOKENS, "bias_vl": bias.flip(0), "image_sentinel_lo": 7}
+    weights, ids = vllm.dsv4_topk(logits, bias, indices, 1.5, **options)
+    assert (ids.dtype, weights.shape, ids[0].tolist()) == (indices, (5, 6), [-1] * 6)
+    expected = moe.topk_softplus_sqrt(logits, 6, True, bias)
+    assert torch.equal(ids[3:].int(), expected.topk_ids[3:])
+    torch.testing.assert_close(weights[3:], 1.5 * expected.topk_weights[3:])
+    assert torch.equal(ids[1:3].int(), moe.topk_softplus_sqrt(logits, 6, True, bias.flip(0)).topk_ids[1:3])
+
+
+def test_vllm_scatter_index_names_the_slots_that_are_kept():
+    *blocks, scatter = vllm.moe_align_block_size(IDS, 4, 4, LOCAL, False, True, True)
+    assert [part.tolist() for part in blocks] == [
+        part.tolist() for part in vllm.moe_align_block_size(IDS, 4, 4, LOCAL, ignore_invalid_experts=True)
+    ]
+    assert scatter.tolist() == [[0], [1], [-1], [3], [-1], [-1], [6], [-1]]
+    assert scatter.dtype == torch.int32
+    with pytest.raises(ValueError, match=r"`ignore_invalid_experts` must be True .*, got False"):
+        vllm.moe_align_block_size(IDS, 4, 4, LOCAL, return_scatter_idx=True)
+    with pytest.raises(TypeError, match="`return_scatter_idx` must be True or False, got 1"):
+        vllm.moe_align_block_size(IDS, 4, 4, return_scatter_idx=1)
+
+
+def test_vllm_makes_received_ids_global_and_aligns_them():
+    received = torch.tensor([[0, 1], [1, -1], [0, 3], [1, 1]])  # the last row is past the tokens that came
+    ends = torch.tensor([2, 3], dtype=torch.int32)
+    found = vllm.fused_globalize_align_block_size(received, ends, 4, 6, 2, 2, True)
+    assert found[0] is received
+    assert received.tolist() == [[4, 5], [5, -1], [4, -1], [-1, -1]]
+    assert found[4].tolist() == [[0], [1], [2], [-1], [4], [-1], [-1], [-1]]
+    expected = moe.moe_align_block_size(torch.tensor([[0, 1], [1, -1], [0, -1], [-1, -1]]), 2, 2)
+    assert [part.tolist() for part in found[1:4]] == [part.tolist() for part in expected]
+    again = torch.tensor([[0, 1]])
+    assert len(vllm.fused_globalize_align_block_size(again, ends, 0, 1, 2, 2)) == 4
+    assert again.tolist() == [[0, -1]]  # of global expert 1 there is none
+
+
+class Scratch:
+    """Stand for vLLM's MoEPermuteScratch."""
+
+    num_experts, num_local_experts, reserved = 4, 2, 0
+    expert_first_token_offset = torch.full((3,), -7)
+
+    def reserve(self, rows):
+        self.reserved, self.permuted_idx, self.inv_permuted_idx = rows, ints(rows + 3), ints(rows + 3)
+
+
+def test_vllm_writes_into_scratch():
+    scratch = Scratch()
+    found = vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL, None, scratch)
+    expected = vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL)
+    assert all(map(torch.equal, (found[0], *found[2:]), (expected[0], *expected[2:])))
+    assert scratch.reserved == 8
+    assert torch.equal(scratch.permuted_idx[:8], expected[4])
+    assert scratch.permuted_idx[8:].tolist() == [-77] * 3
+    assert found[2] is scratch.expert_first_token_offset
+    other = Scratch()
+    offset, rows = vllm.moe_prepare_scatter(IDS, LOCAL, other)
+    assert offset is other.expert_first_token_offset
+    assert offset.tolist() == expected[2].tolist()
+    assert rows.tolist() == expected[3].view(4, 2).tolist()
+    assert rows.data_ptr() == other.inv_permuted_idx.data_ptr()
+    with pytest.raises(ValueError, match=r"`scratch.num_experts` must be that of the call, 5, got 4"):
+        vllm.moe_permute(ROWS, None, IDS, 5, 2, scratch=scratch)
+    with pytest.raises(ValueError, match=r"`scratch.num_local_experts` must be that of the call, 4, got 2"):
+        vllm.moe_permute(ROWS, None, IDS, 4, scratch=scratch)
+
+
+def test_vllm_ops_with_scratch_write_what_those_without_do():
+    given = torch.full((8, 16), torch.nan), torch.full((3,), -7), ints(4, 2), ints(8)
+    scratch = (ints(9), ints(4, 2), ints(4, 2), ints(4, 2))
+    vllm_ops.moe_permute_with_scratch(ROWS, IDS, None, LOCAL, 4, 2, 2, *given, *scratch)
+    expected = vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL)
+    assert torch.equal(given[0], expected[0])
+    assert given[2].ravel().tolist() == expected[3].tolist()
+    with pytest.raises(ValueError, match="`topk` must be the columns of `topk_ids`, 2, got 3"):
+        vllm_ops.moe_permute_with_scratch(ROWS, IDS, None, LOCAL, 4, 2, 3, *given, *scratch)
+
+
+@pytest.mark.parametrize("counter", [torch.int32, torch.int64])
+def test_vllm_maps_to_places_and_counts_them(counter):
+    replicas = torch.tensor([[4, 1], [0, -1], [3, -1], [2, -1]])
+    count = torch.tensor([2, 1, 1, 1])
+    load, on = torch.ones(5, dtype=counter), torch.tensor([True])
+    ids = torch.tensor([[0, 1], [0, -1], [3, 2], [0, 7]])
+    places = vllm.eplb_map_to_physical_and_record(ids, load, replicas, count, on, torch.tensor(3))
+    expected = reference.dispatch_ids(ids.numpy(), replicas.int().numpy(), count.int().numpy(), algorithm="hash")
+    assert places.tolist() == expected.tolist()
+    assert places.dtype == torch.int64
+    counted = np.bincount(expected[:3][expected[:3] >= 0], minlength=5)
+    assert load.tolist() == (1 + counted).tolist()
+    assert load.dtype == counter
+    vllm.eplb_map_to_physical_and_record(ids.int(), load, replicas, count, torch.tensor([False]))
+    assert load.tolist() == (1 + counted).tolist()
+    vllm.eplb_map_to_physical_and_record(ids.int(), load, replicas, torch.zeros(4, dtype=torch.int64), on)
+    assert load.sum() > 1 + counted.sum()  # a count of 0 is that of one place
+
+
+def test_vllm_remaps_to_local_ids():
+    assert vllm.remap_topk_to_local(IDS, LOCAL).tolist() == [[1, 0], [-1, 1], [-1, -1], [1, -1]]
+    assert vllm.remap_topk_to_local(IDS, LOCAL.long()).dtype == torch.int64
+    assert vllm.remap_topk_to_local(IDS.long(), LOCAL, out_dtype=torch.int32).dtype == torch.int32
+    with pytest.raises(ValueError, match=r"`out_dtype` must be torch.int32 or torch.int64, got torch.int16"):
+        vllm.remap_topk_to_local(IDS, LOCAL, out_dtype=torch.int16)
+
+
+def test_vllm_weighted_sum_leaves_out_slots_and_leaves_rows_alone():
+    rows, weights = torch.randn(4, 2, 16), torch.rand(4, 2)
+    out = vllm.moe_fused_mul_sum(rows, weights)
+    torch.testing.assert_close(out, (rows * weights[..., None]).sum(1))
+    ids = torch.tensor([[3, 1], [0, 3], [-1, -1], [3, 0]])
+    kept = torch.tensor([[True, True], [False, True], [False, False], [True, False]])
+    rows[2] = torch.nan
+    given = torch.full((4, 16), 9.0, dtype=torch.float64).float()
+    assert vllm.moe_fused_mul_sum(rows, weights, given, ids, LOCAL, torch.tensor([3])) is given
+    expected = torch.where(kept[..., None], rows * weights[..., None], 0).sum(1)
+    torch.testing.assert_close(given[:2], expected[:2])
+    assert given[2:].eq(9).all()  # no id, and past the tokens there are
+    torch.testing.assert_close(vllm.moe_fused_mul_sum(rows, weights, None, ids, LOCAL), expected)
+    with pytest.raises(ValueError, match="`topk_ids` must be given with `expert_map`, got None"):
+        vllm.moe_fused_mul_sum(rows, weights, expert_map=LOCAL)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_vllm_rows_that_its_context_calls_padding_are_skipped(peers, skip):
+    mask = torch.tensor([False, True, False, False, False, True])
+    context = types.SimpleNamespace(is_padding=mask)
+    module("vllm.envs", VLLM_MOE_SKIP_PADDING=skip)
+    module("vllm.forward_context", is_forward_context_available=lambda: True, get_forward_context=lambda: context)
+    for scoring in ("softmax", "sigmoid"):
+        weights, ids, _ = vllm.fused_topk(LOGITS, LOGITS, 2, True, scoring_func=scoring)
+        assert (ids[1] < 0).all() == (weights[1] == 0).all() == skip
+        assert (ids[[0, 2, 3, 4]] >= 0).all()
+    context.is_padding = None
+    assert (vllm.fused_topk(LOGITS, LOGITS, 2, True)[1] >= 0).all()
+    sys.modules["vllm.forward_context"].is_forward_context_available = lambda: False
+    del sys.modules["vllm.forward_context"].get_forward_context
+    assert (vllm.fused_topk(LOGITS, LOGITS, 2, True)[1] >= 0).all()
+    del sys.modules["vllm.envs"].VLLM_MOE_SKIP_PADDING  # release 0.21
+    assert (vllm.fused_topk(LOGITS, LOGITS, 2, True)[1] >= 0).all()
+
+
 def test_vllm_softplus_by_scores_and_by_a_table():
     weights, ids = choice_memory()
     vllm_ops.topk_softplus_sqrt(weights, ids, ints(5, 2), LOGITS, True, 2.5, BIAS)
@@ -215,6 +400,24 @@ def test_sglang_refuses_fewer_names_than_blocks_by_name():
         sglang.moe_align_block_size(SLOTS, 5, 4, ints(21), ints(4), ints(1), ints(6))
     with pytest.raises(TypeError, match="`pad_sorted_token_ids` must be True or False, got None"):
         sglang.moe_align_block_size(SLOTS, 5, 4, ints(21), ints(6), ints(1), ints(6), None)
+
+
+def test_sglang_leaves_ids_of_no_expert_out_where_asked():
+    given = ints(8 + 5 * 3), ints(6), ints(2)
+    sglang.moe_align_block_size(IDS, 5, 4, *given, ints(6), True, True)
+    assert given[2].tolist() == [16, 0]
+    assert given[1].tolist() == [0, 1, 2, 3, -1, -1]
+    assert given[0][:16].tolist() == [2, 7, 8, 8, 1, 8, 8, 8, 5, 8, 8, 8, 0, 3, 6, 8]
+    with pytest.raises(TypeError, match="`ignore_invalid_expert` must be True or False, got 1"):
+        sglang.moe_align_block_size(IDS, 5, 4, *given, ints(6), True, 1)
+
+
+def test_an_older_softmax_numbers_slots():
+    weights, ids = choice_memory()
+    numbers = ints(5, 2)
+    sglang.topk_softmax_with_indices(weights, ids, numbers, LOGITS)
+    assert torch.equal(weights, moe.topk_softmax(LOGITS, 2).topk_weights)
+    assert numbers[:, 1].tolist() == [5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("num_names", [4, 5])
@@ -323,23 +526,6 @@ def test_sglang_input_of_grouped_gemms():
     assert second.tolist() == [[2, 32, 10], [1, 32, 10], [1, 32, 10], [3, 32, 10]]
     assert tokens.tolist() == [1, 3, 0, 2, 0, 1, 3, 4]
     assert rows.tolist() == [4, 2, 0, 5, -1, 3, 6, 1]
-
-
-SIGNATURES = {
-    "moe_align_block_size": "topk_ids block_size num_experts expert_map pad_sorted_ids ignore_invalid_experts",
-    "batched_moe_align_block_size": "max_tokens_per_batch block_size expert_num_tokens",
-    "fused_topk": "hidden_states gating_output topk renormalize indices_type scoring_func",
-    "grouped_topk": "hidden_states gating_output topk renormalize num_expert_group topk_group scoring_func "
-    "routed_scaling_factor e_score_correction_bias",
-    "moe_permute": "hidden_states a1q_scale topk_ids n_expert n_local_expert expert_map permuted_hidden_states",
-    "moe_unpermute": "out permuted_hidden_states topk_weights inv_permuted_idx expert_first_token_offset",
-    "count_expert_num_tokens": "topk_ids num_local_experts expert_map",
-}
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_vllm_parameters(name):
-    assert list(inspect.signature(getattr(vllm, name)).parameters) == SIGNATURES[name].split()
 
 
 def module(name, **contents):
@@ -491,3 +677,27 @@ def test_the_plugin_patches_when_the_environment_asks(peers, monkeypatch):
     assert contents(peers) == before
     monkeypatch.setenv("NUMBA_MOE_VLLM", "1")
     assert f"{vllm.LAYERS}.moe_align_block_size.moe_align_block_size" in plugin()
+
+
+def gated(logits):
+    weights, ids, numbers = torch.empty(5, 2), ints(5, 2), ints(5, 2)
+    vllm_ops.topk_softmax(weights, ids, numbers, logits, True, BIAS)
+    return weights, ids, numbers
+
+
+COMPILED = {
+    "vllm.fused_topk": lambda logits: vllm.fused_topk(logits, logits, 2, True),
+    "vllm_ops.topk_softmax": gated,
+    "sglang_kernels.moe_fused_gate": lambda logits: sglang_kernels.moe_fused_gate(logits, BIAS, 3, "sigmoid", 1),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_gates_compile_into_one_graph_where_padding_is_skipped(name, peers):
+    context = types.SimpleNamespace(is_padding=torch.tensor([False, True, False, False, False]))
+    module("vllm.envs", VLLM_MOE_SKIP_PADDING=True)
+    module("vllm.forward_context", is_forward_context_available=lambda: True, get_forward_context=lambda: context)
+    expected = COMPILED[name](LOGITS)
+    found = torch.compile(COMPILED[name], fullgraph=True, backend="eager")(LOGITS)
+    assert all(map(torch.equal, found, expected))
+    assert (expected[1][1] < 0).all() == (name == "vllm.fused_topk")

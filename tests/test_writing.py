@@ -8,7 +8,7 @@ import torch
 
 import numba_moe as moe
 from numba_moe import placement, recorder
-from numba_moe.interop import sglang, vllm, vllm_ops
+from numba_moe.interop import sglang, sglang_kernels, sglang_srt, vllm, vllm_ops
 from numba_moe.verification import OPS
 
 IDS = torch.tensor([[0, 1], [1, 2], [3, 0]], dtype=torch.int32)
@@ -238,6 +238,16 @@ SORTED = [("sorted_token_ids", (10,)), ("experts_ids", (5,)), ("num_tokens_post_
 CHOICE = [("topk_weights", (3, 2)), ("topk_ids", (3, 2))]
 VLLM_CHOICE = [*CHOICE, ("token_expert_indices", (3, 2))]
 PROBLEMS = ["expert_offsets", "problem_sizes1", "problem_sizes2", "input_permutation", "output_permutation"]
+SOFTMAX = {"scoring_func": "softmax"}
+BUCKETS = [("sorted_token_ids", (12,)), ("expert_ids", (6,)), ("num_tokens_post_pad", (1,))]
+REORDERED = {
+    "down_output": ROWS.repeat(2, 1),
+    "src2dst": torch.arange(6, dtype=torch.int32),
+    "topk_ids": IDS,
+    "topk_weights": torch.ones(3, 2),
+    "topk": 2,
+    "hidden_size": 8,
+}
 # The peers' functions that write: what they write, of 32 bits, with its shape, and their other arguments.
 PEERS = {
     vllm_ops.moe_align_block_size: (
@@ -268,6 +278,28 @@ PEERS = {
         [("topk_weights", (3, 2)), ("topk_indices", (3, 2)), ("token_expert_indices", (3, 2))],
         {"gating_output": LOGITS},
     ),
+    vllm_ops.fused_globalize_align_block_size: (
+        [("sorted_ids", (10,)), ("expert_ids", (5,)), ("num_tokens_post_pad", (1,)), ("scatter_idx", (6,))],
+        {
+            "topk_idx": IDS.long(),
+            "psum": ints(1, 3),
+            "rank_expert_offset": 0,
+            "global_num_experts": 4,
+            "local_num_experts": 4,
+            "block_size": 2,
+        },
+    ),
+    vllm_ops.moe_prepare_scatter: (
+        [("expert_first_token_offset", (5,)), ("scatter_idx", (3, 2))],
+        {
+            "topk_ids": IDS,
+            "token_expert_indices": None,
+            "expert_map": None,
+            "n_expert": 4,
+            "n_local_expert": -1,
+            **dict.fromkeys(("sort_workspace", "permuted_experts_id", "sorted_row_idx", "topk_ids_for_sort")),
+        },
+    ),
     vllm_ops.moe_sum: ([("output", (3, 8))], {"input": ROWS.view(3, 1, 8)}),
     vllm_ops.moe_permute: (
         [
@@ -294,6 +326,16 @@ PEERS = {
             "expert_first_token_offset": None,
         },
     ),
+    vllm.moe_fused_mul_sum: ([("outputs", (3, 8))], {"inputs": ROWS.view(3, 1, 8), "topk_weights": torch.ones(3, 1)}),
+    vllm.eplb_map_to_physical_and_record: (
+        [("expert_load_view", (4,))],
+        {
+            "topk_ids": IDS,
+            "logical_to_physical_map": torch.arange(4, dtype=torch.int32)[:, None],
+            "logical_replica_count": ints(4, 1),
+            "record_enabled": torch.tensor([True]),
+        },
+    ),
     vllm.moe_permute: (
         [("permuted_hidden_states", (6, 8))],
         {"hidden_states": ROWS, "a1q_scale": None, "topk_ids": IDS, "n_expert": 4},
@@ -310,6 +352,45 @@ PEERS = {
         [("sorted_token_ids", (12,)), ("experts_ids", (6,)), ("num_tokens_post_pad", (1,))],
         {"topk_ids": IDS, "num_experts": 5, "block_size": 2, "cumsum_buffer": ints(6)},
     ),
+    sglang.moe_align_block_size_with_counters: (
+        [("sorted_token_ids", (10,)), ("experts_ids", (5,)), ("num_tokens_post_pad", (1,))],
+        {"topk_ids": IDS, "num_experts": 4, "block_size": 2, "token_cnts_buffer": None, "cumsum_buffer": None},
+    ),
+    sglang.topk_softmax_with_indices: (VLLM_CHOICE, {"gating_output": LOGITS}),
+    sglang_kernels.moe_fused_gate: ([("packed_out", (3, 2))], {"scores": LOGITS, "bias": None, "topk": 2, **SOFTMAX}),
+    sglang_kernels.moe_align_small_numel: (BUCKETS, {"topk_ids": IDS, "num_experts": 5, "block_size": 2}),
+    sglang_kernels.jit_moe_align_block_size: (
+        BUCKETS,
+        {"topk_ids": IDS, "num_experts": 5, "block_size": 2, "cumsum_buffer": None},
+    ),
+    sglang_kernels.moe_fused_mul_sum: (
+        [("outputs", (3, 8))],
+        {"inputs": ROWS.view(3, 1, 8), "topk_weights": torch.ones(3, 1)},
+    ),
+    sglang_kernels.topk_sigmoid: (CHOICE, {"gating_output": LOGITS}),
+    sglang_kernels.cutlass_prepare_moe_input: (
+        [*zip(PROBLEMS, [(5,), (4, 3), (4, 3), (6,), (6,)], strict=True), ("blockscale_offsets", (5,))],
+        {"topk_ids": IDS, "num_experts": 4, "n": 16, "k": 8},
+    ),
+    sglang_srt.simulate_balanced_routing: (CHOICE, {"num_experts": 4, "random": False}),
+    sglang_srt.pre_reorder_for_cutlass_moe: (
+        [("gateup_input", (6, 8))],
+        {
+            "input": ROWS,
+            "src2dst": torch.arange(6, dtype=torch.int32),
+            "topk_ids": IDS,
+            "a1_scales": None,
+            "num_local_experts": 4,
+            "topk": 2,
+            "num_tokens": 3,
+            "hidden_size": 8,
+        },
+    ),
+    sglang_srt.post_reorder_for_cutlass_moe: (
+        [("output", (3, 8))],
+        {**REORDERED, "num_local_experts": 4, "num_tokens": 3},
+    ),
+    sglang_srt.deepep_post_reorder: ([("output", (3, 8))], REORDERED),
     sglang.topk_softmax: (CHOICE, {"gating_output": LOGITS}),
     sglang.topk_sigmoid: (CHOICE, {"gating_output": LOGITS}),
     sglang.moe_sum: ([("output_tensor", (3, 8))], {"input_tensor": ROWS.view(3, 1, 8)}),
@@ -319,7 +400,16 @@ PEERS = {
         {"topk_ids": IDS, "num_experts": 4, "n": 16, "k": 8},
     ),
 }
-FLOATS = {"topk_weights", "output", "output_tensor", "permuted_hidden_states", "hidden_states", "out"}
+FLOATS = {
+    "topk_weights",
+    "output",
+    "output_tensor",
+    "permuted_hidden_states",
+    "hidden_states",
+    "out",
+    "outputs",
+    "gateup_input",
+}
 PLACES = [(function, name) for function, (written, _) in PEERS.items() for name, _ in written]
 
 
@@ -352,7 +442,8 @@ def test_what_peers_functions_write_is_noticed_and_is_memory_of_its_own(function
 
 
 def test_every_function_that_writes_is_here():
-    held = {name: value for module in (vllm_ops, sglang) for name, value in vars(module).items()}
+    modules = (vllm, vllm_ops, sglang, sglang_kernels, sglang_srt)
+    held = {name: value for module in modules for name, value in vars(module).items()}
     assert {value for name, value in held.items() if hasattr(value, "written") and name[0] != "_"} <= set(PEERS)
     names = {*vllm_ops.OF_CUSTOM_OPS, "moe_permute", "moe_unpermute"} - {"grouped_topk"}
     assert names | set(sglang.FUNCTIONS) - {"moe_fused_gate", "kimi_k2_moe_fused_gate"} <= {

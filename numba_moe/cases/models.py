@@ -45,6 +45,29 @@ MODELS = (
     Model("DeepSeek-V3", 256, 8, 7168, (8, 4)),
     Model("Kimi-K2", 384, 8, 7168),
 )
+
+
+class Router(NamedTuple):
+    """How a published model chooses experts, where that is all that is new about it."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    scoring_func: str
+    biased: bool = False
+    routed_scaling_factor: float = 1.0
+
+
+ROUTERS = (
+    Router("Llama-4-Scout", 16, 1, "sigmoid"),
+    Router("gpt-oss-20b", 32, 4, "softmax"),
+    Router("GLM-5", 288, 8, "sigmoid", True, 2.5),
+    Router("DeepSeek-V4", 256, 6, "softplus_sqrt", True, 1.5),
+    Router("DeepSeek-V4.1", 384, 6, "softplus_sqrt", True, 1.5),
+    Router("Qwen3.8", 512, 10, "softmax"),
+    Router("Nemotron-3", 512, 22, "sigmoid", True, 2.5),
+    Router("Kimi-K3", 896, 16, "sigmoid", True, 2.5),
+)
 TOKENS = {
     "simulator": (3,),
     "quick": (1, 100),
@@ -95,10 +118,26 @@ def model_cases(level: str) -> Iterator[Case]:
             sizes = counts(tokens, experts, top_k)(np.random.default_rng(0))
             if tokens <= 4096:
                 yield activation_case(f"{label} {dtype}", sizes, 32 if level == "simulator" else 720, dtype)
+    yield from router_cases(level)
     yield from trained_cases(8 if level == "simulator" else 4096)
     if level != "simulator":  # which takes minutes
         many = given(slice_sizes=np.arange(1, 2**16 + 2, dtype=np.int32) % 2, num_rows=40)
         yield Case("make_ragged_metadata", "int64 schedule by slices", many)
+
+
+def router_cases(level: str) -> Iterator[Case]:
+    """Yield the gating of `ROUTERS`, and on a device the alignment of what they choose, for one token and for many."""
+    for number, (name, experts, top_k, scoring_func, biased, factor) in enumerate(ROUTERS):
+        for tokens in sorted({TOKENS[level][0], TOKENS[level][-1]}):
+            dtype = DTYPES[number % len(DTYPES)]
+            options: dict[str, Any] = {"scoring_func": scoring_func, "renormalize": True, "top_k": top_k}
+            options |= {"correction_bias": floats(experts, scale=0.1)} if biased else {}
+            logits = floats(tokens, experts, dtype=dtype)
+            arguments = given(gating_output=logits, routed_scaling_factor=factor, **options)
+            yield Case("select_experts", f"{name} {tokens} tokens {dtype}", arguments, dtype)
+            if level != "simulator":
+                align = given(topk_ids=ids(tokens, experts, top_k, "zipf"), block_size=16, num_experts=experts)
+                yield Case("moe_align_block_size", f"{name} {tokens} tokens zipf", align)
 
 
 def gating_case(name: str, tokens: int, experts: int, top_k: int, groups: tuple[int, int] | None, dtype: str) -> Case:

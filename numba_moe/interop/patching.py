@@ -1,17 +1,19 @@
 """Functions of an installed package, replaced wherever its modules hold them, and put back."""
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 _log = logging.getLogger(__name__)
 
-# Module -> name -> what takes its place.
+# Module -> name -> what takes its place: a function, or one for each form that releases have of it.
 Replacements = Mapping[str, Mapping[str, Any]]
 
 
@@ -21,16 +23,23 @@ class Patch:
     Whoever imported a function by its name holds it himself, under any name. So all loaded modules of the packages are
     looked through, both ways; what is imported later comes from the defining module, where it is replaced too.
 
+    A function is replaced by one of ours that has all its parameters, at the same places. Where the installed release
+    has others, which is a release that ours do not know, it keeps its own.
+
     Parameters
     ----------
     packages : sequence of str
         Packages whose modules may hold the functions.
     replacements : mapping
-        The functions of ours, by the module that defines a function and its name there.
+        The functions of ours, by the module that defines a function and its name there; a tuple has one for each form.
+    changed : callable, optional
+        Called when functions have been replaced or put back: it makes the packages forget which they found before.
     """
 
-    def __init__(self, packages: Sequence[str], replacements: Replacements) -> None:
-        self._packages, self._replacements = tuple(packages), replacements
+    def __init__(
+        self, packages: Sequence[str], replacements: Replacements, changed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._packages, self._replacements, self._changed = tuple(packages), replacements, changed
         self._replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # the package's own and ours, by module and name
 
     def apply(
@@ -45,31 +54,74 @@ class Patch:
         if unknown := set(names or ()) - known:
             rule = "one of " + ", ".join(map(repr, sorted(known)))
             raise ValueError(f"`names` must be {rule}, got {sorted(unknown)[0]!r}")
+        found = self._fitting(names)
+        if absent := set(names or ()) - {name for _, name, *_ in found}:
+            raise ValueError(f"`names` must be functions of the installed release, got {sorted(absent)[0]!r}")
         replaced = []
+        for module_name, name, original, ours in found:
+            before = self._replaced.pop((module_name, name), (None, None))[1]
+            new = self._for_one(instead.get(ours, ours), original)
+            self._replaced[module_name, name] = original, new
+            for old in (original, before):
+                self._swap(old, new)
+            replaced.append(f"{module_name}.{name}")
+        self._changed()
+        _log.info("Replaced %s", ", ".join(replaced) or "nothing")
+        return replaced
+
+    def _fitting(self, names: Sequence[str] | None) -> list[tuple[str, str, Any, Any]]:
+        """Return module, name, original and ours of each function that is there and has a form that ours serve."""
+        found = []
+        self._import_packages()
         for module_name, functions in self._replacements.items():
             wanted = [name for name in functions if names is None or name in names]
             if not wanted or not _exists(module_name):
                 continue
             module = importlib.import_module(module_name)
             for name in wanted:
-                if hasattr(module, name):
-                    original, ours = self._replaced.get((module_name, name), (None, None))
-                    now = getattr(module, name)
-                    if now is not ours:
-                        original = now
-                    new = instead.get(functions[name], functions[name])
-                    self._replaced[module_name, name] = original, new
-                    for old in (original, ours):
-                        self._swap(old, new)
-                    replaced.append(f"{module_name}.{name}")
-        _log.info("Replaced %s", ", ".join(replaced) or "nothing")
-        return replaced
+                if not hasattr(module, name):
+                    continue
+                original, before = self._replaced.get((module_name, name), (None, None))
+                now = getattr(module, name)
+                original = original if now is before else now
+                forms = functions[name] if isinstance(functions[name], tuple) else (functions[name],)
+                ours = next((form for form in forms if not lacking(form, original)), None)
+                if ours is not None:
+                    found.append((module_name, name, original, ours))
+                    continue
+                others = ", ".join(f"`{other}`" for other in lacking(forms[0], original))
+                rule = (
+                    f"a function with the parameters of ours, which lack {others} of this release or have it elsewhere"
+                )
+                if names is not None:
+                    raise ValueError(f"`names` must be of {rule}, got {name!r}")
+                _log.warning("%s.%s stays as it is: to be replaced it must be %s", module_name, name, rule)
+        return found
+
+    def _for_one(self, ours: Any, original: Any) -> Any:
+        """Return a function of ours, or a copy if it stands for another original already: `undo` goes by ours."""
+        if all(new is not ours or old is original for old, new in self._replaced.values()):
+            return ours
+        parts = (ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__)
+        copied = types.FunctionType(*parts)
+        copied.__kwdefaults__ = ours.__kwdefaults__
+        return functools.update_wrapper(copied, ours)
+
+    def _import_packages(self) -> None:
+        """Import the packages that define functions and are installed, at least one."""
+        packages = list(dict.fromkeys(name.partition(".")[0] for name in self._replacements))
+        installed = [name for name in packages if name in sys.modules or importlib.util.find_spec(name) is not None]
+        if not installed:
+            raise ImportError(f"{' or '.join(packages)} must be installed to be patched")
+        for name in installed:
+            importlib.import_module(name)
 
     def undo(self) -> None:
         """Put back what was replaced; what somebody else has put in our functions' places since stays."""
         for original, ours in self._replaced.values():
             self._swap(ours, original)
         self._replaced.clear()
+        self._changed()
 
     def _swap(self, old: Any, new: Any) -> None:
         """Put a function in the place of another wherever modules of the packages hold it."""
@@ -86,13 +138,47 @@ class Patch:
                 yield module
 
 
+def lacking(ours: Callable[..., Any], theirs: Any) -> list[str]:
+    """Return the parameters of a function that one of ours lacks, or has at another place.
+
+    A function that takes whatever it is given, or does not say what, has none that could be compared.
+
+    Examples
+    --------
+    >>> lacking(lambda ids, block, *, new=None: ids, lambda ids, size, *, newer=0: ids)
+    ['size', 'newer']
+    """
+    try:
+        wanted = inspect.signature(theirs).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in wanted):
+        return []
+    parameters = inspect.signature(ours).parameters
+    places = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    missing = []
+    for place, parameter in enumerate(wanted):
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            there = parameter.name in parameters
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            there = True
+        else:
+            there = place < len(places) and places[place] == parameter.name
+        if not there:
+            missing.append(parameter.name)
+    return missing
+
+
 def _exists(module_name: str) -> bool:
-    """Whether a package has a module; the package itself has to be there."""
-    package, _, rest = module_name.partition(".")
-    importlib.import_module(package)
-    parts = rest.split(".") if rest else []
-    for depth in range(1, len(parts) + 1):
-        name = ".".join([package, *parts[:depth]])
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
+    """Whether the packages that are imported have a module."""
+    parts = module_name.split(".")
+    if parts[0] not in sys.modules:
+        return False
+    for depth in range(2, len(parts) + 1):
+        parent, name = ".".join(parts[: depth - 1]), ".".join(parts[:depth])
+        if name in sys.modules:
+            continue
+        is_package = parent not in sys.modules or hasattr(sys.modules[parent], "__path__")
+        if not is_package or importlib.util.find_spec(name) is None:
             return False
     return True

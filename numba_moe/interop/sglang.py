@@ -1,18 +1,26 @@
 """SGLang's `sgl_kernel` functions by their names and parameters, on our kernels, and `patch`, which puts them there.
 
-Signatures are those of sglang-kernel 0.4.4. Results are SGLang's but for what a caller can rely on more: slots are in
-order inside an expert, ids that are no expert's are skipped, ties go to the lower id and the lower group, all experts
-and groups are possible, outputs are written whole.
+Signatures are those of sglang-kernel 0.4.6, and of 0.4.4 for what only that has; `numba_moe.interop.sglang_kernels` has
+what `sglang.kernels` has of its own since release 0.5.23, which `patch` replaces too. Results are SGLang's but for what
+a caller can rely on more: slots are in order inside an expert, ids that are no expert's are skipped, ties go to the
+lower id and the lower group, all experts and groups are possible, outputs are written whole.
+
+With NUMBA_MOE_SGLANG=1 in the environment SGLang patches itself, in every process, as this package registers a plugin.
 """
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import numba_moe
+from numba_moe.interop import into, sglang_kernels
+from numba_moe.interop.composed import float32_bias
+from numba_moe.interop.into import select_experts as choose_into
 from numba_moe.interop.patching import Patch
-from numba_moe.interop.vllm_ops import align_into
+from numba_moe.interop.vllm_ops import align_into, slot_numbers
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
 
@@ -27,24 +35,50 @@ def moe_align_block_size(
     num_tokens_post_pad: torch.Tensor,
     cumsum_buffer: torch.Tensor,
     pad_sorted_token_ids: bool | torch.Tensor = False,
+    ignore_invalid_expert: bool = False,
 ) -> None:
     """Group slots by expert, padded to blocks; `num_experts` counts one more, for slots of id -1.
 
-    Those come first, in blocks that `experts_ids` calls -1. Padding is written in any case; `cumsum_buffer` is SGLang's
-    scratch, which nothing here needs. `num_tokens_post_pad` may have a second number, of the blocks called -1. Older
-    releases had counters of tokens before `cumsum_buffer`, which was where the flag is now: where a tensor is there,
-    `num_experts` is the number of experts.
+    Those come first, in blocks that `experts_ids` calls -1, or are left out with `ignore_invalid_expert`. Padding is
+    written in any case; `cumsum_buffer` is SGLang's scratch, which nothing here needs. `num_tokens_post_pad` may have a
+    second number, of the blocks called -1. Where a tensor is where the flag for padding is, the call is one of
+    `moe_align_block_size_with_counters`.
     """
-    given = sorted_token_ids, experts_ids, num_tokens_post_pad[:1]
+    given = sorted_token_ids, experts_ids, num_tokens_post_pad
     if isinstance(pad_sorted_token_ids, torch.Tensor):
-        align_into(topk_ids.contiguous(), num_experts, block_size, *given)
+        older = (topk_ids, num_experts, block_size, *given, cumsum_buffer, pad_sorted_token_ids)
+        moe_align_block_size_with_counters(*older, ignore_invalid_expert)
         return
     checks.boolean("pad_sorted_token_ids", pad_sorted_token_ids)
-    names = torch.arange(-1, num_experts - 1, dtype=torch.int32, device=topk_ids.device)
-    counts = None if num_tokens_post_pad.numel() == 1 else torch.empty_like(names)
-    align_into(topk_ids.contiguous() + 1, num_experts, block_size, *given, names, counts=counts)
-    if counts is not None:
-        num_tokens_post_pad[1:] = (counts[:1] + block_size - 1) // block_size
+    checks.boolean("ignore_invalid_expert", ignore_invalid_expert)
+    with_blocks = num_tokens_post_pad.numel() == 2
+    if not ignore_invalid_expert:
+        sglang_kernels.align_with_bucket(topk_ids, num_experts, block_size, *given, with_blocks)
+        return
+    align_into(topk_ids.contiguous(), num_experts - 1, block_size, *given[:2], num_tokens_post_pad[:1])
+    if with_blocks:
+        num_tokens_post_pad[1:] = 0
+
+
+@apart("sorted_token_ids", "experts_ids", "num_tokens_post_pad")
+def moe_align_block_size_with_counters(
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_token_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    token_cnts_buffer: torch.Tensor,
+    cumsum_buffer: torch.Tensor,
+    pad_sorted_token_ids: bool = False,
+) -> None:
+    """Group slots by expert: `moe_align_block_size` of releases that count tokens in a buffer of the caller's.
+
+    There `num_experts` is the number of experts, and no id is -1. Both buffers are scratch that nothing here needs.
+    """
+    checks.boolean("pad_sorted_token_ids", pad_sorted_token_ids)
+    given = sorted_token_ids, experts_ids, num_tokens_post_pad[:1]
+    align_into(topk_ids.contiguous(), num_experts, block_size, *given)
 
 
 @apart("topk_weights", "topk_ids")
@@ -61,12 +95,22 @@ def topk_softmax(
     options: dict[str, Any] = {
         "renormalize": renormalize,
         "softcap": moe_softcapping,
-        "correction_bias": correction_bias,
+        "correction_bias": float32_bias(correction_bias),
     }
-    mode = "choice" if correction_bias is None else "logits"
-    _write(
-        numba_moe.select_experts(gating_output, topk_ids.shape[1], bias_mode=mode, **options), topk_weights, topk_ids
-    )
+    options["bias_mode"] = "choice" if correction_bias is None else "logits"
+    choose_into(topk_weights, topk_ids, gating_output, **options)
+
+
+@apart("topk_weights", "topk_ids", "token_expert_indices")
+def topk_softmax_with_indices(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    gating_output: torch.Tensor,
+) -> None:
+    """Choose experts by softmax scores: `topk_softmax` of releases that number the slots column by column too."""
+    topk_softmax(topk_weights, topk_ids, gating_output)
+    token_expert_indices.copy_(slot_numbers(topk_ids))
 
 
 @apart("topk_weights", "topk_ids")
@@ -78,8 +122,8 @@ def topk_sigmoid(
     correction_bias: torch.Tensor | None = None,
 ) -> None:
     """Choose experts by sigmoid scores; a bias counts for the choice alone."""
-    found = numba_moe.topk_sigmoid(gating_output, topk_ids.shape[1], renormalize, correction_bias)
-    _write(found, topk_weights, topk_ids)
+    options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": float32_bias(correction_bias)}
+    choose_into(topk_weights, topk_ids, gating_output, scoring_func="sigmoid", **options)
 
 
 def moe_fused_gate(
@@ -135,14 +179,13 @@ def kimi_k2_moe_fused_gate(
 @apart("output_tensor")
 def moe_sum(input_tensor: torch.Tensor, output_tensor: torch.Tensor) -> None:
     """Sum each token's rows."""
-    output_tensor.copy_(numba_moe.moe_sum(input_tensor, out_dtype=output_tensor.dtype))
+    into.moe_sum(output_tensor, input_tensor)
 
 
 @apart("output_tensor")
 def moe_sum_reduce(input_tensor: torch.Tensor, output_tensor: torch.Tensor, routed_scaling_factor: float = 0) -> None:
     """Sum each token's rows, and scale the sums."""
-    options: dict[str, Any] = {"routed_scaling_factor": routed_scaling_factor, "out_dtype": output_tensor.dtype}
-    output_tensor.copy_(numba_moe.moe_sum(input_tensor, **options))
+    into.moe_sum(output_tensor, input_tensor, None, routed_scaling_factor)
 
 
 @apart(
@@ -167,43 +210,61 @@ def prepare_moe_input(
     `input_permutation`: the token of each row, `num_tokens` behind the last. `output_permutation`: the row of each
     slot, -1 for a skipped one. `blockscale_offsets`: first rows where each expert's are padded to 128.
     """
-    num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
-    counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
-    rows = torch.empty_like(topk_ids, dtype=torch.int32)
-    slots = numba_moe.moe_align_block_size(topk_ids, 1, num_experts, counts=counts, inv_sorted_idx=rows)[0]
-    input_permutation.copy_((slots[:num_slots] // top_k).view(input_permutation.shape))
-    output_permutation.copy_(rows.view(output_permutation.shape))
-    expert_offsets.copy_(numba_moe.expert_offsets(counts))
-    if blockscale_offsets is not None:
-        blockscale_offsets.copy_(numba_moe.expert_offsets(counts, 128))
-    for sizes, columns, depth in ((problem_sizes1, 2 * n, k), (problem_sizes2, k, n)):
-        sizes[:, 0] = counts
-        sizes[:, 1] = columns
-        sizes[:, 2] = depth
-
-
-def _write(found: numba_moe.TopK, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
-    topk_weights.copy_(found.topk_weights)
-    topk_ids.copy_(found.topk_ids)
-
-
-FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        *(moe_align_block_size, topk_softmax, topk_sigmoid, moe_fused_gate, kimi_k2_moe_fused_gate),
-        *(moe_sum, moe_sum_reduce, prepare_moe_input),
+    maps = (input_permutation, output_permutation)
+    sglang_kernels.prepare_grouped(
+        *(topk_ids, expert_offsets, problem_sizes1, problem_sizes2, *maps, num_experts, n, k, blockscale_offsets)
     )
+
+
+# By their names in `sgl_kernel.moe`; a tuple has the forms of several releases.
+FUNCTIONS: dict[str, Any] = {
+    "moe_align_block_size": (moe_align_block_size, moe_align_block_size_with_counters),
+    "topk_softmax": (topk_softmax, topk_softmax_with_indices),
+    "topk_sigmoid": (topk_sigmoid, sglang_kernels.topk_sigmoid),
+    "moe_fused_gate": moe_fused_gate,
+    "kimi_k2_moe_fused_gate": kimi_k2_moe_fused_gate,
+    "moe_sum": moe_sum,
+    "moe_sum_reduce": moe_sum_reduce,
+    "prepare_moe_input": prepare_moe_input,
 }
-PATCH = Patch(["sgl_kernel", "sglang"], {"sgl_kernel.moe": FUNCTIONS})
+KERNELS = "sglang.kernels.ops.moe"
+
+
+def _forget_kernels() -> None:
+    """Let SGLang's selector look up again which kernels its ops have: it keeps what it found first."""
+    selector = sys.modules.get("sglang.kernels.selector")
+    for value in list(vars(selector).values()) if selector else ():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+
+
+PATCH = Patch(
+    ["sgl_kernel", "sglang"],
+    {
+        "sgl_kernel.moe": FUNCTIONS,
+        KERNELS: {"moe_align_block_size": moe_align_block_size, "topk_softmax": topk_softmax},
+        f"{KERNELS}.moe_align": {"moe_align_block_size": sglang_kernels.jit_moe_align_block_size},
+        f"{KERNELS}.moe_align_single_token": {"moe_align_single_token": sglang_kernels.moe_align_single_token},
+        f"{KERNELS}.moe_align_small_numel": {"moe_align_small_numel": sglang_kernels.moe_align_small_numel},
+        f"{KERNELS}.moe_fused_gate": {"moe_fused_gate": sglang_kernels.moe_fused_gate},
+        f"{KERNELS}.moe_topk_softmax": {"topk_softmax": topk_softmax},
+        f"{KERNELS}.moe_topk_sigmoid": {"topk_sigmoid": sglang_kernels.topk_sigmoid},
+        f"{KERNELS}.cutlass_prepare_moe_input": {"cutlass_prepare_moe_input": sglang_kernels.cutlass_prepare_moe_input},
+        f"{KERNELS}.dsv4": {"hash_topk": sglang_kernels.hash_topk, "mask_topk_ids": sglang_kernels.mask_topk_ids},
+        f"{KERNELS}.moe_fused_mul_sum": {"moe_fused_mul_sum": sglang_kernels.moe_fused_mul_sum},
+        f"{KERNELS}.gemma4_routing": {"gemma4_fused_routing": sglang_kernels.gemma4_fused_routing},
+    },
+    _forget_kernels,
+)
 
 
 def patch(names: Sequence[str] | None = None) -> list[str]:
-    """Put our functions into the installed `sgl_kernel`, and wherever modules of SGLang hold its own.
+    """Put our functions into the installed `sgl_kernel` and `sglang`, wherever modules of theirs hold their own.
 
     Parameters
     ----------
     names : sequence of str, optional
-        Only these, "moe_align_block_size" for instance; by default all.
+        Only these, "moe_align_block_size" for instance; by default all that the installed releases have.
 
     Returns
     -------
@@ -213,14 +274,16 @@ def patch(names: Sequence[str] | None = None) -> list[str]:
     Raises
     ------
     ImportError
-        `sgl_kernel` is not installed.
+        Neither `sgl_kernel` nor `sglang` is installed.
     ValueError
-        A name that is not among the functions.
+        A name that is not among the functions, that these releases lack, or whose parameters here are unknown to ours.
 
     Notes
     -----
-    Modules that are not loaded yet take what they import from `sgl_kernel`, which is patched. Results that differ by
-    our contract are listed in docs/put-it-in.md.
+    Modules that are not loaded yet take what they import from those that are patched, and kernels that SGLang has
+    looked up before are looked up again. Which of several forms a function gets goes by the parameters that the
+    installed release has; with others than ours know, it stays SGLang's, and a warning is logged. Results that differ
+    by our contract are listed in docs/put-it-in.md.
     """
     return PATCH.apply(names)
 
@@ -228,3 +291,8 @@ def patch(names: Sequence[str] | None = None) -> list[str]:
 def unpatch() -> None:
     """Put SGLang's own functions back."""
     PATCH.undo()
+
+
+def plugin() -> Any:
+    """Patch if NUMBA_MOE_SGLANG=1 asks for it: what SGLang calls in every process that it starts."""
+    return patch() if os.environ.get("NUMBA_MOE_SGLANG") == "1" else None

@@ -1,6 +1,7 @@
 """vLLM's ops that write what they are given, in the argument order of `torch.ops._moe_C` and `vllm._custom_ops`.
 
-Arguments behind those of release 0.21 are of later ones. `numba_moe.interop.vllm` has the functions that allocate.
+Signatures are those of release 0.33; what release 0.21 passes is a first part of them. `numba_moe.interop.vllm` has the
+functions that allocate.
 """
 
 import functools
@@ -10,19 +11,21 @@ from typing import Any
 import torch
 
 import numba_moe
+from numba_moe.interop import into
+from numba_moe.interop.composed import chosen_where, float32_bias, local_slots
+from numba_moe.interop.into import select_experts as choose_into
 from numba_moe.reference.align import max_sorted_slots
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
+
+# vLLM marks the tokens of an image by this many ids, the first of which is `image_sentinel_lo`.
+IMAGE_IDS = 5
 
 
 def signed_ids(topk_ids: torch.Tensor) -> torch.Tensor:
     """Return contiguous ids of 32 bits as int32."""
     ids = topk_ids.view(torch.int32) if topk_ids.dtype == torch.uint32 else topk_ids
     return ids.contiguous()
-
-
-def float32_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.float()
 
 
 def scored_by_sigmoid(gating_output: torch.Tensor) -> torch.Tensor:
@@ -58,6 +61,17 @@ def slot_numbers(like: torch.Tensor) -> torch.Tensor:
     """Return the numbers of slots counted column by column, ``k * num_tokens + token``: int32 [num_tokens, top_k]."""
     num_tokens, top_k = like.shape
     return torch.arange(num_tokens * top_k, dtype=torch.int32, device=like.device).view(top_k, num_tokens).t()
+
+
+def local_experts(n_expert: int, n_local_expert: int) -> int:
+    """Return how many experts a rank has; -1 are all of them."""
+    return n_expert if n_local_expert == -1 else n_local_expert
+
+
+def kept_slots(positions: torch.Tensor) -> torch.Tensor:
+    """Return the number of each slot, or -1 for one without a position."""
+    slots = torch.arange(positions.numel(), dtype=torch.int32, device=positions.device)
+    return torch.where(positions.ravel() < 0, -1, slots)
 
 
 def moe_align_block_size(
@@ -109,8 +123,35 @@ def _align(
         inv_sorted_idx=inverse,
     )
     if scatter_idx is not None and inverse is not None:
-        slots = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
-        scatter_idx.copy_(torch.where(inverse.ravel() < 0, -1, slots).view(scatter_idx.shape))
+        scatter_idx.copy_(kept_slots(inverse).view(scatter_idx.shape))
+
+
+@apart("sorted_ids", "expert_ids", "num_tokens_post_pad", "scatter_idx")
+def fused_globalize_align_block_size(
+    topk_idx: torch.Tensor,
+    psum: torch.Tensor,
+    rank_expert_offset: int,
+    global_num_experts: int,
+    local_num_experts: int,
+    block_size: int,
+    sorted_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    scatter_idx: torch.Tensor | None = None,
+) -> None:
+    """Group the slots that a rank has received by its own experts, and make their ids global in place.
+
+    Ids are those of this rank, of rows below the last number of `psum`; all other ids become -1, and so do those whose
+    global id, `rank_expert_offset` more, is not below `global_num_experts`. `scatter_idx`, if given, gets the number of
+    each slot, -1 for one that is skipped. Masking is by torch, in front of the one alignment.
+    """
+    rows = torch.arange(topk_idx.shape[0], dtype=torch.int32, device=topk_idx.device)[:, None]
+    last = min(local_num_experts, global_num_experts - rank_expert_offset)
+    received = (topk_idx >= 0) & (topk_idx < last) & (rows < psum[-1])
+    local = torch.where(received, topk_idx, -1)
+    outputs = (sorted_ids, expert_ids, num_tokens_post_pad)
+    _align(-1, local, local_num_experts, block_size, *outputs, None, scatter_idx)
+    topk_idx.add_(rank_expert_offset).masked_fill_(~received, -1)
 
 
 @apart("sorted_ids", "expert_ids", "num_tokens_post_pad")
@@ -178,8 +219,8 @@ def topk_softmax(
     """Choose experts by softmax scores; rows that `is_padding` marks get id -1 and weight 0."""
     bias = float32_bias(e_score_correction_bias)
     options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": bias, "is_padding": is_padding}
-    found = numba_moe.select_experts(gating_output, topk_ids.shape[1], **options)
-    _write_choice(found, topk_weights, topk_ids, token_expert_indices)
+    choose_into(topk_weights, topk_ids, gating_output, **options)
+    token_expert_indices.copy_(slot_numbers(topk_ids))
 
 
 @apart("topk_weights", "topk_ids", "token_expert_indices")
@@ -190,17 +231,18 @@ def topk_sigmoid(
     gating_output: torch.Tensor,
     renormalize: bool = False,
     e_score_correction_bias: torch.Tensor | None = None,
+    routed_scaling_factor: float = 1.0,
     is_padding: torch.Tensor | None = None,
 ) -> None:
     """Choose experts by sigmoid scores; rows that `is_padding` marks get id -1 and weight 0.
 
     A logit of +inf is not finite, and so comes last with weight 0.
     """
-    bias = float32_bias(e_score_correction_bias)
-    options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": bias, "is_padding": is_padding}
+    options: dict[str, Any] = {"renormalize": renormalize, "routed_scaling_factor": routed_scaling_factor}
+    options |= {"correction_bias": float32_bias(e_score_correction_bias), "is_padding": is_padding}
     logits = scored_by_sigmoid(gating_output)
-    found = numba_moe.select_experts(logits, topk_ids.shape[1], scoring_func="sigmoid", **options)
-    _write_choice(found, topk_weights, topk_ids, token_expert_indices)
+    choose_into(topk_weights, topk_ids, logits, scoring_func="sigmoid", **options)
+    token_expert_indices.copy_(slot_numbers(topk_ids))
 
 
 @apart("topk_weights", "topk_indices", "token_expert_indices")
@@ -214,19 +256,49 @@ def topk_hash_softplus_sqrt(
     e_score_correction_bias: torch.Tensor | None = None,
     input_tokens: torch.Tensor | None = None,
     hash_indices_table: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
+    bias_vl: torch.Tensor | None = None,
+    image_sentinel_lo: int = 0,
 ) -> None:
-    """Choose experts by the square roots of softplus scores, or weigh those that a table has for each input token."""
+    """Choose experts by the square roots of softplus scores, or weigh those that a table has for each input token.
+
+    Tokens of an image, which `image_sentinel_lo` and the next four ids are, go by `bias_vl` instead; 0 is no such id.
+    Rows that `is_padding` marks get id -1 and weight 0.
+    """
     options: dict[str, Any] = {"renormalize": renormalize, "routed_scaling_factor": routed_scaling_factor}
-    if input_tokens is not None and hash_indices_table is not None:
-        table = hash_indices_table.contiguous()
-        found = numba_moe.weigh_experts(
-            gating_output, table, input_ids=input_tokens, scoring_func="softplus_sqrt", **options
-        )
-    else:
-        options["correction_bias"] = float32_bias(e_score_correction_bias)
-        top_k = topk_indices.shape[1]
-        found = numba_moe.select_experts(gating_output, top_k, scoring_func="softplus_sqrt", **options)
+    options |= {"scoring_func": "softplus_sqrt", "is_padding": is_padding}
+    by_bias = (e_score_correction_bias, bias_vl, image_sentinel_lo)
+    found = choose_by_bias_or_table(
+        gating_output, topk_indices.shape[1], input_tokens, hash_indices_table, *by_bias, **options
+    )
     _write_choice(found, topk_weights, topk_indices, token_expert_indices)
+
+
+def choose_by_bias_or_table(
+    gating_output: torch.Tensor,
+    top_k: int,
+    input_tokens: torch.Tensor | None,
+    table: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bias_vl: torch.Tensor | None,
+    image_sentinel_lo: int,
+    **options: Any,
+) -> numba_moe.TopK:
+    """Return the experts by the table if there is one, else by the bias; those of an image's tokens by `bias_vl`.
+
+    The choice by `bias_vl` is a second launch, as ours takes one bias.
+    """
+    given = input_tokens is not None
+    checks.holds("input_tokens", "given with `bias_vl`", given or bias_vl is None, input_tokens)
+    if given and table is not None:
+        found = numba_moe.weigh_experts(gating_output, table.contiguous(), input_ids=input_tokens, **options)
+    else:
+        found = numba_moe.select_experts(gating_output, top_k, correction_bias=float32_bias(bias), **options)
+    first = checks.integer("image_sentinel_lo", image_sentinel_lo, 0)
+    if input_tokens is None or bias_vl is None or first == 0:
+        return found
+    of_images = numba_moe.select_experts(gating_output, top_k, correction_bias=float32_bias(bias_vl), **options)
+    return chosen_where((input_tokens >= first) & (input_tokens < first + IMAGE_IDS), of_images, found)
 
 
 topk_softplus_sqrt = topk_hash_softplus_sqrt  # what `torch.ops._moe_C` calls it
@@ -241,10 +313,8 @@ def moe_sum(
 ) -> None:
     """Sum each token's rows; those of ids below 0, or that the map lacks or sends there, add nothing."""
     if topk_ids is not None and expert_map is not None:
-        known = (topk_ids >= 0) & (topk_ids < len(expert_map))
-        local = expert_map[topk_ids.where(known, 0).long()]
-        topk_ids = torch.where(known & (local >= 0), 0, -1).to(topk_ids.dtype)
-    output.copy_(numba_moe.moe_sum(input, topk_ids, out_dtype=output.dtype))
+        topk_ids = torch.where(local_slots(topk_ids, expert_map), 0, -1).to(topk_ids.dtype)
+    into.moe_sum(output, input, topk_ids)
 
 
 def grouped_topk(
@@ -284,13 +354,68 @@ def moe_permute(
     permuted_idx: torch.Tensor,
 ) -> None:
     """Copy rows into expert order; `token_expert_indices` and `topk` say nothing that shapes do not."""
-    from numba_moe.interop import vllm
+    checks.holds("topk", f"the columns of `topk_ids`, {topk_ids.shape[1]}", topk == topk_ids.shape[1], topk)
+    found = into.moe_permute(permuted_hidden_states, hidden_states, signed_ids(topk_ids), n_expert, expert_map)
+    expert_first_token_offset.copy_(found.expert_first_token_offset[: 1 + local_experts(n_expert, n_local_expert)])
+    inv_permuted_idx.copy_(found.inv_permuted_idx.view(inv_permuted_idx.shape))
+    permuted_idx.copy_(found.permuted_idx)
 
-    given = permuted_hidden_states
-    parts = vllm.moe_permute(hidden_states, None, topk_ids, n_expert, n_local_expert, expert_map, given)
-    expert_first_token_offset.copy_(parts[2])
-    inv_permuted_idx.copy_(parts[3].view(inv_permuted_idx.shape))
-    permuted_idx.copy_(parts[4])
+
+def moe_permute_with_scratch(
+    hidden_states: torch.Tensor,
+    topk_ids: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    n_expert: int,
+    n_local_expert: int,
+    topk: int,
+    permuted_hidden_states: torch.Tensor,
+    expert_first_token_offset: torch.Tensor,
+    inv_permuted_idx: torch.Tensor,
+    permuted_idx: torch.Tensor,
+    sort_workspace: torch.Tensor,
+    permuted_experts_id: torch.Tensor,
+    sorted_row_idx: torch.Tensor,
+    topk_ids_for_sort: torch.Tensor,
+) -> None:
+    """Copy rows into expert order: `moe_permute`. The last four are vLLM's scratch, which holds nothing afterwards."""
+    outputs = (permuted_hidden_states, expert_first_token_offset, inv_permuted_idx, permuted_idx)
+    moe_permute(*(hidden_states, topk_ids, token_expert_indices, expert_map, n_expert, n_local_expert, topk), *outputs)
+
+
+@apart("expert_first_token_offset", "scatter_idx")
+def moe_prepare_scatter(
+    topk_ids: torch.Tensor,
+    token_expert_indices: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    n_expert: int,
+    n_local_expert: int,
+    expert_first_token_offset: torch.Tensor,
+    scatter_idx: torch.Tensor,
+    sort_workspace: torch.Tensor,
+    permuted_experts_id: torch.Tensor,
+    sorted_row_idx: torch.Tensor,
+    topk_ids_for_sort: torch.Tensor,
+) -> None:
+    """Write the row of each slot in expert order, -1 for one that is skipped, and the first row of each expert.
+
+    The last four are vLLM's scratch, which holds nothing afterwards.
+    """
+    write_rows(topk_ids, expert_map, n_expert, n_local_expert, expert_first_token_offset, scatter_idx)
+
+
+def write_rows(
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    n_expert: int,
+    n_local_expert: int,
+    expert_first_token_offset: torch.Tensor,
+    scatter_idx: torch.Tensor,
+) -> None:
+    """Write where experts begin, and the row of each slot."""
+    found = numba_moe.moe_reorder(signed_ids(topk_ids), n_expert, expert_map)
+    expert_first_token_offset.copy_(found.seg_indptr[: 1 + local_experts(n_expert, n_local_expert)])
+    scatter_idx.copy_(found.src2dst.view(scatter_idx.shape))
 
 
 @apart("hidden_states")
@@ -306,11 +431,12 @@ def moe_unpermute(
     index = inv_permuted_idx.view(-1, topk)
     if expert_first_token_offset is not None:  # vLLM's own index has rows for slots of other ranks, behind all others
         index = torch.where(index < expert_first_token_offset[-1], index, -1)
-    hidden_states.copy_(numba_moe.moe_unpermute(permuted_hidden_states, topk_weights.contiguous(), index.contiguous()))
+    into.moe_unpermute(hidden_states, permuted_hidden_states, topk_weights.contiguous(), index.contiguous())
 
 
 # What of this is in `vllm._custom_ops`, by the same name and with the same arguments.
 OF_CUSTOM_OPS = (
     *("moe_align_block_size", "batched_moe_align_block_size", "moe_lora_align_block_size"),
     *("topk_softmax", "topk_sigmoid", "topk_hash_softplus_sqrt", "grouped_topk", "moe_sum"),
+    "fused_globalize_align_block_size",
 )

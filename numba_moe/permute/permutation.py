@@ -192,8 +192,9 @@ def moe_unpermute(
         Rows in expert order, or batches of `moe_permute_masked` flattened to rows; rows may be strided.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
         Contiguous.
-    inv_permuted_idx : array of int32, shape [num_tokens, top_k]
-        The row of each slot. A slot whose index is outside ``[0, num_rows)`` adds nothing.
+    inv_permuted_idx : array of int32, shape [num_tokens, top_k] or [num_tokens * top_k]
+        The row of each slot, as `src2dst` of `moe_reorder` has it too. A slot whose index is outside ``[0, num_rows)``
+        adds nothing.
     routed_scaling_factor : float
         What sums are multiplied by.
     out_dtype : torch dtype or its name, optional
@@ -251,11 +252,14 @@ def _(given: Any) -> Launch:
     checks.array("permuted", permuted, checks.FLOATS, (2,), rows=True)
     like = ("permuted", permuted)
     checks.array("topk_weights", topk_weights, checks.FLOATS, (2,), like=like)
-    checks.array("inv_permuted_idx", inv_permuted_idx, (torch.int32,), (2,), like=like)
-    checks.shape("inv_permuted_idx", inv_permuted_idx, tuple(topk_weights.shape), "that of `topk_weights`")
+    checks.array("inv_permuted_idx", inv_permuted_idx, (torch.int32,), (1, 2), like=like)
+    num_tokens, top_k = topk_weights.shape
+    if len(inv_permuted_idx.shape) == 1:
+        checks.shape("inv_permuted_idx", inv_permuted_idx, (num_tokens * top_k,), "(num_tokens * top_k,)")
+    else:
+        checks.shape("inv_permuted_idx", inv_permuted_idx, (num_tokens, top_k), "that of `topk_weights`")
     dtype = _check_combination(given, permuted)
     checks.fits_int32("permuted", permuted.shape[0], "the number of rows")
-    num_tokens, top_k = inv_permuted_idx.shape
     slots = (num_tokens, top_k, topk_weights, inv_permuted_idx, True)
     return plan_combine(permuted, *slots, float(given.routed_scaling_factor), dtype)
 

@@ -14,6 +14,7 @@ _MODULE_OF = {
     "RebalancedExperts": "numba_moe.reference.rebalance",
     "balancedness": "numba_moe.placement.rebalance",
     "dispatch_ids": "numba_moe.placement.dispatch",
+    "make_expert_map": "numba_moe.placement.maps",
     "migrate": "numba_moe.placement.migration",
     "migrate_in_chunks": "numba_moe.placement.migration",
     "plan_migration": "numba_moe.placement.migration",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numba_moe.placement.dispatch import ExpertDispatch as ExpertDispatch
     from numba_moe.placement.dispatch import dispatch_ids as dispatch_ids
     from numba_moe.placement.location import ExpertLocation as ExpertLocation
+    from numba_moe.placement.maps import make_expert_map as make_expert_map
     from numba_moe.placement.migration import CorruptedWeightsError as CorruptedWeightsError
     from numba_moe.placement.migration import migrate as migrate
     from numba_moe.placement.migration import migrate_in_chunks as migrate_in_chunks

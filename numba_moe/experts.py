@@ -15,8 +15,8 @@ from numba_moe.activation.rows import KINDS
 from numba_moe.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.permute.rows import Gather, gather, plan_combine, plan_gather
 from numba_moe.reference import experts as reference
-from numba_moe.runtime import checks
-from numba_moe.runtime.arrays import Array, Contiguous, contiguous, empty, is_traced
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous, is_traced
 from numba_moe.runtime.launch import Launch
 from numba_moe.runtime.op import op
 from numba_moe.runtime.plans import Layout, is_plain
@@ -231,17 +231,17 @@ def _(given: Any) -> None:
 
 @fused_experts.run
 def _(plan: ExpertsPlan, given: Any, combined: torch.Tensor) -> None:
-    offset, permuted_idx, inv_permuted_idx, ends = (empty(*indices) for indices in plan.indices)
+    offset, permuted_idx, inv_permuted_idx, ends = (arrays.empty(*indices) for indices in plan.indices)
     indices = {"position_of_slot": inv_permuted_idx, "offset": offset}
     sorting.sort(plan.sort, given.topk_ids, permuted_idx, given.expert_map, **indices)
-    rows = empty(*plan.permuted)
+    rows = arrays.empty(*plan.permuted)
     gather(plan.gather, given.hidden_states, rows, permuted_idx, inv_permuted_idx, None, None, offset, ends)
     rows = product_by_expert(rows, given.gate_up_proj, ends, plan.grouped)
-    activated = empty(*plan.activated)
+    activated = arrays.empty(*plan.activated)
     plan.activate(gate_up=rows, offset=offset, bias=given.gate_up_bias, activated=activated)
     rows = product_by_expert(activated, given.down_proj, ends, plan.grouped)
     if plan.add_bias is not None:
-        biased = empty(*plan.biased)
+        biased = arrays.empty(*plan.biased)
         plan.add_bias(gate_up=rows, offset=offset, bias=given.down_bias, activated=biased)
         rows = biased
     plan.combine(rows=rows, topk_weights=given.topk_weights, places=inv_permuted_idx, combined=combined)

@@ -12,8 +12,8 @@ import torch
 from numba_moe import sorting
 from numba_moe.reference import lora as reference
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
-from numba_moe.runtime import checks
-from numba_moe.runtime.arrays import Array, Contiguous, contiguous, empty
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.dialect import cuda, int64
 from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.op import op
@@ -280,7 +280,7 @@ def _(given: Any) -> None:
 
 @moe_lora_align_block_size.run
 def _(plan: Any, given: Any, sorted_token_ids: Any, expert_ids: Any, num_tokens_post_padded: Any) -> None:
-    virtual_ids, sorted_slots, block_experts, offset = (empty(*array) for array in plan.scratch)
+    virtual_ids, sorted_slots, block_experts, offset = (arrays.empty(*array) for array in plan.scratch)
     plan.pair(
         topk_ids=given.topk_ids,
         token_lora_mapping=given.token_lora_mapping,

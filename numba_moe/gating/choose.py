@@ -8,8 +8,8 @@ from numba_moe.gating.backward import gating_backward
 from numba_moe.gating.plans import GatingPlan, grouped_plan, topk_plan
 from numba_moe.reference import gating as reference
 from numba_moe.reference.gating import TopK
-from numba_moe.runtime import checks
-from numba_moe.runtime.arrays import Array, Contiguous, contiguous, empty
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.op import op
 
 
@@ -23,7 +23,7 @@ def choose(
 ) -> None:
     """Write weights and ids by the one launch of a plan; `extras` are the arrays of options."""
     if plan.group_scores is not None:
-        extras["group_scores"] = empty(*plan.group_scores)
+        extras["group_scores"] = arrays.empty(*plan.group_scores)
     plan.choose(
         gating_output=gating_output,
         correction_bias=correction_bias,

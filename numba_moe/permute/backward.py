@@ -15,7 +15,8 @@ import torch
 
 from numba_moe.permute.rows import plan_combine, stride_of
 from numba_moe.reference import permute as reference
-from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous, empty
+from numba_moe.runtime import arrays
+from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
 from numba_moe.runtime.dialect import cuda, float32, int32, int64
 from numba_moe.runtime.launch import Launch, block_threads, warps
 from numba_moe.runtime.op import op
@@ -255,9 +256,9 @@ def _(given: Any) -> UnpermuteGradients:
 def _(plan: BackwardPlan, given: Any, grad_rows: torch.Tensor | None, grad_weights: torch.Tensor | None) -> None:
     permuted_idx = None
     if grad_rows is not None:
-        permuted_idx = empty(*plan.permuted_idx).fill_(-1)
+        permuted_idx = arrays.empty(*plan.permuted_idx).fill_(-1)
         plan.invert(inv_permuted_idx=given.inv_permuted_idx, permuted_idx=permuted_idx)
-    in_float32 = grad_weights if plan.grad_weights is None else empty(*plan.grad_weights)
+    in_float32 = grad_weights if plan.grad_weights is None else arrays.empty(*plan.grad_weights)
     plan.differentiate(
         rows=given.permuted,
         topk_weights=given.topk_weights,

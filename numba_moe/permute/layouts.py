@@ -9,8 +9,8 @@ from numba_moe.permute.backward import permute_backward
 from numba_moe.permute.rows import Gather, check_rows, deal, gather, permute_by_reference, plan_gather
 from numba_moe.reference import permute as reference
 from numba_moe.reference.permute import MaskedTokens, ReorderedSlots
-from numba_moe.runtime import checks
-from numba_moe.runtime.arrays import Array, Contiguous, contiguous, empty
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.dialect import cuda, int32
 from numba_moe.runtime.launch import Launch
 from numba_moe.runtime.op import op
@@ -195,7 +195,7 @@ def _(given: Any) -> MaskedTokens:
 @moe_permute_masked.run
 def _(plan: MaskedPlan, given: Any, *memory: Any) -> None:
     rows, masked_m, permuted_idx, inv_permuted_idx, moved_scales = memory
-    sorted_slots, offset = (empty(*array) for array in plan.scratch)
+    sorted_slots, offset = (arrays.empty(*array) for array in plan.scratch)
     indices = {"position_of_slot": inv_permuted_idx, "offset": offset}
     sorting.sort(plan.sort, given.topk_ids, sorted_slots, given.expert_map, **indices)
     plan.lay_out(
@@ -293,4 +293,4 @@ def _(given: Any) -> None:
 def _(plan: Any, given: Any, reorder_topk_ids: Any, src2dst: Any, seg_indptr: Any) -> None:
     sort, scratch = plan
     written = {"position_of_slot": src2dst, "offset": seg_indptr, "expert_ids": reorder_topk_ids}
-    sorting.sort(sort, given.topk_ids, empty(*scratch), given.expert_map, **written)
+    sorting.sort(sort, given.topk_ids, arrays.empty(*scratch), given.expert_map, **written)

@@ -14,8 +14,8 @@ from numba_moe.permute.rows import Gather, check_rows, gather, permute_by_refere
 from numba_moe.reference import permute as reference
 from numba_moe.reference.align import max_sorted_slots
 from numba_moe.reference.permute import PermutedTokens
-from numba_moe.runtime import checks
-from numba_moe.runtime.arrays import Array, Contiguous, contiguous, empty
+from numba_moe.runtime import arrays, checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.launch import Launch
 from numba_moe.runtime.op import op
 from numba_moe.sizes import num_elements, sorted_slots
@@ -149,7 +149,7 @@ def _(given: Any) -> PermutedTokens:
 def _(plan: PermutePlan, given: Any, *memory: Any) -> None:
     rows, offset, permuted_idx, inv_permuted_idx, counts, m_indices, moved_scales = memory
     by_block = plan.block_experts is not None
-    block_experts = empty(*plan.block_experts) if plan.block_experts is not None else m_indices
+    block_experts = arrays.empty(*plan.block_experts) if plan.block_experts is not None else m_indices
     sorting.sort(
         *(plan.sort, given.topk_ids, permuted_idx, given.expert_map),
         position_of_slot=inv_permuted_idx,

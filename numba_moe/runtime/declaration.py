@@ -63,10 +63,11 @@ class Planned(NamedTuple):
     """What is remembered of a call: its plan, its outputs, and which arguments ask for more than launches."""
 
     plan: Any
-    outputs: tuple[Contiguous | None, ...]
+    outputs: tuple[Any, ...]  # how to allocate each array of the result, None for one that the call has not
     floats: tuple[int, ...]  # places of arguments that may require a gradient
-    written: tuple[int, ...]  # places of arguments to be written
+    plain: bool  # kernels write results that are allocated, all of them, and nothing else
     on_cpu: bool
+    written: tuple[int, ...]  # places of arguments to be written
     unaligned: bool  # memory for the result does not begin at multiples of 16 bytes, as kernels take it to
 
 
@@ -128,7 +129,7 @@ class Declaration:
         self.nested = self.result is not None and any(field is not None for field in self.result.fields)
         self.Given: Any = NamedTuple(self.name, [(name, Any) for name in self.names])  # type: ignore[misc]
         self.bind = self._binder()
-        self.planned = plans.planned(self._made)
+        self.planned, self.remembered = plans.planned_in(self._made)
         self.outputs: Callable[[Any], Any] | None = None
         self.plan: Callable[[Any], Any] | None = None
         self.run: Callable[..., None] | None = None
@@ -158,7 +159,9 @@ class Declaration:
                 declared.append(f"{name}=default_{name}")
         of_tuples = dict.fromkeys((*self.tables, *([self.out] if self.result and self.has_out else [])), "layouts")
         readers = dict.fromkeys(self.arrays, "layout") | of_tuples
-        key = [f"{readers[name]}({name})" if name in readers else name for name in self.names]
+        read = {name: f"None if {name} is None else {reader}({name})" for name, reader in readers.items()}
+        read[self.first] = f"layout({self.first})"
+        key = [read.get(name, name) for name in self.names]
         source = f"lambda {', '.join(declared)}: (({', '.join(self.names)},), ({', '.join(key)},))"
         binder: Any = eval(source, scope)
         binder.__name__ = binder.__qualname__ = self.name  # which errors of wrong arguments name
@@ -189,7 +192,8 @@ class Declaration:
         on_cpu = key[places[self.first]].device.type != "cuda"
         out = key[places[self.out]] if self.has_out and not self.own_out else None
         unaligned = any(part is not None and part.address != 0 for part in flat_layouts(out))
-        return Planned(plan, tuple(outputs), tuple(floats), tuple(written), on_cpu, unaligned)
+        plain = not (on_cpu or written or self.nested or None in outputs) and self.compute is None
+        return Planned(plan, tuple(outputs), tuple(floats), plain, on_cpu, tuple(written), unaligned)
 
     # Parameters of this name are checked by the plan itself: the name of `out`, where it may be larger than the result.
     own_out: tuple[str, ...] = ()
@@ -210,34 +214,42 @@ class Declaration:
     def eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool = True) -> Any:
         """Answer a call of torch tensors with memory on the current device: check, allocate, launch."""
         values, key = self.bind(*args, **kwargs)
-        plan, specs, floats, written, on_cpu, unaligned = self.planned(*key)
+        try:
+            planned = self.remembered(*key)
+        except (plans.NotAKeyError, TypeError, ValueError):
+            planned = self.planned(*key)  # which tells an error of the check from a key that cannot be one
+        plan, specs, floats, plain, *_ = planned
         given = new_tuple(self.Given, values)
-        if checks.VALIDATE and self.validate is not None:
+        if self.validate is not None and checks.VALIDATE:
             self.validate(given)
         for place in floats:
             if differentiable and values[place].requires_grad and torch.is_grad_enabled():
                 if self.refuse is not None:
                     self.refuse(given)
                 return WANTS_GRADIENT
-        if written:
-            self._check_written(given, written)
-        out = values[self.names.index(self.out)] if self.has_out else None
+        if not plain:
+            return self._answer(planned, given)
+        memory = [arrays.empty(*spec) for spec in specs]
+        self.run(plan, given, *memory)  # type: ignore[misc]
+        return memory[0] if self.result is None else new_tuple(self.result.kind, memory)
+
+    def _answer(self, planned: Planned, given: Any) -> Any:
+        """Answer a call that is not plain."""
+        if planned.written:
+            self._check_written(given, planned.written)
+        out = getattr(given, self.out) if self.has_out else None
         if self.compute is not None:
-            result = self.compute(plan, given)
-        elif on_cpu and not simulator.is_running():
-            result = self._by_twin(given, specs, out)
+            result = self.compute(planned.plan, given)
+        elif planned.on_cpu and not simulator.is_running():
+            result = self._by_twin(given, planned.outputs, out)
         else:
-            if out is None or unaligned:
-                memory: Any = [None if spec is None else arrays.empty(*spec) for spec in specs]
-            else:
-                memory = flat(out)
+            allocates = out is None or planned.unaligned
+            memory = [spec and arrays.empty(*spec) for spec in planned.outputs] if allocates else flat(out)
             assert self.run is not None
-            self.run(plan, given, *memory)
-            if unaligned:
-                memory = _copied(memory, flat(out))
-            result = self.build(memory)
-        if written:
-            parts = [part for place in written for part in flat(values[place]) if part is not None]
+            self.run(planned.plan, given, *memory)
+            result = self.build(_copied(memory, flat(out)) if planned.unaligned else memory)
+        parts = [part for place in planned.written for part in flat(given[place]) if part is not None]
+        if parts:
             torch.autograd.graph.increment_version([part for part in parts if not part.is_inference()])
         return result
 

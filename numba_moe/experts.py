@@ -366,7 +366,7 @@ def _(ctx: Any, given: Any, product: Any) -> None:
 def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
     rows, weights, ends = ctx.saved_tensors
     grad = grad.contiguous()
-    by_rows, by_weights, _ = ctx.needs_input_grad
+    by_rows, by_weights = ctx.needs_input_grad[:2]
     return {
         "rows": multiply_by_expert(grad, weights.transpose(1, 2), ends) if by_rows else None,
         "weights": outer_by_expert(grad, rows, ends) if by_weights else None,

@@ -367,6 +367,7 @@ def test_reduce_overhead_captures_and_replays():
 def test_eager_calls_pass_the_dispatcher_by(monkeypatch):
     monkeypatch.setattr(torch_library, "call", lambda *_: pytest.fail("dispatched"))
     block(*arguments(7))
+    block(*arguments(7, grad=True))
 
 
 def test_fake_tensors_and_parameters_are_dispatched():

@@ -407,7 +407,7 @@ def test_choices_go_into_memory_that_is_given(device, rules, monkeypatch):
         assert torch.equal(chosen.int(), expected.topk_ids)
         assert (weights._version, chosen._version) > versions
         assert bool(allocated) == (pad == 1 or ids == torch.int16)
-    with pytest.raises(ValueError, match=r"`topk_weights` must be of shape \(num_tokens, top_k\) = \(6, 3\), got"):
+    with pytest.raises(ValueError, match=r"`out\.topk_weights` must be of shape that of the result = \(6, 3\), got"):
         into.select_experts(
             torch.zeros(5, 3, device=device), torch.zeros(6, 3, dtype=torch.int32, device=device), logits
         )

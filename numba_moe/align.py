@@ -11,7 +11,7 @@ from numba_moe import sizes, sorting
 from numba_moe.reference import align as reference
 from numba_moe.reference.align import AlignedBlocks
 from numba_moe.runtime import checks
-from numba_moe.runtime.arrays import Array, Contiguous, contiguous
+from numba_moe.runtime.arrays import Array, contiguous
 from numba_moe.runtime.op import op
 from numba_moe.sizes import num_elements
 
@@ -151,10 +151,10 @@ def moe_align_block_size(
 
 
 @moe_align_block_size.outputs
-def _(given: Any) -> tuple[Contiguous, Contiguous, Contiguous]:
+def _(given: Any) -> AlignedBlocks:
     num_slots, block_size = num_elements(given.topk_ids), given.block_size
     length = sizes.sorted_slots(num_slots, block_size, given.num_experts, given.pad_sorted_ids)
-    return tuple(contiguous(torch.int32, size) for size in (length, -(-length // block_size), 1))  # type: ignore[return-value]
+    return AlignedBlocks(*(contiguous(torch.int32, size) for size in (length, -(-length // block_size), 1)))
 
 
 @moe_align_block_size.plan

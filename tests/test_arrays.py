@@ -10,7 +10,7 @@ from numba import cuda
 
 import numba_moe as moe
 from numba_moe import reference
-from numba_moe.runtime import arrays, simulator
+from numba_moe.runtime import arrays, observe, op, simulator
 
 IDS = np.array([[3, 1], [0, 3], [-1, 2]], np.int32)
 
@@ -184,3 +184,20 @@ def test_jax_arrays_come_back_as_such():
 def test_results_lie_on_the_device_of_the_input():
     counts = moe.count_tokens_per_expert(torch.from_numpy(IDS).cuda(), 4)
     assert counts.device == torch.device("cuda", torch.cuda.current_device())
+
+
+def test_what_has_a_gradient_is_answered_on_the_device_of_its_array(monkeypatch):
+    inside, seen = [], []
+    apply = op._Differentiable.apply
+
+    @contextlib.contextmanager
+    def on_device(_):
+        inside.append(True)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(observe, "RANGES", True)  # which takes the way of a call on another device
+    monkeypatch.setattr(arrays, "on_device", on_device)
+    monkeypatch.setattr(op._Differentiable, "apply", lambda *values: seen.append(bool(inside)) or apply(*values))
+    moe.topk_softmax(torch.randn(3, 4, requires_grad=True), 2).topk_weights.sum().backward()
+    assert seen == [True]

@@ -65,16 +65,14 @@ def moe_permute(
 
     `numba_moe.moe_permute` is the rest.
     """
-    given = {"hidden_states": hidden_states, "topk_ids": topk_ids, "num_experts": num_experts}
-    options = {"expert_map": expert_map, "scales": scales}
+    arguments = (hidden_states, topk_ids, num_experts, expert_map)
     if not takes((out,), (hidden_states, scales)):
-        found = permutation.moe_permute(**given, **options)  # type: ignore[arg-type]
+        found = permutation.moe_permute(*arguments, scales=scales)
         return found._replace(permuted_hidden_states=out.copy_(found.permuted_hidden_states))
     declaration = permutation.moe_permute.declaration
-    assert declaration.outputs is not None
-    _, *others = declaration.outputs(declaration.given_of({**given, **options}))
-    memory = (None if part is None else hidden_states.new_empty(part.shape, dtype=part.dtype) for part in others)
-    return permutation.moe_permute(**given, **options, out=PermutedTokens(out, *memory))  # type: ignore[arg-type]
+    named = dict(zip(declaration.names, arguments, strict=False)) | {"scales": scales}
+    _, *others = declaration.new_results(declaration.given_of(named))
+    return permutation.moe_permute(*arguments, scales=scales, out=PermutedTokens(out, *others))
 
 
 def select_experts(

@@ -110,8 +110,7 @@ def op(
     """
 
     def decorate(function: Callable[P, R]) -> Op[P, R]:
-        declaration = Declaration(function, twin, writes, out, onto or {}, absent or {}, is_gradient)
-        declaration.own_out = (out,) if own_out else ()
+        declaration = Declaration(function, twin, writes, out, own_out, onto or {}, absent or {}, is_gradient)
         call = cast(Op[P, R], _callable(declaration))
         for part in PARTS:
             setattr(call, part, functools.partial(_keep, declaration, part))
@@ -126,11 +125,11 @@ def _keep(declaration: Declaration, part: str, function: Part) -> Part:
 
 
 class _Differentiable(torch.autograd.Function):
-    """An op in torch's graph, called eagerly: through torch's dispatcher it would take 65 us more (H200)."""
+    """An op in torch's graph, called eagerly; through torch's dispatcher `topk_softmax` takes 94 us so (H200)."""
 
     @staticmethod
-    def forward(ctx: Any, *values: Any) -> Any:
-        *values, declaration = values  # type: ignore[assignment]
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *values, declaration = arguments
         given = dict(zip(declaration.names, values, strict=True))
         parts = flat(declaration.eager((), given, differentiable=False))
         declaration.saves(ctx, declaration.given_of(given), *parts)
@@ -177,10 +176,10 @@ def _callable(declaration: Declaration) -> Callable[..., Any]:
             try:
                 if (device < 0 or device == current_device()) and not observe.RANGES:
                     result = eager(args, kwargs)
-                else:
-                    with arrays.on_device(array), observe.range_of(name):
-                        result = eager(args, kwargs)
-                return _in_graph(declaration, args, kwargs) if result is WANTS_GRADIENT else result
+                    return _in_graph(declaration, args, kwargs) if result is WANTS_GRADIENT else result
+                with arrays.on_device(array), observe.range_of(name):
+                    result = eager(args, kwargs)
+                    return _in_graph(declaration, args, kwargs) if result is WANTS_GRADIENT else result
             except checks.UnreadableError:
                 if not is_transformed() and not any(map(_is_wrapped, (*args, *kwargs.values()))):
                     raise

@@ -106,7 +106,7 @@ def layouts(value: Any) -> Any:
     return Parts(described, tuple(map(type, value)))
 
 
-class NotAKeyError(Exception):
+class _NotAKeyError(Exception):
     """Arguments hold numbers within a tuple, where a key of the cache would not tell 1, 1.0 and True apart."""
 
 
@@ -115,16 +115,11 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
 
     Numbers are arguments of their own, not parts of a tuple: such a call is planned anew each time.
     """
-    return planned_in(function)[0]
-
-
-def planned_in(function: Callable[P, R]) -> tuple[Callable[P, R], Callable[..., R]]:
-    """Return what `planned` does, and its memory alone, of which errors may be of a key that cannot be one."""
 
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> R:
         if _holds_a_number(args) or _holds_a_number(tuple(kwargs.values())):
-            raise NotAKeyError
+            raise _NotAKeyError
         return function(*args, **kwargs)
 
     remembered = functools.lru_cache(maxsize=4096, typed=True)(made)
@@ -134,14 +129,14 @@ def planned_in(function: Callable[P, R]) -> tuple[Callable[P, R], Callable[..., 
     def plan(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return remembered(*args, **kwargs)  # type: ignore[arg-type]
-        except NotAKeyError:
+        except _NotAKeyError:
             pass
         except (TypeError, ValueError):  # of a check, or of an argument without a hash, whose check is still to come
             if _is_key((args, tuple(kwargs.values()))):
                 raise
         return function(*args, **kwargs)
 
-    return plan, remembered
+    return plan
 
 
 def _holds_a_number(values: tuple[Any, ...]) -> bool:

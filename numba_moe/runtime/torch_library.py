@@ -11,6 +11,7 @@ For an op with a gradient torch asks Python at every call whether one is wanted,
 So it has an overload without, `torch.ops.numba_moe.<name>.without_gradient`, for compiled code that wants none.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, cast
@@ -64,6 +65,7 @@ def variants(declaration: Declaration) -> dict[str, Variant]:
     return found
 
 
+@functools.cache  # compiled code asks at every call
 def _tables(declaration: Declaration, name: str) -> list[inspect.Parameter]:
     """Return the parameters that a tuple of tables has in a schema."""
     [kind] = [kind for kind in declaration.kinds[name] if hasattr(kind, "_fields")]
@@ -144,10 +146,7 @@ def _register(declaration: Declaration, variant: Variant, overload: str = "defau
             return None
         given = declaration.given_of(_given(declaration, dict(zip(names, args, strict=False)) | kwargs))
         first = getattr(given, declaration.first)
-        found = [
-            first.new_empty(0) if spec is None else first.new_empty(spec.shape, dtype=spec.dtype)
-            for spec in _outputs(declaration, given)
-        ]
+        found = [first.new_empty(0) if part is None else part for part in declaration.new_results(given)]
         return found[0] if declaration.result is None else tuple(found)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -166,16 +165,11 @@ def _register(declaration: Declaration, variant: Variant, overload: str = "defau
     torch.library.register_fake(whole, fake)
 
 
-def _outputs(declaration: Declaration, given: Any) -> list[Any]:
-    """Return the shapes and dtypes of the results of a call, None for one that it has not."""
-    assert declaration.outputs is not None
-    return flat(declaration.outputs(given))
-
-
 def _in_places(declaration: Declaration, given: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return memory for the results of a call, with None in the place of one that it has not."""
     found = iter(given[declaration.out])
-    specs = _outputs(declaration, declaration.given_of(given))
+    assert declaration.outputs is not None
+    specs = flat(declaration.outputs(declaration.given_of(given)))
     return tuple(None if spec is None else next(found) for spec in specs)
 
 
@@ -261,7 +255,7 @@ def _traits(name: str) -> Traits:
     out = one.out if one.has_out else ""
     return Traits(
         out=out,
-        own_out=bool(one.own_out) or one.outputs is None,
+        own_out=one.own_out or one.outputs is None,
         written=one.written,
         absent=tuple(one.absent.items()),
         differentiable=one.backward is not None,
@@ -280,14 +274,6 @@ def _variant(name: str, which: str) -> str:
 def _is_exporting() -> bool:
     # the compiler would take torch's own function for true wherever it compiles (torch 2.11)
     return bool(getattr(torch.compiler, "is_exporting", lambda: True)())
-
-
-def _flat_values(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple):
-            yield from _flat_values(value)
-        else:
-            yield value
 
 
 def wanted(values: Iterable[Any]) -> bool:
@@ -373,7 +359,7 @@ def _call(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str, Any
     if written and (traits.out in written or traits.own_out):
         if traits.out not in given:
             given[traits.out] = _fresh(declaration, args, given)
-        results = list(_flat_values((given[traits.out],)))
+        results = flat(given[traits.out])
         given[traits.out] = (
             [part for part in results if part is not None] if isinstance(given[traits.out], tuple) else results[0]
         )
@@ -395,9 +381,8 @@ def _call(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _fresh(declaration: Declaration, args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
     """Return memory for the result of an op that writes other memory too."""
-    named = declaration.given_of(_given(declaration, {**dict(zip(declaration.names, args, strict=False)), **given}))
-    first = getattr(named, declaration.first)
-    found = [first.new_empty(spec.shape, dtype=spec.dtype) for spec in _outputs(declaration, named) if spec]
+    named = _given(declaration, {**dict(zip(declaration.names, args, strict=False)), **given})
+    found = declaration.new_results(declaration.given_of(named))
     return found[0] if declaration.result is None else tuple(found)
 
 

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, interrupt)
     try:
         try:
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
+            status = _run(list(sys.argv[1:] if arguments is None else arguments), interrupts)
+            return INTERRUPTED if interrupts else status
         finally:
             sys.stdout.flush()  # here, and not at exit, a closed pipe can be answered
     except BrokenPipeError:
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, before)
 
 
-def _run(given: list[str]) -> int:
-    """Run a command: it reads and checks all that it is given, and then it works.
+def _run(given: list[str], interrupts: Sequence[int]) -> int:
+    """Run a command: it reads and checks all that it is given, and then it works, unless an interrupt has come.
 
     What is wrong with a file or an option is a ValueError or an OSError of the first part; of the second, only files
     that cannot be written are the user's affair.
@@ -78,6 +79,8 @@ def _run(given: list[str]) -> int:
         raise
     except (OSError, ValueError) as error:
         return _refuse(options.command, error)
+    if interrupts:  # one that a module caught as it was imported
+        raise KeyboardInterrupt
     try:
         return work()
     except BrokenPipeError:

@@ -1,10 +1,13 @@
 """The command line as shells and people meet it: one line for what is wrong, no tracebacks of signals and pipes."""
 
+import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -176,7 +179,7 @@ def test_an_interrupt_is_silence(seconds, to_all, folder, taking_interrupts):
 
 
 def test_what_an_interrupted_import_raises_is_no_error_of_ours(taking_interrupts, monkeypatch):
-    def interrupted(_):
+    def interrupted(*_):
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
@@ -186,6 +189,17 @@ def test_what_an_interrupted_import_raises_is_no_error_of_ours(taking_interrupts
     monkeypatch.setattr(cli, "_run", interrupted)
     assert cli.main(["info"]) == 130
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_an_import_catches_is_not_lost(taking_interrupts, monkeypatch):
+    def prepare(_):
+        with contextlib.suppress(BaseException):  # as some modules do where something optional is absent
+            signal.raise_signal(signal.SIGINT)
+        return lambda: pytest.fail("went on")
+
+    options = argparse.Namespace(prepare=prepare, command="info")
+    monkeypatch.setattr(cli, "_parser", lambda: types.SimpleNamespace(parse_args=lambda _: options))
+    assert cli.main(["info"]) == 130
 
 
 def test_the_cases_are_listed_and_nothing_else(capsys):

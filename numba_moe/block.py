@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from numba_moe.activation.activate import moe_activation
-from numba_moe.activation.rows import KINDS
-from numba_moe.experts import fused_experts
-from numba_moe.gating.selection import select_experts
+from numba_moe.ops.activation.activate import moe_activation
+from numba_moe.ops.activation.activate_rows import KINDS
+from numba_moe.ops.experts import fused_experts
+from numba_moe.ops.gating.select import select_experts
 from numba_moe.reference.gating import SCORING, TopK
 from numba_moe.runtime import checks
 

@@ -95,9 +95,10 @@ def _refuse(command: str, error: Exception) -> int:
 
 
 def _parser() -> Parser:
-    from numba_moe import bench, verification
-    from numba_moe.placement import command as rebalancing
+    from numba_moe.bench import command as bench
+    from numba_moe.placement import simulate_command as rebalancing
     from numba_moe.recorder import report
+    from numba_moe.verify import verification
 
     parser = Parser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -217,7 +218,7 @@ def _info() -> int:
     from tabulate import tabulate
 
     from numba_moe.runtime import cache
-    from numba_moe.verification import PACKAGES
+    from numba_moe.verify.verification import PACKAGES
 
     versions = [("python", platform.python_version()), *((name, cache.version(name)) for name in PACKAGES)]
     print(tabulate(versions, ("package", "version")), end="\n\n")

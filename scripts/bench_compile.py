@@ -19,9 +19,9 @@ import torch
 from tabulate import tabulate
 
 import numba_moe
-from numba_moe import testing
 from numba_moe.bench.contenders import is_registered, load_peers
-from numba_moe.experts import product_by_expert
+from numba_moe.ops.experts import product_by_expert
+from numba_moe.verify import testing
 
 CALLS = 50
 REPEATS = 21

@@ -3,14 +3,14 @@
 import argparse
 import sys
 
-from numba_moe.bench import experts
+from numba_moe.bench import layers
 
 
 def main() -> int:
     """Return 1 if ours took longer anywhere."""
     parser = argparse.ArgumentParser(description=__doc__)
-    experts.add_arguments(parser)
-    return experts.run(parser.parse_args())
+    layers.add_arguments(parser)
+    return layers.run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from numba_moe.cases import trained_routing
 from numba_moe.placement import balancedness, rebalance_experts
+from numba_moe.verify.cases import trained_routing
 
 ALGORITHMS = ("deepseek", "refined")
 TIMED = {

@@ -1,7 +1,7 @@
 """Measure how many lanes should serve a token, and write the table that gating chooses by.
 
 python scripts/choose_lanes.py measure times.json    # on a GPU: a few minutes
-python scripts/choose_lanes.py table times.json      # writes numba_moe/gating/lane_table.py
+python scripts/choose_lanes.py table times.json      # writes numba_moe/ops/gating/lane_table.py
 
 Lines of the table follow from the times of every number of lanes and of warps in a block: as few lines
 as keep within 2 % of the least time at every number of tokens that was measured.
@@ -33,8 +33,8 @@ Times = dict[str, float]  # microseconds by "lanes warps", with no lanes for the
 
 HEADER = '''"""How many lanes serve a token, as measured on an {gpu}: written by scripts/choose_lanes.py.
 
-By experts, picks and what a row needs (see plans.py): lines of tokens, lanes and warps of a block, of which the first
-with enough tokens counts. No lanes stand for another kernel.
+The key is the number of experts, of picks, and what a row needs (see which_kernel.py). Each has lines of tokens, lanes
+and warps of a block; the first line with enough tokens counts. 0 lanes mean that another kernel serves.
 """
 
 LANES: dict[tuple[int, int, int], tuple[tuple[int, int, int], ...]] = {{
@@ -43,7 +43,7 @@ LANES: dict[tuple[int, int, int], tuple[tuple[int, int, int], ...]] = {{
 
 def candidates(num_tokens: int, num_experts: int, top_k: int) -> Iterator[tuple[int, int]]:
     """Yield numbers of lanes that can serve a token, 0 for another kernel, and of warps that a block may have."""
-    from numba_moe.runtime.parameters import LANE_COLUMNS
+    from numba_moe.device.types import LANE_COLUMNS
 
     yield 0, WARPS[0]
     for lanes, warps in itertools.product(LANES, WARPS):
@@ -58,7 +58,7 @@ def measure(seconds: float) -> dict[str, Any]:
 
     import numba_moe
     from numba_moe.bench.measure import device_time
-    from numba_moe.gating import plans
+    from numba_moe.ops.gating import which_kernel
 
     begin = time.monotonic()
     rows: list[Row] = [row for row in itertools.product(EXPERTS, PICKS, NEEDS) if row[1] <= row[0]]
@@ -70,12 +70,12 @@ def measure(seconds: float) -> dict[str, Any]:
         for tokens in TOKENS:
             dtype = (torch.bfloat16, torch.float32)[number % 2]
             logits = torch.randn(tokens, experts, dtype=dtype, device="cuda")
-            bias = torch.randn(experts, device="cuda") if needs == plans.BIASED else None
-            function = numba_moe.topk_sigmoid if needs == plans.BIASED else numba_moe.topk_softmax
-            call = functools.partial(function, logits, picks, needs == plans.LOGITS, bias)
+            bias = torch.randn(experts, device="cuda") if needs == which_kernel.BIASED else None
+            function = numba_moe.topk_sigmoid if needs == which_kernel.BIASED else numba_moe.topk_softmax
+            call = functools.partial(function, logits, picks, needs == which_kernel.LOGITS, bias)
             times: Times = {}
             for lanes, warps in candidates(tokens, experts, picks):
-                with plans.preferring("lanes", (lanes, warps)):
+                with which_kernel.preferring("lanes", (lanes, warps)):
                     times[f"{lanes} {warps}"] = device_time(call)
             found.append({"row": (experts, picks, needs), "tokens": tokens, "times": times})
     return {"gpu": torch.cuda.get_device_name(), "times": found}

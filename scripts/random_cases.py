@@ -12,7 +12,7 @@ from numba_moe.cli import use_simulator_without_gpu
 def main() -> int:
     """Return 1 if a case failed or nothing ran."""
     use_simulator_without_gpu()  # before anything imports numba
-    from numba_moe import random_cases
+    from numba_moe.verify import random_cases
 
     parser = argparse.ArgumentParser(description=__doc__)
     random_cases.add_arguments(parser)

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 import numba_moe
-from numba_moe import random_cases, testing
 from numba_moe.runtime import launch
 from numba_moe.runtime.compile import Specialisation
-from numba_moe.verification import OPS
+from numba_moe.verify import random_cases, testing
+from numba_moe.verify.verification import OPS
 
 try:
     import triton

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from numba_moe import verification
-from numba_moe.cases import Case, few
-from numba_moe.runtime import cache, simulator
+from numba_moe.device import simulator, sources
+from numba_moe.verify import verification
+from numba_moe.verify.cases import Case, few
 
 # JAX would take most of the GPU's memory at its first call, and other tests find none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -67,6 +67,6 @@ def package_copy(tmp_path: Path) -> Path:
     reference = importlib.util.find_spec("numba_moe.reference")
     assert reference is not None
     assert reference.origin is not None
-    for source, target in ((cache.PACKAGE, package), (Path(reference.origin).parent, package / "reference")):
+    for source, target in ((sources.PACKAGE, package), (Path(reference.origin).parent, package / "reference")):
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     return package

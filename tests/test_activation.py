@@ -9,10 +9,11 @@ import torch
 from numba_moe.reference.activation import moe_activation_backward, sum_rows
 
 import numba_moe as moe
-from numba_moe import reference, testing
-from numba_moe.activation.activate import activation_backward
-from numba_moe.activation.rows import KINDS
-from numba_moe.runtime import simulator
+from numba_moe import reference
+from numba_moe.device import simulator
+from numba_moe.ops.activation.activate import activation_backward
+from numba_moe.ops.activation.activate_rows import KINDS
+from numba_moe.verify import testing
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import reference, sorting, testing
+from numba_moe import reference
+from numba_moe.ops.sort import counting_sort
 from numba_moe.runtime import arrays, plans
+from numba_moe.verify import testing
 
 PATHS = {
     "clustered": {},
@@ -18,7 +20,7 @@ PATHS = {
 @pytest.mark.parametrize("path", PATHS)
 def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request):
     for name, value in PATHS[path].items():
-        monkeypatch.setattr(sorting, name, value)
+        monkeypatch.setattr(counting_sort, name, value)
     plans.forget()
     request.addfinalizer(plans.forget)
     experts, block_size = 20, 16
@@ -52,7 +54,7 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
 
 @pytest.mark.parametrize("num_experts", [60, *(pytest.param(n, marks=pytest.mark.slow) for n in (250, 500))])
 def test_counts_of_any_number_of_blocks(num_experts, device, monkeypatch, request):
-    monkeypatch.setattr(sorting, "CLUSTERS", ())
+    monkeypatch.setattr(counting_sort, "CLUSTERS", ())
     plans.forget()
     request.addfinalizer(plans.forget)
     for blocks in range(2, 8):  # which threads sum two, four or sixteen at a time
@@ -66,10 +68,10 @@ def test_counts_of_any_number_of_blocks(num_experts, device, monkeypatch, reques
 @pytest.mark.parametrize("num_experts", [1, 256, 5000])
 def test_a_workspace_suffices_for_fewer_slots(num_experts):
     most = moe.align_sizes(2**21, 128, num_experts)
-    for num_slots in (*range(0, 2**21, 9973), 2**10 + 1, 2**15 + 1, sorting.FEW_SLOTS):
+    for num_slots in (*range(0, 2**21, 9973), 2**10 + 1, 2**15 + 1, counting_sort.FEW_SLOTS):
         sizes = moe.align_sizes(num_slots, 128, num_experts)
         assert all(size <= enough for size, enough in zip(sizes, most, strict=True)), num_slots
-        plan = sorting.plan_sort(plans.layout(torch.empty(num_slots, dtype=torch.int32)), num_experts, num_slots)
+        plan = counting_sort.plan_sort(plans.layout(torch.empty(num_slots, dtype=torch.int32)), num_experts, num_slots)
         counts, offsets = (array.shape[0] if array else 0 for array in (plan.block_counts, plan.block_offsets))
         assert counts // 2 + offsets <= sizes.workspace
         assert counts % 8 == 0, "the sums begin at a multiple of 16 bytes"

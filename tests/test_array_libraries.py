@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import numba_moe as moe
-from numba_moe import reference, testing
+from numba_moe import reference
+from numba_moe.verify import testing
 
 RNG = np.random.default_rng(5)
 IDS = testing.random_ids(RNG, 33, 16, 2, "zipf")

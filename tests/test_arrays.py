@@ -10,7 +10,8 @@ from numba import cuda
 
 import numba_moe as moe
 from numba_moe import reference
-from numba_moe.runtime import arrays, observe, op, simulator
+from numba_moe.device import simulator
+from numba_moe.runtime import arrays, observe, op
 
 IDS = np.array([[3, 1], [0, 3], [-1, 2]], np.int32)
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from numba_moe import bench, cli, reference, testing
-from numba_moe.bench import contenders, measure, report
+from numba_moe import cli, reference
+from numba_moe.bench import command as bench
+from numba_moe.bench import contenders, measure, ratios
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.measure import Row
+from numba_moe.verify import testing
 
 
 def parse(*arguments):
@@ -35,35 +37,35 @@ def rows_of_two_shapes():
 
 def test_ratios_are_to_the_best_peer_of_the_same_case():
     rows = rows_of_two_shapes()
-    assert report.ratios(rows) == {rows[0].key: (0.5, 1.0), rows[3].key: (8.0, 4.0)}
+    assert ratios.ratios(rows) == {rows[0].key: (0.5, 1.0), rows[3].key: (8.0, 4.0)}
     alone = rows[0]._replace(dtype="bfloat16")
-    assert report.ratios([*rows, alone])[alone.key] == (None, None)
+    assert ratios.ratios([*rows, alone])[alone.key] == (None, None)
 
 
 def test_geometric_means():
-    count, device, host = report.means(rows_of_two_shapes())["topk_softmax"]
+    count, device, host = ratios.means(rows_of_two_shapes())["topk_softmax"]
     assert count == 2
     assert device == pytest.approx(2.0)
     assert host == pytest.approx(2.0)
-    assert report.means(rows_of_two_shapes()[:1]) == {}
+    assert ratios.means(rows_of_two_shapes()[:1]) == {}
 
 
 def test_table():
-    first, vllm, *_, wrong = report.table(rows_of_two_shapes()).splitlines()[2:]
+    first, vllm, *_, wrong = ratios.table(rows_of_two_shapes()).splitlines()[2:]
     assert first.split() == ["topk_softmax", "a", "float32", OURS, "2.0", "9.0", "50%", "0.50", "1.00"]
     assert vllm.split()[-2:] == ["-", "-"]
     assert wrong.split()[4:] == ["-", "-", "-", "-", "-", "WRONG", "row", "3"]
     refused = Row("topk_softmax", "a", 1, "float32", "vllm", message="RuntimeError: too many experts")
-    assert report.table([refused]).split()[-1] == "refused"
+    assert ratios.table([refused]).split()[-1] == "refused"
 
 
 def test_table_beside_an_older_run(tmp_path):
     rows = rows_of_two_shapes()
     older = [rows[0]._replace(device_us=8.0, host_us=6.0), rows[4]._replace(shape="c")]
-    report.write_report(tmp_path / "old.json", older, {"device": "some GPU"})
-    old = report.read_report(tmp_path / "old.json")
+    ratios.write_report(tmp_path / "old.json", older, {"device": "some GPU"})
+    old = ratios.read_report(tmp_path / "old.json")
     assert old == {row.key: row for row in older}
-    lines = report.table(rows, old).splitlines()[2:]
+    lines = ratios.table(rows, old).splitlines()[2:]
     assert lines[0].split()[-4:] == ["8.0", "0.25", "6.0", "1.50"]
     assert lines[4].split()[-4:] == ["-", "-", "-", "-"]
 
@@ -73,7 +75,7 @@ def test_a_file_that_is_no_report(tmp_path, text):
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"old\.json is no report"):
-        report.read_report(path)
+        ratios.read_report(path)
 
 
 def test_bytes_of_alignment():
@@ -262,7 +264,7 @@ def test_without_a_gpu(capsys):
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [*rows_of_two_shapes(), rows_of_two_shapes()[0]._replace(op="grouped_topk")]
-    report.plot(tmp_path / "times.png", rows)
+    ratios.plot(tmp_path / "times.png", rows)
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -418,7 +420,7 @@ def test_end_to_end(tmp_path, capsys):
     options = ["bench", "--op", "topk_softmax", "--shape", "1x64 top 2", "--peers", "torch", "--json", str(path)]
     assert cli.main(options) == 0
     assert "driver: " in capsys.readouterr().out
-    rows = list(report.read_report(path).values())
+    rows = list(ratios.read_report(path).values())
     assert [(row.dtype, row.implementation) for row in rows] == [
         (dtype, name) for dtype in ("float32", "bfloat16") for name in (OURS, "torch")
     ]

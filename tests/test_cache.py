@@ -102,7 +102,7 @@ def test_every_part_of_a_key_counts(monkeypatch):
 
 
 def test_only_kernels_of_the_package_are_served(folder):
-    from numba_moe.runtime import primitives
+    from numba_moe.device import primitives
 
     assert cache.serves(primitives.warp_index.py_func)
     assert not cache.serves(test_only_kernels_of_the_package_are_served)
@@ -126,13 +126,13 @@ def run(without_simulator):
 KEY = "from numba_moe.runtime import cache; print(cache.fingerprint(), end=' ')\n"
 COMPILE_HERE = """
 from numba_moe.runtime import cache, compile
-from numba_moe.counting import scan_experts
+from numba_moe.ops.count import scan_experts
 compile.compiled(scan_experts, compile.specialisations(scan_experts)[0], (9, 0))
 print(*compile.statistics.values())
 """
 
 
-@pytest.mark.parametrize("name", ["align.py", "runtime/primitives.py", "runtime/compile.py", "reference/ragged.py"])
+@pytest.mark.parametrize("name", ["ops/align.py", "device/primitives.py", "runtime/compile.py", "reference/ragged.py"])
 def test_any_edit_changes_the_key_of_the_processes_that_import_it(package_copy, run, name):
     edit = f"path = {str(package_copy / name)!r}; open(path, 'a').write('\\n# edited\\n')\n"
     before, after = run(package_copy, KEY + edit + KEY)
@@ -142,9 +142,9 @@ def test_any_edit_changes_the_key_of_the_processes_that_import_it(package_copy, 
 
 @pytest.mark.slow
 def test_a_process_whose_sources_were_replaced_leaves_nothing_on_disk(package_copy, run, folder):
-    kernel = str(package_copy / "counting.py")
+    kernel = str(package_copy / "ops/count.py")
     upgrade = f"""
-import numba_moe.runtime
+import numba_moe.runtime.compile
 path = {kernel!r}; text = open(path).read(); assert text.count("+ rows.alignment - 1") == 1
 open(path, "w").write(text.replace("+ rows.alignment - 1", "+ rows.alignment - 2"))
 """
@@ -158,7 +158,7 @@ open(path, "w").write(text.replace("+ rows.alignment - 1", "+ rows.alignment - 2
 @pytest.mark.slow
 def test_a_process_does_not_read_what_its_replaced_sources_would_name(package_copy, run, folder):
     assert run(package_copy, COMPILE_HERE) == ["1", "0"]
-    edit = f"import numba_moe.runtime; open({str(package_copy / 'counting.py')!r}, 'a').write('#')\n"
+    edit = f"import numba_moe.runtime.compile; open({str(package_copy / 'ops/count.py')!r}, 'a').write('#')\n"
     assert run(package_copy, edit + COMPILE_HERE) == ["1", "0"]
 
 
@@ -174,7 +174,7 @@ def test_bytecode_without_sources_has_a_key_of_its_own(package_copy, run, folder
     first = run(package_copy, KEY)
     assert run(package_copy, COMPILE_HERE) == ["1", "0"]
     assert run(package_copy, COMPILE_HERE) == ["0", "1"]
-    edited = package_copy / "counting.py"
+    edited = package_copy / "ops/count.py"
     edited.write_text(kept[edited].replace("+ rows.alignment - 1", "+ rows.alignment - 2"))
     compile_to_bytecode(edited)
     edited.unlink()
@@ -246,7 +246,7 @@ for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_MOE_CACHE_DIR"): os.environ.pop(na
 pwd.getpwuid = absent
 from numba_moe import cli
 from numba_moe.runtime import cache, compile
-from numba_moe.counting import scan_experts
+from numba_moe.ops.count import scan_experts
 compile.compiled(scan_experts, compile.specialisations(scan_experts)[0], (9, 0))
 print(compile.statistics["compiled"], cache.folder(), *[cli.main([command]) for command in ("info", "warmup")])
 """
@@ -456,9 +456,9 @@ def test_entries_of_other_versions_are_listed(folder, monkeypatch):
 
 COMPILE = """
 import json, sys
-from numba_moe.sorting import kernels
+from numba_moe.ops.sort import count_and_place
 from numba_moe.runtime import compile
-entry = compile.compiled(kernels.scan_blocks, ("int32", "int32"), (9, 0))
+entry = compile.compiled(count_and_place.scan_blocks, ("int32", "int32"), (9, 0))
 print(json.dumps([compile.statistics, "numba" in sys.modules, len(entry.cubin)]))
 """
 
@@ -478,8 +478,8 @@ def test_a_second_process_compiles_nothing_and_never_imports_numba(folder, witho
 COMMANDS = """
 import sys
 from numba_moe import cli
-from numba_moe.runtime import compile, parameters
-compile.KERNEL_MODULES = ("counting",)
+from numba_moe.runtime import compile
+compile.KERNEL_PACKAGES = ("numba_moe.ops.count",)
 import torch
 torch.cuda.device_count = lambda: 0
 print([cli.main(arguments.split()) for arguments in sys.argv[1:]])

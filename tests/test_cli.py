@@ -12,9 +12,10 @@ import types
 import numpy as np
 import pytest
 
-from numba_moe import cli, verification
-from numba_moe.placement import command
+from numba_moe import cli
+from numba_moe.placement import simulate_command
 from numba_moe.recorder import report
+from numba_moe.verify import verification
 
 RUN = [sys.executable, "-c", "import sys; from numba_moe.cli import main; sys.exit(main(sys.argv[1:]))"]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
@@ -71,7 +72,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("path", ["gone/x", "text.txt/x", "there", "x" * 300])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, path, folder, monkeypatch, capsys):
     (folder / "there.png").mkdir()
-    for module in (verification, command, report):
+    for module in (verification, simulate_command, report):
         monkeypatch.setattr(module, "run", lambda *_: pytest.fail("it worked first"))
     assert cli.main([part.format(path) for part in OUTPUTS[name]]) == 2
     printed = capsys.readouterr()

@@ -62,11 +62,11 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
 
 def test_how_many_blocks_are_to_fit_is_said_from_hopper_on(without_simulator):
     program = """
-from numba_moe.permute import rows
+from numba_moe.ops.permute import move_rows
 from numba_moe.runtime import compile
-first, *_ = compile.specialisations(rows.combine_rows)
+first, *_ = compile.specialisations(move_rows.combine_rows)
 for capability in ((8, 0), (9, 0)):
-    code = compile.ptx(rows.combine_rows, first, capability)
+    code = compile.ptx(move_rows.combine_rows, first, capability)
     print(".maxntid 256" in code, ".minnctapersm 6" in code)
 """
     assert without_simulator(program).splitlines() == ["False False", "True True"]
@@ -74,10 +74,10 @@ for capability in ((8, 0), (9, 0)):
 
 def test_a_dtype_outside_the_signature_is_refused(without_simulator):
     program = """
-from numba_moe.sorting import kernels
+from numba_moe.ops.sort import count_and_place
 from numba_moe.runtime import compile
 try:
-    compile.specialisation_for(kernels.scan_blocks, {"block_counts": "float32"})
+    compile.specialisation_for(count_and_place.scan_blocks, {"block_counts": "float32"})
 except TypeError as error:
     print(error)
 """
@@ -88,7 +88,7 @@ except TypeError as error:
 def test_a_kernel_waits_for_the_one_ahead_before_it_does_anything_or_lets_the_next_one_start(without_simulator):
     program = """
 from numba_moe.runtime import compile
-from numba_moe.counting import scan_experts
+from numba_moe.ops.count import scan_experts
 for capability in ((8, 0), (9, 0)):
     code = compile.ptx(scan_experts, compile.specialisations(scan_experts)[0], capability)
     statements = code.split(".visible .entry ")[1].split("{", 1)[1].split(";")
@@ -104,10 +104,10 @@ for capability in ((8, 0), (9, 0)):
 def test_a_process_compiles_for_one_gpu_after_another(without_simulator):
     program = """
 from numba_moe.runtime import compile
-from numba_moe.sorting import kernels
-first, *_ = compile.specialisations(kernels.place_slots)
+from numba_moe.ops.sort import count_and_place
+first, *_ = compile.specialisations(count_and_place.place_slots)
 for capability in ((8, 0), (9, 0), (8, 0)):
-    code = compile.ptx(kernels.place_slots, first, capability)
+    code = compile.ptx(count_and_place.place_slots, first, capability)
     print("trap;" in code, "mapa.u64" in code, "barrier.cluster" in code)
 """
     lines = without_simulator(program).splitlines()
@@ -119,9 +119,9 @@ def test_reads_of_a_cluster_are_done_before_the_next_barrier_lets_others_on(with
     program = """
 import re
 from numba_moe.runtime import compile
-from numba_moe.gating import routing
-from numba_moe.sorting import kernels
-for kernel in (kernels.place_slots, routing.route_tokens):
+from numba_moe.ops.gating import choose_and_sort
+from numba_moe.ops.sort import count_and_place
+for kernel in (count_and_place.place_slots, choose_and_sort.route_tokens):
     first, *_ = compile.specialisations(kernel)
     print(*sorted(set(re.findall("barrier.cluster.[a-z.]+", compile.ptx(kernel, first, (9, 0))))))
 """
@@ -133,9 +133,9 @@ WHILE_OTHERS_COMPILE = """
 import threading
 from numba import cuda
 from numba.cuda import dispatcher
-from numba_moe.counting import scan_experts
+from numba_moe.ops.count import scan_experts
 from numba_moe.runtime import compile
-from numba_moe.sorting.kernels import scan_blocks
+from numba_moe.ops.sort.count_and_place import scan_blocks
 
 before = dispatcher.get_current_device
 seen, ended = set(), threading.Event()
@@ -179,7 +179,7 @@ def test_settings_of_numba_and_cuda_change_nothing_of_a_kernel(without_simulator
 import re, warnings
 warnings.simplefilter("error")
 from numba_moe.runtime import compile
-from numba_moe.counting import scan_experts
+from numba_moe.ops.count import scan_experts
 code = compile.ptx(scan_experts, compile.specialisations(scan_experts)[0], (9, 0))
 print(re.sub("_ZN[A-Za-z0-9_]+", "name", code))
 """
@@ -204,10 +204,10 @@ print(done.stdout, done.stderr[-500:])
 def test_numba_cuda_is_found_where_no_pth_file_says_so(without_simulator, package_copy):
     """As after `pip install --target`: Python reads no .pth files there."""
     look = """
-import numba_moe.counting
-from numba_moe.runtime import dialect
-dialect.resolve(vars(numba_moe.counting))
-print(numba_moe.counting.cuda.implementation, type(numba_moe.counting.scan_experts).__module__)
+import numba_moe.ops.count
+from numba_moe.device import dialect
+dialect.resolve(vars(numba_moe.ops.count))
+print(numba_moe.ops.count.cuda.implementation, type(numba_moe.ops.count.scan_experts).__module__)
 """
     source = str(package_copy.parent)
     assert without_simulator(WITHOUT_PTH_FILES, look, source).split() == ["NVIDIA", "numba.cuda.dispatcher"]
@@ -219,11 +219,12 @@ print(numba_moe.counting.cuda.implementation, type(numba_moe.counting.scan_exper
 def test_a_compiler_that_is_missing_is_named_with_the_ways_to_have_one(without_simulator):
     program = """
 from cuda.pathfinder import DynamicLibNotFoundError
-from numba_moe.counting import scan_experts
-from numba_moe.runtime import compile, device
+from numba_moe.ops.count import scan_experts
+from numba_moe.device import numba_compiler
+from numba_moe.runtime import compile
 def without_nvvm(*_, **__):
     raise DynamicLibNotFoundError("libnvvm.so")
-device.cuda.compile = without_nvvm
+numba_compiler.cuda.compile = without_nvvm
 try: compile.ptx(scan_experts, compile.specialisations(scan_experts)[0], (9, 0))
 except RuntimeError as error: print(error)
 """

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import reference, sorting, testing
+from numba_moe import reference
+from numba_moe.device.primitives import reciprocal_of
+from numba_moe.ops.sort import counting_sort
 from numba_moe.runtime import plans
-from numba_moe.runtime.primitives import reciprocal_of
+from numba_moe.verify import testing
 
 PATHS = {
     "clustered": {},
@@ -22,13 +24,13 @@ SLOW_PATHS = ["clustered", *(pytest.param(path, marks=pytest.mark.slow) for path
 @pytest.mark.parametrize("path", SLOW_PATHS)
 @pytest.mark.parametrize("chunk", [1024, pytest.param(16, marks=pytest.mark.slow)])
 def test_every_path(path, chunk, device, monkeypatch):
-    if device == "cuda" and chunk != sorting.kernels.CHUNK:
+    if device == "cuda" and chunk != counting_sort.count_and_place.CHUNK:
         pytest.skip("the chunk is compiled into the kernels")
     if device == "cpu":
-        monkeypatch.setattr(sorting.kernels, "CHUNK", chunk)
-        monkeypatch.setattr(sorting.kernels, "TWO_CHUNKS", 2 * chunk)
+        monkeypatch.setattr(counting_sort.count_and_place, "CHUNK", chunk)
+        monkeypatch.setattr(counting_sort.count_and_place, "TWO_CHUNKS", 2 * chunk)
     for name, value in PATHS[path].items():
-        monkeypatch.setattr(sorting, name, value)
+        monkeypatch.setattr(counting_sort, name, value)
     plans.forget()
     rng = np.random.default_rng(0)
     for tokens, experts, top_k in [(0, 5, 1), (5, 60, 3), (70, 20, 2), (300, 60, 6)]:
@@ -50,7 +52,7 @@ def test_every_path(path, chunk, device, monkeypatch):
 @pytest.mark.parametrize("path", SLOW_PATHS)
 def test_ids_and_maps_past_int32_are_no_experts(path, device, monkeypatch, request):
     for name, value in PATHS[path].items():
-        monkeypatch.setattr(sorting, name, value)
+        monkeypatch.setattr(counting_sort, name, value)
     plans.forget()
     request.addfinalizer(plans.forget)
     rng = np.random.default_rng(0)
@@ -78,14 +80,14 @@ def test_ids_and_maps_past_int32_are_no_experts(path, device, monkeypatch, reque
         assert blocks.num_tokens_post_padded.item() == sum(-(-count // 4) * 4 for count in counts.tolist())
 
 
-@pytest.mark.parametrize("most_in_cluster", [*sorting.CLUSTERS, 0])
+@pytest.mark.parametrize("most_in_cluster", [*counting_sort.CLUSTERS, 0])
 def test_grids_keep_within_what_a_block_has(most_in_cluster):
     for num_slots, num_experts in itertools.product(
         [0, 1, 1024, 1025, 2**15, 2**15 + 1, 10**6, 2**31 - 1], [1, 256, 20000]
     ):
-        grid = sorting.grid_of(num_slots, num_experts, most_in_cluster)
+        grid = counting_sort.grid_of(num_slots, num_experts, most_in_cluster)
         assert grid.blocks * grid.threads * grid.items >= num_slots
-        assert grid.threads <= sorting.kernels.MOST_THREADS
+        assert grid.threads <= counting_sort.count_and_place.MOST_THREADS
         assert grid.threads * grid.items < 2**15, "counts by warp and block are int16"
         assert grid.shared_bytes <= 64 * 1024
         assert not grid.one_cluster or grid.blocks <= most_in_cluster

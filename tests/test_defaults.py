@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import cases, placement, recorder, tiny, verification
+from numba_moe import placement, recorder, tiny
+from numba_moe.device import simulator
 from numba_moe.interop import sglang, vllm
 from numba_moe.placement import ExpertDispatch, ExpertLocation
-from numba_moe.runtime import simulator
+from numba_moe.verify import cases, verification
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 # A device that is wrong for everyone, and dtypes that are wrong for most.

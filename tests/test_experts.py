@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import experts, testing
-from numba_moe.runtime import plans, simulator
+from numba_moe.device import simulator
+from numba_moe.ops import experts
+from numba_moe.runtime import plans
+from numba_moe.verify import testing
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 DEVICE = "cuda" if ON_GPU else "cpu"

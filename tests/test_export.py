@@ -18,7 +18,7 @@ EXPORT = """
 import json, sys
 from numba_moe import cli
 from numba_moe.runtime import compile
-compile.KERNEL_MODULES = tuple(sys.argv[1].split(","))
+compile.KERNEL_PACKAGES = tuple(f"numba_moe.{name}" for name in sys.argv[1].split(","))
 every = compile.specialisations
 def few(kernel):
     constants = lambda specialisation: [choice for choice in specialisation if isinstance(choice, int)]
@@ -38,7 +38,7 @@ def exported(tmp_path_factory, without_simulator):
     (folder / "manifest.json").write_text("of an earlier export")
     printed = without_simulator(
         EXPORT,
-        "counting,sorting.kernels,gating.registers,gating.memory,permute.rows",
+        "ops.count,ops.sort.count_and_place,ops.gating.warp_per_token,ops.gating.long_rows,ops.permute.move_rows",
         "export",
         "--arch",
         "sm_80,sm_90,sm_80",

@@ -186,15 +186,15 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit is an error then, as on a full disk
 import numpy as np
 from numba_moe.placement import ExpertLocation
-from numba_moe.recorder import files
+from numba_moe.recorder import dump_files
 folder, found = sys.argv[1], []
 counts = np.random.default_rng(0).integers(0, 2**62, (1, 64, 256)) >> 20
 maps, none = np.tile(np.arange(256), (1, 64, 1)), np.zeros(1, int)
-dump = files.Dump("stat", 0, 256, 1, none, ["primary"], none, maps)
+dump = dump_files.Dump("stat", 0, 256, 1, none, ["primary"], none, maps)
 dump = dump.with_counts(counts)
 location = ExpertLocation.from_mapping([np.random.default_rng(i).permutation(4096) for i in range(8)])
 resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
-for whole, formats in ((dump, files.FORMATS), (location, ("json", "npz", "pt"))):
+for whole, formats in ((dump, dump_files.FORMATS), (location, ("json", "npz", "pt"))):
     for format in formats:
         try:
             whole.save(f"{folder}/{format}.{format}")

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from numba_moe import cli, recorder
-from numba_moe.cases import load_routing
 from numba_moe.placement import ExpertLocation
 from numba_moe.placement.traces import load_trace
 from numba_moe.runtime import formats
+from numba_moe.runtime.formats import load_routing
 
 REFUSED = r"must be|holds no"
 MANY = ["json", "npz", "safetensors", "pt"]  # that hold arrays by name

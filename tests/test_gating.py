@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import cases, reference, testing, verification
-from numba_moe.gating import lane_table, lanes
-from numba_moe.gating import plans as gating_plans
+from numba_moe import reference
+from numba_moe.device import simulator
 from numba_moe.interop import into
+from numba_moe.ops.gating import lane_table, lanes, which_kernel
 from numba_moe.recorder import ExpertDistributionRecorder
-from numba_moe.runtime import arrays, checks, simulator
+from numba_moe.runtime import arrays, checks
+from numba_moe.verify import cases, testing, verification
 
 CASES = [case for case in cases.edge_cases() if case.op in testing.GATING]
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
@@ -21,9 +22,11 @@ MANY = 32 if simulator.ENABLED else 5000
 FEW = 4 if simulator.ENABLED else 5000
 
 
-@pytest.fixture(params=[pytest.param(k, marks=pytest.mark.slow) if k == "memory" else k for k in gating_plans.KERNELS])
+@pytest.fixture(
+    params=[pytest.param(k, marks=pytest.mark.slow) if k == "long_rows" else k for k in which_kernel.KERNELS]
+)
 def kernel(request):
-    with gating_plans.preferring(request.param):
+    with which_kernel.preferring(request.param):
         yield request.param
 
 
@@ -46,7 +49,9 @@ def assert_as_reference(op, *args, **kwargs):
 
 
 # Of these cases verification runs in the simulator what their sizes ask for: by warps, and long rows from memory.
-@pytest.mark.parametrize("kernel", ["lanes", "octets", pytest.param("memory", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    "kernel", ["lanes", "eight_lanes", pytest.param("long_rows", marks=pytest.mark.gpu)], indirect=True
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
 def test_the_kernels_for_more_equal_the_reference(case, kernel):
     outcome = verification.run_case(case, seed=1, device="cuda" if ON_GPU else "cpu")
@@ -93,7 +98,7 @@ def test_any_number_of_lanes_serves_a_token(number, biased):
         logits[2] = np.where(logits[2] > 1, logits[2], -np.inf)
         logits[3, experts // 2] = np.nan
         bias = rng.standard_normal(experts).astype(np.float32) if biased else None
-        with gating_plans.preferring("lanes", (number, 8)):
+        with which_kernel.preferring("lanes", (number, 8)):
             assert_as_reference("topk_softmax", logits, 1, True, bias)
             assert_as_reference("topk_softmax", logits, min(number, 6), False, bias)
             assert_as_reference("topk_sigmoid", logits, number, True, bias)
@@ -108,7 +113,7 @@ def test_every_call_has_lanes_that_can_hold_it():
         assert all(0 < warps <= lanes.MOST_WARPS_IN_BLOCK for *_, warps in lines)
     for experts, top_k, needs in itertools.product((1, 3, 8, 60, 384, 1024, 1025, 5000), (1, 2, 6, 32, 33), (0, 1, 2)):
         for tokens in (1, 3000, 10**9):
-            number, _ = gating_plans.lanes_for(tokens, experts, top_k, needs)
+            number, _ = which_kernel.lanes_for(tokens, experts, top_k, needs)
             assert number in (0, 1, 2, 4, 8, 16, 32)
             assert number == 0 or (top_k <= number and experts <= 32 * number)
 
@@ -116,16 +121,16 @@ def test_every_call_has_lanes_that_can_hold_it():
 def test_lanes_are_those_of_the_nearest_measurement(monkeypatch):
     measured = {(8, 1, 0): ((100, 1, 8), (checks.LARGEST_INT32, 0, 4)), (128, 4, 2): ((checks.LARGEST_INT32, 16, 4),)}
     monkeypatch.setattr(lane_table, "LANES", measured)
-    gating_plans.lanes_by_tokens.cache_clear()
+    which_kernel.lanes_by_tokens.cache_clear()
     try:
-        assert gating_plans.lanes_for(100, 16, 1, gating_plans.LOGITS) == (1, 8)
-        assert gating_plans.lanes_for(101, 16, 1, gating_plans.LOGITS) == (0, 4)
-        assert gating_plans.lanes_for(1, 16, 2, gating_plans.LOGITS) == (2, 8)  # a lane for each pick
-        assert gating_plans.lanes_for(1, 100, 2, gating_plans.BIASED) == (16, 4)
-        assert gating_plans.lanes_for(1, 1000, 2, gating_plans.BIASED) == (32, 4)
-        assert gating_plans.lanes_for(1, 32, 2, gating_plans.SOFTMAX) == (16, 4)  # measured with more picks, not fewer
+        assert which_kernel.lanes_for(100, 16, 1, which_kernel.LOGITS) == (1, 8)
+        assert which_kernel.lanes_for(101, 16, 1, which_kernel.LOGITS) == (0, 4)
+        assert which_kernel.lanes_for(1, 16, 2, which_kernel.LOGITS) == (2, 8)  # a lane for each pick
+        assert which_kernel.lanes_for(1, 100, 2, which_kernel.BIASED) == (16, 4)
+        assert which_kernel.lanes_for(1, 1000, 2, which_kernel.BIASED) == (32, 4)
+        assert which_kernel.lanes_for(1, 32, 2, which_kernel.SOFTMAX) == (16, 4)  # measured with more picks, not fewer
     finally:
-        gating_plans.lanes_by_tokens.cache_clear()
+        which_kernel.lanes_by_tokens.cache_clear()
 
 
 @pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import reference, testing
-from numba_moe.runtime import simulator
+from numba_moe import reference
+from numba_moe.device import simulator
+from numba_moe.verify import testing
 
 SCORING = tuple(reference.gating.SCORING)
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED

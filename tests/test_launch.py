@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import reference, testing
+from numba_moe import reference
+from numba_moe.verify import testing
 
 # A driver that notes what it is given: the grid's stream, the device and context at the time, the first two addresses.
 FAKE_DRIVER = """
 import contextlib, ctypes, threading, types
 import torch
-from numba_moe.counting import Counts, Offsets, scan_experts
+from numba_moe.ops.count import Counts, Offsets, scan_experts
 from numba_moe.runtime import launch
 
 noted, loads, answers = [], [], []
@@ -233,7 +234,7 @@ def test_payload_past_int32_elements():
 def test_kernels_launch_by_hand_on_numba_arrays():
     from numba import cuda
 
-    from numba_moe.counting import Counts, Offsets, scan_experts
+    from numba_moe.ops.count import Counts, Offsets, scan_experts
 
     counts = cuda.to_device(np.array([3, 0, 5], np.int32))
     offset = cuda.device_array(4, np.int64)
@@ -245,8 +246,8 @@ FIRST_CALLS = """
 import sys
 import numpy as np
 import torch
-from numba_moe import testing, verification
-from numba_moe.cases import edge_cases
+from numba_moe.verify import testing, verification
+from numba_moe.verify.cases import edge_cases
 from numba_moe.runtime import compile
 
 cases = {}

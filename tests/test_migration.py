@@ -15,13 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from numba_moe.placement import (
-    CorruptedWeightsError,
-    ExpertLocation,
-    migrate,
-    migrate_in_chunks,
-    plan_migration,
-)
+from numba_moe.placement import CorruptedWeightsError, ExpertLocation, migrate, migrate_in_chunks, plan_migration
 from numba_moe.placement.migration import checksum, copies_of
 
 PAIRS = {2: 500, 4: 500}

@@ -63,8 +63,8 @@ def test_compiled_kernels_are_logged(without_simulator, tmp_path):
     program = (
         "import os, sys; os.environ['NUMBA_MOE_CACHE_DIR'] = sys.argv[1]\n"
         "import logging; logging.basicConfig(stream=sys.stdout); import numba_moe; numba_moe.set_log_level('DEBUG')\n"
-        "from numba_moe import counting; from numba_moe.runtime import compile\n"
-        "for _ in range(2): compile.compiled(counting.scan_experts, ('int32', 'int64'), (9, 0))\n"
+        "from numba_moe.ops import count; from numba_moe.runtime import compile\n"
+        "for _ in range(2): compile.compiled(count.scan_experts, ('int32', 'int64'), (9, 0))\n"
     )
     compiled, read = without_simulator(program, str(tmp_path)).splitlines()
     assert compiled.startswith("DEBUG:numba_moe.runtime.compile:Compiled scan_experts('int32', 'int64') for sm_90 in ")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from numba_moe import cases, testing
-from numba_moe.runtime import arrays, simulator
-from numba_moe.verification import OPS
+from numba_moe.device import simulator
+from numba_moe.runtime import arrays
+from numba_moe.verify import cases, testing
+from numba_moe.verify.verification import OPS
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 DEVICE = "cuda" if ON_GPU else "cpu"

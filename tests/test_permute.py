@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import reference, testing
+from numba_moe import reference
+from numba_moe.device import simulator
 from numba_moe.interop import into
-from numba_moe.permute.rows import WORDS, plan_gather
-from numba_moe.runtime import arrays, plans, simulator
+from numba_moe.ops.permute.move_rows import WORDS, plan_gather
+from numba_moe.runtime import arrays, plans
+from numba_moe.verify import testing
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 DTYPES = ("float32", "float16", "bfloat16")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import numba_moe
-from numba_moe import random_cases, reference, verification
-from numba_moe.random_cases import DRAWS, IN_SIMULATOR, ON_GPU
+from numba_moe import reference
+from numba_moe.verify import random_cases, verification
+from numba_moe.verify.random_cases import DRAWS, IN_SIMULATOR, ON_GPU
 
 
 def run(*arguments):

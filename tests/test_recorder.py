@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from numba_moe import reference
+from numba_moe.device import simulator
 from numba_moe.placement import ExpertLocation
 from numba_moe.recorder import (
     ExpertDistributionRecorder,
@@ -20,7 +21,6 @@ from numba_moe.recorder import (
     traffic_matrix,
     utilization,
 )
-from numba_moe.runtime import simulator
 
 LAYERS, EXPERTS = 3, 5
 MAP = np.array([[0, 1, 2, 3, 4, 0]] * LAYERS)

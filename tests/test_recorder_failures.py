@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import numba_moe
-from numba_moe.recorder import ExpertDistributionRecorder, files, load
+from numba_moe.recorder import ExpertDistributionRecorder, dump_files, load
 
 PACKAGE = str(Path(numba_moe.__file__).parent)
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
@@ -248,8 +248,8 @@ class Writer:
 
     def __init__(self, monkeypatch, error=None):
         self.begun, self.go_on, self._error = threading.Event(), threading.Event(), error
-        self._write = files._WRITERS[".npz"]
-        monkeypatch.setitem(files._WRITERS, ".npz", self)
+        self._write = dump_files._WRITERS[".npz"]
+        monkeypatch.setitem(dump_files._WRITERS, ".npz", self)
 
     def __call__(self, file, dump):
         self.begun.set()
@@ -369,9 +369,9 @@ def test_a_reset_while_a_dump_is_written_is_of_everything(fails, tmp_path, monke
 def test_json_is_written_in_parts_that_are_the_whole(tmp_path):
     """While one call makes the text of a large array, no other thread can run Python."""
     for array in (np.arange(70_000).reshape(7, 100, 100), np.zeros((0, 2, 3)), np.arange(70_000.0).reshape(70_000, 1)):
-        parts = list(files._json_of(array))
+        parts = list(dump_files._json_of(array))
         assert "".join(parts) == json.dumps(array.tolist())
-        assert max(part.count(",") for part in parts) < files.NUMBERS_AT_ONCE
+        assert max(part.count(",") for part in parts) < dump_files.NUMBERS_AT_ONCE
     recorder = make("per_pass")
     run_pass(recorder, 0)
     assert counts_of_passes(load(recorder.dump_record(format="json", directory=tmp_path))) == {

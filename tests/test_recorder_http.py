@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from numba_moe.recorder import ExpertDistributionRecorder, load
-from numba_moe.recorder.files import FORMATS
+from numba_moe.recorder.dump_files import FORMATS
 from numba_moe.recorder.http import make_app
 
 pytest.importorskip("starlette")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from numba_moe import cli
-from numba_moe.recorder import ExpertDistributionRecorder, files
+from numba_moe.recorder import ExpertDistributionRecorder, dump_files
 
 
 @pytest.fixture
@@ -46,9 +46,9 @@ def test_the_page_is_whole(dump, capsys):
 
 
 def test_traffic_is_drawn_where_ranks_are_known(dump, tmp_path):
-    found = files.load(dump)
+    found = dump_files.load(dump)
     sources = np.stack([found.logical_count[0], found.logical_count[1]])
-    files.dataclasses.replace(found, num_gpus=2, rank_physical_count=sources).save(tmp_path / "two.npz")
+    dump_files.dataclasses.replace(found, num_gpus=2, rank_physical_count=sources).save(tmp_path / "two.npz")
     out = tmp_path / "report.html"
     assert cli.main(["report", str(tmp_path / "two.npz"), "--out", str(out)]) == 0
     assert "Choices from rank to rank" in out.read_text()

@@ -1,7 +1,6 @@
 """What kernels take: few parameters and records of few fields, each with a name of its own, and each is read."""
 
 import ast
-import importlib
 import inspect
 import textwrap
 from typing import NamedTuple, get_type_hints
@@ -9,11 +8,11 @@ from typing import NamedTuple, get_type_hints
 import pytest
 import torch
 
+from numba_moe.device.dialect import cuda
+from numba_moe.device.primitives import present
+from numba_moe.device.types import Ids, Int32, Int32Array, OptionalInt32Array
 from numba_moe.runtime import compile
-from numba_moe.runtime.dialect import cuda
 from numba_moe.runtime.launch import Launch
-from numba_moe.runtime.parameters import Ids, Int32, Int32Array, OptionalInt32Array
-from numba_moe.runtime.primitives import present
 
 MOST = 12
 
@@ -27,8 +26,7 @@ def is_kernel(node):
 
 
 def every_kernel():
-    for name in compile.KERNEL_MODULES:
-        module = importlib.import_module(f"numba_moe.{name}")
+    for module in compile.kernel_modules():
         for node in ast.parse(inspect.getsource(module)).body:
             if is_kernel(node):
                 yield getattr(module, node.name)

@@ -8,7 +8,7 @@ import torch
 
 from numba_moe.cli import main
 from numba_moe.placement import ExpertLocation, balancedness, plan_migration, rank_loads, simulate
-from numba_moe.placement.command import over_time, verdict
+from numba_moe.placement.simulate_command import over_time, verdict
 from numba_moe.placement.simulation import count_moves, replay, steps_to_pay
 from numba_moe.placement.traces import load_trace
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from numba import cuda
 
-from numba_moe.runtime import simulator
-from numba_moe.runtime.dialect import int64
-from numba_moe.runtime.primitives import block_sums, choice_key, chosen_index, warp_inclusive_sum, warp_sum
+from numba_moe.device import simulator
+from numba_moe.device.dialect import int64
+from numba_moe.device.primitives import block_sums, choice_key, chosen_index, warp_inclusive_sum, warp_sum
 
 pytestmark = pytest.mark.skipif(not simulator.ENABLED, reason="needs Numba's CUDA simulator")
 ALL = 0xFFFFFFFF

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import testing
+from numba_moe.verify import testing
 
 pytestmark = pytest.mark.gpu
 

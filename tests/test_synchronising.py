@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import numba_moe as moe
-from numba_moe import placement, testing
-from numba_moe.cases import edge_cases
+from numba_moe import placement
 from numba_moe.recorder import ExpertDistributionRecorder, add_expert_counts
-from numba_moe.verification import OPS, PAYLOADS
+from numba_moe.verify import testing
+from numba_moe.verify.cases import edge_cases
+from numba_moe.verify.verification import OPS, PAYLOADS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from numba_moe import reference, testing
+from numba_moe import reference
 from numba_moe.runtime import arrays
+from numba_moe.verify import testing
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from numba_moe import cases, tiny
+from numba_moe import tiny
+from numba_moe.verify import cases
 
 SMALL = tiny.Settings(layers=2, hidden=16, heads=2, experts=6, top_k=2, width=16, length=24, batch=2, steps=3)
 

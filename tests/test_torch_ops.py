@@ -8,12 +8,13 @@ from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import numba_moe as moe
-from numba_moe import reference, sizes, testing, verification
+from numba_moe import reference, sizes
 from numba_moe.interop import torch_ops as torch_ops  # which registers all
 from numba_moe.placement import dispatch_ids
 from numba_moe.recorder import add_expert_counts
 from numba_moe.runtime import arrays, torch_library
 from numba_moe.runtime.declaration import DECLARATIONS
+from numba_moe.verify import testing, verification
 
 pytestmark = pytest.mark.filterwarnings(  # of torch's compiler about torch
     "ignore:.torch.jit.script:DeprecationWarning",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from numba_moe.runtime import simulator, torch_private
+from numba_moe.device import simulator
+from numba_moe.runtime import torch_private
 
 ROOT = Path(__file__).parents[1]
 NAMES = (

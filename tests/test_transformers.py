@@ -17,9 +17,9 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.activations import ACT2FN  # noqa: E402
 
-from numba_moe import testing  # noqa: E402
+from numba_moe.device import simulator  # noqa: E402
 from numba_moe.interop import transformers as interop  # noqa: E402
-from numba_moe.runtime import simulator  # noqa: E402
+from numba_moe.verify import testing  # noqa: E402
 
 interop.register()
 

@@ -12,10 +12,12 @@ import torch
 from numba import cuda
 
 import numba_moe
-from numba_moe import cases, cli, placement, recorder, reference, testing, verification
-from numba_moe.gating import plans as gating_plans
-from numba_moe.placement import dispatch
-from numba_moe.runtime import plans, simulator
+from numba_moe import cli, placement, recorder, reference
+from numba_moe.device import simulator
+from numba_moe.ops import dispatch
+from numba_moe.ops.gating import which_kernel
+from numba_moe.runtime import formats, plans
+from numba_moe.verify import cases, testing, verification
 
 ON_GPU = torch.cuda.is_available()
 LEVEL = "quick" if ON_GPU else "simulator"
@@ -57,109 +59,114 @@ def broken(home, kernel, function, old, new):
 
 FAULTS = {
     "no-op": (
-        "sorting.kernels",
+        "ops.sort.count_and_place",
         "write_places",
         "sorted_slots[position] = slot",
         "sorted_slots[position] = slots.num_slots",
     ),
     "off by one": (
-        "sorting.kernels",
+        "ops.sort.count_and_place",
         "write_places",
         "position = int32(tables.places",
         "position = int32(1 + tables.places",
     ),
     "swapped pair": (
-        "sorting.kernels",
+        "ops.sort.count_and_place",
         "write_places",
         "sorted_slots[position] = slot",
         "sorted_slots[position] = slot ^ 1",
     ),
-    "unstable order": ("sorting.kernels", "place_slots", "items + cuda.laneid)", "items + 31 - cuda.laneid)"),
+    "unstable order": ("ops.sort.count_and_place", "place_slots", "items + cuda.laneid)", "items + 31 - cuda.laneid)"),
     "unwritten tail": (
-        "sorting.kernels",
+        "ops.sort.count_and_place",
         "place_slots",
         "placed.num_words, placed.num_positions, slots.num_slots",
         "0, slots.num_slots, slots.num_slots",
     ),
-    "wrong block name": ("sorting.kernels", "place_slots", "gemm.inactive_expert_id, int32(", "0, int32("),
-    "other blocks forgotten": ("sorting.kernels", "start_of_experts", "int32(begin + before)", "begin"),
+    "wrong block name": ("ops.sort.count_and_place", "place_slots", "gemm.inactive_expert_id, int32(", "0, int32("),
+    "other blocks forgotten": ("ops.sort.count_and_place", "start_of_experts", "int32(begin + before)", "begin"),
     "another expert": (
-        "gating.registers",
+        "ops.gating.warp_per_token",
         "choose_for_token",
         "write_pick(expert, logit,",
         "write_pick(rows.num_experts - 1 - expert, logit,",
     ),
     "not renormalised": (
-        "gating.registers",
+        "ops.gating.warp_per_token",
         "choose_for_token",
         "scale_of(score_sum,",
         "scale_of(float32(0.0),",
     ),
-    "picked twice": ("gating.lanes", "choose_by_turns", "struck = own if expert == winner else", "struck ="),
-    "a slot left out": ("gating.lanes", "place_of", "int32(place + 1)", "int32(place + 2)"),
+    "picked twice": ("ops.gating.lanes", "choose_by_turns", "struck = own if expert == winner else", "struck ="),
+    "a slot left out": ("ops.gating.lanes", "place_of", "int32(place + 1)", "int32(place + 2)"),
     "weight of another lane": (
-        "gating.lanes",
+        "ops.gating.lanes",
         "choose_by_lanes",
         "chosen.topk_weights[slot]",
         "chosen.topk_weights[slot ^ 1]",
     ),
-    "row off by one": ("permute.rows", "gather_rows", "source + min(", "source + min(1 + "),
-    "last slot not moved": ("permute.rows", "gather_rows", "in range(slots)", "in range(slots - 1)"),
-    "padding not zeroed": ("permute.rows", "gather_rows", "if holes != 0:", "if holes > 0xFFFFFFFF:"),
-    "padding named": ("permute.rows", "gather_rows", "if not unused:", "if True:"),
+    "row off by one": ("ops.permute.move_rows", "gather_rows", "source + min(", "source + min(1 + "),
+    "last slot not moved": ("ops.permute.move_rows", "gather_rows", "in range(slots)", "in range(slots - 1)"),
+    "padding not zeroed": ("ops.permute.move_rows", "gather_rows", "if holes != 0:", "if holes > 0xFFFFFFFF:"),
+    "padding named": ("ops.permute.move_rows", "gather_rows", "if not unused:", "if True:"),
     "last slot left out": (
-        "permute.rows",
+        "ops.permute.move_rows",
         "combine_rows",
         "if first + lane < slots.top_k:",
         "if first + lane < slots.top_k - 1:",
     ),
-    "weights of another slot": ("permute.rows", "combine_rows", "(ALL_LANES, weight, k", "(ALL_LANES, weight, 1 ^ k"),
-    "more rows than a batch has": ("permute.layouts", "lay_out_rows", "min(count, rows)", "count"),
-    "one row too many": ("batched", "fill_batches", "position < filled[index]", "position <= filled[index]"),
+    "weights of another slot": (
+        "ops.permute.move_rows",
+        "combine_rows",
+        "(ALL_LANES, weight, k",
+        "(ALL_LANES, weight, 1 ^ k",
+    ),
+    "more rows than a batch has": ("ops.permute.layouts", "lay_out_rows", "min(count, rows)", "count"),
+    "one row too many": ("ops.align_batches", "fill_batches", "position < filled[index]", "position <= filled[index]"),
     "another adapter": (
-        "lora",
+        "ops.align_adapters",
         "pair_slots",
         "adapter * slots.num_experts",
         "(adapters.max_loras - 1 - adapter) * slots.num_experts",
     ),
-    "rows not padded": ("lora", "spread_adapters", "if used else grouped.num_slots", "if used else 0"),
-    "blocks counted on": ("ragged", "schedule_blocks", "(block << schedule.shift)", "(position << schedule.shift)"),
-    "another place": ("placement.dispatch", "map_ids", "slots.out[slot] = physical", "slots.out[slot] = physical ^ 1"),
+    "rows not padded": ("ops.align_adapters", "spread_adapters", "if used else grouped.num_slots", "if used else 0"),
+    "blocks counted on": ("ops.ragged", "schedule_blocks", "(block << schedule.shift)", "(position << schedule.shift)"),
+    "another place": ("ops.dispatch", "map_ids", "slots.out[slot] = physical", "slots.out[slot] = physical ^ 1"),
     "counted twice": (
-        "placement.dispatch",
+        "ops.dispatch",
         "map_ids",
         "add_to_global(counted.counts, physical, 1)",
         "add_to_global(counted.counts, physical, 2)",
     ),
-    "no counts of a block": ("placement.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
+    "no counts of a block": ("ops.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
     "padding recorded": (
-        "recorder.counting",
+        "ops.record",
         "count_ids",
         "real_rows(switch, routed)",
         "int64(routed.num_rows)",
     ),
     "recorded twice": (
-        "recorder.counting",
+        "ops.record",
         "count_ids",
         "atomic_add(in_block, expert, 1)",
         "atomic_add(in_block, expert, 2)",
     ),
     "recorded when off": (
-        "recorder.counting",
+        "ops.record",
         "count_ids",
         "if is_off(switch.enabled):",
         "if not is_off(switch.enabled):",
     ),
     "bias of another expert": (
-        "activation.rows",
+        "ops.activation.activate_rows",
         "activate_rows",
         "rule, row, column",
         "rule, row * 0, column",
     ),
-    "no shift": ("activation.rows", "activate_rows", "(y + rule.shift)", "y"),
-    "unused rows left": ("activation.rows", "activate_rows", "store_run(", "if used: store_run("),
+    "no shift": ("ops.activation.activate_rows", "activate_rows", "(y + rule.shift)", "y"),
+    "unused rows left": ("ops.activation.activate_rows", "activate_rows", "store_run(", "if used: store_run("),
     "padding miscounted": (
-        "sorting.kernels",
+        "ops.sort.count_and_place",
         "start_of_experts",
         "total + padding.block_size - 1",
         "total + padding.block_size",
@@ -173,18 +180,18 @@ KERNEL_OF = {
     "write_places": "place_slots",
 }
 OPS_OF = {
-    "activation.rows": ["moe_activation", "fused_experts"],
-    "align": ["moe_align_block_size"],
-    "batched": ["batched_moe_align_block_size"],
-    "sorting.kernels": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
-    "gating.lanes": ["topk_softmax"],
-    "gating.registers": ["topk_softmax"],
-    "lora": ["moe_lora_align_block_size"],
-    "ragged": ["make_ragged_metadata"],
-    "permute.layouts": ["moe_permute_masked"],
-    "permute.rows": ["moe_permute", "moe_unpermute"],
-    "placement.dispatch": ["dispatch_ids"],
-    "recorder.counting": ["add_expert_counts"],
+    "ops.activation.activate_rows": ["moe_activation", "fused_experts"],
+    "ops.align": ["moe_align_block_size"],
+    "ops.align_batches": ["batched_moe_align_block_size"],
+    "ops.sort.count_and_place": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
+    "ops.gating.lanes": ["topk_softmax"],
+    "ops.gating.warp_per_token": ["topk_softmax"],
+    "ops.align_adapters": ["moe_lora_align_block_size"],
+    "ops.ragged": ["make_ragged_metadata"],
+    "ops.permute.layouts": ["moe_permute_masked"],
+    "ops.permute.move_rows": ["moe_permute", "moe_unpermute"],
+    "ops.dispatch": ["dispatch_ids"],
+    "ops.record": ["add_expert_counts"],
 }
 
 
@@ -214,8 +221,8 @@ def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
         and c.name.split()[0] in ("Mixtral-8x7B", "OLMoE", "several", "-1", "skipped", "swiglu_oai")
     ]
     assert chosen
-    if module.startswith("gating."):
-        monkeypatch.setattr(gating_plans, "_preferred", module.removeprefix("gating."))
+    if module.startswith("ops.gating."):
+        monkeypatch.setattr(which_kernel, "_preferred", module.removeprefix("ops.gating."))
     outcomes = (verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in chosen)
     failed = next((outcome for outcome in outcomes if not outcome.passed), None)
     assert failed, fault
@@ -438,9 +445,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
 def test_a_file_without_routing_is_refused(tmp_path):
     np.save(tmp_path / "text.npy", np.array(["a"]))
     with pytest.raises(ValueError, match="holds no topk_ids"):
-        cases.load_routing(tmp_path / "text.npy")
+        formats.load_routing(tmp_path / "text.npy")
     with pytest.raises(ValueError, match=r"must be a \.npy"):
-        cases.load_routing(tmp_path / "routing.csv")
+        formats.load_routing(tmp_path / "routing.csv")
 
 
 def test_reference_and_public_names_agree():

@@ -9,7 +9,7 @@ import torch
 import numba_moe as moe
 from numba_moe import placement, recorder
 from numba_moe.interop import sglang, sglang_kernels, sglang_srt, vllm, vllm_ops
-from numba_moe.verification import OPS
+from numba_moe.verify.verification import OPS
 
 IDS = torch.tensor([[0, 1], [1, 2], [3, 0]], dtype=torch.int32)
 LOGITS = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))

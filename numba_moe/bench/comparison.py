@@ -16,11 +16,11 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from numba_moe import random_cases, testing
 from numba_moe.bench import contenders
 from numba_moe.interop import sglang, vllm_ops
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 from numba_moe.reference.gating import TopK
+from numba_moe.verify import random_cases, testing
 
 RUBBISH = -77
 CASES = 2000

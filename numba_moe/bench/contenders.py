@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from numba_moe import align_sizes, reference, testing
-from numba_moe.cases import trained_routing
-from numba_moe.cases.draws import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
+from numba_moe import align_sizes, reference
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 from numba_moe.runtime import files
+from numba_moe.verify import testing
+from numba_moe.verify.cases import trained_routing
+from numba_moe.verify.cases.draws import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
 
 OURS = "numba_moe"
 # peer -> the torch.ops namespace of its ops, and the module whose import registers them

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 import numba_moe
-from numba_moe import reference, testing, verification
+from numba_moe import reference
 from numba_moe.bench.contenders import OPS, OURS, Contender, is_registered
-from numba_moe.cases import Case
+from numba_moe.verify import testing, verification
+from numba_moe.verify.cases import Case
 
 CALLS = 50  # in a captured graph and in a batch of eager calls: too few to fill the launch queue
 ENOUGH_US = 5000  # of device time for a graph or a batch: of calls that take long there are fewer

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from numba_moe.gating import selection
-from numba_moe.permute import permutation
+from numba_moe.ops.gating import select
+from numba_moe.ops.permute import permutation
 from numba_moe.reference.gating import TopK
 from numba_moe.reference.permute import PermutedTokens
 
@@ -89,8 +89,8 @@ def select_experts(
     direct = topk_weights.dtype == torch.float32 and topk_ids.dtype in ID_DTYPES
     if direct and takes(outs, (gating_output, correction_bias)):
         indices = "int64" if topk_ids.dtype == torch.int64 else "int32"
-        selection.select_experts(gating_output, top_k, **given, indices_dtype=indices, out=TopK(*outs))
+        select.select_experts(gating_output, top_k, **given, indices_dtype=indices, out=TopK(*outs))
         return
-    found = selection.select_experts(gating_output, top_k, **given)
+    found = select.select_experts(gating_output, top_k, **given)
     topk_weights.copy_(found.topk_weights)
     topk_ids.copy_(found.topk_ids)

@@ -20,7 +20,7 @@ import numba_moe
 from numba_moe import recorder
 from numba_moe.interop import into
 from numba_moe.interop.composed import float32_bias, packed_ids
-from numba_moe.placement.dispatch import dispatch_ids
+from numba_moe.ops.dispatch import dispatch_ids
 from numba_moe.recorder.hooks import Setting
 from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.runtime import checks, workspace

@@ -3,13 +3,10 @@
 A public function registers its op by itself where torch compiles, exports or traces. See `runtime.torch_library`.
 """
 
-import importlib
+import collections
 
+from numba_moe import lazy
 from numba_moe.runtime import torch_library
 
-for _module in (
-    *("activation.activate", "align", "batched", "counting", "experts", "gating.choose", "gating.selection", "lora"),
-    *("permute.layouts", "permute.permutation", "placement.dispatch", "ragged", "recorder.counting", "routing"),
-):
-    importlib.import_module(f"numba_moe.{_module}")
+collections.deque(lazy.modules_of("numba_moe.ops"), maxlen=0)  # each op declares itself when its module is imported
 torch_library.register()

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from numba_moe.activation.activate import moe_activation
-from numba_moe.experts import fused_experts, multiply
-from numba_moe.permute.permutation import moe_permute, moe_unpermute
+from numba_moe.ops.activation.activate import moe_activation
+from numba_moe.ops.experts import fused_experts, multiply
+from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.reference.activation import RULES
 
 NAME = "numba_moe"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.gating.selection import select_experts
+from numba_moe.ops.gating.select import select_experts
 
 # How near weights must be to the router's own.
 SAME = 1e-5

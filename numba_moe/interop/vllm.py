@@ -21,7 +21,7 @@ from numba_moe.interop import into, vllm_ops
 from numba_moe.interop.composed import float32_bias, weighted_sum
 from numba_moe.interop.patching import Patch
 from numba_moe.interop.vllm_ops import scored_by_sigmoid, signed_ids
-from numba_moe.placement.dispatch import dispatch_ids
+from numba_moe.ops.dispatch import dispatch_ids
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
 

@@ -88,11 +88,9 @@ def load_trace(
 
 
 def _layers_of(path: Path) -> np.ndarray:
-    from numba_moe.cases import load_routing
-
     if path.suffix == ".json":
         raise ValueError(f"`path` must be a file with logical_count or topk_ids, got {path.name}")
-    layers = {name: ids for name, ids in load_routing(path).items() if ids.dtype.kind in "iu" and ids.ndim == 2}
+    layers = {name: ids for name, ids in formats.load_routing(path).items() if ids.dtype.kind in "iu" and ids.ndim == 2}
     shapes = {ids.shape for ids in layers.values()}
     rule = "a file with logical_count, topk_ids, or an array [tokens, top_k] of integers for each layer, all of a shape"
     checks.holds("path", rule, len(shapes) == 1, f"{path.name} with shapes {sorted(shapes)}")

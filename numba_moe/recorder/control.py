@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from numba_moe.recorder import metrics, sums
-from numba_moe.recorder.files import FORMATS, Dump
+from numba_moe.recorder.dump_files import FORMATS, Dump, over_ranks
 from numba_moe.recorder.hooks import HERE, MODES, PRIMARY, Hooks, setting
 from numba_moe.recorder.passes import OpenPass, Record, Spill, Tokens, copied, gathered
 from numba_moe.runtime import checks
@@ -298,7 +298,7 @@ class ExpertDistributionRecorder(Hooks):
         counts = self._counts_of(records)
         if self.mode == "per_pass" or self.process_group is None:
             return dump.with_counts(counts.cpu().numpy())
-        return sums.over_ranks(dump, counts, self.process_group)
+        return over_ranks(dump, counts, self.process_group)
 
     def _counts_of(self, records: Sequence[Record]) -> torch.Tensor:
         """Return counts on the device, [N, L, P]."""

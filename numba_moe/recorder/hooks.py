@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
+from numba_moe.ops.record import add_expert_counts, plan_add, plan_count
 from numba_moe.recorder import sums
-from numba_moe.recorder.counting import add_expert_counts, plan_add, plan_count
 from numba_moe.recorder.passes import OpenPass, Record, Spill, TokenStream, to_device
 from numba_moe.runtime import arrays, checks, torch_private
 from numba_moe.runtime.plans import layout

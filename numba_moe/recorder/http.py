@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numba_moe.recorder.files import FORMATS
+from numba_moe.recorder.dump_files import FORMATS
 from numba_moe.runtime import checks
 
 if TYPE_CHECKING:

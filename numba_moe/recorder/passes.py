@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from numba_moe.recorder.counting import plan_store
+from numba_moe.ops.record import plan_store
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.plans import layout
 

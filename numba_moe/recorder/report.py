@@ -14,7 +14,7 @@ import numpy as np
 
 from numba_moe.placement import balancedness, rank_loads, rebalance_experts
 from numba_moe.placement.rebalance import ALGORITHMS
-from numba_moe.recorder.files import Dump, load
+from numba_moe.recorder.dump_files import Dump, load
 from numba_moe.reference.recorder import expert_entropy, traffic_matrix, utilization
 from numba_moe.runtime import checks, files
 from numba_moe.runtime.text import counted

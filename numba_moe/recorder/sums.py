@@ -1,19 +1,15 @@
 """Sums of counts: over slots and passes, and over ranks by torch.distributed."""
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from numba_moe.runtime import arrays, checks
-
-if TYPE_CHECKING:
-    from numba_moe.recorder.files import Dump
 
 LARGEST_INT64 = 2**63 - 1
 
@@ -29,7 +25,7 @@ def place_in(group: Any) -> tuple[int, int]:
     return rank, dist.get_world_size(group)
 
 
-def _home(counts: torch.Tensor, group: Any) -> torch.Tensor:
+def home_of(counts: torch.Tensor, group: Any) -> torch.Tensor:
     """Return counts where the group's backend wants them."""
     import torch.distributed as dist
 
@@ -108,7 +104,7 @@ def by_pass(mine: Passes, maps: Sequence[np.ndarray] | np.ndarray, group: Any) -
     checks.holds("counts", "small enough for their sums over ranks to fit int64", most <= LARGEST_INT64, most)
     union = list(dict.fromkeys(key for of_rank, _, _ in everywhere for key in of_rank))
     place = {key: index for index, key in enumerate(union)}
-    counts = _home(mine.counts, group)
+    counts = home_of(mine.counts, group)
     total = torch.zeros((len(union), *counts.shape[1:]), dtype=torch.int64, device=counts.device)
     for key, row in zip(keys, counts.unbind(), strict=True):
         total[place[key]].copy_(row)
@@ -125,22 +121,3 @@ def _numbered(pass_ids: list[int], map_of_pass: list[int]) -> list[tuple[int, in
         seen[key] = seen.get(key, -1) + 1
         found.append((*key, seen[key]))
     return found
-
-
-def over_ranks(dump: "Dump", counts: torch.Tensor, group: Any) -> "Dump":
-    """Return a dump with counts [N, L, P] of all ranks, the sums of each rank among them."""
-    import torch.distributed as dist
-
-    mine = Passes(counts, dump.forward_pass_id.tolist(), dump.map_of_pass.tolist())
-    found = by_pass(mine, dump.physical_to_logical_maps, group)
-    with together(group):
-        of_rank = sum_counts("rank_physical_count", _home(counts, group), 0)
-    parts = [torch.empty_like(of_rank) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, of_rank, group=group)
-    summed = dataclasses.replace(
-        dump,
-        forward_pass_id=np.array(found.pass_ids, np.int64),
-        gatherer_key=["primary"] * len(found.pass_ids),
-        map_of_pass=np.array(found.map_of_pass, np.int64),
-    ).with_counts(found.counts.cpu().numpy())
-    return dataclasses.replace(summed, rank_physical_count=torch.stack(parts).cpu().numpy())

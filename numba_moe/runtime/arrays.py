@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from numba_moe.runtime import checks, observe, plans, simulator, torch_private
+from numba_moe.device import simulator
+from numba_moe.runtime import checks, observe, plans, torch_private
 
 Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
 P = ParamSpec("P")

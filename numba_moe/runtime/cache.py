@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -24,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from numba_moe.device import sources
+
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings")
 # The libraries that make machine code, with the distributions that bring them: for CUDA 13, and for CUDA 12.
 LIBRARIES = {
@@ -32,7 +33,6 @@ LIBRARIES = {
     "nvrtc": ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"),
 }
 SUFFIX = ".kernel"
-PACKAGE = Path(__file__).parents[1]
 # Bits of a file's mode by which others than its owner may write it.
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -97,36 +97,11 @@ def _version_of_library(library: str) -> str:
         return "absent"
 
 
-def _digest_of_sources() -> str | None:
-    """Return a digest of the files that the package is imported from: None in an archive, or if one cannot be read."""
-    reference = importlib.util.find_spec("numba_moe.reference")  # not within the package where that is editable
-    beside = (reference and reference.submodule_search_locations) or ()
-    roots = dict.fromkeys((str(PACKAGE), *(place for place in beside if PACKAGE not in Path(place).parents)))
-    digest, count = hashlib.sha256(), 0
-    for root in roots:
-        for place, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if name != "__pycache__")
-            for name in sorted(name for name in names if name.endswith((".py", ".pyc"))):
-                path = os.path.join(place, name)
-                try:
-                    with open(path, "rb") as file:
-                        content = file.read()
-                except OSError:  # an upgrade removes it just now
-                    return None
-                digest.update(f"{os.path.relpath(path, root)}\0{len(content)}\0".encode() + content)
-                count += 1
-    return digest.hexdigest() if count else None
-
-
-# Taken when `runtime` is first imported, before any kernel is: what runs is what lay there then.
-_imported = _digest_of_sources()
-
-
 @functools.cache
 def fingerprint() -> str:
     """Return a digest of the sources that were imported and of the versions of what compiles them."""
     versions = [f"{name} {number}" for name, number in compilers().items()]
-    parts = [str(_imported), *versions, str(sys.version_info[:2])]
+    parts = [str(sources.IMPORTED), *versions, str(sys.version_info[:2])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -134,7 +109,7 @@ def serves(function: types.FunctionType) -> bool:
     """Whether a kernel may be read from the cache and written there: as long as the sources are those imported."""
     if not enabled() or function.__module__.partition(".")[0] != "numba_moe":
         return False
-    unchanged = _imported is not None and _digest_of_sources() == _imported
+    unchanged = sources.IMPORTED is not None and sources.digest() == sources.IMPORTED
     if not unchanged:
         _log.info("Kernels are not cached: the package's sources are not, or no longer, those that were imported")
     return unchanged

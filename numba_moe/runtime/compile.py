@@ -5,26 +5,20 @@ NVVM, and cuda.core links the PTX. Numba is imported when something must be comp
 """
 
 import functools
-import importlib
 import itertools
 import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from numba_moe.runtime import cache, dialect
-from numba_moe.runtime.parameters import CONSTANT, ELEMENT_TYPES, LIKE
+from numba_moe import lazy
+from numba_moe.device import dialect
+from numba_moe.device.types import CONSTANT, ELEMENT_TYPES, HOPPER, LIKE
+from numba_moe.runtime import cache
 
-KERNEL_MODULES = (
-    *("activation.rows", "batched", "counting", "gating.backward", "gating.given", "gating.lanes"),
-    *("gating.memory", "gating.octets", "gating.registers", "gating.routing", "lora"),
-    *("permute.backward", "permute.layouts", "permute.rows"),
-    *("placement.dispatch", "ragged", "recorder.counting", "sorting.kernels"),
-)
-# From here on blocks form clusters, and a kernel waits for the one ahead of it on the stream: it may start before that
-# has ended.
-HOPPER = (9, 0)
+KERNEL_PACKAGES = ("numba_moe.ops",)
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
 
@@ -50,13 +44,18 @@ Specialisation = tuple[str | int, ...]
 statistics = {"compiled": 0, "read": 0}
 
 
+def kernel_modules() -> Iterator[ModuleType]:
+    """Import and yield every module that may have kernels."""
+    return itertools.chain.from_iterable(map(lazy.modules_of, KERNEL_PACKAGES))
+
+
 def kernels() -> list[Any]:
     """Return every kernel of the package."""
     from numba.cuda.dispatcher import CUDADispatcher
 
     found: dict[str, Any] = {}
-    for name in KERNEL_MODULES:
-        namespace = vars(importlib.import_module(f"numba_moe.{name}"))
+    for module in kernel_modules():
+        namespace = vars(module)
         dialect.resolve(namespace)
         for value in namespace.values():
             if isinstance(value, CUDADispatcher) and not value.targetoptions.get("device"):
@@ -227,11 +226,11 @@ def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tup
 
 def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]) -> str:
     """Compile a kernel to PTX."""
-    from numba_moe.runtime import device
+    from numba_moe.device import numba_compiler
 
     dialect.resolve(kernel.py_func.__globals__)
     bounds = launch_bounds(kernel, compute_capability)
-    code = device.compile_kernel(kernel.py_func, signature(kernel, specialisation), compute_capability, bounds)
+    code = numba_compiler.compile_kernel(kernel.py_func, signature(kernel, specialisation), compute_capability, bounds)
     return wait_for_earlier(code) if compute_capability >= HOPPER else code
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from numba_moe.runtime import arrays, checks, plans, simulator
+from numba_moe.device import simulator
+from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.arrays import Array, Contiguous
 from numba_moe.runtime.plans import Layout, Parts, new_tuple
 

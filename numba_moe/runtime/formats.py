@@ -25,6 +25,7 @@ import torch
 
 from numba_moe.runtime import checks, files
 
+ROUTING_FORMATS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
 CSV_HEADER = "layer_id,expert_id,count"
 # A file may ask for 64 MiB, or for 200 times its size if that is more.
 ALWAYS_ALLOWED = 64 << 20
@@ -311,3 +312,21 @@ def _with_tensors(content: Any) -> Any:
     if isinstance(content, list):
         return [_with_tensors(value) for value in content]
     return torch.from_numpy(np.array(content)) if isinstance(content, np.ndarray) else content
+
+
+def load_routing(path: Path) -> dict[str, np.ndarray]:
+    """Read topk_ids and gating logits from .npy, .npz, .safetensors or .pt, without running code from the file."""
+    checks.holds("path", "a .npy, .npz, .safetensors or .pt file", path.suffix in ROUTING_FORMATS, path.name)
+    loaded = read(path, ROUTING_FORMATS)
+    usable = {}
+    for name, found in (loaded if isinstance(loaded, dict) else {"array": loaded}).items():
+        if not isinstance(found, np.ndarray):
+            continue
+        if np.issubdtype(found.dtype, np.integer) and found.ndim in (1, 2):
+            array(str(name), found, (1, 2), empty=True)  # which refuses what int64 cannot hold
+            usable[str(name)] = np.ascontiguousarray(found)
+        elif np.issubdtype(found.dtype, np.floating) and found.ndim == 2:
+            usable[str(name)] = np.ascontiguousarray(found)
+    if not usable:
+        raise ValueError(f"{path.name} holds no topk_ids (integers, 1 or 2 dimensions) and no logits (floats, 2)")
+    return usable

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from numba_moe.runtime import compile, simulator, torch_private
+from numba_moe.device import simulator
+from numba_moe.device.types import HOPPER
+from numba_moe.runtime import compile, torch_private
 
 # Parameters of a kernel, at most; each has eight bytes of a launch's memory.
 MOST_PARAMETERS = 64
@@ -77,7 +79,7 @@ class Launch:
     ----------
     kernel
         A kernel whose parameters are records: NamedTuples whose fields are annotated with types of
-        `numba_moe.runtime.parameters`.
+        `numba_moe.device.types`.
     device
         Where its arrays will be.
     blocks, threads
@@ -177,7 +179,7 @@ class Launch:
             return True
         if simulator.ENABLED:
             return self._blocks <= simulator.MOST_IN_CLUSTER
-        if not self._on_gpu or torch.cuda.get_device_capability(self._device) < compile.HOPPER:
+        if not self._on_gpu or torch.cuda.get_device_capability(self._device) < HOPPER:
             return False
         _, config, kernel = self._configure(0)
         clusters = ctypes.c_int()
@@ -235,11 +237,11 @@ def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int)
     loaded = _check(what, *driver.cuLibraryGetKernel(library, entry.entry_name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(what, *driver.cuKernelSetAttribute(attribute, compile.MOST_SHARED_BYTES, loaded, device))
-    if capability >= compile.HOPPER:
+    if capability >= HOPPER:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         _check(what, *driver.cuKernelSetAttribute(attribute, 1, loaded, device))
     _check(what, *driver.cuKernelGetFunction(loaded))  # has the driver load it now, and not at its launch
-    return int(loaded), capability >= compile.HOPPER
+    return int(loaded), capability >= HOPPER
 
 
 def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:

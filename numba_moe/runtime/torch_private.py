@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from numba_moe.runtime import simulator
+from numba_moe.device import simulator
 
 ALLOWED = os.environ.get("NUMBA_MOE_TORCH_PRIVATE", "1") != "0"
 

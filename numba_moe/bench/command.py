@@ -1,0 +1,111 @@
+"""Our ops and their peers' side by side: device time, host time, share of the copy bandwidth.
+
+A result that is wrong is not timed. Device time is the median replay of a CUDA graph of calls; host time is that
+of an eager call. Every implementation allocates its outputs inside the call, the way its users call it.
+
+torch is a peer for plain gating alone: what it can compose for alignment and for grouped gating takes a dozen
+launches, which nobody who has a choice would run.
+"""
+
+import argparse
+import functools
+import importlib.util
+import lzma
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from numba_moe.bench import contenders, measure, ratios
+from numba_moe.bench.measure import Row
+from numba_moe.runtime import checks, files
+from numba_moe.verify import testing
+from numba_moe.verify.cases import Case
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the benchmark."""
+
+    def listed(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+        """Return a parser of names with commas between them."""
+
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            for name in names:
+                if name not in allowed:
+                    raise argparse.ArgumentTypeError(f"must be among {', '.join(allowed)}, got {name!r}")
+            return names
+
+        return parse
+
+    routings, every_peer = testing.ROUTINGS, tuple(contenders.PEERS)
+    parser.add_argument("--op", action="append", metavar="PATTERN", help="only these ops; * and ? match")
+    parser.add_argument("--shape", action="append", metavar="TEXT", help="only shapes whose name contains this")
+    parser.add_argument(
+        "--routing", type=listed(routings), default=["uniform"], metavar="NAMES", help=f"of {','.join(routings)}"
+    )
+    parser.add_argument("--peers", type=listed(every_peer), metavar="NAMES", help=f"of {','.join(every_peer)}")
+    parser.add_argument(
+        "--peer-lib", type=Path, action="append", default=[], metavar="FILE", help="op library to load, .so or .so.xz"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show the times of an earlier run beside")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over tokens")
+
+
+def select_cases(options: argparse.Namespace) -> list[Case]:
+    """Return the cases that the options ask for."""
+    texts = options.shape or [""]
+    chosen = [
+        case
+        for name, op in contenders.OPS.items()
+        if testing.matches(name, options.op)
+        for case in op.cases(options.routing)
+        if any(text in case.name for text in texts)
+    ]
+    if not chosen:
+        raise ValueError("no op and shape is called that")
+    return chosen
+
+
+def prepare(options: argparse.Namespace) -> Callable[[], int]:
+    """Read, check and load what the options name; return what measures, and returns the exit status."""
+    cases = select_cases(options)
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here, and nothing to time without one")
+    for name, suffixes in {"json": None, "plot": PICTURES}.items():
+        if getattr(options, name) is not None:
+            files.check_output(f"--{name}", getattr(options, name), suffixes)
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+    with checks.under_names(path="--compare"):
+        old = None if options.compare is None else ratios.read_report(options.compare)
+    try:
+        peers = contenders.load_peers(options.peers, options.peer_lib)
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"`--peer-lib` must be a whole .so.xz file ({error})") from error
+    return functools.partial(run, options, cases, old, peers)
+
+
+def run(
+    options: argparse.Namespace, cases: Sequence[Case], old: dict[tuple[str, ...], Row] | None, peers: dict[str, str]
+) -> int:
+    """Measure, print the table, and return the exit status: 1 if a result of ours is wrong."""
+    bandwidth = measure.copy_bandwidth()
+    where = {**measure.environment(peers), "copy": f"{bandwidth / 1e3:.0f} GB/s read plus written"}
+    print("\n".join(f"{name}: {value}" for name, value in where.items()))
+    progress = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
+    rows = [row for case in progress for row in measure.measure(case, tuple(peers), bandwidth)]
+    print(ratios.table(rows, old))
+    headers = ("op", "shapes", "device / best peer", "host / best peer")
+    print(tabulate([(op, *values) for op, values in ratios.means(rows).items()], headers, floatfmt=".2f"))
+    if options.json is not None:
+        ratios.write_report(options.json, rows, where)
+    if options.plot is not None:
+        ratios.plot(options.plot, rows)
+    return 1 if any(row.wrong and row.implementation == contenders.OURS for row in rows) else 0

@@ -1,0 +1,261 @@
+"""What experts do between their two matrices, in one pass over the rows: bias, clamp, activation, gate times up.
+
+A warp takes a run of columns of a row, 16 bytes or more a lane where rows are aligned; the row's expert, whose bias it
+adds, comes from a binary search of the offsets. silu, the tanh form of gelu and swiglu_oai are all
+``gate * sigmoid(gate * something)``. Backward is the same pass, and a sum of rows for each expert's bias.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from numba_moe.device.primitives import WARP
+from numba_moe.ops.activation import activate_rows
+from numba_moe.ops.activation.activate_rows import KINDS, RUN, SUM_THREADS
+from numba_moe.reference import activation as reference
+from numba_moe.reference.activation import rule_of
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
+from numba_moe.runtime.launch import Launch, block_threads, warps
+from numba_moe.runtime.op import op
+
+
+@op(reference.moe_activation)
+def moe_activation(
+    gate_up: Array,
+    expert_first_token_offset: Array | None = None,
+    bias: Array | None = None,
+    *,
+    activation: str = "silu",
+    interleaved: bool | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Add the bias of each row's expert, apply the activation to the gates, and multiply by the ups.
+
+    Parameters
+    ----------
+    gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
+        Contiguous; rows in expert order.
+    expert_first_token_offset : array of int64, shape [num_experts + 1], optional
+        Rows of expert e are ``offset[e]`` up to ``offset[e + 1]``, of the first from 0 on; rows from the last on are
+        not in use. Without it all are.
+    bias : array of the dtype of `gate_up`, shape [num_experts, 2 * width], optional
+        Added first; takes offsets.
+    activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai", "none"}
+        "silu": ``gate * sigmoid(alpha * gate)``; "gelu", by the error function; "gelu_tanh", its approximation;
+        "swiglu_oai", as silu, and the up is taken plus 1; "none": the rows plus their bias, which have no halves.
+    interleaved : bool, optional
+        A row holds gate, up, gate, up, ..., not all gates before all ups. By default that of "swiglu_oai" alone.
+    limit : float, optional
+        Gates are at most this, ups at most this in magnitude; 7 by default for "swiglu_oai", none for the others.
+    alpha : float, optional
+        Of "silu" and "swiglu_oai"; 1 and 1.702 by default.
+    out : array of the dtype of `gate_up`, shape [num_rows, width], optional
+        Written: takes the result.
+
+    Returns
+    -------
+    array of the dtype of `gate_up`, shape [num_rows, width]
+        As wide as `gate_up` for "none". Zeros in rows not in use.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, unknown activation, a bias without offsets.
+
+    Notes
+    -----
+    Computed in float32 and rounded once. What rows not in use hold does not count. Runs on the caller's current stream
+    without synchronising, captures into CUDA graphs, allocates the result only. The result has a gradient by `gate_up`
+    and `bias`, of first order, with the same bits at every run.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> moe_activation(np.array([[0, 2, 10, 20]], np.float32)).round(3)
+    array([[ 0.   , 35.232]], dtype=float32)
+    """
+
+
+@moe_activation.outputs
+def _(given: Any) -> Contiguous:
+    rows, columns = given.gate_up.shape
+    return contiguous(given.gate_up.dtype, rows, columns if given.activation == "none" else columns // 2)
+
+
+class Activation(NamedTuple):
+    """What both passes take: where, how many columns to a lane, and the records."""
+
+    where: tuple[Any, ...]
+    items: int
+    records: tuple[Any, ...]
+
+
+def _check(given: Any) -> Activation:
+    """Check the arguments of `moe_activation`, and say how its passes go over the rows."""
+    gate_up, offset, bias, activation = given.gate_up, given.expert_first_token_offset, given.bias, given.activation
+    checks.array("gate_up", gate_up, checks.FLOATS, (2,))
+    checks.choice("activation", activation, KINDS)
+    if given.interleaved is not None:
+        checks.boolean("interleaved", given.interleaved)
+    if given.limit is not None:
+        checks.number("limit", given.limit, infinite=True)
+    if given.alpha is not None:
+        checks.number("alpha", given.alpha)
+    rule = rule_of(activation, given.interleaved, given.limit, given.alpha)
+    checks.holds("limit", "above 0", rule.limit > 0, rule.limit)
+    num_rows, row_width = gate_up.shape
+    like = ("gate_up", gate_up)
+    num_experts = 0
+    if offset is not None:
+        checks.array("expert_first_token_offset", offset, (torch.int64,), (1,), like=like)
+        checks.at_least("len(expert_first_token_offset)", offset.shape[0], 2, "num_experts + 1")
+        num_experts = offset.shape[0] - 1
+    if bias is not None:
+        checks.holds("bias", "None without `expert_first_token_offset`", num_experts > 0, "an array")
+        checks.array("bias", bias, (gate_up.dtype,), (2,), like=like)
+        checks.shape("bias", bias, (num_experts, row_width), "(num_experts, columns of `gate_up`)")
+    if activation != "none":
+        checks.holds("gate_up", "of an even number of columns", row_width % 2 == 0, row_width)
+    width = row_width if activation == "none" else row_width // 2
+    aligned = width % RUN == 0 and gate_up.address == 0 and (bias is None or bias.address == 0)
+    items = RUN if aligned else 1
+    segments = -(-width // (WARP * items))
+    checks.fits_int32("gate_up", num_rows * segments * WARP, "the number of threads")
+    limit = math.inf if activation == "none" else rule.limit
+    kind = activate_rows.Rule(KINDS.index(activation), int(rule.interleaved), limit, rule.alpha, rule.shift)
+    records = (
+        activate_rows.Rows(gate_up, num_rows, width, segments),
+        activate_rows.Experts(offset, bias, num_experts),
+        kind,
+    )
+    return Activation((gate_up.device, *warps(num_rows * segments)), items, records)
+
+
+@moe_activation.plan
+def plan_activation(given: Any) -> Launch:
+    """Check the arguments of `moe_activation`, and plan it."""
+    where, items, records = _check(given)
+    return Launch(activate_rows.activate_rows, *where, *records, given.gate_up.dtype, items=items)
+
+
+@moe_activation.run
+def _(activate: Launch, given: Any, activated: torch.Tensor) -> None:
+    offset = given.expert_first_token_offset
+    activate(gate_up=given.gate_up, offset=offset, bias=given.bias, activated=activated)
+
+
+@moe_activation.saves
+def _(ctx: Any, given: Any, activated: Any) -> None:
+    ctx.save_for_backward(given.gate_up, given.expert_first_token_offset, given.bias)
+    ctx.options = (given.activation, given.interleaved, given.limit, given.alpha)
+    ctx.of_bias = given.bias is not None and ctx.needs_input_grad[2]
+
+
+@moe_activation.backward
+def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
+    gate_up, offset, bias = ctx.saved_tensors
+    activation, interleaved, limit, alpha = ctx.options
+    options = (activation, interleaved, limit, alpha, ctx.of_bias)
+    by_rows, by_bias = activation_backward(gate_up, grad, offset, bias, *options)
+    return {"gate_up": by_rows, "bias": by_bias if ctx.of_bias else None}
+
+
+class ActivationGradients(NamedTuple):
+    """Gradients by rows and by bias; None for the latter unless it is wanted."""
+
+    rows: Any
+    bias: Any
+
+
+@op(is_gradient=True)
+def activation_backward(
+    gate_up: Array,
+    grad_activated: Array,
+    expert_first_token_offset: Array | None,
+    bias: Array | None,
+    activation: str,
+    interleaved: bool | None,
+    limit: float | None,
+    alpha: float | None,
+    of_bias: bool,
+) -> ActivationGradients:
+    """Return the gradients by the rows and, if wanted, by the bias, given that by the result of `moe_activation`.
+
+    Parameters
+    ----------
+    gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
+        What `moe_activation` was given, and so are all but the next one and the last.
+    grad_activated : array of the dtype of `gate_up`, shape [num_rows, width]
+        The gradient by the result.
+    expert_first_token_offset : array of int64, shape [num_experts + 1], optional
+        Where the rows of experts begin.
+    bias : array of the dtype of `gate_up`, shape [num_experts, 2 * width], optional
+        The bias of each expert.
+    activation : str
+        Which one.
+    interleaved : bool, optional
+        How gates and ups lie.
+    limit, alpha : float, optional
+        The numbers of its rule.
+    of_bias : bool
+        Whether the gradient by the bias is wanted.
+
+    Returns
+    -------
+    ActivationGradients
+        rows : as `gate_up`. bias : as `bias`; None unless wanted.
+    """
+
+
+@activation_backward.outputs
+def _(given: Any) -> ActivationGradients:
+    gate_up, bias = given.gate_up, given.bias
+    of_bias = contiguous(gate_up.dtype, *bias.shape) if given.of_bias and bias is not None else None
+    return ActivationGradients(contiguous(gate_up.dtype, *gate_up.shape), of_bias)
+
+
+@activation_backward.plan
+def _(given: Any) -> tuple[Launch, Launch | None]:
+    """Return the launches: the pass over the rows, and the sum of its results for each expert."""
+    where, items, records = _check(given)
+    gate_up, sum_rows = given.gate_up, None
+    dtype, (num_rows, row_width) = gate_up.dtype, gate_up.shape
+    if given.of_bias and given.bias is not None:
+        num_experts = given.bias.shape[0]
+        wide = RUN if row_width % RUN == 0 else 1
+        segments = -(-row_width // (WARP * wide))
+        sums = activate_rows.Sums(dtype, torch.int64, dtype, num_rows=num_rows, width=row_width, segments=segments)
+        place = (gate_up.device, num_experts * segments, block_threads(SUM_THREADS))
+        sum_rows = Launch(activate_rows.sum_expert_rows, *place, sums, items=wide)
+    slopes = activate_rows.Slopes(dtype, dtype)
+    return Launch(activate_rows.differentiate_activation, *where, *records, slopes, items=items), sum_rows
+
+
+@activation_backward.on_cpu
+def _(given: Any) -> ActivationGradients:
+    options = {name: getattr(given, name) for name in ("activation", "interleaved", "limit", "alpha")}
+    offset = given.expert_first_token_offset
+    arrays = (given.gate_up, given.grad_activated, offset, given.bias)
+    grad_gate_up = by_reference(reference.moe_activation_backward, *arrays, **options)
+    of_bias = given.of_bias and given.bias is not None
+    return ActivationGradients(
+        grad_gate_up, by_reference(reference.sum_rows, grad_gate_up, offset) if of_bias else None
+    )
+
+
+@activation_backward.run
+def _(plan: Any, given: Any, grad_gate_up: torch.Tensor, grad_bias: torch.Tensor | None) -> None:
+    differentiate, sum_rows = plan
+    offset, grad = given.expert_first_token_offset, given.grad_activated.contiguous()
+    if grad.data_ptr() % 16:
+        grad = grad.clone()  # the kernel reads it as it reads the rows
+    arrays = {"gate_up": given.gate_up, "offset": offset, "bias": given.bias}
+    differentiate(**arrays, grad_activated=grad, grad_gate_up=grad_gate_up)
+    if sum_rows is not None:
+        sum_rows(gate_up=grad_gate_up, offset=offset, sums=grad_bias)

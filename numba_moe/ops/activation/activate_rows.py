@@ -1,0 +1,297 @@
+"""The kernels of the activation: a warp takes a run of columns of a row, or sums one over an expert's rows."""
+
+from typing import Annotated, Any, NamedTuple
+
+from numba_moe.device.dialect import cuda, float32, int32, int64
+from numba_moe.device.primitives import (
+    WARP,
+    erfc,
+    exp,
+    first_above,
+    flat,
+    load_eight,
+    load_float,
+    present,
+    quotient,
+    reciprocal,
+    store_eight,
+    store_float,
+    warp_index,
+)
+from numba_moe.device.types import LIKE, Float32, FloatArray, Int32, Int64Array, OptionalInt64Array, Run
+from numba_moe.reference.activation import RULES
+
+LikeRows = Annotated[Any, LIKE, "gate_up"]
+OptionalLikeRows = Annotated[Any, LIKE, "gate_up", None]
+KINDS = tuple(RULES)
+SILU, GELU, GELU_TANH, SWIGLU_OAI, NONE = range(len(KINDS))
+# gelu by tanh is gate * sigmoid(gate * (TANH_ALPHA + TANH_CUBIC * gate^2)).
+TANH_ALPHA = 1.5957691216057308
+TANH_CUBIC = 0.07135481282553884
+SQUARE_ROOT_HALF = 0.7071067811865476
+NORMAL_PEAK = 0.3989422804014327
+RUN = 8
+SUM_THREADS = 256
+SUM_FLOATS = SUM_THREADS * RUN
+
+
+class Rows(NamedTuple):
+    """Rows in expert order, and how they are dealt."""
+
+    gate_up: FloatArray  # [num_rows, 2 * width], or [num_rows, width] for NONE
+    num_rows: Int32
+    width: Int32
+    segments: Int32  # warps that serve a row: one for 32 * items columns
+
+
+class Experts(NamedTuple):
+    """Where the rows of each expert begin, and its bias."""
+
+    offset: OptionalInt64Array  # [num_experts + 1]
+    bias: OptionalLikeRows  # [num_experts, columns of gate_up]
+    num_experts: Int32
+
+
+class Rule(NamedTuple):
+    """What is computed of gates and ups; see `moe_activation`."""
+
+    kind: Int32  # its index in KINDS
+    interleaved: Int32
+    limit: Float32
+    alpha: Float32
+    shift: Float32  # added to ups
+
+
+class Slopes(NamedTuple):
+    """The gradient by the result, and that by the rows, which is written."""
+
+    grad_activated: LikeRows  # [num_rows, width]
+    grad_gate_up: LikeRows  # as gate_up
+
+
+class Sums(NamedTuple):
+    """Rows in expert order, and their sum for each expert."""
+
+    gate_up: FloatArray  # [num_rows, width]
+    offset: Int64Array  # [num_experts + 1]
+    sums: LikeRows  # [num_experts, width]
+    num_rows: Int32
+    width: Int32
+    segments: Int32  # blocks that serve an expert: one for 32 * items columns
+
+
+@cuda.jit(device=True)
+def share_of(gate, rule):
+    """Return what multiplies a gate in its activation."""
+    if rule.kind == GELU:
+        return float32(0.5) * erfc(gate * float32(-SQUARE_ROOT_HALF))
+    inner = rule.alpha
+    if rule.kind == GELU_TANH:
+        inner = float32(TANH_ALPHA) + float32(TANH_CUBIC) * gate * gate
+    return reciprocal(float32(1.0) + exp(-gate * inner))
+
+
+@cuda.jit(device=True)
+def slope_of(gate, share, rule):
+    """Return the derivative of the activation, given what multiplies the gate."""
+    if rule.kind == GELU:
+        return share + gate * float32(NORMAL_PEAK) * exp(float32(-0.5) * gate * gate)
+    inner = rule.alpha
+    if rule.kind == GELU_TANH:
+        inner = float32(TANH_ALPHA) + float32(3.0 * TANH_CUBIC) * gate * gate
+    return share + gate * inner * share * (float32(1.0) - share)
+
+
+@cuda.jit(device=True)
+def add_eight(values, eight):
+    """Add eight numbers, not in a loop: the compiler unrolls loops around it only if there is none within."""
+    values[0] += eight[0]
+    values[1] += eight[1]
+    values[2] += eight[2]
+    values[3] += eight[3]
+    values[4] += eight[4]
+    values[5] += eight[5]
+    values[6] += eight[6]
+    values[7] += eight[7]
+
+
+@cuda.jit(device=True)
+def add_run(array, first, values, items):
+    """Add the elements from `first` on to as many values."""
+    if items == RUN:
+        add_eight(values, load_eight(array, first))
+    else:
+        values[0] += load_float(array, first)
+
+
+@cuda.jit(device=True)
+def store_run(array, first, values, items):
+    if items == RUN:
+        a, b, c, d = values[0], values[1], values[2], values[3]
+        store_eight(array, first, (a, b, c, d, values[4], values[5], values[6], values[7]))
+    else:
+        store_float(array, first, values[0])
+
+
+@cuda.jit(device=True)
+def add_gate_up(array, row, column, width, rule, gate, up, items):
+    """Add what a row has in some columns to gates and ups; for NONE a row has no ups."""
+    if rule.kind == NONE:
+        add_run(array, row + column, gate, items)
+    elif rule.interleaved and items == RUN:
+        low = load_eight(array, row + 2 * column)
+        high = load_eight(array, row + 2 * column + RUN)
+        add_eight(gate, (low[0], low[2], low[4], low[6], high[0], high[2], high[4], high[6]))
+        add_eight(up, (low[1], low[3], low[5], low[7], high[1], high[3], high[5], high[7]))
+    elif rule.interleaved:
+        gate[0] += load_float(array, row + 2 * column)
+        up[0] += load_float(array, row + 2 * column + 1)
+    else:
+        add_run(array, row + column, gate, items)
+        add_run(array, row + width + column, up, items)
+
+
+@cuda.jit(device=True)
+def store_gate_up(array, row, column, width, rule, gate, up, items):
+    """Write gates and ups to where `add_gate_up` reads them."""
+    if rule.kind == NONE:
+        store_run(array, row + column, gate, items)
+    elif rule.interleaved and items == RUN:
+        first = row + 2 * column
+        store_eight(array, first, (gate[0], up[0], gate[1], up[1], gate[2], up[2], gate[3], up[3]))
+        store_eight(array, first + RUN, (gate[4], up[4], gate[5], up[5], gate[6], up[6], gate[7], up[7]))
+    elif rule.interleaved:
+        store_float(array, row + 2 * column, gate[0])
+        store_float(array, row + 2 * column + 1, up[0])
+    else:
+        store_run(array, row + column, gate, items)
+        store_run(array, row + width + column, up, items)
+
+
+@cuda.jit(device=True)
+def place_of(segments, items):
+    """Return the row of this lane, and its first column."""
+    warp = warp_index()
+    row = quotient(warp, segments)
+    segment = int32(warp - row * segments)
+    return row, int32((segment * WARP + cuda.laneid) * items)
+
+
+@cuda.jit(device=True)
+def width_of_row(width, rule):
+    """Return how many columns a row of gates and ups has: gates and ups, or neither."""
+    return int64(width) if rule.kind == NONE else 2 * int64(width)
+
+
+@cuda.jit(device=True)
+def load_biased(rows, experts, rule, row, column, gate, up, items):
+    """Load gates and ups with their bias; return whether the row is in use."""
+    for item in range(items):
+        gate[item] = float32(0.0)
+        up[item] = float32(0.0)
+    if present(experts.offset) and row >= experts.offset[experts.num_experts]:
+        return False
+    row_width = width_of_row(rows.width, rule)
+    add_gate_up(rows.gate_up, row * row_width, column, rows.width, rule, gate, up, items)
+    if present(experts.bias):
+        expert = max(first_above(experts.offset, int32(experts.num_experts + 1), row) - 1, 0)
+        add_gate_up(experts.bias, expert * row_width, column, rows.width, rule, gate, up, items)
+    return True
+
+
+@cuda.jit
+def activate_rows(
+    rows: Rows,
+    experts: Experts,
+    rule: Rule,
+    activated: LikeRows,  # [num_rows, width]
+    items: Run,
+):
+    """Write the activation of each row; the grid has `segments` warps for each, which work for themselves."""
+    row, column = place_of(rows.segments, items)
+    if row >= rows.num_rows or column >= rows.width:
+        return
+    gate = cuda.local.array(items, float32)
+    up = cuda.local.array(items, float32)
+    used = load_biased(rows, experts, rule, row, column, gate, up, items)
+    if used and rule.kind != NONE:
+        for item in range(items):
+            x = gate[item]
+            y = up[item]
+            if x > rule.limit:
+                x = float32(rule.limit)
+            if y > rule.limit:
+                y = float32(rule.limit)
+            elif y < -rule.limit:
+                y = float32(-rule.limit)
+            gate[item] = x * share_of(x, rule) * (y + rule.shift)
+    store_run(activated, int64(row) * rows.width + column, gate, items)
+
+
+@cuda.jit
+def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: Slopes, items: Run):
+    """Write the gradient by the rows; the grid has `segments` warps for each, which work for themselves."""
+    row, column = place_of(rows.segments, items)
+    if row >= rows.num_rows or column >= rows.width:
+        return
+    gate = cuda.local.array(items, float32)
+    up = cuda.local.array(items, float32)
+    grad = cuda.local.array(items, float32)
+    used = load_biased(rows, experts, rule, row, column, gate, up, items)
+    for item in range(items):
+        grad[item] = float32(0.0)
+    if used:
+        add_run(slopes.grad_activated, int64(row) * rows.width + column, grad, items)
+    for item in range(items):
+        x = gate[item]
+        y = up[item]
+        through_gate = grad[item]
+        through_up = grad[item]
+        if x > rule.limit:
+            x = float32(rule.limit)
+            through_gate = float32(0.0)
+        if y > rule.limit:
+            y = float32(rule.limit)
+            through_up = float32(0.0)
+        elif y < -rule.limit:
+            y = float32(-rule.limit)
+            through_up = float32(0.0)
+        if rule.kind != NONE:
+            share = share_of(x, rule)
+            through_gate = through_gate * slope_of(x, share, rule) * (y + rule.shift)
+            through_up = through_up * x * share
+        gate[item] = through_gate
+        up[item] = through_up
+    first = row * width_of_row(rows.width, rule)
+    store_gate_up(slopes.grad_gate_up, first, column, rows.width, rule, gate, up, items)
+
+
+@cuda.jit
+def sum_expert_rows(of: Sums, items: Run):
+    """Sum the rows of each expert: `segments` blocks serve an expert, and warps of a block take turns in its rows."""
+    partial = flat(cuda.shared.array(SUM_FLOATS, float32))
+    block = int32(cuda.blockIdx.x)
+    expert = quotient(block, of.segments)
+    start = int32((block - expert * of.segments) * WARP * items)
+    column = int32(start + cuda.laneid * items)
+    num_warps = int32(cuda.blockDim.x >> 5)
+    warp = int32(cuda.threadIdx.x >> 5)
+    total = cuda.local.array(items, float32)
+    for item in range(items):
+        total[item] = float32(0.0)
+    if column < of.width:
+        row = of.offset[expert] + warp
+        end = min(of.offset[expert + 1], int64(of.num_rows))
+        while row < end:
+            add_run(of.gate_up, row * of.width + column, total, items)
+            row += num_warps
+    for item in range(items):
+        partial[(warp * WARP + cuda.laneid) * items + item] = total[item]
+    cuda.syncthreads()
+    column = int32(cuda.threadIdx.x)
+    while column < WARP * items and start + column < of.width:
+        whole = float32(0.0)
+        for part in range(num_warps):
+            whole += partial[part * WARP * items + column]
+        store_float(of.sums, int64(expert) * of.width + start + column, whole)
+        column = int32(column + cuda.blockDim.x)

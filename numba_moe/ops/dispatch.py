@@ -1,0 +1,300 @@
+"""From the experts that a router chose to the slots that hold them, on the device.
+
+One thread takes a slot of routing, looks its expert up, and where the expert has several places picks one: by the
+generator Philox4x32-10, by a hash of the token, or in turn. Many slots are counted by block first, in shared memory, so
+that a busy expert's counter is no queue.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from numba_moe.device.dialect import cuda, int32, int64, uint32, uint64
+from numba_moe.device.primitives import add_to_global, atomic_add, fill, flat, quotient
+from numba_moe.device.types import Ids, Int32, Int64, LikeTopkIds, OptionalIds, OptionalInt32Array, OptionalInt64Array
+from numba_moe.reference import dispatch as reference
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
+from numba_moe.runtime.compile import MOST_SHARED_BYTES
+from numba_moe.runtime.launch import Launch, block_threads
+from numba_moe.runtime.op import op
+from numba_moe.runtime.plans import Layout
+
+ALGORITHMS = ("static", "dynamic", "hash", "fake")
+STATIC, DYNAMIC, HASH, FAKE = range(len(ALGORITHMS))
+
+# Of Philox4x32-10, and of Knuth's hash.
+LEFT_MULTIPLIER, RIGHT_MULTIPLIER = 0xD2511F53, 0xCD9E8D57
+LEFT_STEP, RIGHT_STEP = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+HASH_MULTIPLIER = 2654435769
+WORD = 0xFFFFFFFF
+
+MOST_THREADS = 1024
+# Two to each multiprocessor of an H200.
+MOST_BLOCKS = 264
+
+
+class Dispatch(NamedTuple):
+    """The places of experts, and the rule by which a slot goes to one of them."""
+
+    physical_map: OptionalInt32Array  # [num_rows, width]; absent where experts keep their ids
+    num_valid: OptionalInt32Array  # [num_rows]
+    step: OptionalInt64Array  # [1]
+    num_rows: Int32
+    width: Int32  # 1 where an expert has one place
+    algorithm: Int32  # the index in ALGORITHMS
+    seed: Int64
+
+
+class Slots(NamedTuple):
+    """The experts of slots, and where their places are written."""
+
+    topk_ids: Ids  # [num_slots]
+    out: LikeTopkIds  # [num_slots]
+    num_slots: Int32
+    top_k: Int32
+
+
+class PhysicalCounts(NamedTuple):
+    """Counters of places."""
+
+    counts: OptionalIds  # [num_physical]
+    num_physical: Int32
+    num_in_shared: Int32  # num_physical where a block counts in shared memory first, else 0
+
+
+@cuda.jit(device=True)
+def random_word(slot, step, seed):
+    """Return the first word of Philox4x32-10 for counter (slot, 0, step) and key seed."""
+    a = uint32(slot)
+    b = uint32(0)
+    c = uint32(step & WORD)
+    d = uint32((step >> 32) & WORD)
+    left_key = uint32(seed & WORD)
+    right_key = uint32((seed >> 32) & WORD)
+    for _ in range(ROUNDS):
+        left = uint64(a) * uint64(LEFT_MULTIPLIER)
+        right = uint64(c) * uint64(RIGHT_MULTIPLIER)
+        a = uint32(uint32(right >> 32) ^ b ^ left_key)
+        b = uint32(right)
+        c = uint32(uint32(left >> 32) ^ d ^ right_key)
+        d = uint32(left)
+        left_key = uint32(int64(left_key) + LEFT_STEP)
+        right_key = uint32(int64(right_key) + RIGHT_STEP)
+    return a
+
+
+@cuda.jit(device=True)
+def physical_of(expert, slot, token, dispatch):
+    """Return the physical id that a slot of a token goes to for its expert, -1 for none."""
+    if expert < 0 or (expert >= dispatch.num_rows and dispatch.algorithm != FAKE):
+        return int32(-1)
+    index = int64(expert) * dispatch.width
+    if dispatch.algorithm == FAKE:
+        index = int64(slot - quotient(slot, dispatch.num_rows) * dispatch.num_rows)
+    elif dispatch.algorithm != STATIC:
+        valid = min(dispatch.num_valid[expert], dispatch.width)
+        if valid < 1:
+            return int32(-1)
+        if dispatch.algorithm == DYNAMIC:
+            word = uint64(random_word(slot, dispatch.step[0], dispatch.seed))
+            index += int64((word * uint64(valid)) >> 32)
+        else:
+            word = uint64(uint32(int64(token) * HASH_MULTIPLIER))
+            index += int64(word % uint64(valid))
+    return int32(max(dispatch.physical_map[index], -1))
+
+
+@cuda.jit(launch_bounds=MOST_THREADS)
+def map_ids(slots: Slots, dispatch: Dispatch, counted: PhysicalCounts):
+    """Map slots, a thread one and then the one that lies a whole grid further on; any grid covers all slots.
+
+    Dynamic shared memory: an int32 for each of `num_in_shared` counters.
+    """
+    in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared]
+    thread = int32(cuda.threadIdx.x)
+    threads = int32(cuda.blockDim.x)
+    fill(in_block, counted.num_in_shared, 0, thread, threads)
+    cuda.syncthreads()
+    slot = int64(cuda.blockIdx.x) * threads + thread
+    while slot < slots.num_slots:
+        token = quotient(int32(slot), slots.top_k)
+        physical = physical_of(slots.topk_ids[slot], int32(slot), token, dispatch)
+        slots.out[slot] = physical
+        if physical >= 0 and physical < counted.num_physical:
+            if counted.num_in_shared > 0:
+                atomic_add(in_block, physical, 1)
+            else:
+                add_to_global(counted.counts, physical, 1)
+        slot += int64(cuda.gridDim.x) * threads
+    cuda.syncthreads()
+    physical = thread
+    while physical < counted.num_in_shared:
+        count = in_block[physical]
+        if count > 0:
+            add_to_global(counted.counts, physical, count)
+        physical = int32(physical + threads)
+
+
+def _check_need(
+    name: str,
+    value: Any,
+    needed: bool,
+    algorithm: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    because: str,
+    like: tuple[str, Layout],
+) -> None:
+    """Check an array that some algorithms need and the others have no use for."""
+    if needed:
+        checks.array(name, value, (dtype,), (1,), like=like)
+        checks.shape(name, value, shape, because)
+    else:
+        given = "an array" if isinstance(value, Layout) else getattr(value, "what", None)
+        checks.holds(name, f"None with the algorithm {algorithm!r}", value is None, given)
+
+
+def check_dispatch(topk_ids: Any, tables: Any) -> Dispatch:
+    """Check dispatch tables, or the arguments of `dispatch_ids` by the same names; return what kernels are told."""
+    physical_map, num_valid, step = tables.physical_map, tables.num_valid, tables.step
+    algorithm = tables.algorithm
+    checks.array("topk_ids", topk_ids, checks.IDS, (1, 2))
+    num_slots = topk_ids.shape.numel()
+    checks.fits_int32("topk_ids", num_slots, "the number of slots")
+    checks.choice("algorithm", algorithm, ALGORITHMS)
+    here = ("topk_ids", topk_ids)
+    replicated = algorithm in ("dynamic", "hash")
+    checks.array("physical_map", physical_map, (torch.int32,), (2,) if replicated else (1,), like=here)
+    num_entries = physical_map.shape.numel()
+    checks.holds("physical_map", "not empty", num_entries > 0, f"shape {tuple(physical_map.shape)}")
+    checks.fits_int32("physical_map", num_entries, "the number of entries")
+    num_rows = physical_map.shape[0]
+    _check_need("num_valid", num_valid, replicated, algorithm, torch.int32, (num_rows,), "(num_experts,)", here)
+    _check_need("step", step, algorithm == "dynamic", algorithm, torch.int64, (1,), "(1,)", here)
+    seed = checks.integer("seed", tables.seed, 0, 2**63 - 1)
+    rule = (num_rows, num_entries // num_rows, ALGORITHMS.index(algorithm), seed)
+    return Dispatch(physical_map, num_valid, step, *rule)
+
+
+@op(reference.dispatch_ids, writes=("counts",), own_out=True, onto={"out": "topk_ids"})
+def dispatch_ids(
+    topk_ids: Array,
+    physical_map: Array,
+    num_valid: Array | None = None,
+    *,
+    algorithm: str = "static",
+    seed: int = 0,
+    step: Array | None = None,
+    counts: Array | None = None,
+    out: Array | None = None,
+) -> Any:
+    """Replace the experts of slots by physical ids: by one of the places that have the expert.
+
+    Parameters
+    ----------
+    topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
+        Contiguous. Ids outside ``[0, num_experts)`` become -1.
+    physical_map : array of int32
+        For "static" of shape [num_experts], the place of each expert; for "dynamic" and "hash" [num_experts,
+        max_replicas], the places of each; for "fake" [length], places to deal out in turn. Negative numbers are none.
+    num_valid : array of int32, shape [num_experts], optional
+        With "dynamic" and "hash": how many entries of each row of the map are in use.
+    algorithm : {"static", "dynamic", "hash", "fake"}
+        "static": the one place that the map names. "dynamic": any of the expert's places, at random. "hash": the one
+        that a hash of the token's index picks, as vLLM does. "fake": the next in turn whatever the expert, to measure
+        perfect balance; ids below 0 become -1.
+    seed : int
+        With "dynamic": the generator's key.
+    step : array of int64, shape [1], optional
+        With "dynamic": a counter on the device. The same seed, step and slot draw the same number; add 1 to it
+        wherever new ones are wanted, inside a captured graph too.
+    counts : array of int32 or int64, shape [num_physical], optional
+        Written: 1 is added for each slot at its physical id. Ids past its end are not counted.
+    out : array of the shape and dtype of `topk_ids`, optional
+        Written: takes the result. May be `topk_ids` itself.
+
+    Returns
+    -------
+    array of the shape and dtype of `topk_ids`
+        Physical ids, -1 for none; `out` if that is given.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, an unknown algorithm, an array that the algorithm lacks or has no use for,
+        arrays to be written that share memory with each other or another argument, but for an `out` that is `topk_ids`.
+
+    Notes
+    -----
+    One launch on the caller's current stream, without synchronising; captures into CUDA graphs; the same at every run.
+    Allocates the result only. The formulas are in the reference (`numba_moe.reference.dispatch_ids`). The generator is
+    Philox4x32-10. `ExpertDispatch` makes and keeps the tables.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ids = np.array([[0, 2], [1, -1], [0, 1]], np.int32)
+    >>> dispatch_ids(ids, np.array([3, 1, 2], np.int32))
+    array([[ 3,  2],
+           [ 1, -1],
+           [ 3,  1]], dtype=int32)
+    >>> replicas, num_valid = np.array([[0, 3], [1, -1], [2, -1]], np.int32), np.array([2, 1, 1], np.int32)
+    >>> counts = np.zeros(4, np.int32)
+    >>> dispatch_ids(ids, replicas, num_valid, algorithm="dynamic", step=np.array([0]), counts=counts)
+    array([[ 0,  2],
+           [ 1, -1],
+           [ 3,  1]], dtype=int32)
+    >>> counts
+    array([1, 2, 1, 1], dtype=int32)
+    """
+
+
+@dispatch_ids.outputs
+def _(given: Any) -> Contiguous:
+    return contiguous(given.topk_ids.dtype, *given.topk_ids.shape)
+
+
+@dispatch_ids.plan
+def _(given: Any) -> Launch:
+    topk_ids, here = given.topk_ids, ("topk_ids", given.topk_ids)
+    dispatch = check_dispatch(topk_ids, given)
+    num_physical = 0
+    if given.counts is not None:
+        checks.array("counts", given.counts, checks.IDS, (1,), like=here)
+        num_physical = given.counts.shape[0]
+        checks.fits_int32("counts", num_physical, "the number of counters")
+    if given.out is not None:
+        checks.array("out", given.out, (topk_ids.dtype,), (1, 2), like=here)
+        checks.shape("out", given.out, tuple(topk_ids.shape), "that of `topk_ids`")
+    num_slots = topk_ids.shape.numel()
+    threads = block_threads(min(MOST_THREADS, -(-num_slots // 32) * 32))
+    blocks = min(-(-num_slots // threads) if num_slots else 0, MOST_BLOCKS)
+    in_shared = blocks > 1 and 4 * num_physical <= MOST_SHARED_BYTES
+    num_in_shared = num_physical if in_shared else 0
+    top_k = max(topk_ids.shape[1], 1) if len(topk_ids.shape) == 2 else 1
+    slots = Slots(topk_ids, topk_ids, num_slots, top_k)
+    counted = PhysicalCounts(given.counts, num_physical, num_in_shared)
+    where = (topk_ids.device, blocks, threads)
+    return Launch(map_ids, *where, slots, dispatch, counted, shared_bytes=4 * num_in_shared)
+
+
+@dispatch_ids.validate
+def _(given: Any) -> None:
+    if given.algorithm != "fake":
+        checks.ids(given.topk_ids, given.physical_map.shape[0])
+
+
+@dispatch_ids.run
+def _(map_ids: Any, given: Any, out: torch.Tensor) -> None:
+    map_ids(
+        topk_ids=given.topk_ids,
+        physical_map=given.physical_map,
+        num_valid=given.num_valid,
+        step=given.step,
+        counts=given.counts,
+        out=out,
+    )

@@ -1,0 +1,549 @@
+"""Gating with everything around it in its one launch: other logits, other ids, padding, counts; and given experts."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from numba_moe.device.types import COUNTING, EXTENDED, PLAIN
+from numba_moe.ops.dispatch import check_dispatch
+from numba_moe.ops.gating import choose, which_kernel
+from numba_moe.ops.gating import given as already_given
+from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
+from numba_moe.ops.gating.scores import SCORING, Chosen, Weighting
+from numba_moe.reference import selection as reference
+from numba_moe.reference.dispatch import DispatchTables
+from numba_moe.reference.gating import TopK
+from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
+from numba_moe.runtime.launch import Launch, warps
+from numba_moe.runtime.op import op
+from numba_moe.runtime.plans import Layout
+
+BIAS_MODES = ("choice", "logits")
+ID_DTYPES = {"int32": torch.int32, "int64": torch.int64, "int16": torch.int16}
+# Kernels work with ids of 32 bits, whatever they write.
+LARGEST_IDS = {"int32": checks.LARGEST_INT32, "int64": checks.LARGEST_INT32, "int16": 2**15 - 1}
+GIVEN_IDS = (torch.int32, torch.int64, torch.int16)
+
+
+class Options(NamedTuple):
+    """What is asked for besides choosing and weighing, by the names of `select_experts`, with layouts of arrays."""
+
+    softcap: Any = 0.0
+    num_fused_shared_experts: Any = 0
+    apply_routed_scaling_factor_on_output: Any = True
+    num_zero_experts: Any = 0
+    zero_expert_id: Any = -1
+    identity_weights: Any = None
+    num_token_non_padded: Any = None
+    is_padding: Any = None
+    dispatch: Any = None
+    counts: Any = None
+    counts_enabled: Any = None
+    indices_dtype: Any = "int32"
+
+
+NONE = Options()
+
+
+def options_of(given: Any) -> Options:
+    """Return the options of a call, their numbers checked: what equals a default may be no such number."""
+    options = Options(*(getattr(given, name) for name in Options._fields))
+    _check_numbers(*options[:5])
+    options = options._replace(indices_dtype=str(options.indices_dtype).removeprefix("torch."))
+    return options._replace(softcap=0.0) if options.softcap == math.inf else options
+
+
+def extra_arrays(given: Any) -> dict[str, torch.Tensor | None]:
+    """Return the arrays of a call's options, by the names that kernels have for them."""
+    found = {
+        "identity_weights": given.identity_weights,
+        "num_token_non_padded": given.num_token_non_padded,
+        "is_padding": given.is_padding,
+        "counts": given.counts,
+        "counts_enabled": given.counts_enabled,
+    }
+    if given.dispatch is not None:
+        found["physical_map"], found["num_valid"], _, _, found["step"] = given.dispatch
+    return found
+
+
+def outputs_of(given: Any, top_k: Any) -> tuple[Contiguous, Contiguous]:
+    """Return the shapes and dtypes of weights and ids."""
+    shape = (given.gating_output.shape[0], top_k + given.num_fused_shared_experts)
+    id_dtype = ID_DTYPES[str(given.indices_dtype).removeprefix("torch.")]
+    return contiguous(torch.float32, *shape), contiguous(id_dtype, *shape)
+
+
+def _check_numbers(softcap: Any, num_shared: Any, on_output: Any, num_zero: Any, zero_expert_id: Any) -> None:
+    """Check what options say without arrays, as far as it hangs on nothing else."""
+    checks.number("softcap", softcap, infinite=True)
+    checks.holds("softcap", "0 or more", softcap >= 0, softcap)
+    checks.holds("softcap", "0, or what float32 holds above 0", softcap == 0 or np.float32(softcap) > 0, softcap)
+    checks.integer("num_fused_shared_experts", num_shared, 0)
+    checks.boolean("apply_routed_scaling_factor_on_output", on_output)
+    checks.integer("num_zero_experts", num_zero, 0)
+    checks.integer("zero_expert_id", zero_expert_id, -1)
+
+
+def _check(
+    gating_output: Layout, top_k: int, routed_scaling_factor: float, logit_bias: Layout | None, options: Options
+) -> Extras:
+    """Check options; return what of them kernels are told."""
+    like = ("gating_output", gating_output)
+    num_tokens, num_experts = gating_output.shape
+    name = options.indices_dtype
+    checks.choice("indices_dtype", name, tuple(ID_DTYPES))
+    checks.number("routed_scaling_factor", routed_scaling_factor)
+    on_output = options.apply_routed_scaling_factor_on_output
+    divides = bool(options.num_fused_shared_experts) and not on_output
+    checks.holds(
+        "routed_scaling_factor",
+        "other than 0 where shared experts' weights are divided by it",
+        not divides or routed_scaling_factor != 0,
+        routed_scaling_factor,
+    )
+    shared_factor = 1.0 / routed_scaling_factor if divides else 1.0
+    finite = abs(shared_factor) <= checks.LARGEST_FLOAT32
+    rule = "large enough for float32 to hold 1 over it, by which shared experts' weights are multiplied"
+    checks.holds("routed_scaling_factor", rule, finite, routed_scaling_factor)
+    limit = f"num_experts = {num_experts}"
+    num_zero = checks.integer("num_zero_experts", options.num_zero_experts, 0, num_experts, limit)
+    largest = LARGEST_IDS[name]
+    limit = f"{largest}, the largest {name}"
+    zero_expert_id = checks.integer("zero_expert_id", options.zero_expert_id, -1, largest, limit)
+    most_shared = checks.LARGEST_INT32 - num_experts
+    num_shared = checks.integer("num_fused_shared_experts", options.num_fused_shared_experts, 0, most_shared)
+    last = num_experts - num_zero + num_shared - 1
+    checks.holds("indices_dtype", f"wide enough for expert {last}", last <= largest, name)
+    if options.identity_weights is not None:
+        checks.array("identity_weights", options.identity_weights, (torch.float32,), (1,), like=like)
+        checks.shape("identity_weights", options.identity_weights, (num_tokens,), "(num_tokens,)")
+    scalar_bytes = 0
+    if options.num_token_non_padded is not None:
+        checks.array("num_token_non_padded", options.num_token_non_padded, checks.IDS, (0, 1), like=like)
+        one = (1,) * len(options.num_token_non_padded.shape)
+        checks.shape("num_token_non_padded", options.num_token_non_padded, one, "() or (1,)")
+        scalar_bytes = options.num_token_non_padded.dtype.itemsize
+    if options.is_padding is not None:
+        checks.array("is_padding", options.is_padding, (torch.bool,), (1,), like=like)
+        checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
+    dispatch = which_kernel.NO_DISPATCH
+    if options.dispatch is not None:
+        checks.tuple_of("dispatch", options.dispatch, 5)
+        tables = DispatchTables(*options.dispatch.values)
+        ids = Layout(torch.Size((num_tokens, top_k + num_shared)), torch.int32, gating_output.device, None, 0)
+        dispatch = check_dispatch(ids, tables)
+        if tables.algorithm != "fake":
+            num_real = num_experts - num_zero
+            checks.at_least("len(dispatch.physical_map)", dispatch.num_rows, num_real + num_shared, "experts")
+    counters = (0, 1, 0)
+    if options.counts is not None:
+        checks.array("counts", options.counts, checks.IDS, (1, 2), like=like)
+        *rows, num_counts = options.counts.shape
+        count_rows = rows[0] if rows else 1
+        checks.holds("counts", "of a power of two of rows", count_rows.bit_count() == 1, f"{count_rows} rows")
+        checks.fits_int32("counts", count_rows * num_counts, "the number of counters")
+        counters = (num_counts, count_rows, options.counts.dtype.itemsize)
+    if options.counts_enabled is not None:
+        checks.array("counts_enabled", options.counts_enabled, (torch.int32,), (1,), like=like)
+        checks.shape("counts_enabled", options.counts_enabled, (1,), "(1,)")
+    return Extras(
+        Adjusting(logit_bias, float(options.softcap)),
+        Padding(which_kernel.sized(options.num_token_non_padded), scalar_bytes, options.is_padding and torch.uint8),
+        ZeroExperts(num_experts - num_zero, zero_expert_id, options.identity_weights),
+        SharedExperts(num_shared, shared_factor),
+        dispatch,
+        Counting(which_kernel.sized(options.counts), options.counts_enabled, *counters),
+        ID_DTYPES[name].itemsize,
+    )
+
+
+def plan_selection(given: Any, options: Options) -> which_kernel.GatingPlan:
+    """Check everything about a selection, and plan it."""
+    gating_output, factor = given.gating_output, given.routed_scaling_factor
+    checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
+    top_k = checks.integer("top_k", given.top_k, 1)
+    checks.choice("bias_mode", given.bias_mode, BIAS_MODES)
+    logit_bias, correction_bias = biases_of(given)
+    extras = _check(gating_output, top_k, factor, logit_bias, options)
+    which_kernel.check_bias(logit_bias, gating_output)
+    rules = (
+        *(gating_output, top_k, given.num_expert_group, given.topk_group, given.renormalize, given.scoring_func),
+        *(correction_bias, given.group_score, factor if options.apply_routed_scaling_factor_on_output else 1.0),
+    )
+    if options == NONE and logit_bias is None:
+        return which_kernel.grouped_plan(*rules)
+    only_counts = logit_bias is None and options._replace(counts=None, counts_enabled=None) == NONE
+    return which_kernel.grouped_plan(*rules, extras, COUNTING if only_counts else EXTENDED)
+
+
+def biases_of(given: Any) -> tuple[Any, Any]:
+    """Return the bias that is added to logits, and the one that moves the choice alone."""
+    bias = given.correction_bias
+    return (bias, None) if given.bias_mode == "logits" else (None, bias)
+
+
+def check_data(given: Any) -> None:
+    """Check the logits of tokens that are no padding, and the places that ids may become."""
+    check_places(given)
+    padded = torch.zeros(len(given.gating_output), dtype=torch.bool, device=given.gating_output.device)
+    if given.num_token_non_padded is not None:
+        rows = torch.arange(len(padded), dtype=torch.int64, device=padded.device)
+        padded |= rows >= given.num_token_non_padded
+    if given.is_padding is not None:
+        padded |= given.is_padding
+    checks.logits("gating_output", given.gating_output.masked_fill(padded[:, None], 0))
+
+
+def check_places(given: Any) -> None:
+    """Check that the dtype of ids holds every place that they may become; this reads the map of places."""
+    if given.dispatch is not None:
+        name = str(given.indices_dtype).removeprefix("torch.")
+        places = given.dispatch[0].cpu().numpy()
+        rule = f"at most {LARGEST_IDS[name]}, the largest {name}, which `indices_dtype` is"
+        checks.every("dispatch.physical_map", rule, places <= LARGEST_IDS[name], places, ("row", "column"))
+
+
+def answer_by(twin: Callable[..., Any], given: Any) -> Any:
+    """Answer a call of the CPU by the reference."""
+    check_places(given)
+    arguments = given._asdict()
+    del arguments["out"]
+    arguments["indices_dtype"] = str(given.indices_dtype).removeprefix("torch.")
+    if given.softcap == math.inf:
+        arguments["softcap"] = 0.0
+    return by_reference(twin, **arguments)
+
+
+@op(reference.select_experts, writes=("identity_weights", "counts"))
+def select_experts(
+    gating_output: Array,
+    top_k: int,
+    *,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    correction_bias: Array | None = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    group_score: str | None = None,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    bias_mode: str = "choice",
+    num_fused_shared_experts: int = 0,
+    apply_routed_scaling_factor_on_output: bool = True,
+    num_zero_experts: int = 0,
+    zero_expert_id: int = -1,
+    identity_weights: Array | None = None,
+    num_token_non_padded: Array | None = None,
+    is_padding: Array | None = None,
+    dispatch: DispatchTables | None = None,
+    counts: Array | None = None,
+    counts_enabled: Array | None = None,
+    indices_dtype: Any = "int32",
+    out: TopK | None = None,
+) -> TopK:
+    """Choose the experts of each token, with every option of every kind of gating by its name.
+
+    Parameters
+    ----------
+    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
+        The router's logits; rows may be strided.
+    top_k : int
+        Experts per token, at most those of `topk_group` groups.
+    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
+        How logits become scores.
+    renormalize : bool
+        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+    correction_bias : array of float32, shape [num_experts], optional
+        Added to the scores for the choice of groups and experts alone; the weights stay the scores.
+    num_expert_group : int
+        Number of groups, of which `topk_group` are chosen first; consecutive experts form a group, all of one size.
+    topk_group : int
+        Groups per token.
+    group_score : {"max", "top2_sum", "topk_sum"}, optional
+        As in `grouped_topk`; without a meaning where there is one group.
+    routed_scaling_factor : float
+        Multiplies the weights, after renormalising.
+    softcap : float
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
+    bias_mode : {"choice", "logits"}
+        "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
+        is in the weights, as SGLang has it for softmax.
+    num_fused_shared_experts : int
+        So many slots more for each token, behind the others, of experts num_real, num_real + 1, ..., where num_real is
+        num_experts less the zero experts. They weigh the sum of the token's scores, or 1 if renormalised.
+    apply_routed_scaling_factor_on_output : bool
+        Multiply the weights by the factor. Otherwise the caller multiplies what the layer computes by it, so shared
+        experts weigh their part divided by it.
+    num_zero_experts : int
+        So many of the last experts give a token back as it is: their slots get `zero_expert_id` and weight 0.
+    zero_expert_id : int
+        What stands for them: -1, or an expert that is computed in vain, as vLLM has it with 0.
+    identity_weights : array of float32, shape [num_tokens], optional
+        Written: what the zero experts of each token weigh.
+    num_token_non_padded : array of int32 or int64, shape [1] or [], optional
+        On the device: tokens from there on are padding, with ids -1 and weights 0.
+    is_padding : array of bool, shape [num_tokens], optional
+        Which tokens are padding.
+    dispatch : DispatchTables, optional
+        Returned are physical ids: what `placement.dispatch_ids` makes of the ids with these arguments;
+        `ExpertDispatch.tables` has them for a layer. Zero experts have no place.
+    counts : array of int32 or int64, shape [any] or [rows, any], optional
+        Written: 1 is added for each slot at the id that is returned, if there is such a counter. Padding and zero
+        experts are not counted. Token t adds to row t % rows, of which there is a power of two: with 32 of them
+        counters are less busy, and many tokens are counted sooner.
+    counts_enabled : array of int32, shape [1], optional
+        0 on the device: nothing is counted.
+    indices_dtype : {"int32", "int64", "int16"}
+        Of `topk_ids`; a dtype of that name will do. A physical id of `dispatch` that it cannot hold is an error on the
+        CPU, and -1, for no place, on the GPU, where nobody reads the map beforehand.
+    out : tuple of two arrays as in the result, optional
+        Written: takes the result.
+
+    Returns
+    -------
+    TopK
+        topk_weights : float32 [num_tokens, top_k + num_fused_shared_experts], best first, then shared experts.
+        topk_ids : of the same shape, distinct in each row but for what stands for no expert.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
+        than there are, unknown names, ids that `indices_dtype` cannot hold, numbers past float32, logits that require a
+        gradient with one of the options from `softcap` on, arrays to be written that share memory with each other or
+        another argument.
+
+    Notes
+    -----
+    The lower group and the lower expert win a tie. Capped logits, and those with a bias, are compared as float32. One
+    launch on the caller's current stream, without synchronising, that captures into CUDA graphs: padding, tables and
+    flags are read on the device. Allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum" of
+    more than two, also one float32 per token and group). The weights have a gradient by logits that require one, of
+    first order; the bias has none.
+    A recorder's counts come along with ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> logits = np.array([[3, -3, 1, 2]], np.float32)
+    >>> select_experts(logits, 2, scoring_func="raw", renormalize=True)
+    TopK(topk_weights=array([[0.6, 0.4]], dtype=float32), topk_ids=array([[0, 3]], dtype=int32))
+    >>> counts = np.zeros(4, np.int64)
+    >>> select_experts(logits, 2, counts=counts, indices_dtype="int64").topk_ids, counts
+    (array([[0, 3]]), array([1, 0, 0, 1]))
+    """
+
+
+@select_experts.outputs
+def _(given: Any) -> tuple[Contiguous, Contiguous]:
+    return outputs_of(given, given.top_k)
+
+
+@select_experts.plan
+def _(given: Any) -> which_kernel.GatingPlan:
+    return plan_selection(given, options_of(given))
+
+
+@select_experts.validate
+def _(given: Any) -> None:
+    check_data(given)
+
+
+@select_experts.on_cpu
+def _(given: Any) -> Any:
+    return answer_by(reference.select_experts, given)
+
+
+@select_experts.run
+def _(plan: which_kernel.GatingPlan, given: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    logit_bias, correction_bias = biases_of(given)
+    extras = {} if plan.role == PLAIN else {"logit_bias": logit_bias, **extra_arrays(given)}
+    choose.choose(plan, given.gating_output, correction_bias, topk_weights, topk_ids, **extras)
+
+
+@select_experts.refuse
+def _(given: Any) -> None:
+    defaults = {**NONE._asdict(), "bias_mode": "choice"}
+    for name, default in defaults.items():
+        value = getattr(given, name)
+        if value is not None and value != default and (name, value) != ("softcap", math.inf):
+            rule = "without a gradient for these options"
+            checks.holds("gating_output", rule, False, f"one that requires it, and `{name}`")
+
+
+@select_experts.saves
+def _(ctx: Any, given: Any, topk_weights: Any, topk_ids: Any) -> None:
+    rules = (given.scoring_func, given.renormalize, given.routed_scaling_factor)
+    choose.keep(ctx, given.gating_output, topk_weights, topk_ids, *rules)
+
+
+select_experts.backward(choose.backward)
+
+
+@op(reference.weigh_experts, writes=("identity_weights", "counts"))
+def weigh_experts(
+    gating_output: Array,
+    topk_ids: Array,
+    *,
+    input_ids: Array | None = None,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    logit_bias: Array | None = None,
+    num_fused_shared_experts: int = 0,
+    apply_routed_scaling_factor_on_output: bool = True,
+    num_zero_experts: int = 0,
+    zero_expert_id: int = -1,
+    identity_weights: Array | None = None,
+    num_token_non_padded: Array | None = None,
+    is_padding: Array | None = None,
+    dispatch: DispatchTables | None = None,
+    counts: Array | None = None,
+    counts_enabled: Array | None = None,
+    indices_dtype: Any = "int32",
+    out: TopK | None = None,
+) -> TopK:
+    """Weigh experts that are chosen already: recorded ones, or those that a table has for a token's id.
+
+    Parameters
+    ----------
+    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
+        The router's logits; rows may be strided.
+    topk_ids : array of int32, int64 or int16, shape [num_tokens, top_k]
+        The experts; ids outside ``[0, num_experts)`` become -1 and weigh 0.
+    input_ids : array of int32 or int64, shape [num_tokens], optional
+        `topk_ids` is then a table [any, top_k] of which each token takes the row that is its id (hash routing). A token
+        whose row is not there has no experts.
+    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
+        How logits become scores.
+    renormalize : bool
+        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+    routed_scaling_factor : float
+        Multiplies the weights, after renormalising.
+    softcap : float
+        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
+    logit_bias : array of float32, shape [num_experts], optional
+        Added to the logits, after the cap.
+    num_fused_shared_experts : int
+        As in `select_experts`, and so are the parameters below.
+    apply_routed_scaling_factor_on_output : bool
+        Whether weights are multiplied by the factor here.
+    num_zero_experts : int
+        So many of the last experts give a token back as it is.
+    zero_expert_id : int
+        What stands for them.
+    identity_weights : array of float32, shape [num_tokens], optional
+        Written: what the zero experts of each token weigh.
+    num_token_non_padded : array of int32 or int64, shape [1] or [], optional
+        On the device: tokens from there on are padding.
+    is_padding : array of bool, shape [num_tokens], optional
+        Which tokens are padding.
+    dispatch : DispatchTables, optional
+        How ids become physical ids.
+    counts : array of int32 or int64, shape [any] or [rows, any], optional
+        Written: 1 is added for each slot at the id that is returned, as by `select_experts`.
+    counts_enabled : array of int32, shape [1], optional
+        0 on the device: nothing is counted.
+    indices_dtype : {"int32", "int64", "int16"}
+        Of the ids that are returned, as in `select_experts`.
+    out : tuple of two arrays as in the result, optional
+        Written: takes the result.
+
+    Returns
+    -------
+    TopK
+        topk_weights : float32 [num_tokens, top_k + num_fused_shared_experts]. topk_ids : of the same shape, in the
+        order in which they are given.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of array or dtype.
+    ValueError
+        Wrong shape or layout, mixed devices, unknown names, ids that `indices_dtype` cannot hold, numbers past float32,
+        logits that require a gradient, arrays to be written that share memory with each other or another argument.
+
+    Notes
+    -----
+    One launch on the caller's current stream, without synchronising; captures into CUDA graphs; allocates the results
+    only.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> logits = np.array([[3, -3, 1, 2], [1, 1, 2, 0]], np.float32)
+    >>> weigh_experts(logits, np.array([[2, 0], [1, -1]]), scoring_func="raw", renormalize=True)
+    TopK(topk_weights=array([[0.25, 0.75],
+           [1.  , 0.  ]], dtype=float32), topk_ids=array([[ 2,  0],
+           [ 1, -1]], dtype=int32))
+    """
+
+
+@weigh_experts.outputs
+def _(given: Any) -> tuple[Contiguous, Contiguous]:
+    return outputs_of(given, given.topk_ids.shape[1])
+
+
+@weigh_experts.plan
+def _(given: Any) -> Launch:
+    options, gating_output, topk_ids = options_of(given), given.gating_output, given.topk_ids
+    checks.array("gating_output", gating_output, checks.FLOATS, (2,), rows=True)
+    like = ("gating_output", gating_output)
+    num_tokens, num_experts = gating_output.shape
+    checks.integer("num_experts (columns of `gating_output`)", num_experts, 1)
+    checks.array("topk_ids", topk_ids, GIVEN_IDS, (2,), like=like)
+    num_given, top_k = topk_ids.shape
+    checks.integer("top_k (columns of `topk_ids`)", top_k, 1)
+    checks.fits_int32("topk_ids", num_given, "the number of rows")
+    if given.input_ids is not None:
+        checks.array("input_ids", given.input_ids, checks.IDS, (1,), like=like)
+        checks.shape("input_ids", given.input_ids, (num_tokens,), "(num_tokens,)")
+    else:
+        checks.shape("topk_ids", topk_ids, (num_tokens, top_k), "(num_tokens, top_k)")
+    checks.choice("scoring_func", given.scoring_func, SCORING)
+    checks.boolean("renormalize", given.renormalize)
+    if given.logit_bias is not None:
+        checks.array("logit_bias", given.logit_bias, (torch.float32,), (1,), like=like)
+        checks.shape("logit_bias", given.logit_bias, (num_experts,), "(num_experts,)")
+    factor = given.routed_scaling_factor
+    extras = _check(gating_output, top_k, factor, given.logit_bias, options)
+    checks.fits_int32("gating_output", num_tokens * (top_k + extras.shared.num_shared), "num_tokens * top_k")
+    on_output = factor if options.apply_routed_scaling_factor_on_output else 1.0
+    rows = which_kernel.rows_of(gating_output, 4 * which_kernel.in_vectors(gating_output, num_experts))
+    id_bytes = given.input_ids.dtype.itemsize if given.input_ids else 0
+    already = already_given.Given(topk_ids, which_kernel.sized(given.input_ids), num_given, id_bytes)
+    weighing = Weighting(top_k, SCORING.index(given.scoring_func), int(given.renormalize), float(on_output))
+    records = (rows, already, weighing, Chosen(torch.float32, torch.int32), extras)
+    return Launch(already_given.weigh_given, gating_output.device, *warps(num_tokens), *records)
+
+
+@weigh_experts.validate
+def _(given: Any) -> None:
+    check_data(given)
+    checks.ids(given.topk_ids, given.gating_output.shape[1])
+
+
+@weigh_experts.on_cpu
+def _(given: Any) -> Any:
+    return answer_by(reference.weigh_experts, given)
+
+
+@weigh_experts.run
+def _(weigh: Any, given: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+    weigh(
+        gating_output=given.gating_output,
+        given_ids=given.topk_ids,
+        input_ids=given.input_ids,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        logit_bias=given.logit_bias,
+        **extra_arrays(given),
+    )

@@ -1,0 +1,1 @@
+"""The counting sort of slots by expert, which alignment and permutation stand on."""

@@ -1,0 +1,14 @@
+from numba_moe.ops.dispatch import dispatch_ids as dispatch_ids
+from numba_moe.placement.expert_dispatch import ExpertDispatch as ExpertDispatch
+from numba_moe.placement.location import ExpertLocation as ExpertLocation
+from numba_moe.placement.maps import make_expert_map as make_expert_map
+from numba_moe.placement.migration import CorruptedWeightsError as CorruptedWeightsError
+from numba_moe.placement.migration import migrate as migrate
+from numba_moe.placement.migration import migrate_in_chunks as migrate_in_chunks
+from numba_moe.placement.migration import plan_migration as plan_migration
+from numba_moe.placement.rebalance import balancedness as balancedness
+from numba_moe.placement.rebalance import rank_loads as rank_loads
+from numba_moe.placement.rebalance import rebalance_experts as rebalance_experts
+from numba_moe.placement.simulation import simulate as simulate
+from numba_moe.reference.dispatch import DispatchTables as DispatchTables
+from numba_moe.reference.rebalance import RebalancedExperts as RebalancedExperts

@@ -1,0 +1,1 @@
+"""Reference against GPU: named and random cases, inputs, tolerances, comparison, the command."""

@@ -80,6 +80,7 @@ class Parameter(NamedTuple):
     like: str | None = None
 
 
+@functools.cache
 def _hints(owner: Any) -> dict[str, Any]:
     """Return the annotations of a kernel's parameters, or of a record's fields."""
     hints = get_type_hints(owner, include_extras=True)
@@ -139,22 +140,27 @@ def arguments(kernel: Any, values: Iterable[Any]) -> list[Any]:
     return [build(hint) for hint in _hints(kernel.py_func).values()]
 
 
-def values_of(kernel: Any, records: Iterable[Any]) -> dict[str, Any]:
-    """Return the values of a kernel's fields by name, given its records; constants are none of them."""
-    found: dict[str, Any] = {}
+@functools.cache
+def _kinds(owner: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the parameters of a kernel but its constants, or the fields of a record: their names and records, or None."""
+    hints = {name: hint for name, hint in _hints(owner).items() if not _is_constant(hint)}
+    return tuple((name, hint if _is_record(hint) else None) for name, hint in hints.items())
 
-    def add(name: str, annotation: Any, value: Any) -> None:
-        if not _is_record(annotation):
-            found[name] = value
-        elif type(value) is annotation:
-            for (field, hint), part in zip(_hints(annotation).items(), value, strict=True):
-                add(field, hint, part)
-        else:
-            raise TypeError(f"kernel {kernel.py_func.__name__} takes {annotation.__name__} for {name}, got {value!r}")
 
-    hints = {name: hint for name, hint in _hints(kernel.py_func).items() if not _is_constant(hint)}
-    for (name, hint), value in zip(hints.items(), records, strict=True):
-        add(name, hint, value)
+def values_of(kernel: Any, records: Iterable[Any]) -> list[Any]:
+    """Return the values of all fields of a kernel in order, given its records; constants are none of them."""
+    found: list[Any] = []
+
+    def add(owner: Any, values: Iterable[Any]) -> None:
+        for (name, kind), value in zip(_kinds(owner), values, strict=True):
+            if kind is None:
+                found.append(value)
+            elif type(value) is kind:
+                add(kind, value)
+            else:
+                raise TypeError(f"kernel {kernel.py_func.__name__} takes {kind.__name__} for {name}, got {value!r}")
+
+    add(kernel.py_func, records)
     return found
 
 

@@ -17,8 +17,8 @@ import itertools
 import struct
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from cuda.bindings import driver
@@ -58,6 +58,8 @@ _CLUSTER = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _FORMATS = {"int32": "q", "int64": "q", "float32": "f4x"}
 _numbers = itertools.count()
 _orders: dict[int, tuple[int, ...]] = {}  # where in a launch's memory each parameter of PTX is, by number of the order
+# The driver's handles of kernels that are loaded.
+_loaded: dict[tuple[Any, compile.Specialisation, int], tuple[int, bool]] = {}
 _current_stream, _current_device = torch_private.current_stream, torch_private.current_device
 # Memory for a kernel's parameters that no launch uses just now: a launch takes one and gives it back, so that whatever
 # runs in between, in another thread or in this one (a signal's handler, a finaliser), has another.
@@ -70,6 +72,54 @@ def _order(places: tuple[int, ...]) -> int:
     number = next(_numbers)
     _orders[number] = places
     return number
+
+
+class _Form(NamedTuple):
+    """What launches of a kernel share if the same arrays are present, of the same dtypes, and constants are equal."""
+
+    specialisation: compile.Specialisation
+    order: int  # in which memory has the parameters: arrays that are present, those that are not, numbers
+    given: tuple[str, ...]  # the arrays that are present
+    absent: bytes  # null pointers for the others
+    numbers: tuple[int, ...]  # places of numbers among the fields
+    pack_numbers: Callable[..., bytes]
+    pack: Callable[..., None]
+
+
+def _fields(kernel: Any) -> list[compile.Parameter]:
+    return [field for field in compile.parameters(kernel) if not field.is_constant]
+
+
+@functools.cache
+def _places_of_arrays(kernel: Any) -> tuple[int, ...]:
+    """Return the places of arrays among the fields of a kernel's records."""
+    return tuple(place for place, field in enumerate(_fields(kernel)) if field.is_array)
+
+
+@functools.cache
+def _form(kernel: Any, dtypes: tuple[torch.dtype | None, ...], constants: tuple[tuple[str, int], ...]) -> _Form:
+    """Return the form of a launch, given the dtype of each array, None for one that is absent."""
+    fields, places = _fields(kernel), _places_of_arrays(kernel)
+    given = [place for place, dtype in zip(places, dtypes, strict=True) if dtype is not None]
+    absent = [place for place, dtype in zip(places, dtypes, strict=True) if dtype is None]
+    numbers = [place for place, field in enumerate(fields) if not field.is_array]
+    order = [*given, *absent, *numbers]
+    chosen: dict[str, Any] = {
+        fields[place].name: None if dtype is None else str(dtype).removeprefix("torch.")
+        for place, dtype in zip(places, dtypes, strict=True)
+        if not fields[place].like
+    }
+    pack_numbers = struct.Struct("<" + "".join(_FORMATS[fields[place].options[0]] for place in numbers))
+    num_fixed = 8 * len(absent) + pack_numbers.size
+    return _Form(
+        specialisation=compile.specialisation_for(kernel, chosen | dict(constants)),
+        order=_order(tuple(order.index(place) for place in range(len(fields)))),
+        given=tuple(fields[place].name for place in given),
+        absent=bytes(8 * len(absent)),
+        numbers=tuple(numbers),
+        pack_numbers=pack_numbers.pack,
+        pack=struct.Struct(f"<{len(given)}Q{num_fixed}s").pack_into,
+    )
 
 
 class Launch:
@@ -85,8 +135,8 @@ class Launch:
     blocks, threads
         Grid size, and threads per block. A grid of no blocks launches nothing.
     records
-        What the kernel takes but for its constants, in order. In the place of an array there is its layout, or anything
-        else with a dtype, and None where it is absent; numbers are themselves.
+        What the kernel takes but for its constants, in order. In the place of an array there is its layout, or its
+        dtype, and None where it is absent; numbers are themselves.
     shared_bytes
         Dynamic shared memory of a block, at most compile.MOST_SHARED_BYTES.
     one_cluster
@@ -106,27 +156,20 @@ class Launch:
         one_cluster: bool = False,
         **constants: int,
     ) -> None:
-        self._kernel, self._blocks, self._threads = kernel, blocks, threads
+        self.kernel, self.blocks, self.threads = kernel, blocks, threads
         self._shared_bytes, self._device = shared_bytes, device.index
         self._one_cluster, self._on_gpu = one_cluster, device.type == "cuda"
-        fields = [field for field in compile.parameters(kernel) if not field.is_constant]
-        self._values = compile.values_of(kernel, records)
-        chosen: dict[str, Any] = {
-            field.name: _name(self._values[field.name]) for field in fields if field.is_array and not field.like
-        }
-        self._specialisation, self._constants = compile.specialisation_for(kernel, chosen | constants), constants
-        arrays = [field for field in fields if field.is_array]
-        given = [field.name for field in arrays if self._values[field.name] is not None]
-        absent = [field.name for field in arrays if self._values[field.name] is None]
-        numbers = [field for field in fields if not field.is_array]
-        order = [*given, *absent, *(field.name for field in numbers)]
-        self._order = _order(tuple(order.index(field.name) for field in fields))
-        formats = "".join(_FORMATS[field.options[0]] for field in numbers)
-        self._fixed = bytes(8 * len(absent)) + struct.pack(
-            f"<{formats}", *(self._values[field.name] for field in numbers)
+        self._values, self._constants = compile.values_of(kernel, records), constants
+        arrays = [self._values[place] for place in _places_of_arrays(kernel)]
+        dtypes = tuple([getattr(array, "dtype", array) for array in arrays])
+        form = _form(kernel, dtypes, tuple(constants.items()))
+        self.specialisation, self._order, self._given, self._pack = (
+            form.specialisation,
+            form.order,
+            form.given,
+            form.pack,
         )
-        self._given = tuple(given)
-        self._pack = struct.Struct(f"<{len(given)}Q{len(self._fixed)}s").pack_into
+        self._fixed = form.absent + form.pack_numbers(*[self._values[place] for place in form.numbers])
         self._configured: dict[int, Any] = {}  # by stream
 
     def __call__(self, **arrays: Any) -> None:
@@ -134,7 +177,7 @@ class Launch:
 
         Names of absent arrays may be left out, and so may be None.
         """
-        if not self._blocks:
+        if not self.blocks:
             return
         if _current_device() != self._device:
             with torch.cuda.device(self._device):
@@ -153,21 +196,21 @@ class Launch:
             if status == _INVALID_CONTEXT:
                 _bind_context(self._device)
                 status = launch(config, kernel, parameters, None)
-            _check(f"the launch of {self._kernel.py_func.__name__}", driver.CUresult(status))
+            _check(f"the launch of {self.kernel.py_func.__name__}", driver.CUresult(status))
         _idle.append(memory)
 
     def _configure(self, stream: int) -> Any:
         """Return the driver's function and its first arguments for a stream, which many threads may share."""
-        kernel, early = _load(self._kernel, self._specialisation, self._device)
+        kernel, early = _load(self.kernel, self.specialisation, self._device)
         attributes = (_Attribute * 2)()
         count = 0
         if early:
             attributes[count] = _Attribute(_MAY_START_EARLY, 0, (1,))
             count += 1
         if self._one_cluster:
-            attributes[count] = _Attribute(_CLUSTER, 0, (self._blocks, 1, 1))
+            attributes[count] = _Attribute(_CLUSTER, 0, (self.blocks, 1, 1))
             count += 1
-        shape = (self._blocks, 1, 1, self._threads, 1, 1, self._shared_bytes)
+        shape = (self.blocks, 1, 1, self.threads, 1, 1, self._shared_bytes)
         config = _Config(*shape, stream, ctypes.addressof(attributes), count)
         config.kept = attributes
         self._configured[stream] = _libcuda().cuLaunchKernelEx, ctypes.byref(config), ctypes.c_void_p(kernel)
@@ -178,7 +221,7 @@ class Launch:
         if not self._one_cluster:
             return True
         if simulator.ENABLED:
-            return self._blocks <= simulator.MOST_IN_CLUSTER
+            return self.blocks <= simulator.MOST_IN_CLUSTER
         if not self._on_gpu or torch.cuda.get_device_capability(self._device) < HOPPER:
             return False
         _, config, kernel = self._configure(0)
@@ -187,18 +230,16 @@ class Launch:
         return bool(status == _SUCCESS and clusters.value > 0)
 
     def _simulate(self, **arrays: torch.Tensor | None) -> None:
+        planned = dict(zip((field.name for field in _fields(self.kernel)), self._values, strict=True))
         for name, array in arrays.items():
-            if (array is None) != (self._values[name] is None):
-                raise TypeError(
-                    f"{self._kernel.py_func.__name__}: {name} was planned as {self._values[name]}, got {array}"
-                )
-        if self._blocks:
-            values = self._values | {name: arrays[name] for name in self._given} | self._constants
-            arguments = compile.arguments(
-                self._kernel, [values[field.name] for field in compile.parameters(self._kernel)]
-            )
-            shape = (self._blocks, self._threads, self._shared_bytes, self._one_cluster)
-            simulator.launch(self._kernel, arguments, *shape)
+            if (array is None) != (planned[name] is None):
+                raise TypeError(f"{self.kernel.py_func.__name__}: {name} was planned as {planned[name]}, got {array}")
+        if self.blocks:
+            values = planned | {name: arrays[name] for name in self._given} | self._constants
+            parameters = compile.parameters(self.kernel)
+            arguments = compile.arguments(self.kernel, [values[field.name] for field in parameters])
+            shape = (self.blocks, self.threads, self._shared_bytes, self._one_cluster)
+            simulator.launch(self.kernel, arguments, *shape)
 
     if simulator.ENABLED:
         __call__ = _simulate
@@ -216,18 +257,12 @@ def block_threads(wanted: int) -> int:
     return min(128, wanted) if simulator.ENABLED else wanted
 
 
-def _name(array: Any) -> str | None:
-    """Return the name of the dtype of what stands for an array, which may be a dtype itself; None if it is absent."""
-    return None if array is None else str(getattr(array, "dtype", array)).removeprefix("torch.")
-
-
 def _check(what: str, status: Any, *results: Any) -> Any:
     if status != _SUCCESS:
         raise RuntimeError(f"{what} failed: {status.name}")
     return results[0] if results else None
 
 
-@functools.cache
 def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:
     """Return the driver's handle of a kernel, good in every context, and whether it may start early."""
     capability = torch.cuda.get_device_capability(device)
@@ -249,9 +284,14 @@ def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> t
 
     A capture refuses, in every thread that does not say otherwise, whatever might wait for the GPU.
     """
-    _bind_context(device)
-    with _compile_lock, _unrestricted():
-        return _load_once(kernel, specialisation, device)
+    key = kernel, specialisation, device
+    found = _loaded.get(key)
+    if found is None:
+        _bind_context(device)
+        with _compile_lock, _unrestricted():
+            found = _loaded.get(key) or _load_once(*key)
+            _loaded[key] = found
+    return found
 
 
 @contextlib.contextmanager

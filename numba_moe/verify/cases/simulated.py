@@ -38,9 +38,9 @@ def launches_of(call: Callable[[], Any]) -> tuple[set[Launched], int]:
 
     def note(launch: Launch, **_: Any) -> None:
         nonlocal threads
-        threads += launch._blocks * launch._threads
-        if launch._blocks:
-            found.add(Launched(launch._kernel.py_func.__name__, launch._specialisation, launch._blocks > 1))
+        threads += launch.blocks * launch.threads
+        if launch.blocks:
+            found.add(Launched(launch.kernel.py_func.__name__, launch.specialisation, launch.blocks > 1))
 
     def zeros(*description: Any) -> torch.Tensor:
         """Return memory in which an op that goes on, as if its kernels had run, finds no rows."""

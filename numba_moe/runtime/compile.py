@@ -142,7 +142,7 @@ def arguments(kernel: Any, values: Iterable[Any]) -> list[Any]:
 
 @functools.cache
 def _kinds(owner: Any) -> tuple[tuple[str, Any], ...]:
-    """Return the parameters of a kernel but its constants, or the fields of a record: their names and records, or None."""
+    """Return the name and the record, or None, of each parameter of a kernel but constants, or field of a record."""
     hints = {name: hint for name, hint in _hints(owner).items() if not _is_constant(hint)}
     return tuple((name, hint if _is_record(hint) else None) for name, hint in hints.items())
 

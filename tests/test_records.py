@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from numba_moe.device.dialect import cuda
-from numba_moe.device.primitives import present
+from numba_moe.device.instructions import present
 from numba_moe.device.types import Ids, Int32, Int32Array, OptionalInt32Array
 from numba_moe.runtime import compile
 from numba_moe.runtime.launch import Launch
@@ -104,6 +104,12 @@ def unread(function):
         for name, hint in get_type_hints(record, include_extras=True).items()
         if (record, name) not in found and None not in getattr(hint, "__metadata__", ())
     ]
+
+
+def test_every_kernel_waits_for_the_one_ahead_first():
+    for kernel in KERNELS.values():
+        _, first, *_ = definition(called_function(kernel)).body  # after the docstring
+        assert ast.unparse(first) == "wait_for_earlier()", kernel.py_func.__name__
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -4,6 +4,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.cuda import libdevice
 from numba.cuda.core import targetconfig
 from numba.cuda.extending import intrinsic
 
@@ -276,6 +277,33 @@ def warp_highest(typingctx: Any, value: Any) -> Any:
     return types.int32(types.int32), codegen
 
 
+# A kernel of more blocks does not let the next one start before its own last blocks end, as the next one's blocks would
+# take the room of ours. An H200 then sorts 32,768 slots in 15 us instead of 10.
+MOST_BLOCKS_OVERTAKEN = 32
+# The wait comes first: what starts early may read, before it waits itself, what kernels further ahead have written.
+WAIT = f"""{{
+    .reg .pred %few;
+    .reg .u32 %blocks;
+    griddepcontrol.wait;
+    mov.u32 %blocks, %nctaid.x;
+    setp.le.u32 %few, %blocks, {MOST_BLOCKS_OVERTAKEN};
+    @%few griddepcontrol.launch_dependents;
+}}"""
+
+
+@intrinsic
+def wait_for_earlier(typingctx: Any) -> Any:
+    """Wait for the end of the kernel ahead on the stream, and let the next one start if this one is small."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if targetconfig.ConfigStack().top().compute_capability >= HOPPER:
+            wait = ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), WAIT, "~{memory}", side_effect=True)
+            builder.call(wait, [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 def _of_cluster(code: str) -> str:
     """Return an instruction on clusters; a trap for GPUs that have none, to which no such launch is made."""
     return code if targetconfig.ConfigStack().top().compute_capability >= HOPPER else "trap;"
@@ -482,3 +510,13 @@ def store_float(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.float32), codegen
+
+
+erfc = libdevice.erfcf
+float_as_int = libdevice.float_as_int
+int_as_float = libdevice.int_as_float
+larger = libdevice.fmaxf  # of a NaN and a number the number
+divide = libdevice.fast_fdividef
+divide_rounded = libdevice.fdiv_rn  # by subnormal numbers too
+tanh = libdevice.tanhf
+fma = libdevice.fmaf  # factor * value + total

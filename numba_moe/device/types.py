@@ -47,7 +47,7 @@ Float32Array = Annotated[Any, "float32"]
 OptionalFloat32Array = Annotated[Any, "float32", None]
 FloatArray = Annotated[Any, "float32", "float16", "bfloat16"]
 OptionalFloatArray = Annotated[Any, "float32", "float16", "bfloat16", None]
-# What rows are moved in, whatever they hold: words of 16 bytes are complex128 (see primitives.load_word).
+# What rows are moved in, whatever they hold: words of 16 bytes are complex128 (see instructions.load_word).
 Words = Annotated[Any, "complex128", "int64", "int32", "int16", "uint8"]
 
 LikeTopkIds = Annotated[Any, LIKE, "topk_ids"]
@@ -79,5 +79,5 @@ RouteColumns = Annotated[int, CONSTANT, 4, 8, 16]
 PLAIN, COUNTING, EXTENDED = 0, 1, 2
 Role = Annotated[int, CONSTANT, 0, 1, 2]
 
-# bfloat16 travels as its 16 bits: primitives.load_float and store_float convert it.
+# bfloat16 travels as its 16 bits: instructions.load_float and store_float convert it.
 ELEMENT_TYPES = {"bfloat16": "uint16"}

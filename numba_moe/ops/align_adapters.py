@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int64
-from numba_moe.device.primitives import present, quotient
+from numba_moe.device.instructions import present, quotient, wait_for_earlier
 from numba_moe.device.types import Ids, Int32, Int32Array, Int64Array, OptionalInt32Array
 from numba_moe.ops.sort import counting_sort
 from numba_moe.ops.sort.count_and_place import Slots
@@ -77,6 +77,7 @@ def pair_slots(
     virtual_ids: Int32Array,  # [num_slots]
 ):
     """Write the virtual expert of each slot, -1 for a skipped one; a thread takes a slot."""
+    wait_for_earlier()
     slot = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if slot >= slots.num_slots:
         return
@@ -97,6 +98,7 @@ def pair_slots(
 @cuda.jit
 def spread_adapters(grouped: Grouped, spread: Spread):
     """Copy the slots of each adapter to its row, and pad the row; a thread takes an element of sorted_token_ids."""
+    wait_for_earlier()
     index = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if index < spread.max_loras:
         last = grouped.offset[(index + 1) * grouped.num_experts]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int32, int64
-from numba_moe.device.primitives import WARP, block_sums, first_above, flat, quotient
+from numba_moe.device.instructions import flat, quotient, wait_for_earlier
+from numba_moe.device.primitives import WARP, block_sums, first_above
 from numba_moe.device.types import Ids, Int32, Int32Array
 from numba_moe.reference import batched as reference
 from numba_moe.reference.align import AlignedBlocks
@@ -46,6 +47,7 @@ class Blocks(NamedTuple):
 @cuda.jit(launch_bounds=THREADS)
 def fill_batches(batches: Batches, blocks: Blocks):
     """Each block of threads writes its share of the positions; the grid covers all of them."""
+    wait_for_earlier()
     starts = flat(cuda.shared.array(THREADS, int32))
     filled = flat(cuda.shared.array(THREADS, int32))
     ends = flat(cuda.shared.array(THREADS, int32))

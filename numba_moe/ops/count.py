@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int64
-from numba_moe.device.primitives import WARP, block_sums, flat
+from numba_moe.device.instructions import flat, wait_for_earlier
+from numba_moe.device.primitives import WARP, block_sums
 from numba_moe.device.types import Ids, Int32, Int64Array
 from numba_moe.ops.sort import count_and_place, counting_sort
 from numba_moe.reference import counting as reference
@@ -32,6 +33,7 @@ class Offsets(NamedTuple):
 @cuda.jit
 def scan_experts(slots: Counts, rows: Offsets):
     """Sum padded counts in one block of any whole number of warps, an expert to a thread, as often as it takes."""
+    wait_for_earlier()
     warp_sums = flat(cuda.shared.array(WARP, int64))
     base = int64(0)
     first = 0

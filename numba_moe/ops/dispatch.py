@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int32, int64, uint32, uint64
-from numba_moe.device.primitives import add_to_global, atomic_add, fill, flat, quotient
+from numba_moe.device.instructions import add_to_global, atomic_add, flat, quotient, wait_for_earlier
+from numba_moe.device.primitives import fill
 from numba_moe.device.types import Ids, Int32, Int64, LikeTopkIds, OptionalIds, OptionalInt32Array, OptionalInt64Array
 from numba_moe.reference import dispatch as reference
 from numba_moe.runtime import checks
@@ -112,6 +113,7 @@ def map_ids(slots: Slots, dispatch: Dispatch, counted: PhysicalCounts):
 
     Dynamic shared memory: an int32 for each of `num_in_shared` counters.
     """
+    wait_for_earlier()
     in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared]
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int32, int64
-from numba_moe.device.primitives import WARP, block_sums, first_above, flat, quotient
+from numba_moe.device.instructions import flat, quotient, wait_for_earlier
+from numba_moe.device.primitives import WARP, block_sums, first_above
 from numba_moe.device.types import Ids, Int32, Int32Array
 from numba_moe.reference import ragged as reference
 from numba_moe.reference.ragged import BLOCK_SIZES, RaggedMetadata
@@ -50,6 +51,7 @@ class Schedule(NamedTuple):
 @cuda.jit(launch_bounds=THREADS)
 def schedule_blocks(slices: Slices, schedule: Schedule):
     """Each block of threads writes its share of the schedule of one block size; the grid has `shares` for each size."""
+    wait_for_earlier()
     starts = flat(cuda.shared.array(THREADS, int32))
     ends = flat(cuda.shared.array(THREADS, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import add_to_global, atomic_add, fill, flat, load_float, present, quotient
+from numba_moe.device.instructions import (
+    add_to_global,
+    atomic_add,
+    flat,
+    load_float,
+    present,
+    quotient,
+    wait_for_earlier,
+)
+from numba_moe.device.primitives import fill
 from numba_moe.device.types import (
     Ids,
     Int32,
@@ -96,6 +105,7 @@ def count_ids(routed: Routed, switch: Switch, counters: Counters):
 
     Shared memory of a block: int32 [num_in_shared].
     """
+    wait_for_earlier()
     in_block = flat(cuda.shared.array(0, int32))
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
@@ -131,6 +141,7 @@ def add_counts(
     enabled: OptionalInt32Array,  # [1]; 0 for off
 ):
     """Add counts to counters; a thread takes an expert."""
+    wait_for_earlier()
     index = int32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
     if index < addition.num_experts and not is_off(enabled):
         addition.counts[index] += max(int64(addition.given[index]), int64(0))
@@ -144,6 +155,7 @@ def store_tokens(
     stage: Stage,
 ):
     """Copy the slots of tokens to where a layer's go; a thread takes a slot, and one a grid further on."""
+    wait_for_earlier()
     if is_off(switch.enabled):
         return
     real = real_rows(switch, routed)

@@ -22,20 +22,6 @@ KERNEL_PACKAGES = ("numba_moe.ops",)
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
 MOST_SHARED_BYTES = 64 * 1024
 
-# A kernel of more blocks does not let the next one start before its own last blocks end: blocks of the next
-# would crowd where there is room first. An H200 then sorts 32,768 slots in 15 us instead of 10.
-MOST_BLOCKS_OVERTAKEN = 32
-# The wait comes first: what starts early may read, before it waits itself, what kernels further ahead have written.
-WAIT = f"""{{
-    .reg .pred %few;
-    .reg .u32 %blocks;
-    griddepcontrol.wait;
-    mov.u32 %blocks, %nctaid.x;
-    setp.le.u32 %few, %blocks, {MOST_BLOCKS_OVERTAKEN};
-    @%few griddepcontrol.launch_dependents;
-}}
-"""
-
 _log = logging.getLogger(__name__)
 
 Specialisation = tuple[str | int, ...]
@@ -230,21 +216,18 @@ def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tup
     return None if isinstance(bounds, tuple) and compute_capability < HOPPER else bounds
 
 
+def starts_early(kernel: Any) -> bool:
+    """Whether a kernel waits by itself for the one ahead of it, so that it may start before that has ended."""
+    return "wait_for_earlier" in kernel.py_func.__code__.co_names
+
+
 def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]) -> str:
     """Compile a kernel to PTX."""
     from numba_moe.device import numba_compiler
 
     dialect.resolve(kernel.py_func.__globals__)
     bounds = launch_bounds(kernel, compute_capability)
-    code = numba_compiler.compile_kernel(kernel.py_func, signature(kernel, specialisation), compute_capability, bounds)
-    return wait_for_earlier(code) if compute_capability >= HOPPER else code
-
-
-def wait_for_earlier(code: str) -> str:
-    """Let a kernel's PTX begin by waiting for the end of the kernel ahead, and a small one let the next start."""
-    head, entry = code.split(".visible .entry ", 1)
-    declaration, body = entry.split("\n{\n", 1)
-    return f"{head}.visible .entry {declaration}\n{{\n{WAIT}{body}"
+    return numba_compiler.compile_kernel(kernel.py_func, signature(kernel, specialisation), compute_capability, bounds)
 
 
 def entry_name(code: str) -> str:

@@ -5,9 +5,8 @@ it boxes every array; the driver's part of the three or so here takes 2.3. Its f
 configuration made beforehand, where cuda.core.launch takes 3.4 (cuda.core 1.2); and a process that compiles
 nothing need not import cuda.core, which takes 55 ms.
 
-From sm_90 on kernels are launched so that they may start before the one ahead of them on the stream has
-ended: the driver's programmatic stream serialisation. Every kernel begins by waiting for that end
-(`compile.wait_for_earlier`), so all that overlaps is its start.
+From sm_90 on a kernel that calls `wait_for_earlier` may start before the one ahead of it on the stream has ended: the
+driver's programmatic stream serialisation. Our kernels call it first, so all that overlaps is their start.
 """
 
 import contextlib
@@ -276,7 +275,7 @@ def _load_once(kernel: Any, specialisation: compile.Specialisation, device: int)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
         _check(what, *driver.cuKernelSetAttribute(attribute, 1, loaded, device))
     _check(what, *driver.cuKernelGetFunction(loaded))  # has the driver load it now, and not at its launch
-    return int(loaded), capability >= HOPPER
+    return int(loaded), capability >= HOPPER and compile.starts_early(kernel)
 
 
 def _load(kernel: Any, specialisation: compile.Specialisation, device: int) -> tuple[int, bool]:

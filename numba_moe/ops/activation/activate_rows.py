@@ -3,11 +3,8 @@
 from typing import Annotated, Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import (
-    WARP,
+from numba_moe.device.instructions import (
     erfc,
-    exp,
-    first_above,
     flat,
     load_eight,
     load_float,
@@ -16,8 +13,9 @@ from numba_moe.device.primitives import (
     reciprocal,
     store_eight,
     store_float,
-    warp_index,
+    wait_for_earlier,
 )
+from numba_moe.device.primitives import WARP, exp, first_above, warp_index
 from numba_moe.device.types import LIKE, Float32, FloatArray, Int32, Int64Array, OptionalInt64Array, Run
 from numba_moe.reference.activation import RULES
 
@@ -208,6 +206,7 @@ def activate_rows(
     items: Run,
 ):
     """Write the activation of each row; the grid has `segments` warps for each, which work for themselves."""
+    wait_for_earlier()
     row, column = place_of(rows.segments, items)
     if row >= rows.num_rows or column >= rows.width:
         return
@@ -231,6 +230,7 @@ def activate_rows(
 @cuda.jit
 def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: Slopes, items: Run):
     """Write the gradient by the rows; the grid has `segments` warps for each, which work for themselves."""
+    wait_for_earlier()
     row, column = place_of(rows.segments, items)
     if row >= rows.num_rows or column >= rows.width:
         return
@@ -269,6 +269,7 @@ def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: S
 @cuda.jit
 def sum_expert_rows(of: Sums, items: Run):
     """Sum the rows of each expert: `segments` blocks serve an expert, and warps of a block take turns in its rows."""
+    wait_for_earlier()
     partial = flat(cuda.shared.array(SUM_FLOATS, float32))
     block = int32(cuda.blockIdx.x)
     expert = quotient(block, of.segments)

@@ -7,18 +7,15 @@ in the mask of its warp and expert. The slots before it are the bits below its o
 from typing import NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64, uint32
+from numba_moe.device.instructions import atomic_or, cluster_arrive, cluster_wait, flat, wait_for_earlier
 from numba_moe.device.primitives import (
     LARGEST_INT32,
     WARP,
-    atomic_or,
     block_sums,
-    cluster_arrive,
-    cluster_wait,
     count_lanes,
     divided,
     fill,
     fill_words,
-    flat,
     lanes_below,
 )
 from numba_moe.device.types import Int32, Int32Array, Int64, OptionalSizedArray, Role, RouteColumns
@@ -72,6 +69,7 @@ def route_tokens(
     The grid is one cluster, whose blocks have a thread for each slot at least. Dynamic shared memory: an uint32 for
     each of `num_sorted` experts and each 32 slots.
     """
+    wait_for_earlier()
     masks = flat(cuda.shared.array(0, uint32))  # [warps, num_sorted]
     places = flat(cuda.shared.array(MOST_EXPERTS, int32))
     warp_sums = flat(cuda.shared.array(WARP, int32))

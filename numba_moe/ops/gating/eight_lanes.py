@@ -11,6 +11,7 @@ of the last pick, the warp looks through the row for all that have them.
 from typing import Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64, uint32
+from numba_moe.device.instructions import flat, larger, present, quotient, wait_for_earlier
 from numba_moe.device.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
@@ -21,11 +22,7 @@ from numba_moe.device.primitives import (
     count_lanes,
     exp,
     fill,
-    flat,
-    larger,
     order,
-    present,
-    quotient,
     rank_key,
     warp_index,
     warp_max,
@@ -241,6 +238,7 @@ def choose_for_many(
     A group's score is its best rank, or the sum of its best two scores. Dynamic shared memory: an int32 for each of
     `num_in_block` counters.
     """
+    wait_for_earlier()
     in_block = flat(cuda.shared.array(0, int32))  # [num_in_block]
     mask, num_in_block = octet.mask, octet.num_in_block
     scoring_func, top_k = weighing.scoring_func, weighing.top_k

@@ -7,8 +7,7 @@ compiled for every one; what a call has no use for is an absent array or a 0.
 from typing import Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import (
-    LARGEST_FLOAT,
+from numba_moe.device.instructions import (
     add_to_global,
     as_int16,
     as_int64,
@@ -19,6 +18,7 @@ from numba_moe.device.primitives import (
     present,
     tanh,
 )
+from numba_moe.device.primitives import LARGEST_FLOAT
 from numba_moe.device.types import (
     Float32,
     Int32,

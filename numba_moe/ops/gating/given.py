@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import NEGATIVE_INFINITY, WARP, present, warp_index
+from numba_moe.device.instructions import present, wait_for_earlier
+from numba_moe.device.primitives import NEGATIVE_INFINITY, WARP, warp_index
 from numba_moe.device.types import EXTENDED, AnyIds, Int32, OptionalSizedArray
 from numba_moe.ops.gating.extras import Extras, Source, load_integer, load_one
 from numba_moe.ops.gating.long_rows import softmax_from_memory
@@ -31,6 +32,7 @@ class Given(NamedTuple):
 @cuda.jit
 def weigh_given(rows: Rows, given: Given, weighing: Weighting, chosen: Chosen, extras: Extras):
     """Weigh the experts of a token, by a warp, a lane every 32nd of them; the grid has a warp per token."""
+    wait_for_earlier()
     token = warp_index()
     if token >= rows.num_tokens:
         return

@@ -14,6 +14,7 @@ confused, and by the lower id where they are equal.
 from typing import NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64, uint32
+from numba_moe.device.instructions import flat, larger, present, wait_for_earlier, warp_highest
 from numba_moe.device.primitives import (
     ALL_LANES,
     INFINITY,
@@ -22,12 +23,8 @@ from numba_moe.device.primitives import (
     WARP,
     exp,
     fill,
-    flat,
-    larger,
     order_of_number,
-    present,
     value_of,
-    warp_highest,
     warp_index,
 )
 from numba_moe.device.types import EXTENDED, PLAIN, Int32, LaneColumns, OptionalFloat32Array, Role
@@ -221,6 +218,7 @@ def choose_by_lanes(
 
     With one column there are 8 lanes at least. Dynamic shared memory: an int32 for each of `num_in_block` counters.
     """
+    wait_for_earlier()
     in_block = flat(cuda.shared.array(0, int32))  # [num_in_block]
     num_in_block, bias = choice.num_in_block, choice.correction_bias
     scoring_func, top_k = weighing.scoring_func, weighing.top_k

@@ -7,6 +7,7 @@ More than 32 picks take a stream each 32, of the keys below the last one that wa
 """
 
 from numba_moe.device.dialect import cuda, float32, int32, int64, uint32
+from numba_moe.device.instructions import larger, present, wait_for_earlier
 from numba_moe.device.primitives import (
     ALL_LANES,
     HIGHEST_KEY,
@@ -18,8 +19,6 @@ from numba_moe.device.primitives import (
     chosen_index,
     count_lanes,
     exp,
-    larger,
-    present,
     rank_key,
     warp_index,
     warp_max,
@@ -228,6 +227,7 @@ def choose_from_memory(
 
     `group_scores` [num_tokens, num_expert_group] is scratch, absent where there is one group.
     """
+    wait_for_earlier()
     token = warp_index()
     if token >= rows.num_tokens:
         return

@@ -1,7 +1,8 @@
 """Ranks, groups and the order of picks, as the algorithms that pick experts share them."""
 
 from numba_moe.device.dialect import cuda, float32, int32
-from numba_moe.device.primitives import ALL_LANES, LOWEST_ORDER, order, order_of_number, present, value_of
+from numba_moe.device.instructions import present
+from numba_moe.device.primitives import ALL_LANES, LOWEST_ORDER, order, order_of_number, value_of
 from numba_moe.ops.gating.scores import load_first, score_all
 
 

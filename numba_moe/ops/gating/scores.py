@@ -3,10 +3,7 @@
 from typing import Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, float32
-from numba_moe.device.primitives import (
-    INFINITY,
-    NEGATIVE_INFINITY,
-    exp,
+from numba_moe.device.instructions import (
     fma,
     larger,
     load_eight,
@@ -16,6 +13,7 @@ from numba_moe.device.primitives import (
     reciprocal,
     square_root,
 )
+from numba_moe.device.primitives import INFINITY, NEGATIVE_INFINITY, exp
 from numba_moe.device.types import Float32, Float32Array, FloatArray, Int32, Int32Array, Int64, OptionalFloat32Array
 
 SCORING = ("softmax", "sigmoid", "softplus_sqrt", "raw")

@@ -1,7 +1,8 @@
 """What every kernel of gating does for a token before and after it picks experts; `lanes`, 8 or 32, serve a token."""
 
 from numba_moe.device.dialect import cuda, float32, int32
-from numba_moe.device.primitives import ALL_LANES, NEGATIVE_INFINITY, WARP, divide, present
+from numba_moe.device.instructions import divide, present
+from numba_moe.device.primitives import ALL_LANES, NEGATIVE_INFINITY, WARP
 from numba_moe.device.types import COUNTING, EXTENDED
 from numba_moe.ops.gating.extras import (
     Tally,

@@ -17,6 +17,7 @@ Experts rank by their logits, or by score + bias where there is a correction bia
 from typing import Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
+from numba_moe.device.instructions import larger, load_float, load_floats, present, wait_for_earlier, warp_highest
 from numba_moe.device.primitives import (
     ALL_LANES,
     LOWEST_ORDER,
@@ -24,14 +25,9 @@ from numba_moe.device.primitives import (
     WARP,
     exp,
     first_lane,
-    larger,
-    load_float,
-    load_floats,
     order,
     order_of_number,
-    present,
     value_of,
-    warp_highest,
     warp_index,
     warp_sum,
 )
@@ -351,6 +347,7 @@ def choose_experts(
 
     A group's score is its best rank, or the sum of its best two scores.
     """
+    wait_for_earlier()
     own = Own(
         cuda.local.array(columns, float32),
         cuda.local.array(columns, int32),

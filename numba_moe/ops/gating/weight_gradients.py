@@ -15,21 +15,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import (
-    ALL_LANES,
-    NEGATIVE_INFINITY,
-    WARP,
-    divide,
-    exp,
-    first_lane,
-    load_float,
-    order,
-    reciprocal,
-    store_float,
-    warp_highest,
-    warp_index,
-    warp_sum,
-)
+from numba_moe.device.instructions import divide, load_float, reciprocal, store_float, wait_for_earlier, warp_highest
+from numba_moe.device.primitives import ALL_LANES, NEGATIVE_INFINITY, WARP, exp, first_lane, order, warp_index, warp_sum
 from numba_moe.device.types import LIKE, Float32Array, FloatArray, Int32, Int32Array, Int64
 from numba_moe.ops.gating.scores import (
     FAR_BELOW,
@@ -90,6 +77,7 @@ def slope_of(logit, scoring_func):
 @cuda.jit
 def differentiate_weights(weighed: Weighed, weighing: Weighting, gradients: Gradients):
     """Write the gradient of a token's row, by a warp, a lane every 32nd expert; the grid has a warp per token."""
+    wait_for_earlier()
     token = warp_index()
     if token >= weighed.num_tokens:
         return

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int32
-from numba_moe.device.primitives import quotient
+from numba_moe.device.instructions import quotient, wait_for_earlier
 from numba_moe.device.types import Int32, Int32Array, Int64Array
 from numba_moe.ops.permute.move_rows import Gather, check_rows, deal, gather, permute_by_reference, plan_gather
 from numba_moe.ops.permute.row_gradients import permute_backward
@@ -41,6 +41,7 @@ class Batches(NamedTuple):
 @cuda.jit
 def lay_out_rows(grouped: Grouped, batches: Batches):
     """Give each sorted slot a row of its expert's batch; `parts` blocks, of any number of threads, serve an expert."""
+    wait_for_earlier()
     expert = quotient(cuda.blockIdx.x, batches.parts)
     part = int32(cuda.blockIdx.x - expert * batches.parts)
     first = int32(grouped.offset[expert])

@@ -11,9 +11,7 @@ import torch
 
 from numba_moe.device import simulator
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import (
-    ALL_LANES,
-    WARP,
+from numba_moe.device.instructions import (
     add_scaled,
     clear_word,
     floats_of,
@@ -25,7 +23,9 @@ from numba_moe.device.primitives import (
     store_float,
     store_floats,
     store_word,
+    wait_for_earlier,
 )
+from numba_moe.device.primitives import ALL_LANES, WARP
 from numba_moe.device.types import (
     LIKE,
     Float32,
@@ -113,6 +113,7 @@ def gather_rows(tokens: Tokens, index: Index, names: RowNames, experts: Ends, ta
 
     Each block also looks at its share of the rows, and the grid covers all of both.
     """
+    wait_for_earlier()
     block = int32(cuda.blockIdx.x)
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
@@ -212,6 +213,7 @@ class Combined(NamedTuple):
 @cuda.jit(launch_bounds=COMBINE_BOUNDS)
 def combine_rows(source: Source, slots: Summands, result: Combined):
     """Sum each token's rows; `parts` blocks of the grid serve a token, and a thread takes `lanes` columns at a time."""
+    wait_for_earlier()
     words = cuda.local.array(ROW_BATCH_WORDS, int32)
     thread = int32(cuda.threadIdx.x)
     lane = int32(cuda.laneid)

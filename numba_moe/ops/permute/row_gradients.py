@@ -14,8 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import (
-    WARP,
+from numba_moe.device.instructions import (
     add_scaled,
     dot,
     floats_of,
@@ -24,8 +23,9 @@ from numba_moe.device.primitives import (
     present,
     store_float,
     store_floats,
-    warp_sum,
+    wait_for_earlier,
 )
+from numba_moe.device.primitives import WARP, warp_sum
 from numba_moe.device.types import (
     LIKE,
     Float32,
@@ -67,6 +67,7 @@ class ByRow(NamedTuple):
 @cuda.jit
 def invert_index(slots: Inverse, by_row: ByRow):
     """Write the slot of each row that has one; a thread takes a slot."""
+    wait_for_earlier()
     slot = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if slot < slots.num_slots:
         row = slots.inv_permuted_idx[slot]
@@ -112,6 +113,7 @@ class Gradients(NamedTuple):
 @cuda.jit(launch_bounds=DIFFERENTIATE_BOUNDS)
 def differentiate_rows(forward: Forward, slots: Weighted, slopes: Slopes, gradients: Gradients):
     """Write gradients: a warp takes a slot, and the row of its own number; `lanes` columns to a thread at a time."""
+    wait_for_earlier()
     turn = int64(cuda.blockIdx.x) * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5)
     row = int64(-1)
     if turn < slots.num_slots:

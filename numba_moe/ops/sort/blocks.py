@@ -1,7 +1,8 @@
 """How many slots each expert has in earlier blocks: by counts in memory, or by those of a cluster's other blocks."""
 
 from numba_moe.device.dialect import cuda, int32, int64
-from numba_moe.device.primitives import WARP, atomic_add, load_words, of_block, quotient, store_words
+from numba_moe.device.instructions import atomic_add, load_words, of_block, quotient, store_words
+from numba_moe.device.primitives import WARP
 
 # Loads of 16 bytes of counts that a thread has on their way at once.
 ROW_BATCH = 4

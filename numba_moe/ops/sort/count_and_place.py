@@ -3,23 +3,26 @@
 from typing import Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, int16, int32, int64, uint32
-from numba_moe.device.primitives import (
-    ALL_LANES,
-    LARGEST_INT32,
-    WARP,
+from numba_moe.device.instructions import (
     as_uint32,
     atomic_add,
-    block_sums,
     cluster_arrive,
     cluster_wait,
-    divided,
-    fill,
-    fill_words,
-    first_above,
     flat,
     present,
     quotient,
     tail,
+    wait_for_earlier,
+)
+from numba_moe.device.primitives import (
+    ALL_LANES,
+    LARGEST_INT32,
+    WARP,
+    block_sums,
+    divided,
+    fill,
+    fill_words,
+    first_above,
     warp_inclusive_sum,
     warp_index,
 )
@@ -153,6 +156,7 @@ def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
 
     The grid has a thread for every `items` slots at least, and a whole number of warps in a block.
     """
+    wait_for_earlier()
     in_block = flat(cuda.shared.array(CHUNK, int32))
     ids = cuda.local.array(items, int64)
     experts = cuda.local.array(items, int32)
@@ -194,6 +198,7 @@ def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
 @cuda.jit
 def scan_blocks(by_block: BlockCounts, before: BlockOffsets):
     """Sum the counts of earlier blocks: a warp sums those of one expert, and the grid has a warp for each of them."""
+    wait_for_earlier()
     expert = int64(warp_index())
     if expert >= before.num_experts:
         return
@@ -451,6 +456,7 @@ def place_slots(
     uint32 if items is 1; in a cluster [blocks, chunk] counts by block in int16; and [threads * items] slots of the
     block in uint32, if items is above 1.
     """
+    wait_for_earlier()
     blocks = int32(cuda.gridDim.x)
     threads = int32(cuda.blockDim.x)
     thread = int32(cuda.threadIdx.x)

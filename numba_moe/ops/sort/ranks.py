@@ -1,7 +1,8 @@
 """Where a slot is among those of its expert in its block: before it in its warp, and in earlier warps."""
 
 from numba_moe.device.dialect import cuda, int32, uint32
-from numba_moe.device.primitives import ALL_LANES, atomic_or, count_lanes, lanes_below
+from numba_moe.device.instructions import atomic_or
+from numba_moe.device.primitives import ALL_LANES, count_lanes, lanes_below
 
 
 @cuda.jit(device=True)

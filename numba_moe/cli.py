@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     interrupts: list[int] = []
 
-    def interrupt(number: int, frame: object) -> NoReturn:
+    def interrupt(number: int, _frame: object) -> NoReturn:
         interrupts.append(number)
         raise KeyboardInterrupt
 

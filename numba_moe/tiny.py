@@ -152,7 +152,7 @@ class Tracer:
         if self._on:
             self.steps.append(step)
 
-    def _keep(self, router: Any, arguments: Any, chosen: TopK) -> None:
+    def _keep(self, _router: Any, _arguments: Any, chosen: TopK) -> None:
         if self._on:
             self.chosen.append((chosen.topk_weights.detach(), chosen.topk_ids))
 

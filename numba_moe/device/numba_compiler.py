@@ -47,7 +47,7 @@ class DeviceFunction(CUDADispatcher):
         return self._of_capability[flags and flags.compute_capability]
 
     @overloads.setter
-    def overloads(self, empty: Any) -> None:
+    def overloads(self, _empty: Any) -> None:
         self._of_capability: Any = collections.defaultdict(collections.OrderedDict)
 
     def compile_device(self, args: Any, return_type: Any = None) -> Any:

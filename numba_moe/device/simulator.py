@@ -275,7 +275,7 @@ if ENABLED:
                 if (thread.block, thread.thread_id // 32) == (this.block, warp) and not thread.dead
             )
 
-    def _jit(function: Any = None, *, launch_bounds: int | tuple[int, ...] | None = None, **options: Any) -> Any:
+    def _jit(function: Any = None, *, launch_bounds: int | tuple[int, ...] | None = None, **options: Any) -> Any:  # noqa: ARG001
         """`cuda.jit` with the option that the simulator's lacks; it says how to compile, not what is computed."""
         return _simulated_jit(function, **options)
 

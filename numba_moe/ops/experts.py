@@ -358,7 +358,7 @@ def _(grouped: bool, given: Any) -> torch.Tensor:
 
 
 @multiply_by_expert.saves
-def _(ctx: Any, given: Any, product: Any) -> None:
+def _(ctx: Any, given: Any, _product: Any) -> None:
     ctx.save_for_backward(given.rows, given.weights, given.ends)
 
 

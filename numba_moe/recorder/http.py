@@ -75,11 +75,11 @@ def make_app(recorder: "ExpertDistributionRecorder", directory: str | os.PathLik
             return found if isinstance(found, Path) else None
         return None
 
-    async def start(request: Request) -> JSONResponse:
+    async def start(_request: Request) -> JSONResponse:
         await run_in_threadpool(switch, True)
         return JSONResponse({"recording": recorder.recording})
 
-    async def stop(request: Request) -> JSONResponse:
+    async def stop(_request: Request) -> JSONResponse:
         await run_in_threadpool(switch, False)
         return JSONResponse({"recording": recorder.recording})
 

@@ -52,7 +52,7 @@ class _Kind(abc.ABC):
     def unwrap(self, tensor: torch.Tensor) -> Any: ...
 
     @contextlib.contextmanager
-    def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
+    def calling(self, _array: Any, tensor: torch.Tensor) -> Iterator[None]:
         """Make the array's device torch's current one, and the stream that the caller works on its current stream."""
         with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
             yield
@@ -93,7 +93,7 @@ class _CupyKind(_Kind):
         return importlib.import_module("cupy").from_dlpack(tensor)
 
     @contextlib.contextmanager
-    def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
+    def calling(self, _array: Any, tensor: torch.Tensor) -> Iterator[None]:
         handle = importlib.import_module("cupy").cuda.get_current_stream(tensor.device.index).ptr
         with _working_on(handle, tensor.device):
             yield

@@ -144,7 +144,7 @@ def _three_numbers(line: list[str]) -> list[int]:
     return [int(part) for part in line]
 
 
-def _read_json(file: IO[bytes], size: int) -> Any:
+def _read_json(file: IO[bytes], _size: int) -> Any:
     return parse_json(file.read())
 
 
@@ -182,7 +182,7 @@ def _read_npz(file: IO[bytes], size: int) -> dict[str, np.ndarray]:
     return found
 
 
-def _read_safetensors(file: IO[bytes], size: int) -> dict[str, np.ndarray]:
+def _read_safetensors(file: IO[bytes], _size: int) -> dict[str, np.ndarray]:
     from safetensors.torch import load
 
     data = file.read()

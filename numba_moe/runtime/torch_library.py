@@ -206,7 +206,7 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_gradient(name: str) -> Callable[..., None]:
-    def refuse(ctx: Any, inputs: Any, output: Any) -> None:
+    def refuse(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG001 (torch gives them by name)
         raise RuntimeError(f"the op `{name}` has no gradient, the function `numba_moe.{name}` has")
 
     return refuse
@@ -439,7 +439,7 @@ def _define_function(name: str, rules: tuple[Callable[..., None], Callable[..., 
             return rules[1](ctx, *grads)
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
+        def jvp(_ctx: Any, *_tangents: Any) -> Any:
             raise TypeError(NO_TANGENTS.format(argument=packet.default._schema.arguments[0].name))
 
         @staticmethod

@@ -151,7 +151,7 @@ def _(activate: Launch, given: Any, activated: torch.Tensor) -> None:
 
 
 @moe_activation.saves
-def _(ctx: Any, given: Any, activated: Any) -> None:
+def _(ctx: Any, given: Any, _activated: Any) -> None:
     ctx.save_for_backward(given.gate_up, given.expert_first_token_offset, given.bias)
     ctx.options = (given.activation, given.interleaved, given.limit, given.alpha)
     ctx.of_bias = given.bias is not None and ctx.needs_input_grad[2]

@@ -212,7 +212,7 @@ def _(plan: MaskedPlan, given: Any, *memory: Any) -> None:
 
 
 @moe_permute_masked.saves
-def _(ctx: Any, given: Any, *found: Any) -> None:
+def _(ctx: Any, _given: Any, *found: Any) -> None:
     ctx.save_for_backward(MaskedTokens(*found).inv_permuted_idx)
 
 

@@ -164,7 +164,7 @@ def _(plan: PermutePlan, given: Any, *memory: Any) -> None:
 
 
 @moe_permute.saves
-def _(ctx: Any, given: Any, *found: Any) -> None:
+def _(ctx: Any, _given: Any, *found: Any) -> None:
     ctx.save_for_backward(PermutedTokens(*found).inv_permuted_idx)
 
 
@@ -280,7 +280,7 @@ def _(combine: Launch, given: Any, combined: torch.Tensor) -> None:
 
 
 @moe_unpermute.saves
-def _(ctx: Any, given: Any, combined: Any) -> None:
+def _(ctx: Any, given: Any, _combined: Any) -> None:
     ctx.save_for_backward(given.permuted, given.topk_weights, given.inv_permuted_idx)
     ctx.factor = given.routed_scaling_factor
 
@@ -369,7 +369,7 @@ def _(combine: Launch, given: Any, combined: torch.Tensor) -> None:
 
 
 @moe_sum.saves
-def _(ctx: Any, given: Any, combined: Any) -> None:
+def _(ctx: Any, given: Any, _combined: Any) -> None:
     ctx.save_for_backward(*(() if given.topk_ids is None else (given.topk_ids,)))
     ctx.factor, ctx.shape, ctx.dtype = given.routed_scaling_factor, given.hidden_states.shape, given.hidden_states.dtype
 

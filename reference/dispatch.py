@@ -116,6 +116,7 @@ def dispatch_ids(
     algorithm: str = "static",
     seed: int = 0,
     step: np.ndarray | None = None,
+    num_token_non_padded: np.ndarray | None = None,
     counts: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -135,6 +136,8 @@ def dispatch_ids(
         Key of the generator of "dynamic", 64 bits.
     step
         int64 [1]: with "dynamic", the generator's counter beside the slot.
+    num_token_non_padded
+        int32 or int64 [1] or []: slots of tokens from this one on become -1; in one dimension a slot is a token.
     counts
         int32 or int64 [num_physical]: 1 is added for each slot at its physical id.
     out
@@ -171,6 +174,7 @@ def dispatch_ids(
     array([1, 2, 1, 1], dtype=int32)
     """
     slots = np.arange(topk_ids.size).reshape(topk_ids.shape)
+    tokens = slots if topk_ids.ndim == 1 else slots // max(topk_ids.shape[1], 1)
     if algorithm == "fake":
         known = topk_ids >= 0
         found = physical_map[slots % len(physical_map)]
@@ -186,10 +190,11 @@ def dispatch_ids(
             words, *_ = philox((slots, 0, now & WORD, now >> 32 & WORD), (seed & WORD, seed >> 32))
             replicas = (words * valid.astype(np.uint64)) >> 32
         else:
-            tokens = slots if topk_ids.ndim == 1 else slots // topk_ids.shape[1]
             replicas = (tokens * HASH_MULTIPLIER & WORD) % np.maximum(valid, 1)
         known = known & (valid > 0)
         found = physical_map[experts, replicas.astype(np.int64)]
+    if num_token_non_padded is not None:
+        known = known & (tokens < num_token_non_padded)
     physical = np.where(known & (found >= 0), found, -1)
     if counts is not None:
         kept = physical[(physical >= 0) & (physical < len(counts))]

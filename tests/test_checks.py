@@ -175,6 +175,8 @@ BAD = {
     "no step": (lambda: dispatch_ids(IDS, TABLE[None], TABLE[:1], algorithm="dynamic"), TypeError, "`step` must be of the same library as `topk_ids`, got builtins.NoneType"),
     "a step as a number": (lambda: dispatch_ids(IDS, TABLE[None], TABLE[:1], algorithm="dynamic", step=3), TypeError, "`step` must be of the same library as `topk_ids`, got builtins.int"),
     "a step for fake": (lambda: dispatch_ids(IDS, TABLE, algorithm="fake", step=TABLE), ValueError, "`step` must be None with the algorithm 'fake', got an array"),
+    "a number of tokens on the host": (lambda: dispatch_ids(IDS, TABLE, num_token_non_padded=3), TypeError, "`num_token_non_padded` must be of the same library as `topk_ids`, got builtins.int"),
+    "several numbers of tokens": (lambda: dispatch_ids(IDS, TABLE, num_token_non_padded=IDS[0]), ValueError, r"`num_token_non_padded` must be of shape \(\) or \(1,\) = \(1,\), got shape \(2,\)"),
     "a seed below 0": (lambda: dispatch_ids(IDS, TABLE, seed=-1), ValueError, "`seed` must be at least 0, got -1"),
     "counters of floats": (lambda: dispatch_ids(IDS, TABLE, counts=LOGITS[0]), TypeError, "`counts` must be of dtype int32 or int64, got float32"),
     "out of another dtype": (lambda: dispatch_ids(IDS, TABLE, out=IDS.long()), TypeError, "`out` must be of dtype int32, got int64"),

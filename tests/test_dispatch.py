@@ -94,6 +94,25 @@ def test_places_below_0_are_none(algorithm, device):
     assert counts.tolist() == [0, 0, 0, 0, 0, 1]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_slots_of_tokens_past_the_number_on_the_device_have_no_place(algorithm, kind, device):
+    places, options = torch.tensor([4, 5, 6], dtype=torch.int32, device=device), {"algorithm": algorithm}
+    if algorithm in ("dynamic", "hash"):
+        places, options["num_valid"] = places[:, None].contiguous(), torch.ones_like(places)
+    if algorithm == "dynamic":
+        options["step"] = torch.zeros(1, dtype=torch.int64, device=device)
+    ids = torch.tensor([[0, 1], [2, 0], [1, 2]], device=device)
+    for real, shape in ((0, ()), (1, (1,)), (2, ()), (3, (1,)), (100, ())):
+        counts = torch.zeros(7, dtype=torch.int32, device=device)
+        number = torch.full(shape, real, dtype=kind, device=device)
+        found = dispatch_ids(ids, places, num_token_non_padded=number, counts=counts, **options)
+        assert (found >= 0).sum(dim=1).tolist() == [2 if token < real else 0 for token in range(3)]
+        assert counts.sum() == 2 * min(real, 3)
+        flat = dispatch_ids(ids.ravel(), places, num_token_non_padded=number, **options)
+        assert (flat >= 0).tolist() == [slot < real for slot in range(6)]
+
+
 @pytest.mark.parametrize("algorithm", ["dynamic", "hash"])
 def test_turned_rows_hold_the_same_slots(algorithm):
     slots, count = LOCATION.logical_to_all_physical_map, LOCATION.logical_to_all_physical_map_num_valid

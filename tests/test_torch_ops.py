@@ -120,7 +120,7 @@ def calls(tokens, device):
     local = {name: bias[:4] for name, bias in biases.items()}
     yield OPS.fused_experts, given, {**local, "expert_map": half, "activation": "swiglu_oai", "limit": 3.0}
     replicas = half.int().view(-1, 2)
-    yield OPS.dispatch_ids, (chosen, table), {}
+    yield OPS.dispatch_ids, (chosen, table), {"num_token_non_padded": ints(1, device, tokens - 1)}
     drawn = {"algorithm": "dynamic", "seed": 3, "step": torch.tensor([5], device=device)}
     few = chosen % len(replicas), replicas, ints(len(replicas), device, 2)
     yield OPS.dispatch_ids_out, few, {**drawn, "out": chosen.clone(), "counts": counts}

@@ -6,7 +6,7 @@ A warp function must be reached by all 32 lanes of the warp.
 import numpy as np
 
 from numba_moe.device.dialect import cuda, float32, int32, int64, uint32
-from numba_moe.device.instructions import exp2, float_as_int, int_as_float, larger, store_words
+from numba_moe.device.instructions import as_int64, exp2, float_as_int, int_as_float, larger, store_words
 
 ALL_LANES = 0xFFFFFFFF
 WARP = 32
@@ -30,6 +30,14 @@ def reciprocal_of(divisor: int) -> tuple[int, int]:
 def divided(number, reciprocal, shift):
     """Divide an int32 that is not negative by the divisor of `reciprocal_of`, in a tenth of the time of a division."""
     return int32((int64(number) * reciprocal) >> shift)
+
+
+@cuda.jit(device=True)
+def load_integer(array, index, size):
+    """Read an int32, or an int64 if that is the size in bytes."""
+    if size == 8:
+        return as_int64(array)[index]
+    return int64(array[index])
 
 
 @cuda.jit(device=True)

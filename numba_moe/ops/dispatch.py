@@ -10,9 +10,18 @@ from typing import Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int32, int64, uint32, uint64
-from numba_moe.device.instructions import add_to_global, atomic_add, flat, quotient, wait_for_earlier
-from numba_moe.device.primitives import fill
-from numba_moe.device.types import Ids, Int32, Int64, LikeTopkIds, OptionalIds, OptionalInt32Array, OptionalInt64Array
+from numba_moe.device.instructions import add_to_global, atomic_add, flat, present, quotient, wait_for_earlier
+from numba_moe.device.primitives import fill, load_integer
+from numba_moe.device.types import (
+    Ids,
+    Int32,
+    Int64,
+    LikeTopkIds,
+    OptionalIds,
+    OptionalInt32Array,
+    OptionalInt64Array,
+    OptionalSizedArray,
+)
 from numba_moe.reference import dispatch as reference
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import Array, Contiguous, contiguous
@@ -53,8 +62,10 @@ class Slots(NamedTuple):
 
     topk_ids: Ids  # [num_slots]
     out: LikeTopkIds  # [num_slots]
+    num_token_non_padded: OptionalSizedArray  # [1]; slots of later tokens have no place
     num_slots: Int32
     top_k: Int32
+    scalar_bytes: Int32  # of an element of num_token_non_padded
 
 
 class PhysicalCounts(NamedTuple):
@@ -119,10 +130,15 @@ def map_ids(slots: Slots, dispatch: Dispatch, counted: PhysicalCounts):
     threads = int32(cuda.blockDim.x)
     fill(in_block, counted.num_in_shared, 0, thread, threads)
     cuda.syncthreads()
+    num_tokens = int64(slots.num_slots)
+    if present(slots.num_token_non_padded):
+        num_tokens = load_integer(slots.num_token_non_padded, 0, slots.scalar_bytes)
     slot = int64(cuda.blockIdx.x) * threads + thread
     while slot < slots.num_slots:
         token = quotient(int32(slot), slots.top_k)
-        physical = physical_of(slots.topk_ids[slot], int32(slot), token, dispatch)
+        physical = int32(-1)
+        if token < num_tokens:
+            physical = physical_of(slots.topk_ids[slot], int32(slot), token, dispatch)
         slots.out[slot] = physical
         if physical >= 0 and physical < counted.num_physical:
             if counted.num_in_shared > 0:
@@ -189,6 +205,7 @@ def dispatch_ids(
     algorithm: str = "static",
     seed: int = 0,
     step: Array | None = None,
+    num_token_non_padded: Array | None = None,
     counts: Array | None = None,
     out: Array | None = None,
 ) -> Any:
@@ -212,6 +229,9 @@ def dispatch_ids(
     step : array of int64, shape [1], optional
         With "dynamic": a counter on the device. The same seed, step and slot draw the same number; add 1 to it
         wherever new ones are wanted, inside a captured graph too.
+    num_token_non_padded : array of int32 or int64, shape [1] or [], optional
+        The number of tokens, on the device; slots of later tokens become -1 and are not counted. In one dimension a
+        slot is a token.
     counts : array of int32 or int64, shape [num_physical], optional
         Written: 1 is added for each slot at its physical id. Ids past its end are not counted.
     out : array of the shape and dtype of `topk_ids`, optional
@@ -278,7 +298,13 @@ def _(given: Any) -> Launch:
     in_shared = blocks > 1 and 4 * num_physical <= MOST_SHARED_BYTES
     num_in_shared = num_physical if in_shared else 0
     top_k = max(topk_ids.shape[1], 1) if len(topk_ids.shape) == 2 else 1
-    slots = Slots(topk_ids, topk_ids, num_slots, top_k)
+    num_tokens = given.num_token_non_padded
+    scalar_bytes = 0
+    if num_tokens is not None:
+        checks.array("num_token_non_padded", num_tokens, checks.IDS, (0, 1), like=here)
+        checks.shape("num_token_non_padded", num_tokens, (1,) * len(num_tokens.shape), "() or (1,)")
+        scalar_bytes = num_tokens.dtype.itemsize
+    slots = Slots(topk_ids, topk_ids, num_tokens and torch.int32, num_slots, top_k, scalar_bytes)
     counted = PhysicalCounts(given.counts, num_physical, num_in_shared)
     where = (topk_ids.device, blocks, threads)
     return Launch(map_ids, *where, slots, dispatch, counted, shared_bytes=4 * num_in_shared)
@@ -297,6 +323,7 @@ def _(map_ids: Any, given: Any, out: torch.Tensor) -> None:
         physical_map=given.physical_map,
         num_valid=given.num_valid,
         step=given.step,
+        num_token_non_padded=given.num_token_non_padded,
         counts=given.counts,
         out=out,
     )

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from numba_moe import align_sizes
+from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import Case
 from numba_moe.verify.verification import Outcome
@@ -319,6 +320,22 @@ def tables(rng: np.random.Generator, num_experts: int) -> tuple[Any, ...]:
     return places, rng.integers(-1, 5, num_experts).astype(np.int32), algorithm, int(rng.integers(2**40)), step
 
 
+def dispatched(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    """Draw slots to be dispatched."""
+    num_experts, top_k, kind = number(rng, 1, limits.experts), number(rng, 1, 10), dtype(rng)
+    tokens = slots(rng, limits) // top_k
+    ids = rng.integers(0, num_experts, (tokens, top_k)).astype(kind)
+    unknown = rng.random(ids.shape) < 0.2
+    ids[unknown] = outside(rng, kind, num_experts, int(unknown.sum()))
+    places = DispatchTables(*tables(rng, num_experts))._asdict()
+    drawn = {"topk_ids": ids if flag(rng) else ids.ravel(), **places}
+    if flag(rng):
+        drawn["num_token_non_padded"] = np.array(number(rng, 0, tokens + 1), dtype(rng))
+    if flag(rng):
+        drawn["counts"] = np.zeros(number(rng, 0, 2 * num_experts), dtype(rng))
+    return drawn
+
+
 def given_experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     num_experts, top_k = number(rng, 1, limits.experts), number(rng, 1, 40)
     drawn = logits(rng, slots(rng, limits) // max(8, num_experts), num_experts)
@@ -426,6 +443,7 @@ DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_reorder": count,
     "moe_unpermute": unpermuted,
     "moe_sum": summed,
+    "dispatch_ids": dispatched,
     "weigh_experts": given_experts,
     "route": decode,
     "moe_activation": activation,

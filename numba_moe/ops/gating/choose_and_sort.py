@@ -17,9 +17,10 @@ from numba_moe.device.primitives import (
     fill,
     fill_words,
     lanes_below,
+    load_integer,
 )
 from numba_moe.device.types import Int32, Int32Array, Int64, OptionalSizedArray, Role, RouteColumns
-from numba_moe.ops.gating.extras import Extras, load_id, load_integer
+from numba_moe.ops.gating.extras import Extras, load_id
 from numba_moe.ops.gating.scores import Choice, Chosen, Rows, Weighting
 from numba_moe.ops.gating.warp_per_token import Own, WarpLanes, choose_for_token
 

@@ -18,7 +18,7 @@ from numba_moe.device.instructions import (
     present,
     tanh,
 )
-from numba_moe.device.primitives import LARGEST_FLOAT
+from numba_moe.device.primitives import LARGEST_FLOAT, load_integer
 from numba_moe.device.types import (
     Float32,
     Int32,
@@ -139,14 +139,6 @@ def load_one(source, expert):
     if source.extended:
         logit = adjusted(logit, expert, source.adjusting)
     return logit
-
-
-@cuda.jit(device=True)
-def load_integer(array, index, size):
-    """Read an int32, or an int64 if that is the size in bytes."""
-    if size == 8:
-        return as_int64(array)[index]
-    return int64(array[index])
 
 
 @cuda.jit(device=True)

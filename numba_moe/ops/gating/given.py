@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
 from numba_moe.device.instructions import present, wait_for_earlier
-from numba_moe.device.primitives import NEGATIVE_INFINITY, WARP, warp_index
+from numba_moe.device.primitives import NEGATIVE_INFINITY, WARP, load_integer, warp_index
 from numba_moe.device.types import EXTENDED, AnyIds, Int32, OptionalSizedArray
-from numba_moe.ops.gating.extras import Extras, Source, load_integer, load_one
+from numba_moe.ops.gating.extras import Extras, Source, load_one
 from numba_moe.ops.gating.long_rows import softmax_from_memory
 from numba_moe.ops.gating.scores import SOFTMAX, Chosen, Rows, Scores, Weighting
 from numba_moe.ops.gating.token import (

@@ -182,6 +182,9 @@ def _dispatch_edges(kinds: dict[str, np.ndarray]) -> Iterator[Case]:
             yield dispatch_case(f"{name} {algorithm}", kinds[name], 8, algorithm)
         chosen = kinds["-1 rows"]
         yield dispatch_case(f"one dimension {algorithm}", chosen.ravel(), 8, algorithm, counts=None)
+        for tokens, kind in ((0, "int32"), (3, "int64"), (2**40, "int64")):
+            real = {"num_token_non_padded": np.array([tokens], kind)}
+            yield dispatch_case(f"{tokens} real tokens {algorithm}", chosen, 8, algorithm, **real)
         yield dispatch_case(f"out {algorithm}", chosen, 8, algorithm, out=zeros(*chosen.shape))
     chosen = kinds["several tiles"]
     few = zeros(3, dtype="int64")

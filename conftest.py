@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from numba_moe.cli import use_simulator_without_gpu
+from numba_moe.device.switch import use_simulator_without_gpu
 
 use_simulator_without_gpu()  # before anything imports numba
 

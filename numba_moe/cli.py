@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from numba_moe.device.switch import use_simulator_without_gpu
 from numba_moe.runtime.text import counted
 
 WRONG = 2  # what was asked for cannot be done, as argparse says of options
@@ -22,14 +23,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG, f"{self.prog}: {message} (--help names the options)\n")
-
-
-def use_simulator_without_gpu() -> None:
-    """Turn Numba's CUDA simulator on where there is no CUDA device; Numba reads the switch when imported."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +89,7 @@ def _refuse(command: str, error: Exception) -> int:
 
 def _parser() -> Parser:
     from numba_moe.bench import command as bench
+    from numba_moe.lab import own_kernels
     from numba_moe.placement import simulate_command as rebalancing
     from numba_moe.recorder import report
     from numba_moe.verify import verification
@@ -105,7 +99,8 @@ def _parser() -> Parser:
     text = "compare the kernels with the reference"
     verify = commands.add_parser("verify", help=text, description=verification.__doc__)
     verification.add_arguments(verify)
-    verify.set_defaults(prepare=verification.prepare)
+    own_kernels.add_arguments(verify)
+    verify.set_defaults(prepare=own_kernels.prepare)
     text = "time the ops beside other implementations"
     timing = commands.add_parser("bench", help=text, description=bench.__doc__)
     bench.add_arguments(timing)

@@ -6,7 +6,7 @@ Without a CUDA device a few smaller calls run in Numba's CUDA simulator, where t
 import argparse
 import sys
 
-from numba_moe.cli import use_simulator_without_gpu
+from numba_moe.device.switch import use_simulator_without_gpu
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ FLOORS = [
     {"ops"},
     {"block", "tiny", "placement", "recorder", "interop"},
     {"verify", "bench"},
+    {"lab"},
     {"cli"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}

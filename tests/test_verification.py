@@ -2,22 +2,18 @@
 
 import collections
 import functools
-import importlib
-import inspect
 import json
 
 import numpy as np
 import pytest
 import torch
-from numba import cuda
 
 import numba_moe
 from numba_moe import cli, placement, recorder, reference
 from numba_moe.device import simulator
 from numba_moe.ops import dispatch
-from numba_moe.ops.gating import which_kernel
-from numba_moe.runtime import formats, plans
-from numba_moe.verify import cases, testing, verification
+from numba_moe.runtime import formats
+from numba_moe.verify import cases, faults, testing, verification
 
 ON_GPU = torch.cuda.is_available()
 LEVEL = "quick" if ON_GPU else "simulator"
@@ -37,194 +33,27 @@ def test_every_op_and_every_kernel_option_has_cases():
     assert len(list(cases.model_cases("full"))) + len(list(cases.edge_cases())) >= 200
 
 
-def source_of(function):
-    text = inspect.getsource(function.py_func)
-    return text[text.index("def ") :]
-
-
-def broken(home, kernel, function, old, new):
-    """Compile a kernel again, with a fault in it or in a device function that it calls."""
-    names = dict(vars(home))
-    for name in dict.fromkeys((function, kernel)):
-        original = getattr(home, name)
-        source = source_of(original)
-        if name == function:
-            assert old in source, f"the kernel changed: {old!r} is not in {name}"
-            source = source.replace(old, new)
-        exec(source, names)
-        names[name].__annotations__ = dict(original.py_func.__annotations__)
-        names[name] = cuda.jit(names[name], device=name != kernel)
-    return names[kernel]
-
-
-FAULTS = {
-    "no-op": (
-        "ops.sort.count_and_place",
-        "write_places",
-        "sorted_slots[position] = slot",
-        "sorted_slots[position] = slots.num_slots",
-    ),
-    "off by one": (
-        "ops.sort.count_and_place",
-        "write_places",
-        "position = int32(tables.places",
-        "position = int32(1 + tables.places",
-    ),
-    "swapped pair": (
-        "ops.sort.count_and_place",
-        "write_places",
-        "sorted_slots[position] = slot",
-        "sorted_slots[position] = slot ^ 1",
-    ),
-    "unstable order": ("ops.sort.count_and_place", "place_slots", "items + cuda.laneid)", "items + 31 - cuda.laneid)"),
-    "unwritten tail": (
-        "ops.sort.count_and_place",
-        "place_slots",
-        "placed.num_words, placed.num_positions, slots.num_slots",
-        "0, slots.num_slots, slots.num_slots",
-    ),
-    "wrong block name": ("ops.sort.count_and_place", "place_slots", "gemm.inactive_expert_id, int32(", "0, int32("),
-    "other blocks forgotten": ("ops.sort.count_and_place", "start_of_experts", "int32(begin + before)", "begin"),
-    "another expert": (
-        "ops.gating.warp_per_token",
-        "choose_for_token",
-        "write_pick(expert, logit,",
-        "write_pick(rows.num_experts - 1 - expert, logit,",
-    ),
-    "not renormalised": (
-        "ops.gating.warp_per_token",
-        "choose_for_token",
-        "scale_of(score_sum,",
-        "scale_of(float32(0.0),",
-    ),
-    "picked twice": ("ops.gating.lanes", "choose_by_turns", "struck = own if expert == winner else", "struck ="),
-    "a slot left out": ("ops.gating.lanes", "place_of", "int32(place + 1)", "int32(place + 2)"),
-    "weight of another lane": (
-        "ops.gating.lanes",
-        "choose_by_lanes",
-        "chosen.topk_weights[slot]",
-        "chosen.topk_weights[slot ^ 1]",
-    ),
-    "row off by one": ("ops.permute.move_rows", "gather_rows", "source + min(", "source + min(1 + "),
-    "last slot not moved": ("ops.permute.move_rows", "gather_rows", "in range(slots)", "in range(slots - 1)"),
-    "padding not zeroed": ("ops.permute.move_rows", "gather_rows", "if holes != 0:", "if holes > 0xFFFFFFFF:"),
-    "padding named": ("ops.permute.move_rows", "gather_rows", "if not unused:", "if True:"),
-    "last slot left out": (
-        "ops.permute.move_rows",
-        "combine_rows",
-        "if first + lane < slots.top_k:",
-        "if first + lane < slots.top_k - 1:",
-    ),
-    "weights of another slot": (
-        "ops.permute.move_rows",
-        "combine_rows",
-        "(ALL_LANES, weight, k",
-        "(ALL_LANES, weight, 1 ^ k",
-    ),
-    "more rows than a batch has": ("ops.permute.layouts", "lay_out_rows", "min(count, rows)", "count"),
-    "one row too many": ("ops.align_batches", "fill_batches", "position < filled[index]", "position <= filled[index]"),
-    "another adapter": (
-        "ops.align_adapters",
-        "pair_slots",
-        "adapter * slots.num_experts",
-        "(adapters.max_loras - 1 - adapter) * slots.num_experts",
-    ),
-    "rows not padded": ("ops.align_adapters", "spread_adapters", "if used else grouped.num_slots", "if used else 0"),
-    "blocks counted on": ("ops.ragged", "schedule_blocks", "(block << schedule.shift)", "(position << schedule.shift)"),
-    "another place": ("ops.dispatch", "map_ids", "slots.out[slot] = physical", "slots.out[slot] = physical ^ 1"),
-    "counted twice": (
-        "ops.dispatch",
-        "map_ids",
-        "add_to_global(counted.counts, physical, 1)",
-        "add_to_global(counted.counts, physical, 2)",
-    ),
-    "no counts of a block": ("ops.dispatch", "map_ids", "if count > 0:", "if count > 1000:"),
-    "padding recorded": (
-        "ops.record",
-        "count_ids",
-        "real_rows(switch, routed)",
-        "int64(routed.num_rows)",
-    ),
-    "recorded twice": (
-        "ops.record",
-        "count_ids",
-        "atomic_add(in_block, expert, 1)",
-        "atomic_add(in_block, expert, 2)",
-    ),
-    "recorded when off": (
-        "ops.record",
-        "count_ids",
-        "if is_off(switch.enabled):",
-        "if not is_off(switch.enabled):",
-    ),
-    "bias of another expert": (
-        "ops.activation.activate_rows",
-        "activate_rows",
-        "rule, row, column",
-        "rule, row * 0, column",
-    ),
-    "no shift": ("ops.activation.activate_rows", "activate_rows", "(y + rule.shift)", "y"),
-    "unused rows left": ("ops.activation.activate_rows", "activate_rows", "store_run(", "if used: store_run("),
-    "padding miscounted": (
-        "ops.sort.count_and_place",
-        "start_of_experts",
-        "total + padding.block_size - 1",
-        "total + padding.block_size",
-    ),
-}
-KERNEL_OF = {
-    "choose_by_turns": "choose_by_lanes",
-    "place_of": "choose_by_lanes",
-    "choose_for_token": "choose_experts",
-    "start_of_experts": "place_slots",
-    "write_places": "place_slots",
-}
-OPS_OF = {
-    "ops.activation.activate_rows": ["moe_activation", "fused_experts"],
-    "ops.align": ["moe_align_block_size"],
-    "ops.align_batches": ["batched_moe_align_block_size"],
-    "ops.sort.count_and_place": ["moe_align_block_size", "count_tokens_per_expert", "moe_permute"],
-    "ops.gating.lanes": ["topk_softmax"],
-    "ops.gating.warp_per_token": ["topk_softmax"],
-    "ops.align_adapters": ["moe_lora_align_block_size"],
-    "ops.ragged": ["make_ragged_metadata"],
-    "ops.permute.layouts": ["moe_permute_masked"],
-    "ops.permute.move_rows": ["moe_permute", "moe_unpermute"],
-    "ops.dispatch": ["dispatch_ids"],
-    "ops.record": ["add_expert_counts"],
-}
-
-
-WRITES_OUTSIDE = {"off by one", "padding miscounted"}
-
-
-FIRST_OF_MODULE = {module: name for name, (module, *_) in reversed(FAULTS.items())}.values()
+FIRST_OF_MODULE = {module: name for name, (module, *_) in reversed(faults.FAULTS.items())}.values()
 
 
 @pytest.mark.parametrize(
-    "fault", [name if name in FIRST_OF_MODULE else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+    "fault", [name if name in FIRST_OF_MODULE else pytest.param(name, marks=pytest.mark.slow) for name in faults.FAULTS]
 )
-def test_a_wrong_kernel_is_caught(fault, monkeypatch, request):
-    if ON_GPU and fault in WRITES_OUTSIDE:
+def test_a_wrong_kernel_is_caught(fault):
+    if ON_GPU and fault in faults.WRITES_OUTSIDE:
         pytest.skip("would write outside its arrays; the simulator catches that")
-    if ON_GPU and fault in ("other blocks forgotten", "no counts of a block", "recorded twice"):
+    if ON_GPU and fault in faults.NEEDS_BLOCKS:
         pytest.skip("these cases need one block only; in the simulator they need several")
-    module, function, old, new = FAULTS[fault]
-    home, kernel = importlib.import_module(f"numba_moe.{module}"), KERNEL_OF.get(function, function)
-    monkeypatch.setattr(home, kernel, broken(home, kernel, function, old, new))
-    plans.forget()
-    request.addfinalizer(plans.forget)
     chosen = [
         c
         for c in CASES
-        if c.op in OPS_OF[module]
+        if c.op in faults.ops_of(fault)
         and c.name.split()[0] in ("Mixtral-8x7B", "OLMoE", "several", "-1", "skipped", "swiglu_oai")
     ]
     assert chosen
-    if module.startswith("ops.gating."):
-        monkeypatch.setattr(which_kernel, "_preferred", module.removeprefix("ops.gating."))
-    outcomes = (verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in chosen)
-    failed = next((outcome for outcome in outcomes if not outcome.passed), None)
+    with faults.planted(fault):
+        outcomes = (verification.run_case(case, seed=0, device="cuda" if ON_GPU else "cpu") for case in chosen)
+        failed = next((outcome for outcome in outcomes if not outcome.passed), None)
     assert failed, fault
     assert not failed.message.startswith(("AttributeError", "NameError", "TypeError")), "the fault itself is wrong"
 

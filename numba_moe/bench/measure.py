@@ -75,6 +75,29 @@ def device_time(call: Callable[[], Any]) -> float:
     return median(times)
 
 
+def queued_time(call: Callable[[], Any]) -> float:
+    """Return the device microseconds of a call whose launches do not go through torch, so that no graph captures them.
+
+    The device copies memory until the calls are queued behind it, so that it waits for none of them.
+    """
+    host_us, calls = host_time(call), min(CALLS, _calls_together(call))
+    source = torch.empty(1 << 26, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copies = 2 + int(1.5 * host_us * calls / testing.time_on_device(lambda: target.copy_(source)))
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(copies):
+            target.copy_(source)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / calls)
+    return median(times)
+
+
 def host_time(call: Callable[[], Any]) -> float:
     """Return the host microseconds of an eager call, the queue drained between batches, of which the best counts.
 
@@ -119,8 +142,13 @@ def fault_of(case: Case, name: str, result: Any, expected: Any, arguments: Mappi
     return "; ".join(comparison.message for comparison in comparisons if comparison.mismatches)
 
 
-def measure(case: Case, peers: Sequence[str], copy_bytes_per_us: float) -> Iterator[Row]:
-    """Check and time every implementation of a case."""
+def measure(
+    case: Case,
+    peers: Sequence[str],
+    copy_bytes_per_us: float,
+    own: Callable[..., Contender] | None = None,
+) -> Iterator[Row]:
+    """Check and time every implementation of a case, and one of the caller's own, given its arguments."""
     on_host = case.arguments(np.random.default_rng(0))
     arguments = {name: testing.to_device(value, "cuda") for name, value in on_host.items()}
     expected = getattr(reference, case.op)(**on_host)
@@ -133,18 +161,21 @@ def measure(case: Case, peers: Sequence[str], copy_bytes_per_us: float) -> Itera
     bound = inspect.signature(op).bind(**arguments)  # positional where that is how one calls
     ours = Contender(OURS, functools.partial(op, *bound.args, **bound.kwargs))
     others = (c for c in OPS[case.op].peers(**arguments) if c.name in peers and is_registered(c.needs))
+    mine = [] if own is None else [own(**arguments)]
     moved: int | None = None
-    for name, call, _ in (ours, *others):
+    for name, call, _ in (ours, *mine, *others):
         row = row._replace(implementation=name)
         try:
             with testing.poisoned_memory():
                 result = call()
-            if message := fault_of(case, name, result, expected, arguments):
+            judged_as = OURS if any(name == one.name for one in mine) else name
+            if message := fault_of(case, judged_as, result, expected, arguments):
                 yield row._replace(wrong=True, message=message)
                 continue
             if name == OURS:
                 moved = bytes_moved(arguments, result)
-            device_us, host_us = device_time(call), host_time(call)
+            time_of = device_time if own is None else queued_time
+            device_us, host_us = time_of(call), host_time(call)
         except Exception as error:  # a peer may refuse a case; we may not
             yield row._replace(wrong=name == OURS, message=f"{type(error).__name__}: {error}")
             continue

@@ -7,7 +7,6 @@ barrier to get right answers gets wrong ones, and a thread that waits for one th
 """
 
 import contextlib
-import os
 import random
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-ENABLED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
+from numba_moe.device import switch
+
+ENABLED = switch.is_on()
+switch.check_in_time()
 _ALL_LANES = 0xFFFFFFFF
-_POISON = 0x5A
 # Blocks of a cluster, which are simulated together.
 MOST_IN_CLUSTER = 4
 _running = False
@@ -29,7 +30,7 @@ def running() -> Iterator[None]:
     """Let CPU arrays be answered by the kernels, in the simulator, instead of by the reference."""
     global _running
     if not ENABLED:
-        raise RuntimeError("the simulator is off: set NUMBA_ENABLE_CUDASIM=1 before numba is imported")
+        raise RuntimeError(f"the simulator is off: {switch.HOW}")
     before, _running = _running, True
     try:
         yield
@@ -62,7 +63,7 @@ class Pointer:
         return int(value) if isinstance(value, np.integer) else value
 
     def words(self, index: int) -> Any:
-        """Return the 16 bytes from an element on, as an array of int32."""
+        """Return the 16 bytes from an element on, as an array of int32 that can be written."""
         width = 16 // self.dtype.itemsize
         self._check(index)
         self._check(index + width - 1)
@@ -73,6 +74,25 @@ class Pointer:
         self._memory[index] = value
 
 
+class CountedPointer(Pointer):
+    """The same, where somebody counts what kernels do."""
+
+    shared = False
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor)
+        self.uncounted = Pointer(tensor)
+
+    def __getitem__(self, index: int) -> Any:
+        value = super().__getitem__(index)
+        watch.count_access("loads", self.dtype.itemsize)
+        return value
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        super().__setitem__(index, value)
+        watch.count_access("stores", self.dtype.itemsize)
+
+
 def _words(memory: Any, index: int) -> Any:
     width = 16 // memory.dtype.itemsize
     if index % width:
@@ -80,8 +100,22 @@ def _words(memory: Any, index: int) -> Any:
     return memory[index : index + width].view(np.int32)
 
 
-def words(array: Any, index: int) -> Any:
-    """Return 16 bytes of device or shared memory from an element on, as an array of int32 that can be written."""
+def update(array: Any, index: int, change: Callable[[Any], Any]) -> None:
+    """Change an element as an atomic does: no other thread comes between."""
+    watch.count_atomic(array)
+    memory = array.uncounted if isinstance(array, CountedPointer) else watch.unwatched(array)
+    memory[index] = change(memory[index])
+
+
+def device_array(tensor: torch.Tensor) -> Any:
+    """Return what is a device array of Numba's in the simulator, over the memory of a tensor of the CPU."""
+    return watch.as_argument(tensor)
+
+
+def words(array: Any, index: int, kind: str = "loads") -> Any:
+    """Return 16 bytes of device or shared memory from an element on, as an array of int32; "stores" are written."""
+    if isinstance(array, CountedPointer):
+        watch.count_access(kind, 16)
     return array.words(index) if isinstance(array, Pointer) else _words(array, int(index))
 
 
@@ -93,10 +127,14 @@ def launch(
     def pointed(value: Any) -> Any:
         if isinstance(value, tuple):
             return type(value)(*map(pointed, value))
-        return Pointer(value) if isinstance(value, torch.Tensor) else value
+        return pointer(value) if isinstance(value, torch.Tensor) else value
 
-    _Block.together = one_cluster
-    kernel[blocks, threads, 0, shared_bytes](*map(pointed, arguments))
+    pointer = CountedPointer if watch.is_counting() else Pointer
+    _Block.together, _Block.by_hand = one_cluster, False
+    try:
+        kernel[blocks, threads, 0, shared_bytes](*map(pointed, arguments))
+    finally:
+        _Block.together, _Block.by_hand = False, True
 
 
 if ENABLED:
@@ -104,7 +142,9 @@ if ENABLED:
     import numba.cuda
     from numba.cuda.simulator import kernel as _kernel
     from numba.cuda.simulator import kernelapi as _kernelapi
-    from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule, FakeCUDAShared
+    from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
+
+    from numba_moe.device import watch
 
     class _Thread(greenlet.greenlet):
         """One CUDA thread, which runs until it waits for others or ends."""
@@ -121,12 +161,14 @@ if ENABLED:
             self.arrived = False
 
         def syncthreads(self) -> None:
+            watch.count("barriers")
             self.manager.meet(self, ("block", self.block), lambda: self.manager.alive[self.block], None)
 
     class _Block(_kernel.BlockManager):
         """Runs one block, or a cluster of them: a loop that lets one thread after another run."""
 
         together = False
+        by_hand = True  # and not by `launch`
 
         def run(self, grid_point: tuple[int, ...], *arguments: Any) -> None:
             points = [grid_point]
@@ -135,13 +177,15 @@ if ENABLED:
                     return  # with the first block
                 points = list(np.ndindex(*self._grid_dim))
             context = _kernel._get_kernel_context()
+            watch.count("launches", int(not any(grid_point)))
             self.threads: list[_Thread] = []
             self.shared = {}
             for block in points:
-                self.shared[block[0]] = shared = FakeCUDAShared(context._shared._dynshared_size)
-                shared._dynshared[:] = _POISON
+                self.shared[block[0]] = shared = watch.SharedMemory(context._shared._dynshared_size)
+                shared._dynshared[:], shared.watched = watch.POISON, self.by_hand
                 for point in np.ndindex(*self._block_dim):
                     self.threads.append(_Thread(lambda: self._f(*arguments), self, block, point, shared))
+            watch.count("threads", len(self.threads))
             self._ready = list(self.threads)
             self.alive = {block[0]: len(self.threads) // len(points) for block in points}
             self._waiting: dict[Any, dict[_Thread, Any]] = {}
@@ -149,7 +193,12 @@ if ENABLED:
             try:
                 while self._ready:
                     thread = self._ready.pop(order.randrange(len(self._ready)))
-                    thread.switch()
+                    try:
+                        thread.switch()
+                    except Exception as error:
+                        where = f"thread {thread.thread_id} of block {thread.block}"
+                        error.args = (f"{where}: {error}", *error.args[1:])
+                        raise
                     if thread.dead:
                         self._leave(thread.block)
                 if self._waiting:
@@ -173,6 +222,11 @@ if ENABLED:
                 thread.parent.switch()
             return thread.received
 
+        def give_way(self, thread: _Thread) -> None:
+            """Let another thread run, maybe."""
+            self._ready.append(thread)
+            thread.parent.switch()
+
         def _leave(self, block: int) -> None:
             """Count out a thread of a block that ended: others may have waited for it alone."""
             self.alive[block] -= 1
@@ -193,6 +247,7 @@ if ENABLED:
     def _exchange(mask: int, value: Any) -> tuple[dict[int, Any], int]:
         """Give a value to the lanes of a mask; return theirs by lane, and this lane's number."""
         thread: Any = greenlet.getcurrent()
+        watch.count("warp_operations")
         mask = int(mask) & _ALL_LANES
         warp, lane = divmod(thread.thread_id, 32)
         if not mask >> lane & 1:
@@ -280,7 +335,14 @@ if ENABLED:
         return _simulated_jit(function, **options)
 
     _simulated_jit, numba.cuda.jit = numba.cuda.jit, _jit
+
+    def _give_way() -> None:
+        thread: Any = greenlet.getcurrent()
+        if isinstance(thread, _Thread):
+            thread.manager.give_way(thread)
+
     _kernel.BlockManager = _Block
+    watch.install(_kernel, _give_way)
     _kernelapi.threading = types.SimpleNamespace(current_thread=greenlet.getcurrent)  # all that kernels ask of it
     FakeCUDAModule.shared = property(lambda self: greenlet.getcurrent().shared)
     for _name, _operation in vars(_WarpOperations).items():

@@ -24,11 +24,11 @@ def present(array: Any) -> bool:
 
 
 def atomic_add(array: Any, index: int, value: Any) -> None:
-    array[index] = array[index] + value  # threads take turns
+    simulator.update(array, index, lambda old: old + value)
 
 
 def atomic_or(array: Any, index: int, value: Any) -> None:
-    array[index] = int(array[index]) | int(value)
+    simulator.update(array, index, lambda old: int(old) | int(value))
 
 
 add_to_global = atomic_add
@@ -39,7 +39,7 @@ def load_words(array: Any, index: int) -> Any:
 
 
 def store_words(array: Any, index: int, words: Any) -> None:
-    simulator.words(array, index)[:] = words
+    simulator.words(array, index, "stores")[:] = words
 
 
 def load_word(array: Any, index: int) -> Any:

@@ -14,6 +14,7 @@ from numba_moe.reference.align import AlignedBlocks
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import Array, contiguous
 from numba_moe.runtime.op import op
+from numba_moe.runtime.plans import Foreign
 from numba_moe.sizes import num_elements
 
 INT32 = (torch.int32,)
@@ -160,6 +161,7 @@ def _(given: Any) -> AlignedBlocks:
 
 @moe_align_block_size.plan
 def _(given: Any) -> counting_sort.SortPlan:
+    _check_order(given.expert_map)
     num_experts = checks.routing(given.topk_ids, given.num_experts, given.expert_map)
     block_size = checks.integer("block_size", given.block_size, 1)
     checks.boolean("pad_sorted_ids", given.pad_sorted_ids)
@@ -176,6 +178,13 @@ def _(given: Any) -> counting_sort.SortPlan:
     written = ["expert_ids", "num_padded", *(name for name, array in optional.items() if array is not None)]
     numbers = (num_experts, num_positions, block_size, inactive_expert_id)
     return counting_sort.plan_sort(given.topk_ids, *numbers, *_maps(given), aligned, written)
+
+
+def _check_order(expert_map: Any) -> None:
+    """Say which order is meant where somebody gives the number of picks at the end, as older functions took it."""
+    if isinstance(expert_map, Foreign) and expert_map.what == "builtins.int":
+        order = "(topk_ids, block_size, num_experts, expert_map), not (topk_ids, num_experts, block_size, topk)"
+        raise TypeError(f"`expert_map` must be an array or None, got an integer: the order is {order}")
 
 
 def _maps(given: Any) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ class _NumbaKind(_Kind):
     def unwrap(self, tensor: torch.Tensor) -> Any:
         from numba import cuda
 
-        return cuda.to_device(tensor.numpy()) if simulator.ENABLED else cuda.as_cuda_array(tensor)
+        return simulator.device_array(tensor) if simulator.ENABLED else cuda.as_cuda_array(tensor)
 
     @contextlib.contextmanager
     def calling(self, array: Any, tensor: torch.Tensor) -> Iterator[None]:
@@ -120,6 +120,27 @@ def _kind(array: Any) -> _Kind | None:
     if hasattr(array, "__dlpack__") and hasattr(array, "__array_namespace__"):
         return _DlpackKind(array.__array_namespace__())
     return None
+
+
+_KINDS = {"numpy": _NumpyKind(), "numba": _NumbaKind(), "cupy": _CupyKind()}
+
+
+def in_library(tensor: torch.Tensor, library: str) -> Any:
+    """Return an array of a library, one of `_KINDS`, over the memory of a tensor."""
+    return _KINDS[library].unwrap(tensor)
+
+
+def to_tensor(argument: str, array: Any) -> torch.Tensor:
+    """Return a tensor over the memory of an array of any library."""
+    if isinstance(array, Tensor):
+        return array
+    kind = _kind(array)
+    if kind is None:
+        raise TypeError(f"`{argument}` must be an array that has a dtype and memory, got {plans.kind_of(array)}")
+    try:
+        return kind.wrap(array)
+    except Exception as error:
+        checks.unwrapped(argument, array, error)
 
 
 def _each(convert: Callable[[Any], Any], result: Any) -> Any:

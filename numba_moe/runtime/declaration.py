@@ -4,7 +4,9 @@
 """
 
 import collections
+import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
@@ -15,6 +17,8 @@ from numba_moe.device import simulator
 from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.arrays import Array, Contiguous
 from numba_moe.runtime.plans import Layout, Parts, new_tuple
+
+_log = logging.getLogger(__name__)
 
 # What an eager call answers where its result is to be a part of torch's graph.
 WANTS_GRADIENT: Any = object()
@@ -247,6 +251,8 @@ class Declaration:
         if self.compute is not None:
             result = self.compute(planned.plan, given)
         elif planned.on_cpu and not simulator.is_running():
+            if simulator.ENABLED:
+                _tell_once()
             result = self._by_twin(given, planned.outputs, out)
         else:
             allocates = out is None or planned.unaligned
@@ -299,6 +305,15 @@ class Declaration:
             for part, spec in zip(flat(found), specs, strict=True)
         ]
         return self.build(parts if out is None else _copied(parts, flat(out)))
+
+
+@functools.cache
+def _tell_once() -> None:
+    """Say, where a learner has turned the simulator on, that what is on the CPU does not come to a kernel."""
+    _log.warning(
+        "The reference answers NumPy arrays and CPU tensors, also in the simulator: no kernel runs. "
+        "Give `numba.cuda.to_device(array)` instead to see the kernels run."
+    )
 
 
 def _copied(parts: list[Any], targets: list[Any]) -> list[Any]:

@@ -3,6 +3,8 @@
 import contextlib
 import fnmatch
 import inspect
+import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
@@ -39,6 +41,8 @@ BESIDES_WEIGHING = (
 )
 
 SMALLEST_SCORE = 2.0**-126  # the smallest normal float32
+
+POISON = 0x5EADBEEF  # in integers of fewer bits, what fits
 
 ROUTINGS = ("uniform", "zipf", "one_hot")
 
@@ -113,14 +117,47 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def poison(array: Any) -> Any:
+    """Fill an array, a tensor or NumPy's: NaN in floats, a large odd number in integers; and return it."""
+    if isinstance(array, np.ndarray):
+        kind = array.dtype.kind
+        if kind in "biufc":
+            array[...] = np.nan if kind in "fc" else kind == "b" or POISON & np.iinfo(array.dtype).max
+        return array
+    tensor = arrays.to_tensor("array", array)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        tensor.fill_(torch.nan)
+    else:
+        tensor.fill_(True if tensor.dtype == torch.bool else POISON & torch.iinfo(tensor.dtype).max)
+    return array
+
+
+@contextlib.contextmanager
+def poisoned_libraries() -> Iterator[None]:
+    """Fill what NumPy, torch, Numba and CuPy allocate without values, in functions that are not the library's own."""
+
+    def poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return poison(allocate(*args, **kwargs))
+
+        return call
+
+    modules = ((np, torch, sys.modules.get("numba.cuda"), sys.modules.get("cupy")), (torch.Tensor,))
+    names = (("empty", "empty_like", "device_array", "device_array_like"), ("new_empty",))
+    with contextlib.ExitStack() as stack:
+        for module, name in (pair for pairs in zip(modules, names, strict=True) for pair in itertools.product(*pairs)):
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, poisoned(getattr(module, name))))
+        yield
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill what ops allocate: NaN in floats, a large odd number in integers."""
     empty = arrays.empty
 
     def poisoned(*description: Any) -> torch.Tensor:
-        tensor = empty(*description)
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x5EADBEEF & torch.iinfo(tensor.dtype).max)
+        return poison(empty(*description))
 
     with mock.patch.object(arrays, "empty", poisoned):
         yield

@@ -65,6 +65,11 @@ class Outcome(NamedTuple):
     def passed(self) -> bool:
         return self.mismatches == 0 and self.repeats_equal and self.arguments_as_expected and not self.message
 
+    @property
+    def verdict(self) -> str:
+        """What a table says of it."""
+        return "passed" if self.passed else f"FAILED {self.message}"
+
 
 def on_device(case: Case, arguments: dict[str, Any], device: str) -> dict[str, Any]:
     """Return the arguments of a case, made anew on a device, its payload in the dtype and layout that it asks for."""
@@ -81,16 +86,26 @@ def call(case: Case, arguments: dict[str, Any]) -> Any:
     return getattr(OPS[case.op], case.op)(**on_device(case, arguments, "cpu"))
 
 
-def run_case(case: Case, seed: int | Sequence[int], device: str, timed: bool = True) -> Outcome:
-    """Compare one call with the reference, on poisoned memory, twice over, with arguments of its own each time."""
+def run_case(
+    case: Case,
+    seed: int | Sequence[int],
+    device: str,
+    timed: bool = True,
+    own: Callable[..., Any] | None = None,
+) -> Outcome:
+    """Compare one call with the reference, on poisoned memory, twice over, with arguments of its own each time.
+
+    Another function may be called instead of the op: `own`, which takes and returns tensors as the op does.
+    """
     arguments = case.arguments(np.random.default_rng(seed))
     given, given_again = on_device(case, arguments, device), on_device(case, arguments, device)
     begin = time.perf_counter()
     expected = getattr(reference, case.op)(**arguments)
     reference_us = (time.perf_counter() - begin) * 1e6
     left = on_device(case, arguments, device)  # the reference writes what it is given to be written, and nothing else
-    op = getattr(OPS[case.op], case.op)
-    running = contextlib.nullcontext() if device == "cuda" else simulator.running()
+    op = own or getattr(OPS[case.op], case.op)
+    needs_simulator = device != "cuda" and (own is None or simulator.ENABLED)
+    running = simulator.running() if needs_simulator else contextlib.nullcontext()
     try:
         with running, testing.poisoned_memory():
             result, again = op(**given), op(**given_again)
@@ -98,16 +113,21 @@ def run_case(case: Case, seed: int | Sequence[int], device: str, timed: bool = T
         message = f"{type(error).__name__}: {error}"
         return Outcome(case.op, case.name, 0, float("inf"), False, False, None, reference_us, message)
     comparisons = testing.compare_results(case.op, result, expected, arguments)
+    same = _same_bits(result, again)
+    changed = [n for n in left if not all(_is_left(n, after[n], left[n]) for after in (given, given_again))]
+    messages = [comparison.message for comparison in comparisons if comparison.message]
+    messages += [] if same else ["two calls with equal arguments have different results"]
+    messages += [f"`{name}` is not as the reference leaves it" for name in changed]
     outcome = Outcome(
         case.op,
         case.name,
         sum(comparison.mismatches for comparison in comparisons),
         max(comparison.error for comparison in comparisons),
-        _same_bits(result, again),
-        all(_is_left(name, after[name], left[name]) for after in (given, given_again) for name in left),
+        same,
+        not changed,
         None,
         reference_us,
-        "; ".join(comparison.message for comparison in comparisons if comparison.message),
+        "; ".join(messages),
     )
     if timed and device == "cuda" and outcome.passed:
         return outcome._replace(gpu_us=testing.time_on_device(lambda: op(**given)))
@@ -140,7 +160,7 @@ def table(outcomes: list[Outcome]) -> str:
             "yes" if outcome.repeats_equal else "NO",
             outcome.gpu_us,
             outcome.reference_us,
-            "passed" if outcome.passed else f"FAILED {outcome.message}",
+            outcome.verdict,
         )
         for outcome in outcomes
     ]

@@ -33,6 +33,7 @@ def _gating_edges() -> Iterator[Case]:
         "all logits equal": (np.zeros((3, 40), np.float32), 6, {}),
         "ties": (lambda rng: rng.integers(0, 3, (6, 60)).astype(np.float32), 8, {"renormalize": True}),
         "top_k is half the experts": (floats(2, 36), 18, {}),
+        "300 tokens": (floats(300, 5), 2, {"renormalize": True}),
         "strided rows": (lambda rng: testing.separated_logits(rng, 4, 60), 4, {}),
         "signed zeros": (np.array([[0.0, -0.0] * 4, [-0.0, 0.0] * 4], np.float32), 3, {}),
         "saturated": (lambda rng: rng.choice([-200.0, 200.0, 0.0], (4, 20)).astype(np.float32), 5, {}),

@@ -31,6 +31,7 @@ def _grouping_edges() -> Iterator[Case]:
         "int64 ids past int32": np.tile([[2**32 + 1, 2], [-(2**40), 5]], (12, 1)),
         "one hot expert": np.full((70, 2), 6, np.int32),
         "empty experts": np.tile([[1, 6], [6, 6]], (35, 1)).astype(np.int32),
+        "1100 slots": np.random.default_rng(1).integers(-1, 9, (550, 2)).astype(np.int32),
         "several tiles": np.random.default_rng(0).integers(-1, 9, (400, 2)).astype(np.int32),
     }
     for name, chosen in kinds.items():
@@ -73,6 +74,7 @@ def _grouping_edges() -> Iterator[Case]:
         ("2048 experts", 20, 2048, 8),
     ):
         drawn = ids(tokens, experts, top_k, "half_empty")
+        yield Case("count_tokens_per_expert", name, given(topk_ids=drawn, num_experts=experts))
         yield Case("moe_align_block_size", name, given(topk_ids=drawn, block_size=16, num_experts=experts))
     yield from _dispatch_edges(kinds)
     yield Case("expert_offsets", "no experts", given(counts=np.zeros(0, np.int32)))

@@ -1,0 +1,172 @@
+"""What learners see of the simulator: accesses are counted, and between two of them other threads may run.
+
+Numba's simulator hands arrays to a kernel that is launched by hand, `kernel[blocks, threads](...)`. Here each of their
+loads and stores is counted, and after a load another thread takes its turn. So an update that is no atomic loses some,
+as on a GPU, where the library's own launches, which the tests are made of, run undisturbed and fast.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKernelCUDAArray
+from numba.cuda.simulator.kernelapi import FakeCUDAAtomic, FakeCUDALocal, FakeCUDAShared
+
+POISON = 0x5A
+
+
+@dataclasses.dataclass(eq=False)
+class Accesses:
+    """What the threads of kernels did, all of them together."""
+
+    launches: int = 0
+    threads: int = 0
+    loads: int = 0
+    stores: int = 0
+    shared_loads: int = 0
+    shared_stores: int = 0
+    atomics: int = 0
+    barriers: int = 0
+    warp_operations: int = 0
+    bytes_moved: int = 0  # by loads, stores and atomics of what is not shared
+
+    def __str__(self) -> str:
+        found = {name.replace("_", " "): value for name, value in dataclasses.asdict(self).items() if value}
+        return ", ".join(f"{name}: {value}" for name, value in found.items()) or "nothing"
+
+
+_counted: list[Accesses] = []
+_give_way: Callable[[], None]
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Accesses]:
+    """Count what kernels in the simulator load, store and wait for."""
+    found = Accesses()
+    _counted.append(found)
+    try:
+        yield found
+    finally:
+        _counted.remove(found)
+
+
+def is_counting() -> bool:
+    """Whether somebody counts."""
+    return bool(_counted)
+
+
+def count(name: str, number: int = 1) -> None:
+    """Count an event for all who count."""
+    for found in _counted:
+        setattr(found, name, getattr(found, name) + number)
+
+
+def count_access(kind: str, size: int) -> None:
+    """Count a load or a store of so many bytes of device memory."""
+    count(kind)
+    count("bytes_moved", size)
+
+
+def count_atomic(array: Any) -> None:
+    """Count an atomic, and its bytes where the memory is the device's."""
+    count("atomics")
+    if getattr(array, "shared", True) is False:
+        count("bytes_moved", array.dtype.itemsize)
+
+
+class WatchedArray(FakeWithinKernelCUDAArray):
+    """An array inside of a kernel."""
+
+    shared = False
+
+    def __getitem__(self, index: Any) -> Any:
+        value = self._item[index]
+        if isinstance(value, FakeCUDAArray):
+            return type(self)(value)
+        self._note("loads")
+        _give_way()
+        return value
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._item[index] = value
+        self._note("stores")
+
+    def _note(self, kind: str) -> None:
+        if self.shared:
+            count(f"shared_{kind}")
+        else:
+            count_access(kind, self._item.dtype.itemsize)
+
+
+class WatchedShared(WatchedArray):
+    """Shared memory inside of a kernel."""
+
+    shared = True
+
+
+class SharedMemory(FakeCUDAShared):
+    """The shared memory of a block, an array for each place in a program that asks for one."""
+
+    watched = False
+
+    def array(self, shape: Any, dtype: Any, alignment: Any = None) -> Any:
+        if shape == 0:
+            found = super().array(shape, dtype, alignment)
+        else:
+            caller = sys._getframe(1)
+            place = caller.f_code, caller.f_lasti
+            if place not in self._allocations:
+                self._allocations[place] = FakeCUDALocal().array(shape, dtype, alignment)  # poisoned, by `install`
+            found = self._allocations[place]
+        return WatchedShared(FakeCUDAArray(found)) if self.watched else found
+
+
+def poisoned(array: np.ndarray) -> np.ndarray:
+    """Fill new memory with what is no result of anything."""
+    array.reshape(-1).view(np.uint8)[...] = POISON
+    return array
+
+
+def unwatched(array: Any) -> Any:
+    """Return the memory behind an array, whose accesses no other thread comes between."""
+    return array._item if isinstance(array, WatchedArray) else array
+
+
+def as_argument(value: Any) -> Any:
+    """Let a kernel take a tensor of the CPU, as on a GPU it takes one of the GPU."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        return FakeCUDAArray((value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy())
+    return value
+
+
+def install(kernel: Any, give_way: Callable[[], None]) -> None:
+    """Put all this into the simulator, given its module of kernels and what lets another thread run."""
+    global _give_way
+    _give_way = give_way
+    kernel.FakeWithinKernelCUDAArray = WatchedArray
+    launch = kernel.FakeCUDAKernel.__call__
+    local = FakeCUDALocal.array
+
+    def call(self: Any, *arguments: Any) -> Any:
+        return launch(self, *map(as_argument, arguments))
+
+    kernel.FakeCUDAKernel.__call__ = call
+    FakeCUDALocal.array = lambda self, *shape_and_dtype, **options: poisoned(local(self, *shape_and_dtype, **options))
+    for name, function in list(vars(FakeCUDAAtomic).items()):
+        if not name.startswith("__"):
+            setattr(FakeCUDAAtomic, name, _atomic(function))
+
+
+def _atomic(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, array: Any, *operands: Any) -> Any:
+        old = function(self, unwatched(array), *operands)
+        count_atomic(array)
+        _give_way()
+        return old
+
+    return call

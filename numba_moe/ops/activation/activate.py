@@ -96,19 +96,28 @@ class Activation(NamedTuple):
     records: tuple[Any, ...]
 
 
+def check_rule(
+    activation: str, interleaved: bool | None, limit: float | None, alpha: float | None
+) -> activate_rows.Rule:
+    """Check what an activation is told, and return what kernels are."""
+    checks.choice("activation", activation, KINDS)
+    if interleaved is not None:
+        checks.boolean("interleaved", interleaved)
+    if limit is not None:
+        checks.number("limit", limit, infinite=True)
+    if alpha is not None:
+        checks.number("alpha", alpha)
+    rule = rule_of(activation, interleaved, limit, alpha)
+    checks.holds("limit", "above 0", rule.limit > 0, rule.limit)
+    most = math.inf if activation == "none" else rule.limit
+    return activate_rows.Rule(KINDS.index(activation), int(rule.interleaved), most, rule.alpha, rule.shift)
+
+
 def _check(given: Any) -> Activation:
     """Check the arguments of `moe_activation`, and say how its passes go over the rows."""
     gate_up, offset, bias, activation = given.gate_up, given.expert_first_token_offset, given.bias, given.activation
     checks.array("gate_up", gate_up, checks.FLOATS, (2,))
-    checks.choice("activation", activation, KINDS)
-    if given.interleaved is not None:
-        checks.boolean("interleaved", given.interleaved)
-    if given.limit is not None:
-        checks.number("limit", given.limit, infinite=True)
-    if given.alpha is not None:
-        checks.number("alpha", given.alpha)
-    rule = rule_of(activation, given.interleaved, given.limit, given.alpha)
-    checks.holds("limit", "above 0", rule.limit > 0, rule.limit)
+    rule = check_rule(activation, given.interleaved, given.limit, given.alpha)
     num_rows, row_width = gate_up.shape
     like = ("gate_up", gate_up)
     num_experts = 0
@@ -127,12 +136,10 @@ def _check(given: Any) -> Activation:
     items = RUN if aligned else 1
     segments = -(-width // (WARP * items))
     checks.fits_int32("gate_up", num_rows * segments * WARP, "the number of threads")
-    limit = math.inf if activation == "none" else rule.limit
-    kind = activate_rows.Rule(KINDS.index(activation), int(rule.interleaved), limit, rule.alpha, rule.shift)
     records = (
         activate_rows.Rows(gate_up, num_rows, width, segments),
         activate_rows.Experts(offset, bias, num_experts),
-        kind,
+        rule,
     )
     return Activation((gate_up.device, *warps(num_rows * segments)), items, records)
 

@@ -90,6 +90,18 @@ def share_of(gate, rule):
 
 
 @cuda.jit(device=True)
+def activation_of(gate, up, rule):
+    """Return the activation of a gate times its up."""
+    if gate > rule.limit:
+        gate = float32(rule.limit)
+    if up > rule.limit:
+        up = float32(rule.limit)
+    elif up < -rule.limit:
+        up = float32(-rule.limit)
+    return gate * share_of(gate, rule) * (up + rule.shift)
+
+
+@cuda.jit(device=True)
 def slope_of(gate, share, rule):
     """Return the derivative of the activation, given what multiplies the gate."""
     if rule.kind == GELU:
@@ -215,15 +227,7 @@ def activate_rows(
     used = load_biased(rows, experts, rule, row, column, gate, up, items)
     if used and rule.kind != NONE:
         for item in range(items):
-            x = gate[item]
-            y = up[item]
-            if x > rule.limit:
-                x = float32(rule.limit)
-            if y > rule.limit:
-                y = float32(rule.limit)
-            elif y < -rule.limit:
-                y = float32(-rule.limit)
-            gate[item] = x * share_of(x, rule) * (y + rule.shift)
+            gate[item] = activation_of(gate[item], up[item], rule)
     store_run(activated, int64(row) * rows.width + column, gate, items)
 
 

@@ -209,9 +209,18 @@ def signature(kernel: Any, specialisation: Specialisation) -> Any:
     return types.void(*map(type_of, arguments(kernel, fields)))
 
 
-def launch_bounds(kernel: Any, compute_capability: tuple[int, int]) -> int | tuple[int, int] | None:
-    """Return the most threads of a block that a kernel is compiled for, maybe with how many blocks are to fit."""
-    bounds: int | tuple[int, int] | None = kernel.targetoptions.get("launch_bounds")
+def launch_bounds(
+    kernel: Any, specialisation: Specialisation, compute_capability: tuple[int, int]
+) -> int | tuple[int, int] | None:
+    """Return the most threads of a block that a kernel is compiled for, maybe with how many blocks are to fit.
+
+    A kernel may have a mapping of these, by the value of its constant.
+    """
+    bounds: Any = kernel.targetoptions.get("launch_bounds")
+    if isinstance(bounds, Mapping):
+        (constant,) = (choice for field, choice in chosen(kernel, specialisation) if field.is_constant)
+        found: tuple[int, int] = bounds[constant]
+        return found
     # Before Hopper a warp operation in a loop takes so many registers that some would be spilled to fit the blocks.
     return None if isinstance(bounds, tuple) and compute_capability < HOPPER else bounds
 
@@ -226,7 +235,7 @@ def ptx(kernel: Any, specialisation: Specialisation, compute_capability: tuple[i
     from numba_moe.device import numba_compiler
 
     dialect.resolve(kernel.py_func.__globals__)
-    bounds = launch_bounds(kernel, compute_capability)
+    bounds = launch_bounds(kernel, specialisation, compute_capability)
     return numba_compiler.compile_kernel(kernel.py_func, signature(kernel, specialisation), compute_capability, bounds)
 
 

@@ -115,7 +115,7 @@ def describe(kernel: Any, entry: cache.Entry) -> dict[str, Any]:
         parameters.append({"name": parameter.name, **about, **said})
     arch = int(entry.arch.removeprefix("sm_"))
     static_shared_bytes, registers = _resources(entry.cubin, entry.entry_name, arch)
-    bounds = compile.launch_bounds(kernel, divmod(arch, 10)) or MOST_THREADS
+    bounds = compile.launch_bounds(kernel, entry.specialisation, divmod(arch, 10)) or MOST_THREADS
     most_threads = bounds if isinstance(bounds, int) else bounds[0]
     threads_allowed = MOST_REGISTERS // (-(-registers // 8) * 8) // 128 * 128
     return {

@@ -12,7 +12,7 @@ from numba_moe.device.switch import use_simulator_without_gpu
 use_simulator_without_gpu()  # before anything imports numba
 
 # Numba's compiler, which its simulator does without; it has no examples.
-collect_ignore = ["numba_moe/device/numba_compiler.py", "numba_moe/device/intrinsics.py"]
+collect_ignore = [f"numba_moe/device/{name}.py" for name in ("numba_compiler", "intrinsics", "tensor_core_intrinsics")]
 
 # Examples that need what is no dependency.
 NEEDS = {"numba_moe.recorder.http.make_app": "starlette"}

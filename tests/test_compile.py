@@ -17,6 +17,8 @@ for kernel in compile.kernels():
         touching = ("ld.global", "ld.volatile", "ld.shared", "st.", "atom.", "red.", "griddepcontrol")
         words = [word for word in entry.split() if word.startswith(touching)]
         waits = words[0].startswith("griddepcontrol.wait") and code.count("griddepcontrol") == 2
+        if kernel.py_func.__name__ == "multiply_slots":  # which reads matrices before it waits
+            waits = any(word.startswith("griddepcontrol.wait") for word in words)
         assert waits == (json.loads(sys.argv[1])[0] >= 9), code[:5000]
         calls = [line for line in code.splitlines() if ".extern .func" in line or "call.uni" in line]
         report.setdefault(kernel.py_func.__name__, []).append(calls)
@@ -46,6 +48,7 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
         "invert_index",
         "lay_out_rows",
         "map_ids",
+        "multiply_slots",
         "pair_slots",
         "place_slots",
         "route_tokens",

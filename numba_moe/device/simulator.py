@@ -244,7 +244,7 @@ if ENABLED:
                 thread.received = values
             self._ready.extend(group)
 
-    def _exchange(mask: int, value: Any) -> tuple[dict[int, Any], int]:
+    def exchange(mask: int, value: Any) -> tuple[dict[int, Any], int]:
         """Give a value to the lanes of a mask; return theirs by lane, and this lane's number."""
         thread: Any = greenlet.getcurrent()
         watch.count("warp_operations")
@@ -282,43 +282,43 @@ if ENABLED:
 
     class _WarpOperations:
         def shfl_sync(self, mask: int, value: Any, source: int) -> Any:
-            values, lane = _exchange(mask, value)
+            values, lane = exchange(mask, value)
             return values.get(source % 32, values[lane])
 
         def shfl_up_sync(self, mask: int, value: Any, delta: int) -> Any:
-            values, lane = _exchange(mask, value)
+            values, lane = exchange(mask, value)
             return values.get(lane - delta, values[lane])
 
         def shfl_down_sync(self, mask: int, value: Any, delta: int) -> Any:
-            values, lane = _exchange(mask, value)
+            values, lane = exchange(mask, value)
             return values.get(lane + delta, values[lane])
 
         def shfl_xor_sync(self, mask: int, value: Any, lane_mask: int) -> Any:
-            values, lane = _exchange(mask, value)
+            values, lane = exchange(mask, value)
             return values.get(lane ^ lane_mask, values[lane])
 
         def all_sync(self, mask: int, predicate: Any) -> bool:
-            return all(_exchange(mask, bool(predicate))[0].values())
+            return all(exchange(mask, bool(predicate))[0].values())
 
         def any_sync(self, mask: int, predicate: Any) -> bool:
-            return any(_exchange(mask, bool(predicate))[0].values())
+            return any(exchange(mask, bool(predicate))[0].values())
 
         def eq_sync(self, mask: int, predicate: Any) -> bool:
-            return len(set(_exchange(mask, bool(predicate))[0].values())) == 1
+            return len(set(exchange(mask, bool(predicate))[0].values())) == 1
 
         def ballot_sync(self, mask: int, predicate: Any) -> int:
-            return _mask(lane for lane, given in _exchange(mask, bool(predicate))[0].items() if given)
+            return _mask(lane for lane, given in exchange(mask, bool(predicate))[0].items() if given)
 
         def match_any_sync(self, mask: int, value: Any) -> int:
-            return _mask(lane for lane, given in _exchange(mask, value)[0].items() if given == value)
+            return _mask(lane for lane, given in exchange(mask, value)[0].items() if given == value)
 
         def match_all_sync(self, mask: int, value: Any) -> tuple[int, bool]:
-            values, _ = _exchange(mask, value)
+            values, _ = exchange(mask, value)
             same = all(given == value for given in values.values())
             return (_mask(values) if same else 0), same
 
         def syncwarp(self, mask: int = _ALL_LANES) -> None:
-            _exchange(mask, None)
+            exchange(mask, None)
 
         def activemask(self) -> int:
             """Return the lanes of this warp that have not ended: the simulator follows no branches."""

@@ -98,7 +98,7 @@ def load_floats(array: Any, index: int) -> Any:
 
 
 def load_eight(array: Any, index: int) -> Any:
-    array.words(index)  # refuses an address that is no multiple of 16
+    simulator.words(array, index)  # refuses an address that is no multiple of 16
     return tuple(load_float(array, index + lane) for lane in range(8))
 
 

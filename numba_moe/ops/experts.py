@@ -1,7 +1,7 @@
 """The feed-forward networks of the experts, over all tokens: permute, GEMM, activation, GEMM, unpermute.
 
-The GEMMs are torch's own: its grouped one, where a device has it without the host reading the offsets, and otherwise
-one for each expert.
+Where experts have few slots, tensor cores multiply at the speed of memory (`experts_by_tile.py`). Otherwise the GEMMs
+are torch's own: its grouped one, where a device has it without the host reading the offsets, or one for each expert.
 """
 
 import itertools
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.ops.activation.activate import moe_activation, plan_activation
+from numba_moe.ops.activation.activate import check_rule, moe_activation, plan_activation
 from numba_moe.ops.activation.activate_rows import KINDS
+from numba_moe.ops.experts_by_tile import TilePlan, plan_tiles, run_tiles, serves, tiles_for
 from numba_moe.ops.permute.move_rows import Gather, gather, plan_combine, plan_gather
 from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.ops.sort import counting_sort
@@ -115,10 +116,13 @@ def fused_experts(
 
     Notes
     -----
-    For bfloat16 on compute capability 9.x, and 10.x without gradients, sizes and addresses being multiples of 16 bytes,
-    the GEMMs are torch's grouped ones: nothing synchronises, and CUDA graphs capture. Elsewhere there is one for each
-    expert, and the host reads where their rows begin. Results between the steps have the dtype of `hidden_states`;
-    steps compute in float32. Runs on the caller's current stream. All arrays of floats have gradients, of first order.
+    For float16 and bfloat16 from compute capability 8.0 on, where experts have 40 slots each on average or fewer, sizes
+    being multiples of 8 and addresses of 16 bytes, tensor cores multiply at the speed at which the matrices in use are
+    read, and round after the activation and the second bias. With more slots, for bfloat16 on compute capability 9.x,
+    and 10.x without gradients, the GEMMs are torch's grouped ones. Both ways nothing synchronises, and CUDA graphs
+    capture. Elsewhere there is one GEMM for each expert, and the host reads where their rows begin. Results between the
+    steps have the dtype of `hidden_states`; steps compute in float32. Runs on the caller's current stream. All arrays
+    of floats have gradients, of first order.
 
     Examples
     --------
@@ -153,7 +157,7 @@ class ExpertsPlan(NamedTuple):
 
 
 @fused_experts.plan
-def _(given: Any) -> ExpertsPlan:
+def _(given: Any) -> ExpertsPlan | TilePlan:
     checks.array("hidden_states", given.hidden_states, checks.FLOATS, (2,), rows=True)
     checks.choice("activation", given.activation, KINDS[:-1])
     like = ("hidden_states", given.hidden_states)
@@ -183,6 +187,9 @@ def _(given: Any) -> ExpertsPlan:
     checks.array("topk_weights", given.topk_weights, checks.FLOATS, (2,), like=like)
     checks.shape("topk_ids", given.topk_ids, (num_tokens, given.topk_ids.shape[1]), "(num_tokens, top_k)")
     checks.shape("topk_weights", given.topk_weights, tuple(given.topk_ids.shape), "that of `topk_ids`")
+    kernel_rule = check_rule(given.activation, given.interleaved, given.limit, given.alpha)
+    if serves(given) and (tiles := tiles_for(given, num_experts)) is not None:
+        return plan_tiles(given, kernel_rule, num_experts, tiles)
     num_slots, top_k = given.topk_ids.shape.numel(), given.topk_ids.shape[1]
 
     def new(dtype: torch.dtype, *shape: int) -> Layout:
@@ -230,7 +237,10 @@ def _(given: Any) -> None:
 
 
 @fused_experts.run
-def _(plan: ExpertsPlan, given: Any, combined: torch.Tensor) -> None:
+def _(plan: ExpertsPlan | TilePlan, given: Any, combined: torch.Tensor) -> None:
+    if isinstance(plan, TilePlan):
+        run_tiles(plan, given, combined)
+        return
     offset, permuted_idx, inv_permuted_idx, ends = (arrays.empty(*indices) for indices in plan.indices)
     indices = {"position_of_slot": inv_permuted_idx, "offset": offset}
     counting_sort.sort(plan.sort, given.topk_ids, permuted_idx, given.expert_map, **indices)

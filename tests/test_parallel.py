@@ -33,7 +33,7 @@ from numba_moe.parallel import (
 )
 from numba_moe.placement import ExpertLocation, migrate_in_chunks
 
-CASES = 40
+CASES = {2: 12, 3: 60, 4: 60}
 TIMEOUT = 30.0
 MAX_TOKENS = 12
 
@@ -192,7 +192,7 @@ def check_padded(found, wanted, layout):
 
 
 def random_cases(rank, size):
-    for index in range(CASES):
+    for index in range(CASES[size]):
         rng = np.random.default_rng((size, index))
         run_case(rng, rank, size, draw_case(rng, size))
 
@@ -273,12 +273,12 @@ def training(rank, size):
         def own(counts):
             return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
-        steps = 25
+        steps = 12 if size == 2 else 25
         mine = learn(block, own, steps, size, sum_gradients)
         dist.all_reduce(mine)
         expected = learn(whole, lambda counts: slice(None), steps, size)
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=0)
-        assert expected[-5:].mean() < 0.9 * expected[:5].mean()
+        assert expected[-5:].mean() < 0.95 * expected[:5].mean()
         for name, tensor in gather_state_dict(block).items():
             torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
         again = MoEBlock(**sizes, bias=True, shared_size=8, dispatcher=dispatcher)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, int32, int64
-from numba_moe.device.primitives import ALL_LANES, WARP, add_to_global, atomic_add, fill, flat, warp_index
+from numba_moe.device.instructions import add_to_global, atomic_add, flat, wait_for_earlier
+from numba_moe.device.primitives import ALL_LANES, WARP, fill, warp_index
 from numba_moe.device.types import Ids, Int32, Int32Array
 from numba_moe.reference import parallel as reference
 from numba_moe.reference.parallel import DispatchLayout
@@ -50,6 +51,7 @@ def find_destinations(slots: Routed, found: Destinations):
 
     Dynamic shared memory: an int32 for each of `num_in_shared` counters.
     """
+    wait_for_earlier()
     in_block = flat(cuda.shared.array(0, int32))  # [num_in_shared], ranks first
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)

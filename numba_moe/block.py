@@ -1,7 +1,8 @@
 """A feed-forward block of experts as a torch module: router, experts, shared expert."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,18 @@ def _matrix(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Par
     weights = torch.empty(*shape, device=device, dtype=dtype)
     bound = 1 / math.sqrt(shape[-1])
     return torch.nn.Parameter(torch.nn.init.uniform_(weights, -bound, bound))
+
+
+def _matrices(shape: tuple[int, ...], experts: int, slots: Sequence[int] | None, **kind: Any) -> torch.nn.Parameter:
+    """Draw a matrix for each expert; if this rank has slots for some, keep theirs: ranks with one seed then agree."""
+    if slots is None:
+        return _matrix(experts, *shape, **kind)
+    kept = torch.zeros(len(slots), *shape, **kind)
+    for expert in range(experts):
+        matrix = _matrix(*shape, **kind).detach()
+        for slot in (slot for slot, held in enumerate(slots) if held == expert):
+            kept[slot] = matrix
+    return torch.nn.Parameter(kept)
 
 
 def _zeros(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
@@ -110,6 +123,11 @@ class MoEBlock(torch.nn.Module):
         Where parameters are.
     dtype : torch.dtype, optional
         float32, float16 or bfloat16, that of all parameters and of the input.
+    dispatcher : TokenDispatcher, optional
+        Spreads the experts over the ranks of a group (`numba_moe.parallel`): this rank then has matrices for its own
+        slots alone, and each rank calls the block with tokens of its own, or none.
+    layer : int
+        The layer of the dispatcher's location.
 
     Raises
     ------
@@ -122,6 +140,8 @@ class MoEBlock(torch.nn.Module):
     -----
     Parameters are named ``router.weight`` [num_experts, hidden], ``gate_up_proj`` [num_experts, 2 * width, hidden],
     ``down_proj`` [num_experts, hidden, width], ``gate_up_bias``, ``down_bias``, ``shared_gate_up`` and ``shared_down``.
+    With a dispatcher their first dimension is that of its slots, and the rest is on every rank; with the same seed on
+    all ranks an expert has the weights that it has on one. `numba_moe.parallel` has state dicts of all experts.
     A forward hook on ``router`` sees which experts are chosen. Under ``torch.autocast`` all GEMMs are of its dtype.
 
     Examples
@@ -153,6 +173,8 @@ class MoEBlock(torch.nn.Module):
         shared_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        dispatcher: Any = None,
+        layer: int = 0,
     ) -> None:
         super().__init__()
         hidden = checks.integer("hidden_size", hidden_size, 1)
@@ -177,13 +199,29 @@ class MoEBlock(torch.nn.Module):
         self.hidden_size, self.intermediate_size, self.shared_size = hidden, width, shared
         self.num_experts = experts
         self.activation = activation
+        self.dispatcher, self.layer = dispatcher, layer
+        slots = None if dispatcher is None else self._slots(top_k)
+        num_local = experts if slots is None else len(slots)
         self.router = Router(hidden, experts, top_k, correction_bias, options, **kind)
-        self.gate_up_proj = _matrix(experts, 2 * width, hidden, **kind)
-        self.down_proj = _matrix(experts, hidden, width, **kind)
-        self.gate_up_bias = _zeros(experts, 2 * width, **kind) if bias else None
-        self.down_bias = _zeros(experts, hidden, **kind) if bias else None
+        self.gate_up_proj = _matrices((2 * width, hidden), experts, slots, **kind)
+        self.down_proj = _matrices((hidden, width), experts, slots, **kind)
+        self.gate_up_bias = _zeros(num_local, 2 * width, **kind) if bias else None
+        self.down_bias = _zeros(num_local, hidden, **kind) if bias else None
         self.shared_gate_up = _matrix(2 * shared, hidden, **kind) if shared else None
         self.shared_down = _matrix(hidden, shared, **kind) if shared else None
+
+    def _slots(self, top_k: int) -> Sequence[int]:
+        """Return the expert of each slot of this rank."""
+        from numba_moe.parallel.group_experts import local_experts
+
+        sizes = {"num_experts": self.num_experts, "top_k": top_k, "hidden": self.hidden_size}
+        for name, size in sizes.items():
+            found = getattr(self.dispatcher, name)
+            checks.holds("dispatcher", f"one of {name} = {size}", found == size, found)
+        last = self.dispatcher.location.num_layers - 1
+        checks.integer("layer", self.layer, 0, last, f"num_layers - 1 = {last}")
+        slots: list[int] = local_experts(self.dispatcher, self.layer).tolist()
+        return slots
 
     @property
     def top_k(self) -> int:
@@ -208,7 +246,12 @@ class MoEBlock(torch.nn.Module):
         gate_up_bias, down_bias = (
             None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias)
         )
-        combined = fused_experts(
+        experts: Callable[..., torch.Tensor] = fused_experts
+        if self.dispatcher is not None:
+            from numba_moe.parallel import group_experts
+
+            experts = functools.partial(group_experts.fused_experts, dispatcher=self.dispatcher, layer=self.layer)
+        combined = experts(
             *(rows, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), weights, ids),
             activation=self.activation,
             gate_up_bias=gate_up_bias,

@@ -1,7 +1,8 @@
 """Mixture-of-Experts routing in NumPy: what every op of numba_moe computes, written to be read.
 
 Start with `counting`, then `align`, `gating` and `permute`; `batched`, `lora` and `ragged` are kinds of alignment;
-where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and `dispatch` sends tokens there.
+where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and `dispatch` sends tokens there,
+which `parallel` follows through all ranks.
 `recorder` says what counts of chosen experts mean. README.md beside this file has the contract.
 """
 
@@ -22,6 +23,7 @@ from numba_moe.reference.gating import (
 from numba_moe.reference.lora import moe_lora_align_block_size
 from numba_moe.reference.maps import make_expert_map
 from numba_moe.reference.migration import plan_migration
+from numba_moe.reference.parallel import DispatchedTokens, DispatchLayout, dispatch_layout
 from numba_moe.reference.permute import (
     MaskedTokens,
     PermutedTokens,
@@ -47,7 +49,9 @@ from numba_moe.reference.selection import select_experts, weigh_experts
 
 __all__ = [
     "AlignedBlocks",
+    "DispatchLayout",
     "DispatchTables",
+    "DispatchedTokens",
     "MaskedTokens",
     "PermutedTokens",
     "RaggedMetadata",
@@ -61,6 +65,7 @@ __all__ = [
     "coactivation",
     "count_tokens_per_expert",
     "dispatch_ids",
+    "dispatch_layout",
     "expert_entropy",
     "expert_offsets",
     "fused_experts",

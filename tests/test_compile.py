@@ -44,6 +44,7 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
         "differentiate_rows",
         "differentiate_weights",
         "fill_batches",
+        "find_destinations",
         "gather_rows",
         "invert_index",
         "lay_out_rows",

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import numba_moe
-from numba_moe import lab, placement, recorder
+from numba_moe import lab, parallel, placement, recorder
 from numba_moe.interop import sglang, sglang_srt, vllm
 
 ROOT = Path(__file__).parents[1]
-NAMES = [f"{package.__name__}.{name}" for package in (numba_moe, placement, recorder, lab) for name in package.__all__]
+PACKAGES = (numba_moe, parallel, placement, recorder, lab)
+NAMES = [f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__]
 # Left out: an extended summary and other functions to see, where there is nothing to say; and that descriptions begin
 # with a capital letter and stand beside every result's type, as they may begin with the name of a field or dtype.
 LEFT_OUT = {"ES01", "SA01", "PR08", "RT03", "RT04"}

@@ -15,7 +15,7 @@ FLOORS = [
     {"sizes", "device"},
     {"runtime"},
     {"ops"},
-    {"block", "tiny", "placement", "recorder", "interop"},
+    {"block", "tiny", "placement", "parallel", "recorder", "interop"},
     {"verify", "bench"},
     {"lab"},
     {"cli"},

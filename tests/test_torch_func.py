@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import numba_moe as moe
-from numba_moe import placement, recorder
+from numba_moe import parallel, placement, recorder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
@@ -53,6 +53,7 @@ CALLS = {
     "moe_activation": (ROWS,),
     "fused_experts": (ROWS, GATE_UP, DOWN, WEIGHTS, IDS),
     "dispatch_ids": (IDS, torch.arange(8, dtype=torch.int32)),
+    "dispatch_layout": (IDS, torch.arange(8, dtype=torch.int32), 3),
     "add_expert_counts": (IDS,),
     "logical_counts": (COUNTS, torch.tensor([[0, 1, 0, 2]]), 3),
     "utilization": (COUNTS, 2),
@@ -60,7 +61,7 @@ CALLS = {
     "coactivation": (IDS.long(), 8),
     "traffic_matrix": (COUNTS[None], 1),
 }
-PACKAGES = (moe, placement, recorder)
+PACKAGES = (moe, parallel, placement, recorder)
 DIFFERENTIABLE = {
     **dict.fromkeys(("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt", "topk_raw", "grouped_topk"), (0,)),
     **dict.fromkeys(("select_experts", "moe_permute", "moe_permute_masked", "moe_sum", "moe_activation"), (0,)),

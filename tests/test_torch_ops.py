@@ -71,6 +71,7 @@ def calls(tokens, device):
     yield OPS.make_ragged_metadata, (sizes, tokens * TOP_K), {}
     yield OPS.count_tokens_per_expert, (chosen, EXPERTS), {}
     yield OPS.count_tokens_per_expert, (chosen.ravel(), EXPERTS, half), {}
+    yield OPS.dispatch_layout, (chosen, ints(EXPERTS, device, 1), 2), {}
     yield OPS.expert_offsets, (sizes, 4), {}
     for name in ("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt", "topk_raw"):
         yield getattr(OPS, name), (scores, TOP_K), {}

@@ -281,13 +281,26 @@ def compose(
     offset = permuted.expert_first_token_offset
     if num_local < num_experts:
         offset = offset[: num_local + 1]
+    matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    rows = feed_forward(permuted.permuted_hidden_states, offset, *matrices, **options)
+    return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx)
+
+
+def feed_forward(
+    rows: torch.Tensor,
+    offset: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Return what experts make of rows in expert order, those of expert e from ``offset[e]`` on, with gradients."""
     ends = offset[1:].to(torch.int32)
-    rows = multiply(permuted.permuted_hidden_states, gate_up_proj, ends)
+    rows = multiply(rows, gate_up_proj, ends)
     rows = moe_activation(rows, offset, gate_up_bias, **options)
     rows = multiply(rows, down_proj, ends)
-    if down_bias is not None:
-        rows = moe_activation(rows, offset, down_bias, activation="none")
-    return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx)
+    return rows if down_bias is None else moe_activation(rows, offset, down_bias, activation="none")
 
 
 def multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

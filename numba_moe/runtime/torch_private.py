@@ -75,3 +75,6 @@ is_functional = _private("_is_functional_tensor", lambda tensor: False)
 
 # The class of tensors without data by which torch traces.
 FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", type(None))
+
+# The store that a process group was made with; public from torch 2.9 on.
+group_store = _private("distributed.distributed_c10d._get_process_group_store", lambda group: group.get_group_store())

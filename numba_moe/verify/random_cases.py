@@ -134,6 +134,15 @@ def past_int32(rng: np.random.Generator, counts: np.ndarray, values: Sequence[in
     return counts
 
 
+def layout(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits)
+    num_ranks, kind = number(rng, 1, 72), "int32"
+    ranks = shares(rng, drawn.pop("num_experts"), num_ranks).astype(kind)
+    invalid = rng.random(ranks.size) < rng.choice([0, 0.1])
+    ranks[invalid] = outside(rng, kind, num_ranks, ranks.size)[invalid]
+    return drawn | {"rank_of_expert": ranks, "num_ranks": num_ranks}
+
+
 def offsets(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     counts = past_int32(rng, rows(rng, limits), (2**32, 2**40 + 1))
     return {"counts": counts, "alignment": int(rng.choice(BLOCK_SIZES))}
@@ -433,6 +442,7 @@ def experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
 DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_align_block_size": align,
     "count_tokens_per_expert": count,
+    "dispatch_layout": layout,
     "expert_offsets": offsets,
     "batched_moe_align_block_size": batched,
     "moe_lora_align_block_size": lora,

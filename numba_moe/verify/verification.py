@@ -25,7 +25,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import numba_moe
-from numba_moe import placement, recorder, reference
+from numba_moe import parallel, placement, recorder, reference
 from numba_moe.device import simulator
 from numba_moe.runtime import cache, checks, files
 from numba_moe.runtime.text import counted
@@ -45,7 +45,7 @@ WRITTEN_FLOATS = ("identity_weights",)  # compared as results are
 # The ops of the device, and the package that has each.
 OPS: dict[str, Any] = {
     name: numba_moe for name in numba_moe.__all__ if name[0].islower() and hasattr(reference, name)
-} | {"dispatch_ids": placement, "add_expert_counts": recorder}
+} | {"dispatch_ids": placement, "dispatch_layout": parallel, "add_expert_counts": recorder}
 
 
 class Outcome(NamedTuple):

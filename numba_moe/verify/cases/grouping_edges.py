@@ -38,9 +38,17 @@ def _grouping_edges() -> Iterator[Case]:
         yield Case("moe_align_block_size", name, given(topk_ids=chosen, block_size=4, num_experts=8))
         yield Case("count_tokens_per_expert", name, given(topk_ids=chosen, num_experts=8))
         yield recording_case(name, chosen, 8)
+        ranks = np.array([0, 2, 2, -1, 1, 5, 0, 3], np.int32)
+        yield Case("dispatch_layout", name, given(topk_ids=chosen, rank_of_expert=ranks, num_ranks=4))
         rows = floats(len(chosen), 20)
         yield Case("moe_permute", name, given(hidden_states=rows, topk_ids=chosen, num_experts=8))
         yield Case("moe_reorder", name, given(topk_ids=chosen, num_experts=8))
+
+    many = np.random.default_rng(1).integers(-1, 71, (9, 40)).astype(np.int32)
+    spread = np.random.default_rng(2).integers(0, 40, 70).astype(np.int32)
+    yield Case("dispatch_layout", "40 of 70 on 40 ranks", given(topk_ids=many, rank_of_expert=spread, num_ranks=40))
+    wide = np.zeros(60_000, np.int32)
+    yield Case("dispatch_layout", "60000 experts", given(topk_ids=many, rank_of_expert=wide, num_ranks=1))
 
     expert_map = np.array([-1, 0, 1, -1, 2, -1, 3, -1], np.int32)
     reverse = np.arange(8, dtype=np.int32)[::-1].copy()

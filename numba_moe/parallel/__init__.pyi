@@ -1,0 +1,13 @@
+from numba_moe.ops.destinations import dispatch_layout as dispatch_layout
+from numba_moe.parallel.dispatcher import PendingDispatch as PendingDispatch
+from numba_moe.parallel.dispatcher import TokenDispatcher as TokenDispatcher
+from numba_moe.parallel.group_experts import fused_experts as fused_experts
+from numba_moe.parallel.group_experts import gather_experts as gather_experts
+from numba_moe.parallel.group_experts import shard_experts as shard_experts
+from numba_moe.parallel.peers import PeerTimeoutError as PeerTimeoutError
+from numba_moe.parallel.state_dicts import expert_parameters as expert_parameters
+from numba_moe.parallel.state_dicts import gather_state_dict as gather_state_dict
+from numba_moe.parallel.state_dicts import load_gathered_state_dict as load_gathered_state_dict
+from numba_moe.parallel.state_dicts import sum_gradients as sum_gradients
+from numba_moe.reference.parallel import DispatchedTokens as DispatchedTokens
+from numba_moe.reference.parallel import DispatchLayout as DispatchLayout

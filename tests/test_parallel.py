@@ -1,0 +1,543 @@
+"""Tokens between ranks: every rank's results against the reference of all ranks, faults, gradients, training.
+
+This file is also the program that those ranks run: a role, a rank, the number of ranks, the port of a store.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from numba_moe.reference import parallel as twin
+from numba_moe.reference.dispatch import static_map
+
+import numba_moe
+from numba_moe import MoEBlock, reference
+from numba_moe.ops.experts import compose
+from numba_moe.parallel import (
+    DispatchedTokens,
+    PeerTimeoutError,
+    TokenDispatcher,
+    fused_experts,
+    gather_experts,
+    gather_state_dict,
+    load_gathered_state_dict,
+    shard_experts,
+    sum_gradients,
+)
+from numba_moe.placement import ExpertLocation, migrate_in_chunks
+
+CASES = {2: 12, 3: 60, 4: 60}
+TIMEOUT = 30.0
+MAX_TOKENS = 12
+
+
+def draw_location(rng, num_ranks, num_experts, num_layers=2):
+    """Return replicas, uneven ranks, and ranks without experts."""
+    sizes = rng.integers(1, 5, num_ranks)
+    while sizes.sum() < num_experts:
+        sizes[rng.integers(num_ranks)] += 1
+    rank_of_slot = np.repeat(np.arange(num_ranks), sizes)
+    layers = []
+    for _ in range(num_layers):
+        active = rng.random(num_ranks) < 0.8
+        if sizes[active].sum() < num_experts:
+            active[:] = True
+        slots = rng.permutation(np.flatnonzero(active[rank_of_slot]))
+        place = np.full(len(rank_of_slot), -1)
+        place[slots] = rng.integers(0, num_experts, len(slots))
+        place[slots[:num_experts]] = np.arange(num_experts)
+        layers.append(place)
+    return ExpertLocation.from_mapping(layers, num_experts, num_ranks, slots_per_rank=sizes)
+
+
+def draw_tokens(rng, num_ranks, num_experts, top_k, hidden, dtype):
+    """Return the rows, ids and weights of all ranks."""
+    found = []
+    for _ in range(num_ranks):
+        count = int(rng.choice([0, 1, rng.integers(MAX_TOKENS + 1), MAX_TOKENS]))
+        rows = rng.integers(0, 256, (count, hidden)) if dtype == "uint8" else rng.standard_normal((count, hidden))
+        ids = rng.random((count, max(top_k, num_experts))).argsort(1)[:, :top_k] % num_experts
+        ids[rng.random(ids.shape) < rng.choice([0, 0.3, 1], p=[0.5, 0.4, 0.1])] = rng.choice([-1, num_experts, -7])
+        found.append(
+            (rows.astype(dtype), ids.astype(rng.choice(["int32", "int64"])), rng.random(ids.shape, np.float32))
+        )
+    return [list(part) for part in zip(*found, strict=True)]
+
+
+def experts(received, case):
+    """Stand in for the experts of a rank: the same bits from NumPy and torch."""
+    layout, dtype = case["layout"], "float32" if case["dtype"] == "uint8" else case["dtype"]
+    source = received.hidden_states if layout == "tokens" else received.permuted_hidden_states
+    made = torch.as_tensor(source).to(getattr(torch, dtype)) * 0.375
+    if layout == "tokens" and case["reduce"] == "source":
+        made = made[:, None].expand(-1, case["sizes"]["top_k"], -1)
+    return made
+
+
+def check_rows(found, wanted, layout):
+    """Compare what a rank received with the reference, but for rows that hold anything."""
+    assert isinstance(found, DispatchedTokens)
+    for name, part in wanted._asdict().items():
+        mine = getattr(found, name)
+        if name == "way":
+            continue
+        if part is None:
+            assert mine is None, name
+        else:
+            assert np.array_equal(mine.numpy(), part), (name, mine, part)
+            assert mine.numpy().dtype == part.dtype, name
+
+
+def draw_case(rng, size):
+    dtype = str(rng.choice(["float32", "float16", "uint8"]))
+    num_experts, top_k = int(rng.integers(1, 9)), int(rng.choice([1, 2, 5, 40], p=[0.3, 0.4, 0.2, 0.1]))
+    hidden = int(rng.choice([0, 1, 7, 8], p=[0.1, 0.2, 0.3, 0.4]))
+    layout = str(rng.choice(["permuted", "masked", "tokens"]))
+    padded = bool(rng.random() < 0.3)
+    bounded = layout != "tokens" and (rng.random() < 0.4 or (padded and layout == "masked"))
+    return {
+        "sizes": {"num_experts": num_experts, "top_k": top_k, "hidden": hidden, "max_tokens": MAX_TOKENS},
+        "dtype": dtype,
+        "location": draw_location(rng, size, num_experts) if rng.random() < 0.7 else None,
+        "reduce": str(rng.choice(["rank", "source"])),
+        "padded": padded,
+        "layout": layout,
+        "alignment": int(rng.choice([1, 3])) if layout == "permuted" and rng.random() < 0.4 else None,
+        "capacity": int(rng.integers(1, 30)) if bounded else None,
+        "scales": rng.choice([None, 0, 3]),
+        "seed": int(rng.integers(100)),
+    }
+
+
+def run_case(rng, rank, size, case):
+    """Send drawn tokens there and back; each rank knows what all others send."""
+    sizes, location, layout = case["sizes"], case["location"], case["layout"]
+    options = {name: case[name] for name in ("reduce", "padded", "capacity", "seed")}
+    dtype = getattr(torch, case["dtype"])
+    dispatcher = TokenDispatcher(**sizes, dtype=dtype, location=location, timeout=TIMEOUT, **options)
+    where = dispatcher.location
+    for step in range(2):
+        rows, ids, weights = draw_tokens(
+            rng, size, sizes["num_experts"], sizes["top_k"], sizes["hidden"], case["dtype"]
+        )
+        groups = () if case["scales"] == 0 else (case["scales"],)
+        scales = None if case["scales"] is None else [rng.random((len(r), *groups), np.float32) for r in rows]
+        layer = min(step, where.num_layers - 1)
+        table = static_map(where, case["seed"])[layer].astype(np.int32)
+        slots = [reference.dispatch_ids(i, table[:, source]) for source, i in enumerate(ids)]
+        shape = {name: case[name] for name in ("layout", "alignment", "capacity")}
+        given = rows, slots, weights
+        if case["padded"]:  # tokens that go nowhere take part
+
+            def pad(parts, value):
+                return [
+                    np.concatenate([p, np.full((MAX_TOKENS - len(p), *p.shape[1:]), value, p.dtype)]) for p in parts
+                ]
+
+            given = pad(rows, 0), pad(slots, -1), pad(weights, 0)
+        wanted = twin.dispatch(
+            *given,
+            where.rank_of_slot,
+            scales=scales if not case["padded"] or scales is None else pad(scales, 0),
+            **shape,
+        )
+        mine = [torch.from_numpy(part[rank]) for part in (rows, ids, weights)]
+        sent = dispatcher.dispatch(
+            *mine,
+            None if scales is None else torch.from_numpy(scales[rank]),
+            layout=layout,
+            alignment=case["alignment"],
+            layer=layer,
+            wait=bool(step),
+        )
+        sent = sent if step else sent.wait()
+        if case["padded"]:
+            check_padded(sent, wanted[rank], layout)
+        else:
+            check_rows(sent, wanted[rank], layout)
+
+        made = [experts(received, case).numpy() for received in wanted]
+        expected = twin.combine(made, wanted, [len(g) for g in given[0]], case["reduce"])[rank][: len(rows[rank])]
+        out = dispatcher.combine(experts(sent, case), sent)
+        assert np.array_equal(out.numpy(), expected), (case, step)
+        assert out.numpy().dtype == expected.dtype
+
+
+def check_padded(found, wanted, layout):
+    """Compare what a rank received where every rank sends max_tokens: the tokens of others are there, unused."""
+    here = (found.topk_ids >= 0).any(1)
+    assert np.array_equal(found.topk_ids[here].numpy(), wanted.topk_ids)
+    assert np.array_equal(found.topk_weights[here].numpy(), wanted.topk_weights)
+    assert found.num_dropped.tolist() == wanted.num_dropped.tolist()
+    if layout == "tokens":
+        assert np.array_equal(found.hidden_states[here].numpy(), wanted.hidden_states)
+    elif layout == "permuted":
+        assert np.array_equal(found.counts.numpy(), wanted.counts)
+        used = int(wanted.expert_first_token_offset[-1])
+        assert np.array_equal(found.expert_first_token_offset.numpy(), wanted.expert_first_token_offset)
+        assert np.array_equal(found.permuted_hidden_states[:used].numpy(), wanted.permuted_hidden_states[:used])
+    else:
+        assert np.array_equal(found.masked_m.numpy(), wanted.masked_m)
+        rows = wanted.permuted_hidden_states.shape[1]
+        for batch, count in enumerate(wanted.masked_m.tolist()):
+            mine = found.permuted_hidden_states[batch, :count].numpy()
+            assert np.array_equal(mine, wanted.permuted_hidden_states[batch, :count]), rows
+
+
+def random_cases(rank, size):
+    for index in range(CASES[size]):
+        rng = np.random.default_rng((size, index))
+        run_case(rng, rank, size, draw_case(rng, size))
+
+
+def gradients(rank, size):
+    """Compare gradients with the sum that they are of: out[t] = sum of w[t, k] * factor[expert] * row[t]."""
+    for case, reduce, padded in ((0, "rank", False), (1, "source", False), (2, "rank", True), (3, "source", True)):
+        rng = np.random.default_rng((9, case))
+        location = draw_location(rng, size, 5)
+        tokens = draw_tokens(rng, size, 5, 3, 8, "float32")
+        options = {"num_experts": 5, "top_k": 3, "hidden": 8, "max_tokens": MAX_TOKENS, "dtype": torch.float32}
+        dispatcher = TokenDispatcher(**options, location=location, reduce=reduce, padded=padded, timeout=TIMEOUT)
+        rows, ids, weights = (torch.from_numpy(part[rank]) for part in tokens)
+        factors = torch.arange(1.0, 6.0, requires_grad=True)
+        local = torch.from_numpy(location.physical_to_logical_map[1, location.rank_of_slot == rank])
+        for layout in ("permuted", "masked", "tokens"):
+            mine = [part.clone().requires_grad_() for part in (rows, weights)]
+            sent = dispatcher.dispatch(mine[0], ids, mine[1], layout=layout, layer=1)
+            if layout == "tokens":
+                of_slot = torch.where(sent.topk_ids >= 0, factors[local[sent.topk_ids.clamp(min=0).long()]], 0.0)
+                made = sent.hidden_states[:, None] * of_slot[..., None]
+            else:
+                counts = sent.counts if layout == "permuted" else torch.full((len(local),), len(sent.permuted_idx[0]))
+                factor = factors[local].repeat_interleave(counts)
+                received = sent.permuted_hidden_states.flatten(0, -2)
+                made = received * torch.nn.functional.pad(factor, (0, len(received) - len(factor)))[:, None]
+                made = made.view(sent.permuted_hidden_states.shape)
+            out = dispatcher.combine(made, sent)
+            slopes = torch.from_numpy(np.random.default_rng(rank).standard_normal(out.shape).astype(np.float32))
+            factors.grad = None
+            found = torch.autograd.grad(out, [*mine, factors], slopes, allow_unused=True)
+            again = [part.clone().requires_grad_() for part in (rows, weights)]
+            known = (ids >= 0) & (ids < 5)
+            of_slot = torch.where(known, factors.detach()[ids.clamp(0, 4).long()], 0.0)
+            (again[0] * (again[1] * of_slot).sum(1, keepdim=True)).backward(slopes)
+            for mine_grad, one in zip(found, again, strict=False):
+                torch.testing.assert_close(mine_grad, one.grad)
+            assert not len(rows) or not known.any() or found[1].abs().max() > 0
+
+
+def batches(size, steps, tokens):
+    """Return what all ranks learn from: rows for each rank, some with none, and what they shall become."""
+    rng = np.random.default_rng(5)
+    for step in range(steps):
+        counts = [tokens if (rank + step) % 3 else 0 for rank in range(size)]
+        rows = torch.from_numpy(rng.standard_normal((sum(counts), 16)).astype(np.float32))
+        yield counts, rows, 0.5 * rows
+
+
+def learn(block, rows_of, steps, size, finish=lambda block: None):
+    optimizer = torch.optim.SGD(block.parameters(), lr=2.0)
+    losses = []
+    for counts, rows, wanted in batches(size, steps, 8):
+        mine = rows_of(counts)
+        loss = (block(rows[mine]) - wanted[mine]).square().sum() / rows.numel()
+        optimizer.zero_grad()
+        loss.backward()
+        finish(block)
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def training(rank, size):
+    """Train a block over all ranks, and one on one rank: the losses are the same, and so are the weights."""
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_experts": 6, "top_k": 2, "renormalize": True}
+    places = ExpertLocation.from_mapping([[*range(6), *[0, 5][: 2 * (size > 2)]]], 6, size)
+    for location, reduce in ((None, "rank"), (places, "source")):
+        options = {"num_experts": 6, "top_k": 2, "hidden": 16, "max_tokens": 8, "dtype": torch.float32}
+        dispatcher = TokenDispatcher(**options, location=location, reduce=reduce, timeout=TIMEOUT)
+        torch.manual_seed(3)
+        whole = MoEBlock(**sizes, bias=True, shared_size=8)
+        torch.manual_seed(3)
+        block = MoEBlock(**sizes, bias=True, shared_size=8, dispatcher=dispatcher)
+        for name, tensor in gather_state_dict(block).items():
+            assert torch.equal(tensor, whole.state_dict()[name]), name
+
+        def own(counts):
+            return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+        steps = 12 if size == 2 else 25
+        mine = learn(block, own, steps, size, sum_gradients)
+        dist.all_reduce(mine)
+        expected = learn(whole, lambda counts: slice(None), steps, size)
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=0)
+        assert expected[-5:].mean() < 0.95 * expected[:5].mean()
+        for name, tensor in gather_state_dict(block).items():
+            torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
+        again = MoEBlock(**sizes, bias=True, shared_size=8, dispatcher=dispatcher)
+        load_gathered_state_dict(again, whole.state_dict())
+        for name, tensor in gather_state_dict(again).items():
+            assert torch.equal(tensor, whole.state_dict()[name]), name
+
+
+def faults(rank, size):
+    """Check errors of one rank that all get, a rank that is late, and ranks that go on without another."""
+    sizes = {"num_experts": size, "top_k": 1, "hidden": 4, "max_tokens": 3, "dtype": torch.float32}
+    for name, value in {"hidden": 5, "max_tokens": 4, "top_k": 2, "dtype": torch.float16, "timeout": 2.0}.items():
+        message = f"`{name}` must be the same on every rank.*, got others on ranks .1. than on rank 0"
+        with pytest.raises(ValueError, match=message):
+            TokenDispatcher(**sizes | ({name: value} if rank == 1 else {}))
+    rows = torch.full((size, 4), float(rank + 1))[:3]
+    ids, weights = torch.arange(size)[:3, None], torch.ones(size, 1)[:3]
+    dispatcher = TokenDispatcher(**sizes, timeout=1.5)
+
+    def there_and_back():
+        sent = dispatcher.dispatch(rows, ids, weights)
+        return dispatcher.combine(sent.permuted_hidden_states * (rank + 1), sent)
+
+    all_ranks = (rank + 1) * torch.arange(1.0, size + 1)[:3, None].expand(-1, 4)
+    assert torch.equal(there_and_back(), all_ranks)
+    dist.barrier()
+    if rank == 1:
+        time.sleep(3.5)
+        with pytest.raises(PeerTimeoutError, match=r"ranks \[0, 2\] were not in dispatch 1 together with rank 1"):
+            there_and_back()
+        return
+    begin = time.monotonic()
+    with pytest.raises(
+        PeerTimeoutError, match=r"ranks \[1\] were not in dispatch 1 together with rank . within 1\.5 s"
+    ) as found:
+        there_and_back()
+    assert (found.value.rank, found.value.phase, found.value.step) == (1, "dispatch", 1)
+    assert 1.4 < time.monotonic() - begin < 3
+    dispatcher.active_ranks = [other != 1 for other in range(size)]
+    for _ in range(3):
+        out = there_and_back()
+        assert torch.equal(out[1], torch.zeros(4)), "the expert of rank 1 adds nothing"
+        assert torch.equal(out[[0, 2]], all_ranks[[0, 2]])
+
+
+def late_to_combine(rank, size):
+    """Lose rank 1 between dispatch and combine: the others learn of it there, in time."""
+    sizes = {"num_experts": 2 * size, "top_k": 2, "hidden": 4, "max_tokens": 3, "dtype": torch.float32}
+    dispatcher = TokenDispatcher(**sizes, timeout=2.0)
+    rows, ids = torch.ones(3, 4), torch.tensor([[0, 2], [1, 3], [2, 2 * size - 1]])
+    sent = dispatcher.dispatch(rows, ids, torch.ones(3, 2))
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(PeerTimeoutError, match=r"ranks \[1\] were not in combine 0 together with rank . within 2 s"):
+        dispatcher.combine(sent.permuted_hidden_states, sent)
+    assert time.monotonic() - begin < 4
+    dispatcher.active_ranks = [other != 1 for other in range(size)]
+    sent = dispatcher.dispatch(rows, ids, torch.ones(3, 2))
+    out = dispatcher.combine(sent.permuted_hidden_states, sent)
+    assert out[:, 0].tolist() == [1, 1, 1 if size == 3 else 2]
+    os._exit(0)  # what is left of the group has nobody to say goodbye to
+
+
+def moving(rank, size):
+    """Move experts between steps: outputs stay what they were, layer by layer."""
+    old = ExpertLocation.from_mapping(np.tile(np.arange(2 * size), (3, 1)), num_gpus=size)
+    new = ExpertLocation.from_mapping(np.roll(old.physical_to_logical_map, 1, axis=1), num_gpus=size)
+    sizes = {"num_experts": 2 * size, "top_k": 2, "hidden": 8, "max_tokens": 6, "dtype": torch.float32}
+    dispatcher = TokenDispatcher(**sizes, location=old, timeout=TIMEOUT)
+    rng = torch.Generator().manual_seed(4)
+    every = [torch.randn(2 * size, *shape, generator=rng) for shape in ((8, 8), (8, 4)) * 3]
+    layers = [
+        shard_experts({"up": up, "down": down}, dispatcher, layer)
+        for layer, (up, down) in enumerate(zip(every[::2], every[1::2], strict=True))
+    ]
+    rows = torch.randn(6, 8, generator=rng) + rank
+    ids = torch.rand(6, 2 * size, generator=rng).argsort(1)[:, :2].contiguous()
+    weights = torch.rand(6, 2, generator=rng)
+    wanted = [numba_moe.fused_experts(rows, *pair, weights, ids) for pair in zip(every[::2], every[1::2], strict=True)]
+
+    def check():
+        for layer, held in enumerate(layers):
+            out = fused_experts(rows, held["up"], held["down"], weights, ids, dispatcher, layer=layer)
+            torch.testing.assert_close(out, wanted[layer])
+
+    check()
+    for moved in migrate_in_chunks(layers, old, new):
+        dispatcher.update(new, moved)
+        check()
+    assert dispatcher.location == new
+    for layer, held in enumerate(layers):
+        assert torch.equal(gather_experts(held, dispatcher, layer)["up"], every[2 * layer])
+
+
+def everything(rank, size):
+    """Run what needs no ranks that are lost, in one process each."""
+    random_cases(rank, size)
+    gradients(rank, size)
+    training(rank, size)
+    moving(rank, size)
+
+
+def main(role, rank, size, port):
+    torch.set_num_threads(1)
+    rank, size = int(rank), int(size)
+    store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    ROLES[role](rank, size)
+    dist.destroy_process_group()
+
+
+ROLES = {
+    role.__name__: role for role in (everything, random_cases, gradients, training, moving, faults, late_to_combine)
+}
+
+
+def run_ranks(role, size):
+    """Run this file as `size` ranks; return their exit statuses and what they printed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "NUMBA_ENABLE_CUDASIM": "0"}
+    command = [sys.executable, __file__, role]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(store.port)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(size)
+    ]
+    try:
+        printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            with rank:  # waits for its end
+                rank.kill()
+    return [rank.returncode for rank in ranks], printed
+
+
+@pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.slow) if n > 2 else n for n in (2, 3, 4)])
+def test_ranks_do_what_the_reference_does(size):
+    assert run_ranks("everything", size)[0] == [0] * size
+
+
+@pytest.mark.slow
+def test_faults_of_one_rank():
+    assert run_ranks("faults", 3)[0] == [0] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_killed_rank_is_named_and_the_others_go_on(size):
+    assert run_ranks("late_to_combine", size)[0] == [0, -signal.SIGKILL, 0][:size]
+
+
+SIZES = {"num_experts": 4, "top_k": 2, "hidden": 8, "max_tokens": 5, "dtype": torch.float32}
+ROWS, IDS, WEIGHTS = torch.ones(3, 8), torch.tensor([[0, 1], [3, 2], [-1, 0]]), torch.ones(3, 2)
+TWO = ExpertLocation.trivial(1, 4, num_gpus=2)
+BAD = {
+    "transport": ({"transport": "mpi"}, ValueError, "`transport` must be one of 'auto', .*, got 'mpi'"),
+    "reduce": ({"reduce": "sum"}, ValueError, "`reduce` must be one of 'rank', 'source', got 'sum'"),
+    "top_k": ({"top_k": 0}, ValueError, "`top_k` must be at least 1, got 0"),
+    "dtype": ({"dtype": torch.int64}, ValueError, "`dtype` must be one of float32, .*, got int64"),
+    "timeout": ({"timeout": 0}, ValueError, "`timeout` must be above 0, got 0"),
+    "capacity": ({"capacity": 0}, ValueError, "`capacity` must be at least 1, got 0"),
+    "padded": ({"padded": 1}, TypeError, "`padded` must be True or False, got 1"),
+    "location": ({"location": TWO}, ValueError, "`location` must be of num_experts = 4 experts on 1 ranks, .*, got Ex"),
+    "device": (
+        {"transport": "nccl", "device": "cpu"},
+        ValueError,
+        "`device` must be of type 'cuda', for the transport",
+    ),
+}
+BAD_CALLS = {
+    "rows": ((ROWS.double(), IDS, WEIGHTS), {}, TypeError, "`hidden_states` must be of dtype float32, got float64"),
+    "columns": ((ROWS[:, :7], IDS, WEIGHTS), {}, ValueError, r"`hidden_states` must be of shape .* = \(3, 8\), got"),
+    "tokens": (
+        (torch.ones(6, 8), IDS, WEIGHTS),
+        {},
+        ValueError,
+        "`hidden_states` must be tokens of at most .* = 5, got 6",
+    ),
+    "ids": ((ROWS, IDS[:2], WEIGHTS), {}, ValueError, r"`topk_ids` must be of shape \(num_tokens, top_k\) = \(3, 2\)"),
+    "floats": ((ROWS, WEIGHTS, WEIGHTS), {}, TypeError, "`topk_ids` must be of dtype int32 or int64, got float32"),
+    "weights": ((ROWS, IDS, WEIGHTS[:, :1]), {}, ValueError, "`topk_weights` must be of shape"),
+    "scales": ((ROWS, IDS, WEIGHTS, WEIGHTS[:2]), {}, ValueError, "`scales` must be of shape"),
+    "layout": (
+        (ROWS, IDS, WEIGHTS),
+        {"layout": "rows"},
+        ValueError,
+        "`layout` must be one of 'permuted', .*, got 'rows'",
+    ),
+    "aligned batches": (
+        (ROWS, IDS, WEIGHTS),
+        {"layout": "masked", "alignment": 4},
+        ValueError,
+        "`alignment` must be None",
+    ),
+    "layer": ((ROWS, IDS, WEIGHTS), {"layer": 1}, ValueError, "`layer` must be at most num_layers - 1 = 0, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sizes(name):
+    options, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        TokenDispatcher(**SIZES | options)
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_tokens(name):
+    arguments, options, error, message = BAD_CALLS[name]
+    dispatcher = TokenDispatcher(**SIZES)
+    with pytest.raises(error, match=message):
+        dispatcher.dispatch(*arguments, **options)
+    dispatcher.combine(ROWS[:0].new_zeros(6, 8), dispatcher.dispatch(ROWS, IDS, WEIGHTS))
+
+
+def test_dispatch_and_combine_take_turns():
+    dispatcher = TokenDispatcher(**SIZES, slots=2)
+    one, two = (dispatcher.dispatch(row * ROWS, IDS, WEIGHTS) for row in (1, 2))
+    with pytest.raises(
+        RuntimeError, match=r"`dispatch` must be followed by `combine` or `release`: \[0, 1\] are under"
+    ):
+        dispatcher.dispatch(ROWS, IDS, WEIGHTS)
+    assert dispatcher.combine(two.permuted_hidden_states, two)[:, 0].tolist() == [4, 4, 2]
+    with pytest.raises(RuntimeError, match="`sent` must be of a dispatch that is under way, got one that was combined"):
+        dispatcher.combine(two.permuted_hidden_states, two)
+    with pytest.raises(ValueError, match=r"`rows` must be of shape \(6, 3\), got shape \(5, 3\)"):
+        dispatcher.combine(torch.ones(5, 3), one)
+    dispatcher.release(one)
+    pending = dispatcher.dispatch(ROWS, IDS, WEIGHTS, wait=False)
+    assert pending.wait() is pending.wait()
+    with pytest.raises(TypeError, match="`sent` must be what `dispatch` returned, got PendingDispatch"):
+        dispatcher.combine(ROWS, pending)
+
+
+def test_dropped_slots_are_the_same_each_time_and_can_be_an_error():
+    dispatcher = TokenDispatcher(**SIZES, capacity=3, raise_on_drop=True)
+    for _ in range(2):
+        sent = dispatcher.dispatch(ROWS, IDS, WEIGHTS, alignment=2)
+        assert sent.num_dropped.tolist() == [2]
+        assert sent.inv_permuted_idx.tolist() == [[0, 2], [-1, -1], [-1, 1]]
+        out = dispatcher.combine(sent.permuted_hidden_states, sent)
+        assert out[:, 0].tolist() == [2, 0, 1]
+        with pytest.raises(
+            ValueError, match=r"`capacity` must be enough for all slots, .*, got 3, past which 2 were, of"
+        ):
+            dispatcher.check()
+
+
+def test_one_rank_has_the_bits_of_the_ops_that_it_is_composed_of():
+    torch.manual_seed(0)
+    matrices, ids = (torch.randn(4, 12, 8), torch.randn(4, 8, 6)), torch.randint(-1, 4, (5, 2))
+    rows, weights = torch.randn(5, 8), torch.rand(5, 2)
+    for reduce in ("rank", "source"):
+        dispatcher = TokenDispatcher(**SIZES, reduce=reduce)
+        out = fused_experts(rows, *matrices, weights, ids, dispatcher)
+        assert torch.equal(out, compose(rows, *matrices, weights, ids))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

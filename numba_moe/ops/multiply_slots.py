@@ -20,6 +20,7 @@ from numba_moe.device.instructions import (
     store_eight,
     wait_for_earlier,
 )
+from numba_moe.device.primitives import load_integer
 from numba_moe.device.tensor_cores import (
     commit_copies,
     copy_ahead,
@@ -36,7 +37,6 @@ from numba_moe.device.tensor_cores import (
 from numba_moe.device.tiles import BOUNDS, MOST_TOKENS, STAGES, TileNumber
 from numba_moe.device.types import LIKE, Int32, Int64, OptionalInt32Array, OptionalSizedArray
 from numba_moe.ops.activation.activate_rows import NONE, Rule, activation_of
-from numba_moe.ops.gating.extras import load_integer
 
 AHEAD = STAGES - 1
 RUN = 8

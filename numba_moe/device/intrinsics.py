@@ -519,4 +519,5 @@ larger = libdevice.fmaxf  # of a NaN and a number the number
 divide = libdevice.fast_fdividef
 divide_rounded = libdevice.fdiv_rn  # by subnormal numbers too
 tanh = libdevice.tanhf
+log = libdevice.logf
 fma = libdevice.fmaf  # factor * value + total

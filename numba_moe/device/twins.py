@@ -199,3 +199,8 @@ def reciprocal(value: Any) -> Any:
 
 def square_root(value: Any) -> Any:
     return np.sqrt(np.float32(value))
+
+
+def log(value: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return np.log(np.float32(value))

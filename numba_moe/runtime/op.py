@@ -32,7 +32,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from numba_moe.runtime import arrays, checks, observe, torch_library, torch_private
 from numba_moe.runtime.declaration import WANTS_GRADIENT, Declaration, flat
@@ -138,9 +137,8 @@ class _Differentiable(torch.autograd.Function):
         return tuple(parts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-        found = ctx.declaration.backward(ctx, grad)
+        found = torch_library.of_first_order(ctx.declaration.name, ctx.declaration.backward)(ctx, grad)
         return *(found.get(name) for name in ctx.declaration.names), None
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from numba_moe.runtime import arrays, checks, observe, plans, torch_private
@@ -195,12 +194,36 @@ def _differentiate(name: str, declaration: Declaration) -> tuple[Callable[..., N
     return setup, backward
 
 
-def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let what is computed with a graph of gradients be an error only where a second derivative is wanted."""
-    once = once_differentiable(backward)
+class _FirstOrder(torch.autograd.Function):
+    """A gradient that depends on tensors in a way that has no derivative: an error where one is wanted.
+
+    torch's `once_differentiable` lets it be zero where the gradient that comes in has none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, grad: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"the gradient of `{ctx.name}` must be differentiated no further (once_differentiable)")
+
+
+def of_first_order(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the gradients of an op be an error where a second derivative of them is wanted."""
 
     def call(ctx: Any, *grads: Any) -> Any:
-        return (once if torch.is_grad_enabled() and not torch.compiler.is_compiling() else backward)(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        causes = [one for one in (*grads, *ctx.saved_tensors) if one is not None and one.requires_grad]
+
+        def mark(grad: Any) -> Any:
+            return grad if grad is None else _FirstOrder.apply(name, grad, *causes)
+
+        return {key: mark(grad) for key, grad in found.items()} if isinstance(found, dict) else tuple(map(mark, found))
 
     return call
 
@@ -226,7 +249,7 @@ def register() -> None:
             if declaration.backward is not None:
                 _register(declaration, plain, "without_gradient")
                 rules = _differentiate(name, declaration)
-                once = _once_differentiable(rules[1])
+                once = of_first_order(name, rules[1])
                 torch.library.register_autograd(f"{LIBRARY}::{name}", once, setup_context=rules[0])
             elif declaration.composed is not None:
                 _register(declaration, plain, "without_gradient")

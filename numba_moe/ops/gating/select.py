@@ -11,7 +11,7 @@ from numba_moe.device.types import COUNTING, EXTENDED, PLAIN
 from numba_moe.ops.dispatch import check_dispatch
 from numba_moe.ops.gating import choose, which_kernel
 from numba_moe.ops.gating import given as already_given
-from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
+from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, SharedExperts, ZeroExperts
 from numba_moe.ops.gating.scores import SCORING, Chosen, Weighting
 from numba_moe.reference import selection as reference
 from numba_moe.reference.dispatch import DispatchTables
@@ -122,15 +122,7 @@ def _check(
     if options.identity_weights is not None:
         checks.array("identity_weights", options.identity_weights, (torch.float32,), (1,), like=like)
         checks.shape("identity_weights", options.identity_weights, (num_tokens,), "(num_tokens,)")
-    scalar_bytes = 0
-    if options.num_token_non_padded is not None:
-        checks.array("num_token_non_padded", options.num_token_non_padded, checks.IDS, (0, 1), like=like)
-        one = (1,) * len(options.num_token_non_padded.shape)
-        checks.shape("num_token_non_padded", options.num_token_non_padded, one, "() or (1,)")
-        scalar_bytes = options.num_token_non_padded.dtype.itemsize
-    if options.is_padding is not None:
-        checks.array("is_padding", options.is_padding, (torch.bool,), (1,), like=like)
-        checks.shape("is_padding", options.is_padding, (num_tokens,), "(num_tokens,)")
+    padding = which_kernel.padding_of(options, num_tokens, like)
     dispatch = which_kernel.NO_DISPATCH
     if options.dispatch is not None:
         checks.tuple_of("dispatch", options.dispatch, 5)
@@ -153,7 +145,7 @@ def _check(
         checks.shape("counts_enabled", options.counts_enabled, (1,), "(1,)")
     return Extras(
         Adjusting(logit_bias, float(options.softcap)),
-        Padding(which_kernel.sized(options.num_token_non_padded), scalar_bytes, options.is_padding and torch.uint8),
+        padding,
         ZeroExperts(num_experts - num_zero, zero_expert_id, options.identity_weights),
         SharedExperts(num_shared, shared_factor),
         dispatch,

@@ -93,6 +93,20 @@ def sized(array: Any) -> torch.dtype | None:
     return None if array is None else torch.int32
 
 
+def padding_of(given: Any, num_tokens: int, like: tuple[str, Any]) -> Padding:
+    """Check which tokens of a call are padding, and describe it for kernels."""
+    scalar_bytes = 0
+    if given.num_token_non_padded is not None:
+        checks.array("num_token_non_padded", given.num_token_non_padded, checks.IDS, (0, 1), like=like)
+        one = (1,) * len(given.num_token_non_padded.shape)
+        checks.shape("num_token_non_padded", given.num_token_non_padded, one, "() or (1,)")
+        scalar_bytes = given.num_token_non_padded.dtype.itemsize
+    if given.is_padding is not None:
+        checks.array("is_padding", given.is_padding, (torch.bool,), (1,), like=like)
+        checks.shape("is_padding", given.is_padding, (num_tokens,), "(num_tokens,)")
+    return Padding(sized(given.num_token_non_padded), scalar_bytes, given.is_padding and torch.uint8)
+
+
 def check_bias(correction_bias: Layout | None, gating_output: Layout) -> None:
     if correction_bias is not None:
         num_experts = gating_output.shape[1]

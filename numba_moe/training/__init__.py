@@ -1,0 +1,13 @@
+"""What training adds to routing: losses, balance without a loss, capacity, and recorded routing that is replayed."""
+
+from numba_moe import lazy
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    {
+        "ops.router_losses": "count_by_sequence router_losses",
+        "reference.training": "SequenceCounts",
+        "training.balance": "update_correction_bias",
+        "training.losses": "load_balancing_loss z_loss",
+    },
+)

@@ -335,6 +335,17 @@ def slopes(logits: np.ndarray, scoring_func: str) -> np.ndarray:
     return np.where(scores > 0, sigmoid(logits) / np.where(scores > 0, 2 * scores, 1.0), 0.0)
 
 
+def through_scores(logits: np.ndarray, scores: np.ndarray, grad_scores: np.ndarray, scoring_func: str) -> np.ndarray:
+    """Return the gradient by the logits, given that by their scores.
+
+    >>> through_scores(np.zeros((1, 2)), np.array([[0.5, 0.5]]), np.array([[1.0, 0.0]]), "softmax")
+    array([[ 0.25, -0.25]])
+    """
+    if scoring_func == "softmax":
+        return scores * (grad_scores - (scores * grad_scores).sum(axis=1, keepdims=True))
+    return slopes(logits, scoring_func) * grad_scores
+
+
 def gating_backward(
     gating_output: np.ndarray,
     topk_ids: np.ndarray,
@@ -380,8 +391,4 @@ def gating_backward(
         grad = (grad - through_total) / divisor
     grad_scores = np.zeros(scores.shape)
     np.put_along_axis(grad_scores, topk_ids.astype(np.int64), grad, axis=1)
-    if scoring_func == "softmax":
-        grad_logits = scores * (grad_scores - (scores * grad_scores).sum(axis=1, keepdims=True))
-    else:
-        grad_logits = slopes(logits, scoring_func) * grad_scores
-    return grad_logits.astype(gating_output.dtype)
+    return through_scores(logits, scores, grad_scores, scoring_func).astype(gating_output.dtype)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from numba_moe.reference.dispatch import dispatch_ids
-from numba_moe.reference.gating import SCORING, TopK, choose_in_groups, weights_of
+from numba_moe.reference.gating import SCORING, TopK, choose_in_groups, chosen_scores, through_scores, weights_of
 
 
 def adjust(gating_output: np.ndarray, softcap: float = 0.0, logit_bias: np.ndarray | None = None) -> np.ndarray:
@@ -233,3 +233,75 @@ def send(
     of_zero = np.append(is_zero & ~padded[:, None], np.zeros((num_tokens, len(more)), bool), axis=1)
     topk_ids = np.where(of_zero, zero_expert_id, topk_ids)
     return TopK(weights.astype(np.float32), topk_ids.astype(np.dtype(indices_dtype)))
+
+
+def selection_backward(
+    gating_output: np.ndarray,
+    topk_ids: np.ndarray,
+    grad_weights: np.ndarray,
+    *,
+    scoring_func: str = "softmax",
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+    softcap: float = 0.0,
+    logit_bias: np.ndarray | None = None,
+    num_fused_shared_experts: int = 0,
+    apply_routed_scaling_factor_on_output: bool = True,
+    num_zero_experts: int = 0,
+    by_adjusted: bool = False,
+) -> np.ndarray:
+    """Return the gradient of a loss by the logits of `select_experts` or `weigh_experts`, given that by the weights.
+
+    Parameters that are not listed here are those of `select_experts`, with its bias as `logit_bias` if it is added to
+    logits.
+
+    Parameters
+    ----------
+    topk_ids
+        int [num_tokens, top_k or more], the experts that were chosen, in the first columns, before they became places
+        or `zero_expert_id`; -1 for none, and throughout for padding.
+    grad_weights
+        float [num_tokens, top_k + num_fused_shared_experts], the gradient of the loss by `topk_weights`.
+    by_adjusted
+        By the logits as they are scored, in float32: after the cap and the bias.
+
+    Examples
+    --------
+    A shared expert weighs the sum of the chosen scores, so its gradient goes to each of them:
+
+    >>> logits, ids = np.zeros((1, 3)), np.array([[0, 2]])
+    >>> selection_backward(logits, ids, np.array([[0.0, 0.0, 1.0]]), scoring_func="raw", num_fused_shared_experts=1)
+    array([[1., 0., 1.]])
+    """
+    logits = adjust(gating_output, softcap, logit_bias) if softcap or logit_bias is not None else gating_output
+    logits = logits.astype(np.float64)
+    num_tokens, num_experts = logits.shape
+    top_k = grad_weights.shape[1] - num_fused_shared_experts
+    topk_ids = topk_ids[:, :top_k].astype(np.int64)
+    known = (topk_ids >= 0) & (topk_ids < num_experts)
+    topk_ids = np.where(known, topk_ids, num_experts)
+    scores = SCORING[scoring_func](logits)
+    chosen = chosen_scores(np.append(scores, np.zeros((num_tokens, 1)), axis=1), topk_ids)
+
+    grad = grad_weights.astype(np.float64)
+    by_score = np.where(topk_ids < num_experts - num_zero_experts, grad[:, :top_k], 0.0)
+    if apply_routed_scaling_factor_on_output:
+        by_score = by_score * routed_scaling_factor
+    total = chosen.sum(axis=1, keepdims=True)
+    if renormalize:
+        divisor = np.where(total > 0, total, 1.0)
+        through_total = np.where(total > 0, (by_score * chosen).sum(axis=1, keepdims=True) / divisor, 0.0)
+        by_score = (by_score - through_total) / divisor
+    elif num_fused_shared_experts:
+        factor = 1.0 if apply_routed_scaling_factor_on_output else 1.0 / routed_scaling_factor
+        by_score = by_score + factor * grad[:, top_k:].sum(axis=1, keepdims=True)
+    grad_scores = np.zeros((num_tokens, num_experts + 1))
+    np.add.at(grad_scores, (np.arange(num_tokens)[:, None], topk_ids), by_score)
+    grad_logits = through_scores(logits, scores, grad_scores[:, :num_experts], scoring_func)
+    if by_adjusted:
+        return grad_logits.astype(np.float32)
+    if 0 < softcap < np.inf:
+        raw = gating_output.astype(np.float64)
+        finite = np.isfinite(raw)
+        grad_logits = grad_logits * np.where(finite, 1 - np.tanh(np.where(finite, raw, 0.0) / softcap) ** 2, 1.0)
+    return grad_logits.astype(gating_output.dtype)

@@ -105,7 +105,7 @@ BAD = {
     "a flag of int64": (lambda: moe.select_experts(LOGITS, 2, counts_enabled=INTS[:1].long()), TypeError, "`counts_enabled` must be of dtype int32, got int64"),
     "ids of another dtype": (lambda: moe.select_experts(LOGITS, 2, indices_dtype=torch.uint8), ValueError, "`indices_dtype` must be one of 'int32', 'int64', 'int16', got 'uint8'"),
     "ids too narrow": (lambda: moe.select_experts(torch.zeros(1, 2**15 + 1), 2, indices_dtype="int16"), ValueError, "`indices_dtype` must be wide enough for expert 32768, got int16"),
-    "options and a gradient": (lambda: moe.select_experts(LOGITS.clone().requires_grad_(), 2, softcap=3.0), ValueError, "`gating_output` must be without a gradient for these options, got one that requires it"),
+    "options and a gradient": (lambda: moe.select_experts(LOGITS.clone().requires_grad_(), 2, identity_weights=torch.zeros(4)), ValueError, "`identity_weights` must be None where a gradient is wanted, as what is written has none, got memory to write"),
     "given ids of floats": (lambda: moe.weigh_experts(LOGITS, LOGITS), TypeError, "`topk_ids` must be of dtype int32 or int64 or int16, got float32"),
     "given ids of other tokens": (lambda: moe.weigh_experts(LOGITS, IDS[:3]), ValueError, r"`topk_ids` must be of shape \(num_tokens, top_k\) = \(4, 2\), got shape \(3, 2\)"),
     "token ids of other tokens": (lambda: moe.weigh_experts(LOGITS, IDS, input_ids=INTS[:3]), ValueError, r"`input_ids` must be of shape \(num_tokens,\) = \(4,\), got shape \(3,\)"),

@@ -89,7 +89,10 @@ def calls(tokens, device):
     zero = {"num_zero_experts": 2, "identity_weights": torch.zeros(tokens, device=device)}
     yield OPS.select_experts_writing, (scores, TOP_K), {**routed, "counts": counts}
     yield OPS.select_experts_writing, (scores, TOP_K), {**zero, "counts": None}
+    wanting = scores.clone().requires_grad_()
+    yield OPS.select_experts, (wanting, TOP_K), {**routed}
     yield OPS.weigh_experts, (scores, chosen), {}
+    yield OPS.weigh_experts, (wanting, chosen), {**routed}
     yield OPS.weigh_experts_writing, (scores, chosen), {**routed, "counts": counts, "counts_enabled": ints(1, device)}
     yield OPS.route, (scores, TOP_K, 4), {}
     yield OPS.route_writing, (scores, TOP_K, 4), {**zero, "counts": counts, "pad_sorted_ids": True}

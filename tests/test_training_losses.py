@@ -11,6 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from numba_moe import reference, training
 from numba_moe.device import simulator
+from numba_moe.interop import torch_ops as torch_ops  # which registers all
 from numba_moe.ops.router_losses import router_losses
 from numba_moe.verify import testing
 

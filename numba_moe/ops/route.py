@@ -11,12 +11,15 @@ from numba_moe.ops.gating import which_kernel
 from numba_moe.ops.gating.choose_and_sort import MOST_EXPERTS, MOST_THREADS, Blocks, Sorting, route_tokens
 from numba_moe.ops.gating.select import (
     answer_by,
+    backward,
     biases_of,
     check_data,
     extra_arrays,
+    keep_selection,
     options_of,
     outputs_of,
     plan_selection,
+    refuse,
     select_experts,
 )
 from numba_moe.reference import routing as reference
@@ -35,7 +38,7 @@ from numba_moe.sizes import sorted_slots
 ALONE, EACH, MOST_TOKENS = 16, 8, 64
 
 
-@op(reference.route, writes=("identity_weights", "counts"))
+@op(reference.route, writes=("identity_weights", "counts"), tallies=("counts",))
 def route(
     gating_output: Array,
     top_k: int,
@@ -148,13 +151,14 @@ def route(
     TypeError
         Wrong kind of array or dtype.
     ValueError
-        What `select_experts` and `moe_align_block_size` refuse; logits that require a gradient.
+        What `select_experts` and `moe_align_block_size` refuse.
 
     Notes
     -----
     Order, ties and unused positions are those of the two ops. Up to 16 tokens, or 64 from compute capability 9.0 on,
     1024 slots and 512 experts take one launch, others the launches of both ops. On the caller's current stream, without
-    synchronising; captures into CUDA graphs; allocates the results, and the scratch of both ops.
+    synchronising; captures into CUDA graphs; allocates the results, and the scratch of both ops. The weights have the
+    gradient of `select_experts`.
 
     Examples
     --------
@@ -234,6 +238,9 @@ def _(given: Any) -> Launch | None:
 
 
 route.validate(check_data)
+route.refuse(refuse)
+route.saves(keep_selection)
+route.backward(backward)
 
 
 @route.on_cpu

@@ -109,6 +109,8 @@ class Declaration:
         Fields of the result that are there only with an argument: which.
     is_gradient
         The op is the gradient of another, and has none itself.
+    tallies
+        Those of the written parameters that hold integers, which a call may write where a gradient is wanted.
     """
 
     def __init__(
@@ -121,10 +123,11 @@ class Declaration:
         onto: Mapping[str, str],
         absent: Mapping[str, str],
         is_gradient: bool,
+        tallies: tuple[str, ...] = (),
     ) -> None:
         self.function, self.name, self.twin = function, function.__name__, twin
         self.writes, self.out, self.own_out, self.onto = writes, out, own_out, onto
-        self.absent, self.is_gradient = absent, is_gradient
+        self.absent, self.is_gradient, self.tallies = absent, is_gradient, tallies
         self.signature = inspect.signature(function, eval_str=True)
         self.parameters = dict(self.signature.parameters)
         self.names = tuple(self.parameters)

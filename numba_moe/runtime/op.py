@@ -87,6 +87,7 @@ def op(
     onto: Mapping[str, str] | None = None,
     absent: Mapping[str, str] | None = None,
     is_gradient: bool = False,
+    tallies: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Return a decorator that makes an op of a function without a body.
 
@@ -106,10 +107,12 @@ def op(
         Fields of the result that are there only with an argument: which.
     is_gradient : bool
         The op is the gradient of another, and has none itself.
+    tallies : tuple of str
+        Those of the written parameters that hold integers, which a call may write where a gradient is wanted.
     """
 
     def decorate(function: Callable[P, R]) -> Op[P, R]:
-        declaration = Declaration(function, twin, writes, out, own_out, onto or {}, absent or {}, is_gradient)
+        declaration = Declaration(function, twin, writes, out, own_out, onto or {}, absent or {}, is_gradient, tallies)
         call = cast(Op[P, R], _callable(declaration))
         for part in PARTS:
             setattr(call, part, functools.partial(_keep, declaration, part))
@@ -148,7 +151,9 @@ def _in_graph(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str,
         return declaration.composed(*args, **kwargs)
     values, _ = declaration.bind(*args, **kwargs)
     named = dict(zip(declaration.names, values, strict=True))
-    if declaration.backward is None or any(named[name] is not None for name in declaration.written):
+    if declaration.backward is None or any(
+        named[name] is not None for name in declaration.written if name not in declaration.tallies
+    ):
         return torch_library.call(declaration, args, kwargs)  # which refuses it, and says why
     return declaration.build(list(_Differentiable.apply(*values, declaration)))
 

@@ -269,6 +269,7 @@ class Traits(NamedTuple):
     composed: bool
     is_gradient: bool
     tables: str
+    tallies: tuple[str, ...]
 
 
 @torch.compiler.assume_constant_result  # what compiled code would otherwise look up at each call, to see it unchanged
@@ -285,6 +286,7 @@ def _traits(name: str) -> Traits:
         composed=one.composed is not None,
         is_gradient=one.is_gradient,
         tables="".join(one.tables),
+        tallies=one.tallies,
     )
 
 
@@ -361,6 +363,11 @@ def _call(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str, Any
     composed = declaration.composed
     if composed is not None and (wanted((*args, *kwargs.values())) or is_transformed()):
         return composed(*args, **kwargs)
+    tallied = [key for key in traits.tallies if kwargs.get(key) is not None]
+    if tallied and traits.differentiable and not is_transformed() and wanted((*args, *kwargs.values())):
+        # torch lets no op that writes have a gradient, so one call counts and another is differentiated.
+        _call(declaration, tuple(map(_detached, args)), {key: _detached(value) for key, value in kwargs.items()})
+        kwargs = {key: value for key, value in kwargs.items() if key not in tallied}
     given = {**kwargs}
     tables = given.pop(traits.tables, None)
     if tables is not None:
@@ -400,6 +407,10 @@ def _call(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str, Any
         return results[0] if isinstance(results, list) else results
     built: Any = rebuild(result, iter(results)) if declaration.nested else result.kind(*results)
     return built._replace(**dict.fromkeys(absent)) if absent else built
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _fresh(declaration: Declaration, args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from numba_moe.ops.dispatch import check_dispatch
 from numba_moe.ops.gating import choose, which_kernel
 from numba_moe.ops.gating import given as already_given
 from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, SharedExperts, ZeroExperts
+from numba_moe.ops.gating.option_gradients import selection_backward
 from numba_moe.ops.gating.scores import SCORING, Chosen, Weighting
 from numba_moe.reference import selection as reference
 from numba_moe.reference.dispatch import DispatchTables
@@ -47,6 +48,16 @@ class Options(NamedTuple):
 
 
 NONE = Options()
+# What a gradient depends on beside the choice, and what the choice itself does.
+RULES = (
+    *("scoring_func", "renormalize", "routed_scaling_factor", "softcap", "num_fused_shared_experts"),
+    *("apply_routed_scaling_factor_on_output", "num_zero_experts"),
+)
+PADDING = ("num_token_non_padded", "is_padding")
+CHOOSING = (
+    *("scoring_func", "correction_bias", "num_expert_group", "topk_group", "group_score", "softcap", "bias_mode"),
+    *PADDING,
+)
 
 
 def options_of(given: Any) -> Options:
@@ -211,7 +222,7 @@ def answer_by(twin: Callable[..., Any], given: Any) -> Any:
     return by_reference(twin, **arguments)
 
 
-@op(reference.select_experts, writes=("identity_weights", "counts"))
+@op(reference.select_experts, writes=("identity_weights", "counts"), tallies=("counts",))
 def select_experts(
     gating_output: Array,
     top_k: int,
@@ -308,8 +319,8 @@ def select_experts(
         Wrong kind of array or dtype.
     ValueError
         Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
-        than there are, unknown names, ids that `indices_dtype` cannot hold, numbers past float32, logits that require a
-        gradient with one of the options from `softcap` on, arrays to be written that share memory with each other or
+        than there are, unknown names, ids that `indices_dtype` cannot hold, numbers past float32, `identity_weights`
+        where a gradient is wanted, arrays to be written that share memory with each other or
         another argument.
 
     Notes
@@ -318,7 +329,7 @@ def select_experts(
     launch on the caller's current stream, without synchronising, that captures into CUDA graphs: padding, tables and
     flags are read on the device. Allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum" of
     more than two, also one float32 per token and group). The weights have a gradient by logits that require one, of
-    first order; the bias has none.
+    first order, with every option, and by a bias that is added to logits; one that moves the choice has none.
     A recorder's counts come along with ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
 
     Examples
@@ -360,26 +371,71 @@ def _(plan: which_kernel.GatingPlan, given: Any, topk_weights: torch.Tensor, top
     choose.choose(plan, given.gating_output, correction_bias, topk_weights, topk_ids, **extras)
 
 
-@select_experts.refuse
-def _(given: Any) -> None:
-    defaults = {**NONE._asdict(), "bias_mode": "choice"}
-    for name, default in defaults.items():
-        value = getattr(given, name)
-        if value is not None and value != default and (name, value) != ("softcap", math.inf):
-            rule = "without a gradient for these options"
-            checks.holds("gating_output", rule, False, f"one that requires it, and `{name}`")
-
-
 @select_experts.saves
-def _(ctx: Any, given: Any, topk_weights: Any, topk_ids: Any) -> None:
-    rules = (given.scoring_func, given.renormalize, given.routed_scaling_factor)
-    choose.keep(ctx, given.gating_output, topk_weights, topk_ids, *rules)
+def keep_selection(ctx: Any, given: Any, topk_weights: Any, topk_ids: Any, *_: Any) -> None:
+    """Keep what the gradient of a selection needs."""
+    if _is_plain(given):
+        rules = (given.scoring_func, given.renormalize, given.routed_scaling_factor)
+        choose.keep(ctx, given.gating_output, topk_weights, topk_ids, *rules)
+    else:
+        keep_choice(ctx, given, topk_ids, biases_of(given)[0], _choose_again)
 
 
-select_experts.backward(choose.backward)
+@select_experts.backward
+def backward(ctx: Any, grad_weights: torch.Tensor) -> dict[str, Any]:
+    """Return the gradient by the logits, and by a bias that is added to them, of what was kept."""
+    if len(ctx.rules) == 3:
+        return choose.backward(ctx, grad_weights)
+    logits, picked, logit_bias = ctx.saved_tensors
+    rules, name = ctx.rules
+    arguments = (logits, picked, grad_weights)
+    found: dict[str, Any] = {"gating_output": selection_backward(*arguments, logit_bias=logit_bias, **rules)}
+    if name is not None:
+        found[name] = selection_backward(*arguments, logit_bias=logit_bias, by_adjusted=True, **rules).sum(0)
+    return found
 
 
-@op(reference.weigh_experts, writes=("identity_weights", "counts"))
+@select_experts.refuse
+def refuse(given: Any) -> None:
+    """Refuse what has no gradient where one is wanted."""
+    rule = "None where a gradient is wanted, as what is written has none"
+    checks.holds("identity_weights", rule, given.identity_weights is None, "memory to write")
+
+
+def _is_plain(given: Any) -> bool:
+    """Whether a selection has no option that its gradient depends on."""
+    defaults = {**NONE._asdict(), "bias_mode": "choice", "counts": given.counts, "counts_enabled": given.counts_enabled}
+    return all(
+        getattr(given, name) is default or (default is not None and getattr(given, name) == default)
+        for name, default in defaults.items()
+    )
+
+
+def keep_choice(ctx: Any, given: Any, topk_ids: Any, logit_bias: Any, again: Callable[[Any], torch.Tensor]) -> None:
+    """Keep what the gradient with options needs; `again` chooses once more where ids are not those of experts."""
+    picked = topk_ids
+    if given.dispatch is not None or given.num_zero_experts:
+        picked = again(given)
+    ctx.save_for_backward(given.gating_output, picked.to(torch.int32), logit_bias)
+    rules = {name: getattr(given, name) for name in RULES}
+    if given.softcap == math.inf:
+        rules["softcap"] = 0.0
+    has_gradient = logit_bias is not None and logit_bias.requires_grad
+    name = "correction_bias" if "correction_bias" in given._fields else "logit_bias"
+    ctx.rules = (rules, name if has_gradient else None)
+
+
+def _choose_again(given: Any) -> torch.Tensor:
+    arguments = {name: getattr(given, name) for name in CHOOSING}
+    return select_experts(given.gating_output.detach(), given.top_k, **arguments).topk_ids
+
+
+def _give_again(given: Any) -> torch.Tensor:
+    padding = {name: getattr(given, name) for name in ("input_ids", *PADDING)}
+    return weigh_experts(given.gating_output.detach(), given.topk_ids, **padding).topk_ids
+
+
+@op(reference.weigh_experts, writes=("identity_weights", "counts"), tallies=("counts",))
 def weigh_experts(
     gating_output: Array,
     topk_ids: Array,
@@ -461,7 +517,8 @@ def weigh_experts(
         Wrong kind of array or dtype.
     ValueError
         Wrong shape or layout, mixed devices, unknown names, ids that `indices_dtype` cannot hold, numbers past float32,
-        logits that require a gradient, arrays to be written that share memory with each other or another argument.
+        `identity_weights` where a gradient is wanted, arrays to be written that share memory with each other or another
+        argument.
 
     Notes
     -----
@@ -539,3 +596,12 @@ def _(weigh: Any, given: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor
         logit_bias=given.logit_bias,
         **extra_arrays(given),
     )
+
+
+@weigh_experts.saves
+def _(ctx: Any, given: Any, topk_weights: Any, topk_ids: Any) -> None:
+    keep_choice(ctx, given, topk_ids, given.logit_bias, _give_again)
+
+
+weigh_experts.backward(backward)
+weigh_experts.refuse(refuse)

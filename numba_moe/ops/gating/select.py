@@ -416,7 +416,9 @@ def keep_choice(ctx: Any, given: Any, topk_ids: Any, logit_bias: Any, again: Cal
     picked = topk_ids
     if given.dispatch is not None or given.num_zero_experts:
         picked = again(given)
-    ctx.save_for_backward(given.gating_output, picked.to(torch.int32), logit_bias)
+    if picked.dtype != torch.int32:
+        picked = picked.to(torch.int32)
+    ctx.save_for_backward(given.gating_output, picked, logit_bias)
     rules = {name: getattr(given, name) for name in RULES}
     if given.softcap == math.inf:
         rules["softcap"] = 0.0

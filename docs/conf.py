@@ -4,7 +4,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numba_moe
-from numba_moe import lab, parallel, placement, recorder
+from numba_moe import lab, parallel, placement, recorder, training
 
 project = "numba_moe"
 version = release = metadata.version("numba-moe")
@@ -24,5 +24,5 @@ def names_of(package: object) -> str:
     return f"{title}\n.. currentmodule:: {name}\n\n.. autosummary::\n   :toctree: api\n\n{rows}"
 
 
-sections = [names_of(package) for package in (numba_moe, parallel, placement, recorder, lab)]
+sections = [names_of(package) for package in (numba_moe, parallel, placement, recorder, training, lab)]
 Path(__file__).with_name("api.rst").write_text("\n".join(["API\n===\n", *sections]))

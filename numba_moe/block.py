@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -11,32 +11,65 @@ from torch.nn.functional import linear
 from numba_moe.ops.activation.activate import moe_activation
 from numba_moe.ops.activation.activate_rows import KINDS
 from numba_moe.ops.experts import fused_experts
-from numba_moe.ops.gating.select import select_experts
+from numba_moe.ops.gating.select import select_experts, weigh_experts
+from numba_moe.reference.capacity import DROP_POLICIES, expert_capacity
 from numba_moe.reference.gating import SCORING, TopK
 from numba_moe.runtime import checks
+from numba_moe.runtime.arrays import is_traced
+from numba_moe.runtime.torch_private import is_in_backward
+from numba_moe.training import tape
+from numba_moe.training.capacity import apply_capacity
+
+# Options of the choice that the weights of given experts depend on.
+WEIGHING = ("scoring_func", "renormalize", "routed_scaling_factor")
 
 
-def _matrix(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
+class Numerics(NamedTuple):
+    """How a router computes its logits, and what becomes of its choice, as `MoEBlock` is told."""
+
+    router_dtype: torch.dtype | None = None
+    jitter: float = 0.0
+    input_scale: float = 1.0
+    capacity_factor: float | None = None
+    drop_policy: str = "probs"
+    count_tokens: bool = False
+
+
+class Routed(NamedTuple):
+    """A router's choice, and the logits that it was made by."""
+
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    router_logits: torch.Tensor
+
+
+def _parameter(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+
+def _draw(weights: torch.Tensor | None) -> None:
     """Draw weights as torch.nn.Linear does, whose inputs are the last dimension."""
-    weights = torch.empty(*shape, device=device, dtype=dtype)
-    bound = 1 / math.sqrt(shape[-1])
-    return torch.nn.Parameter(torch.nn.init.uniform_(weights, -bound, bound))
+    if weights is not None:
+        bound = 1 / math.sqrt(weights.shape[-1])
+        torch.nn.init.uniform_(weights, -bound, bound)
 
 
-def _matrices(shape: tuple[int, ...], experts: int, slots: Sequence[int] | None, **kind: Any) -> torch.nn.Parameter:
+def _draw_matrices(weights: torch.Tensor, experts: int, slots: Sequence[int] | None) -> None:
     """Draw a matrix for each expert; if this rank has slots for some, keep theirs: ranks with one seed then agree."""
     if slots is None:
-        return _matrix(experts, *shape, **kind)
-    kept = torch.zeros(len(slots), *shape, **kind)
+        _draw(weights)
+        return
+    kept = weights.detach().zero_()
     for expert in range(experts):
-        matrix = _matrix(*shape, **kind).detach()
+        matrix = kept.new_empty(kept.shape[1:])
+        _draw(matrix)
         for slot in (slot for slot, held in enumerate(slots) if held == expert):
             kept[slot] = matrix
-    return torch.nn.Parameter(kept)
 
 
-def _zeros(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
+def _clear(values: torch.Tensor | None) -> None:
+    if values is not None:
+        torch.nn.init.zeros_(values)
 
 
 class Router(torch.nn.Module):
@@ -44,10 +77,14 @@ class Router(torch.nn.Module):
 
     Its weight has shape [num_experts, hidden_size]; `correction_bias`, float32 [num_experts], is a buffer that moves
     the choice and not the weights, for balancing without a loss. It stays float32, with the same bits, whatever dtype
-    the module is converted to. `options` are those of `select_experts`.
+    the module is converted to. `tokens_per_expert`, int64 [num_experts], counts what the router chooses while it is
+    trained, if it is to: `numba_moe.training.update_correction_bias` moves the bias by it. `options` are those of
+    `select_experts`.
     """
 
     correction_bias: torch.Tensor | None
+    tokens_per_expert: torch.Tensor | None
+    replay: Any = None  # a RoutingReplay and the layer that this router is, where one is attached
 
     def __init__(
         self,
@@ -56,13 +93,24 @@ class Router(torch.nn.Module):
         top_k: int,
         correction_bias: bool,
         options: dict[str, Any],
+        numerics: Numerics = Numerics(),  # noqa: B008, a tuple of numbers
         **kind: Any,
     ) -> None:
         super().__init__()
-        self.top_k, self.options = top_k, options
-        self.weight = _matrix(num_experts, hidden_size, **kind)
-        bias = torch.zeros(num_experts, dtype=torch.float32, device=kind["device"]) if correction_bias else None
+        self.top_k, self.options, self.numerics = top_k, options, numerics
+        self.weight = _parameter(num_experts, hidden_size, **kind)
+        where = kind["device"]
+        bias = torch.zeros(num_experts, dtype=torch.float32, device=where) if correction_bias else None
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=where) if numerics.count_tokens else None
         self.register_buffer("correction_bias", bias)
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew, and zero the bias and the counts."""
+        _draw(self.weight)
+        _clear(self.correction_bias)
+        _clear(self.tokens_per_expert)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Router":
         """Convert or move the module, which is what `to`, `half`, `cuda` and others call; the bias only moves."""
@@ -73,17 +121,59 @@ class Router(torch.nn.Module):
             self.correction_bias = bias.to(moved.device, torch.float32)
         return self
 
-    def forward(self, hidden_states: torch.Tensor) -> TopK:
-        logits = linear(hidden_states, self.weight)
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits by which tokens choose."""
+        numerics, rows = self.numerics, hidden_states
+        weight: torch.Tensor = self.weight
+        if numerics.router_dtype is not None:
+            rows, weight = rows.to(numerics.router_dtype), weight.to(numerics.router_dtype)
+        if numerics.input_scale != 1.0:
+            rows = rows * numerics.input_scale
+        if numerics.jitter and self.training:
+            rows = rows * torch.empty_like(rows).uniform_(1 - numerics.jitter, 1 + numerics.jitter)
+        if numerics.router_dtype is None:
+            return linear(rows, weight)
+        with torch.autocast(rows.device.type, enabled=False):
+            return linear(rows, weight)
+
+    def forward(self, hidden_states: torch.Tensor, return_logits: bool = False) -> TopK | Routed:
+        logits = self.logits(hidden_states)
+        found = self._choose(logits)
+        factor, num_experts = self.numerics.capacity_factor, len(self.weight)
+        if factor is not None:
+            capacity = expert_capacity(len(logits), self.top_k, num_experts, factor)
+            weights, ids = found
+            found = apply_capacity(weights, ids, num_experts, capacity, drop_policy=self.numerics.drop_policy)
+        return Routed(found.topk_weights, found.topk_ids, logits) if return_logits else found
+
+    def _choose(self, logits: torch.Tensor) -> TopK:
         bias = self.correction_bias
         if bias is not None:
             bias = bias.float()  # a state dict that was assigned, and FSDP's buffer_dtype, bring other dtypes
-        return select_experts(logits, self.top_k, correction_bias=bias, **self.options)
+        # What autograd computes anew is counted already.
+        counts = self.tokens_per_expert if self.training and (is_traced() or not is_in_backward()) else None
+
+        def select() -> TopK:
+            return select_experts(logits, self.top_k, correction_bias=bias, counts=counts, **self.options)
+
+        def weigh(ids: torch.Tensor) -> TopK:
+            return weigh_experts(logits, ids, **{name: self.options[name] for name in WEIGHING})
+
+        if self.replay is not None and self.replay[0].is_active:
+            replay, layer = self.replay
+            return replay.steer(layer, len(logits), select, weigh)
+        if not is_traced() and tape.is_steered():
+            return tape.choose(select, weigh)
+        return select()
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
         sizes = f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"
-        return sizes if self.correction_bias is None else f"{sizes}, correction_bias=True"
+        if self.correction_bias is not None:
+            sizes += ", correction_bias=True"
+        defaults = Numerics._field_defaults
+        told = ((name, value) for name, value in self.numerics._asdict().items() if value != defaults[name])
+        return ", ".join([sizes, *(f"{name}={value}" for name, value in told)])
 
 
 class MoEBlock(torch.nn.Module):
@@ -119,6 +209,23 @@ class MoEBlock(torch.nn.Module):
         Both matrices of the experts have biases; zeros at first.
     shared_size : int
         Columns between the matrices of an expert that every token visits; 0 for none.
+    router_dtype : torch.dtype, optional
+        The router's product is of this dtype, also under autocast: torch.float32, where choices are to be stable.
+    jitter : float
+        In training the router's input is multiplied by random numbers within this of 1 (Switch Transformer).
+    input_scale : float
+        Multiplies the router's input.
+    capacity_factor : float, optional
+        Experts take their even share times this of the slots, and drop the others: `training.apply_capacity`.
+    drop_policy : {"probs", "position"}
+        Which slots they keep: those that weigh most, or the first.
+    count_tokens : bool
+        While the block is trained, ``router.tokens_per_expert`` counts the slots of each expert, once where activations
+        are computed anew.
+    apply_router_weight_on_input : bool
+        The weights multiply the experts' input instead of their output, as in Llama 4 and Megatron-LM.
+    return_router_logits : bool
+        Calls return the router's logits beside the output, unless they say otherwise.
     device : torch.device, optional
         Where parameters are.
     dtype : torch.dtype, optional
@@ -142,7 +249,9 @@ class MoEBlock(torch.nn.Module):
     ``down_proj`` [num_experts, hidden, width], ``gate_up_bias``, ``down_bias``, ``shared_gate_up`` and ``shared_down``.
     With a dispatcher their first dimension is that of its slots, and the rest is on every rank; with the same seed on
     all ranks an expert has the weights that it has on one. `numba_moe.parallel` has state dicts of all experts.
-    A forward hook on ``router`` sees which experts are chosen. Under ``torch.autocast`` all GEMMs are of its dtype.
+    A forward hook on ``router`` sees which experts are chosen. Groups that are whole nodes limit how many nodes a token
+    visits: ``num_expert_group`` nodes, ``group_score="topk_sum"``. What is made on the meta device has values after
+    ``to_empty`` and ``reset_parameters``. Under ``torch.autocast`` all GEMMs are of its dtype.
 
     Examples
     --------
@@ -171,6 +280,14 @@ class MoEBlock(torch.nn.Module):
         correction_bias: bool = False,
         bias: bool = False,
         shared_size: int = 0,
+        router_dtype: torch.dtype | None = None,
+        jitter: float = 0.0,
+        input_scale: float = 1.0,
+        capacity_factor: float | None = None,
+        drop_policy: str = "probs",
+        count_tokens: bool = False,
+        apply_router_weight_on_input: bool = False,
+        return_router_logits: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         dispatcher: Any = None,
@@ -185,6 +302,16 @@ class MoEBlock(torch.nn.Module):
         checks.choice("activation", activation, KINDS[:-1])
         checks.choice("scoring_func", scoring_func, tuple(SCORING))
         checks.number("routed_scaling_factor", routed_scaling_factor)
+        if router_dtype is not None:
+            checks.dtype("router_dtype", router_dtype, checks.FLOATS)
+        checks.number("jitter", jitter)
+        checks.holds("jitter", "from 0 up to 1", 0 <= jitter < 1, jitter)
+        checks.number("input_scale", input_scale)
+        if capacity_factor is not None:
+            checks.number("capacity_factor", capacity_factor)
+            checks.holds("capacity_factor", "above 0", capacity_factor > 0, capacity_factor)
+        checks.choice("drop_policy", drop_policy, DROP_POLICIES)
+        numerics = Numerics(router_dtype, jitter, input_scale, capacity_factor, drop_policy, count_tokens)
         options = {
             "scoring_func": scoring_func,
             "renormalize": renormalize,
@@ -199,16 +326,32 @@ class MoEBlock(torch.nn.Module):
         self.hidden_size, self.intermediate_size, self.shared_size = hidden, width, shared
         self.num_experts = experts
         self.activation = activation
+        self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.return_router_logits = return_router_logits
         self.dispatcher, self.layer = dispatcher, layer
-        slots = None if dispatcher is None else self._slots(top_k)
-        num_local = experts if slots is None else len(slots)
-        self.router = Router(hidden, experts, top_k, correction_bias, options, **kind)
-        self.gate_up_proj = _matrices((2 * width, hidden), experts, slots, **kind)
-        self.down_proj = _matrices((hidden, width), experts, slots, **kind)
-        self.gate_up_bias = _zeros(num_local, 2 * width, **kind) if bias else None
-        self.down_bias = _zeros(num_local, hidden, **kind) if bias else None
-        self.shared_gate_up = _matrix(2 * shared, hidden, **kind) if shared else None
-        self.shared_down = _matrix(hidden, shared, **kind) if shared else None
+        self._local = None if dispatcher is None else self._slots(top_k)
+        num_local = experts if self._local is None else len(self._local)
+        self.router = Router(hidden, experts, top_k, correction_bias, options, numerics, **kind)
+        self.gate_up_proj = _parameter(num_local, 2 * width, hidden, **kind)
+        self.down_proj = _parameter(num_local, hidden, width, **kind)
+        self.gate_up_bias = _parameter(num_local, 2 * width, **kind) if bias else None
+        self.down_bias = _parameter(num_local, hidden, **kind) if bias else None
+        self.shared_gate_up = _parameter(2 * shared, hidden, **kind) if shared else None
+        self.shared_down = _parameter(hidden, shared, **kind) if shared else None
+        self._reset_experts()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, the router's among them, and zero biases: after `to_empty`, for instance."""
+        self.router.reset_parameters()
+        self._reset_experts()
+
+    def _reset_experts(self) -> None:
+        _draw_matrices(self.gate_up_proj, self.num_experts, self._local)
+        _draw_matrices(self.down_proj, self.num_experts, self._local)
+        _draw(self.shared_gate_up)
+        _draw(self.shared_down)
+        _clear(self.gate_up_bias)
+        _clear(self.down_bias)
 
     def _slots(self, top_k: int) -> Sequence[int]:
         """Return the expert of each slot of this rank."""
@@ -233,16 +376,26 @@ class MoEBlock(torch.nn.Module):
         experts = f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation!r}"
         bias = "" if self.gate_up_bias is None else ", bias=True"
         shared = f", shared_size={self.shared_size}" if self.shared_size else ""
-        return f"{sizes}, {experts}{bias}{shared}"
+        names = ("apply_router_weight_on_input", "return_router_logits")
+        told = "".join(f", {name}=True" for name in names if getattr(self, name))
+        return f"{sizes}, {experts}{bias}{shared}{told}"
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the sum of what the experts of each token make of it: [..., hidden_size], as the input."""
+    def forward(self, hidden_states: torch.Tensor, return_router_logits: bool | None = None) -> Any:
+        """Return the sum of what the experts of each token make of it: [..., hidden_size], as the input.
+
+        With `return_router_logits`, a tuple of that and the logits [num_tokens, num_experts].
+        """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         dtype = rows.dtype
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         rows = rows.to(dtype)
-        weights, ids = self.router(rows)
+        with_logits = self.return_router_logits if return_router_logits is None else return_router_logits
+        weights, ids, *logits = self.router(rows, True) if with_logits else self.router(rows)
+        given, own = rows, (weights, ids)
+        if self.apply_router_weight_on_input:
+            given = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(dtype).reshape(-1, rows.shape[1])
+            own = (torch.ones_like(weights).reshape(-1, 1), ids.reshape(-1, 1))
         gate_up_bias, down_bias = (
             None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias)
         )
@@ -252,12 +405,15 @@ class MoEBlock(torch.nn.Module):
 
             experts = functools.partial(group_experts.fused_experts, dispatcher=self.dispatcher, layer=self.layer)
         combined = experts(
-            *(rows, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), weights, ids),
+            *(given, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), *own),
             activation=self.activation,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
         )
+        if self.apply_router_weight_on_input:
+            combined = combined.view(*weights.shape, -1).sum(1)
         if self.shared_gate_up is not None and self.shared_down is not None:
             shared = moe_activation(linear(rows, self.shared_gate_up), activation=self.activation)
             combined = combined + linear(shared, self.shared_down)
-        return combined.reshape(hidden_states.shape)
+        combined = combined.reshape(hidden_states.shape)
+        return (combined, *logits) if with_logits else combined

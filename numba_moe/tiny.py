@@ -71,10 +71,11 @@ def text() -> np.ndarray:
 class PlainBlock(MoEBlock):
     """The same block in torch alone: a loop over the experts."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, return_router_logits: bool | None = None) -> Any:
         """Return the sum of what the experts of each token make of it."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        scores = linear(rows, self.router.weight).float().softmax(-1)
+        logits = linear(rows, self.router.weight)
+        scores = logits.float().softmax(-1)
         weights, ids = scores.topk(self.router.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
         combined = torch.zeros_like(rows, dtype=torch.float32)
@@ -83,7 +84,8 @@ class PlainBlock(MoEBlock):
             gate, up = linear(rows[tokens], gate_up_proj).chunk(2, dim=-1)
             down = linear(silu(gate) * up, down_proj) * weights[tokens, choice, None]
             combined = combined.index_add(0, tokens, down.float())
-        return combined.to(hidden_states.dtype).reshape(hidden_states.shape)
+        combined = combined.to(hidden_states.dtype).reshape(hidden_states.shape)
+        return (combined, logits) if return_router_logits else combined
 
 
 class Layer(torch.nn.Module):

@@ -3,12 +3,14 @@
 Start with `counting`, then `align`, `gating` and `permute`; `batched`, `lora` and `ragged` are kinds of alignment;
 where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and `dispatch` sends tokens there,
 which `parallel` follows through all ranks.
-`recorder` says what counts of chosen experts mean. README.md beside this file has the contract.
+`recorder` says what counts of chosen experts mean; `training` has losses, `capacity` what experts take.
+README.md beside this file has the contract.
 """
 
 from numba_moe.reference.activation import moe_activation
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.batched import batched_moe_align_block_size
+from numba_moe.reference.capacity import ExpertChoice, apply_capacity, expert_capacity, expert_choice
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
 from numba_moe.reference.dispatch import DispatchTables, dispatch_ids
 from numba_moe.reference.experts import fused_experts
@@ -46,30 +48,45 @@ from numba_moe.reference.recorder import (
 )
 from numba_moe.reference.routing import RoutedTokens, route
 from numba_moe.reference.selection import select_experts, weigh_experts
+from numba_moe.reference.training import (
+    SequenceCounts,
+    count_by_sequence,
+    load_balancing_loss,
+    router_losses,
+    update_correction_bias,
+    z_loss,
+)
 
 __all__ = [
     "AlignedBlocks",
     "DispatchLayout",
     "DispatchTables",
     "DispatchedTokens",
+    "ExpertChoice",
     "MaskedTokens",
     "PermutedTokens",
     "RaggedMetadata",
     "RebalancedExperts",
     "ReorderedSlots",
     "RoutedTokens",
+    "SequenceCounts",
     "TopK",
     "add_expert_counts",
+    "apply_capacity",
     "balancedness",
     "batched_moe_align_block_size",
     "coactivation",
+    "count_by_sequence",
     "count_tokens_per_expert",
     "dispatch_ids",
     "dispatch_layout",
+    "expert_capacity",
+    "expert_choice",
     "expert_entropy",
     "expert_offsets",
     "fused_experts",
     "grouped_topk",
+    "load_balancing_loss",
     "logical_counts",
     "make_expert_map",
     "make_ragged_metadata",
@@ -85,12 +102,15 @@ __all__ = [
     "rank_loads",
     "rebalance_experts",
     "route",
+    "router_losses",
     "select_experts",
     "topk_raw",
     "topk_sigmoid",
     "topk_softmax",
     "topk_softplus_sqrt",
     "traffic_matrix",
+    "update_correction_bias",
     "utilization",
     "weigh_experts",
+    "z_loss",
 ]

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import numba_moe
-from numba_moe import lab, parallel, placement, recorder
+from numba_moe import lab, parallel, placement, recorder, training
 from numba_moe.interop import sglang, sglang_srt, vllm
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = (numba_moe, parallel, placement, recorder, lab)
+PACKAGES = (numba_moe, parallel, placement, recorder, training, lab)
 NAMES = [f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__]
 # Left out: an extended summary and other functions to see, where there is nothing to say; and that descriptions begin
 # with a capital letter and stand beside every result's type, as they may begin with the name of a field or dtype.
@@ -43,7 +43,7 @@ def peers():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("name", ["from-sglang.md", "put-it-in.md", "use.md"])
+@pytest.mark.parametrize("name", ["from-sglang.md", "put-it-in.md", "training.md", "use.md"])
 def test_examples_run(name, peers):
     pytest.importorskip("transformers")
     page = ROOT / "docs" / name

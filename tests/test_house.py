@@ -15,7 +15,7 @@ FLOORS = [
     {"sizes", "device"},
     {"runtime"},
     {"ops"},
-    {"block", "tiny", "placement", "parallel", "recorder", "interop"},
+    {"block", "tiny", "training", "placement", "parallel", "recorder", "interop"},
     {"verify", "bench"},
     {"lab"},
     {"cli"},

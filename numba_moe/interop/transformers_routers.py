@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.ops.gating.select import select_experts
+from numba_moe.ops.gating.select import select_experts, weigh_experts
+from numba_moe.reference.gating import TopK
+from numba_moe.runtime.arrays import is_traced
+from numba_moe.training import tape
 
 # How near weights must be to the router's own.
 SAME = 1e-5
@@ -56,8 +59,21 @@ def route(router: Any, rule: Rule, hidden_states: torch.Tensor) -> tuple[torch.T
         options["group_score"] = "max" if rule.correction_bias is None else "top2_sum"
     if rule.factor is not None:
         options["routed_scaling_factor"] = float(getattr(router, rule.factor))
-    wants_gradient = logits.requires_grad and torch.is_grad_enabled()
-    found = select_experts(logits, router.top_k, indices_dtype="int32" if wants_gradient else "int64", **options)
+    weighing = {
+        name: options[name] for name in ("scoring_func", "renormalize", "routed_scaling_factor") if name in options
+    }
+
+    def select() -> TopK:
+        return select_experts(logits, router.top_k, indices_dtype="int64", **options)
+
+    def weigh(ids: torch.Tensor) -> TopK:
+        return weigh_experts(logits, ids, indices_dtype="int64", **weighing)
+
+    replay, layer = getattr(router, "replay", None) or (None, 0)
+    if replay is not None and replay.is_active:
+        found = replay.steer(layer, len(logits), select, weigh)
+    else:
+        found = tape.choose(select, weigh) if not is_traced() and tape.is_steered() else select()
     return logits, found.topk_weights.to(rule.scores_dtype or logits.dtype), found.topk_ids.to(torch.int64)
 
 
@@ -170,9 +186,14 @@ def replace_routers(model: torch.nn.Module) -> list[str]:
     return replaced
 
 
+def is_replaced(router: torch.nn.Module) -> bool:
+    """Whether a router chooses by our kernel."""
+    forward = vars(router).get("forward")
+    return isinstance(forward, functools.partial) and forward.func is route
+
+
 def restore_routers(model: torch.nn.Module) -> None:
     """Give the routers of a model their own forward back."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, functools.partial) and forward.func is route:
+        if is_replaced(module):
             del module.forward

@@ -592,7 +592,7 @@ def router_losses(
 
 
 @router_losses.outputs
-def _(given: Any) -> Contiguous:
+def _(_: Any) -> Contiguous:
     return contiguous(torch.float32, 2)
 
 
@@ -611,7 +611,7 @@ def _(plan: LossPlan, given: Any, losses: torch.Tensor) -> None:
 
 
 @router_losses.saves
-def _(ctx: Any, given: Any, losses: Any) -> None:
+def _(ctx: Any, given: Any, _: Any) -> None:
     names = ("gating_output", "tokens_per_expert", "num_tokens", *WHERE)
     ctx.save_for_backward(*(getattr(given, name) for name in names))
     numbers = ("top_k", "scoring_func", "coefficient", "z_coefficient", "num_sequences")

@@ -78,3 +78,11 @@ FakeTensor = _private("_subclasses.fake_tensor.FakeTensor", type(None))
 
 # The store that a process group was made with; public from torch 2.9 on.
 group_store = _private("distributed.distributed_c10d._get_process_group_store", lambda group: group.get_group_store())
+# The number of the backward pass that runs in this thread, -1 for none. There is no public name; without it a forward
+# pass that is computed anew is one like any other.
+_graph_task = _private("_C._current_graph_task_id", lambda: -1)
+
+
+def is_in_backward() -> bool:
+    """Whether autograd runs backward in this thread, and computes a forward pass anew if it does that at all."""
+    return _graph_task() != -1

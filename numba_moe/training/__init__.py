@@ -6,8 +6,12 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     {
         "ops.router_losses": "count_by_sequence router_losses",
+        "reference.capacity": "ExpertChoice",
         "reference.training": "SequenceCounts",
         "training.balance": "update_correction_bias",
+        "training.capacity": "apply_capacity expert_capacity expert_choice",
         "training.losses": "load_balancing_loss z_loss",
+        "training.replay": "RoutingReplay",
+        "training.tape": "same_routing",
     },
 )

@@ -11,17 +11,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.primitives import (
-    LARGEST_FLOAT,
-    WARP,
-    divide,
-    larger,
-    load_float,
-    store_float,
-    tanh,
-    warp_index,
-    warp_sum,
-)
+from numba_moe.device.instructions import divide, larger, load_float, store_float, tanh, wait_for_earlier
+from numba_moe.device.primitives import LARGEST_FLOAT, WARP, warp_index, warp_sum
 from numba_moe.device.types import Float32, Float32Array, Int32, Int32Array
 from numba_moe.ops.gating import which_kernel
 from numba_moe.ops.gating.extras import Adjusting, Source, load_one
@@ -74,6 +65,7 @@ def grad_of_score(pick, expert, first_weight, picked, through):
 @cuda.jit
 def differentiate_selection(rows: Rows, adjusting: Adjusting, picked: Picked, weighing: Weighting, gradients: ByLogits):
     """Write the gradient of a token's row, by a warp, a lane every 32nd expert; the grid has a warp per token."""
+    wait_for_earlier()
     token = warp_index()
     if token >= rows.num_tokens:
         return

@@ -601,7 +601,7 @@ def _(weigh: Any, given: Any, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 
 
 @weigh_experts.saves
-def _(ctx: Any, given: Any, topk_weights: Any, topk_ids: Any) -> None:
+def _(ctx: Any, given: Any, _: Any, topk_ids: Any) -> None:
     keep_choice(ctx, given, topk_ids, given.logit_bias, _give_again)
 
 

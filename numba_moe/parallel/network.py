@@ -75,7 +75,7 @@ class Network:
     def activate(self, active: list[bool]) -> None:
         """Let nothing go to ranks that are not active."""
         self.peers.active = active
-        mask = torch.tensor(active, device=self._rank_of_slot.device)
+        mask = torch.tensor(active, dtype=torch.bool, device=self._rank_of_slot.device)
         self._active_rank_of_slot = torch.where(mask[self._rank_of_slot], self._rank_of_slot, -1)
 
     def dispatch(
@@ -129,7 +129,7 @@ class Network:
 
         token = torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None]
         sizes = [most * active for active in self.peers.active]
-        first = torch.tensor([0, *sizes], device=rows.device).cumsum(0)[:-1].to(torch.int32)
+        first = torch.tensor([0, *sizes], dtype=torch.int64, device=rows.device).cumsum(0)[:-1].to(torch.int32)
         if self.by_slot:
             ranks = _rank_of(slots, self._active_rank_of_slot)
             k = torch.arange(top_k, dtype=torch.int32, device=rows.device)
@@ -152,7 +152,7 @@ class Network:
         return DispatchedTokens(
             torch.where((local >= 0) & (local < self.num_local), local, -1),
             weights,
-            torch.tensor(way.received, dtype=torch.int32),
+            torch.tensor(way.received, dtype=torch.int32, device="cpu"),
             way,
             num_dropped=None,
             hidden_states=rows,

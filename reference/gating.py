@@ -129,7 +129,7 @@ def topk_softmax(
     top_k
         Experts per token, at most num_experts.
     renormalize
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias
         float32 [num_experts], added to the scores for the choice alone.
 
@@ -235,11 +235,11 @@ def grouped_topk(
     top_k
         Experts per token, at most those of `topk_group` groups.
     num_expert_group
-        Number of groups; consecutive experts form a group, all of one size.
+        Number of groups. Consecutive experts form a group, and all groups have the same size.
     topk_group
-        Groups per token.
+        Number of groups that each token chooses.
     renormalize
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     scoring_func
         "softmax", "sigmoid", "softplus_sqrt" or "raw".
     correction_bias
@@ -249,7 +249,7 @@ def grouped_topk(
         in groups of one); "topk_sum": of its ``top_k // topk_group`` best ("max" if that is one). By default
         "top2_sum" with a bias and "max" without one.
     routed_scaling_factor
-        Multiplies the weights, after renormalising.
+        Factor of the weights, applied after renormalising.
 
     Returns
     -------

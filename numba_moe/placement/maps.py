@@ -31,7 +31,7 @@ def make_expert_map(num_experts: int, num_ranks: int, rank: int, strategy: str =
     Raises
     ------
     TypeError
-        Not an integer.
+        A value that is not an integer.
     ValueError
         No experts or ranks, a rank past the last, an unknown strategy.
 

@@ -301,7 +301,7 @@ def rank_loads(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, slot
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Loads that are negative or not finite, a map with holes, sizes that do not agree.
 
@@ -341,7 +341,7 @@ def balancedness(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, sl
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Loads that are negative or not finite, a map with holes, sizes that do not agree.
 

@@ -76,7 +76,7 @@ def route(
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     top_k : int
-        Experts per token, at most those of `topk_group` groups.
+        Number of experts per token, at most the experts in `topk_group` groups.
     block_size : int
         Rows of one GEMM block.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}

@@ -111,7 +111,7 @@ def moe_align_block_size(
     out : tuple of three arrays of int32, optional
         Memory for the result; all of it is written. `sorted_token_ids` has at least the length below, `expert_ids` has
         one entry for each of its blocks, and `num_tokens_post_padded` has length 1.
-            inv_sorted_idx : array of int32, shape of `topk_ids`, optional
+    inv_sorted_idx : array of int32, shape of `topk_ids`, optional
         Written: the position of each slot in `sorted_token_ids`, -1 for a skipped slot.
     counts : array of int32, shape [num_experts], optional
         Written: the number of slots in each group.

@@ -1,4 +1,4 @@
-"""What experts do between their two matrices: bias, gate, activation."""
+"""The step between the two matrices of an expert: bias, gate, activation."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Rule(NamedTuple):
-    """How gates and ups lie in a row and what is done to them first; see `moe_activation`."""
+    """The layout of gates and ups in a row, and their limit, alpha and shift; see `moe_activation`."""
 
     interleaved: bool
     limit: float
@@ -25,7 +25,7 @@ RULES = {
 
 
 def rule_of(activation: str, interleaved: bool | None, limit: float | None, alpha: float | None) -> Rule:
-    """Return the rule of an activation with what is given in place of its defaults.
+    """Return the rule of an activation; each given value replaces the default.
 
     >>> rule_of("swiglu_oai", None, 5.0, None)
     Rule(interleaved=True, limit=5.0, alpha=1.702, shift=1.0)
@@ -36,7 +36,7 @@ def rule_of(activation: str, interleaved: bool | None, limit: float | None, alph
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Return ``1 / (1 + exp(-x))``, with all digits however far below zero x is.
+    """Return ``1 / (1 + exp(-x))``, accurate also for x far below zero.
 
     >>> sigmoid(np.array([-100.0, 0.0]))
     array([3.72007598e-44, 5.00000000e-01])
@@ -46,7 +46,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def normal_cdf(x: np.ndarray) -> np.ndarray:
-    """Return the share of a normal distribution below x.
+    """Return the share of a standard normal distribution that lies below x.
 
     >>> normal_cdf(np.array([0.0, 1.0])).round(4)
     array([0.5   , 0.8413])
@@ -58,7 +58,7 @@ def curve(gate: np.ndarray, activation: str, alpha: float) -> np.ndarray:
     """Return the activation of gates."""
     if activation == "gelu":
         return gate * normal_cdf(gate)
-    if activation == "gelu_tanh":  # 1 + tanh(x) is 2 * sigmoid(2 * x), which keeps its digits
+    if activation == "gelu_tanh":  # 1 + tanh(x) == 2 * sigmoid(2 * x), which is accurate far below zero
         return gate * sigmoid(math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3))
     return gate * sigmoid(alpha * gate)
 
@@ -114,24 +114,27 @@ def moe_activation(
     gate_up
         float32 or float16 [num_rows, 2 * width], rows in expert order.
     expert_first_token_offset
-        int64 [num_experts + 1]: rows of expert e are ``offset[e]`` up to ``offset[e + 1]``, rows from the last on are
-        not in use. Without it all are.
+        int64 [num_experts + 1]: expert e has the rows from ``offset[e]`` up to ``offset[e + 1]``. Rows from the last
+        offset on are unused. Without offsets all rows are in use.
     bias
-        float [num_experts, 2 * width], added first; takes offsets.
+        float [num_experts, 2 * width], the bias of each expert, added first. It requires offsets.
     activation
-        "silu": ``gate * sigmoid(alpha * gate)``; "gelu", by the error function; "gelu_tanh", its approximation;
-        "swiglu_oai", as silu, and the up is taken plus 1; "none": the rows plus their bias, which have no halves.
+        "silu" is ``gate * sigmoid(alpha * gate)``. "gelu" uses the error function, and "gelu_tanh" its tanh
+        approximation. "swiglu_oai" is like silu, multiplied by the up plus 1. "none" only adds the bias; its rows have
+        no gates and ups.
     interleaved
-        A row holds gate, up, gate, up, ..., not all gates before all ups. By default that of "swiglu_oai" alone.
+        True if a row holds gate, up, gate, up, ..., False if it holds all gates before all ups. By default True for
+        "swiglu_oai" only.
     limit
-        Gates are at most this, ups at most this in magnitude; 7 by default for "swiglu_oai", none for the others.
+        Upper bound of the gates, and bound of the magnitude of the ups. By default 7 for "swiglu_oai" and no limit for
+        the others.
     alpha
-        Of "silu" and "swiglu_oai"; 1 and 1.702 by default.
+        The alpha of "silu" and "swiglu_oai", by default 1 and 1.702.
 
     Returns
     -------
     np.ndarray
-        [num_rows, width] in the dtype of `gate_up` (as wide as `gate_up` for "none"), zeros in rows not in use.
+        [num_rows, width] in the dtype of `gate_up`; for "none" as wide as `gate_up`. Unused rows are zeros.
 
     Examples
     --------
@@ -165,19 +168,20 @@ def moe_activation_backward(
     limit: float | None = None,
     alpha: float | None = None,
 ) -> np.ndarray:
-    """Return the gradient of a loss by `gate_up`, given that by the result of `moe_activation`.
+    """Return the gradient of a loss by `gate_up`, given the gradient by the result of `moe_activation`.
 
     Parameters
     ----------
     gate_up, expert_first_token_offset, bias, activation, interleaved, limit, alpha
         As in `moe_activation`.
     grad_activated
-        float [num_rows, width]; what it holds in rows not in use does not count.
+        float [num_rows, width], the gradient by the result. Unused rows may hold anything.
 
     Returns
     -------
     np.ndarray
-        Of the shape and dtype of `gate_up`, zeros in rows not in use. Its sums by expert are the gradient by the bias.
+        Shape and dtype of `gate_up`; unused rows are zeros. The sums over the rows of each expert are the gradient by
+        the bias.
 
     Examples
     --------

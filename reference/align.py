@@ -7,7 +7,7 @@ from numba_moe.reference.counting import expert_of_slots, expert_offsets
 
 
 class AlignedBlocks(NamedTuple):
-    """What a grouped GEMM with a fixed block size reads; see `moe_align_block_size`."""
+    """The arrays that a grouped GEMM with a fixed block size reads; see `moe_align_block_size`."""
 
     sorted_token_ids: Any
     expert_ids: Any
@@ -15,7 +15,7 @@ class AlignedBlocks(NamedTuple):
 
 
 def max_sorted_slots(num_slots: int, block_size: int, num_experts: int, pad_sorted_ids: bool = False) -> int:
-    """Return the length of `sorted_token_ids`: enough for any routing of that many slots.
+    """Return the length of `sorted_token_ids`, which is enough for any routing of `num_slots` slots.
 
     >>> max_sorted_slots(100, 16, 8), max_sorted_slots(100, 16, 8, pad_sorted_ids=True), max_sorted_slots(3, 16, 8)
     (220, 224, 48)
@@ -51,42 +51,42 @@ def moe_align_block_size(
     block_size
         Rows of one GEMM block.
     num_experts
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map
-        int32 or int64 [num_experts]: this rank's id of each expert; -1, any other number below 0, or one past int32
-        for an expert of another rank.
+        int32 or int64 [num_experts]: this rank's id of each expert. An expert of another rank has -1, any other number
+        below 0, or a number above int32.
     pad_sorted_ids
         Round the length of `sorted_token_ids` up to a multiple of the block size.
     ignore_invalid_experts
-        With a map: leave out the slots of other ranks' experts and group by this rank's ids. Otherwise all slots
-        are grouped by their own id, and `expert_ids` names the blocks by the map (-1 for other ranks' blocks).
+        With a map: skip the slots of other ranks' experts and group by this rank's ids. Otherwise all slots are grouped
+        by their own id, and the map gives the values of `expert_ids` (-1 for blocks of other ranks).
     inactive_expert_id
-        What `expert_ids` holds past the last block in use.
+        Value of `expert_ids` after the last block in use.
     out
-        Arrays to write the result to: `sorted_token_ids` may be longer than below, `expert_ids` has one entry for
-        each block of it.
+        Memory for the result. `sorted_token_ids` may be longer than below, and `expert_ids` has one entry for each of
+        its blocks.
     inv_sorted_idx
-        int32, of the shape of `topk_ids`, to be written: the position of each slot, -1 for a skipped one.
+        int32, shape of `topk_ids`, written: the position of each slot, -1 for a skipped slot.
     counts
-        int32 [num_experts], to be written: the slots of each group.
+        int32 [num_experts], written: the number of slots in each group.
     workspace
-        Scratch memory of kernels, which have use for it; see `numba_moe.align_sizes`.
+        Scratch memory for kernels (see `numba_moe.align_sizes`); the reference does not use it.
 
     Returns
     -------
     AlignedBlocks
-        sorted_token_ids: int32 [max_sorted_slots]; the slots of each expert in ascending order, padded with
-        num_slots. expert_ids: int32 [ceil(max_sorted_slots / block_size)], the expert of each block.
-        num_tokens_post_padded: int32 [1], the positions in use, a multiple of the block size.
+        sorted_token_ids: int32 [max_sorted_slots], the slots of each expert in ascending order, padded with num_slots.
+        expert_ids: int32 [ceil(max_sorted_slots / block_size)], the expert of each block. num_tokens_post_padded: int32
+        [1], the number of positions in use, a multiple of the block size.
 
     Notes
     -----
-    The order is stable. The lengths depend on shapes alone, so nobody needs to wait for the data.
+    The order is stable. The lengths depend on shapes alone, so the host never waits for the data.
 
     Examples
     --------
-    Three tokens choose two of three experts each; expert 0 gets slots 1 and 2, expert 1 slots 3 and 5, and
-    expert 2 slots 0 and 4. Each pair is padded to a block of 4 with 6, the number of slots:
+    Three tokens choose two of three experts each. Expert 0 gets slots 1 and 2, expert 1 gets slots 3 and 5, and expert
+    2 gets slots 0 and 4. Each pair is padded to a block of 4 with the number of slots, 6:
 
     >>> blocks = moe_align_block_size(np.array([[2, 0], [0, 1], [2, 1]]), block_size=4, num_experts=3)
     >>> blocks.sorted_token_ids

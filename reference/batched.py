@@ -1,4 +1,4 @@
-"""Tokens in one batch for each expert, each batch padded to whole GEMM blocks."""
+"""Pad tokens that lie in one batch per expert to whole GEMM blocks."""
 
 import numpy as np
 from numba_moe.reference.align import AlignedBlocks
@@ -8,29 +8,29 @@ from numba_moe.reference.counting import expert_offsets
 def batched_moe_align_block_size(
     max_tokens_per_batch: int, block_size: int, expert_num_tokens: np.ndarray
 ) -> AlignedBlocks:
-    """Align tokens that lie in one batch for each expert, as expert-parallel communication delivers them.
+    """Align tokens that lie in one batch per expert, as expert-parallel communication delivers them.
 
     Parameters
     ----------
     max_tokens_per_batch
-        Rows of a batch, whether in use or not.
+        Number of rows of a batch, in use or not.
     block_size
         Rows of one GEMM block.
     expert_num_tokens
-        int32 or int64 [num_experts], the rows in use of each batch; less than 0 counts as 0, more than there are as
-        `max_tokens_per_batch`.
+        int32 or int64 [num_experts]: the number of rows in use of each batch. A number below 0 counts as 0, and a
+        number above `max_tokens_per_batch` counts as `max_tokens_per_batch`.
 
     Returns
     -------
     AlignedBlocks
-        sorted_token_ids: int32 [num_experts * R], R being `max_tokens_per_batch` rounded up to a block; row i of
-        expert e is ``e * max_tokens_per_batch + i``, and ``num_experts * max_tokens_per_batch`` is padding.
-        expert_ids: int32 [num_experts * R / block_size], the expert of each block, -1 past the last in use.
-        num_tokens_post_padded: int32 [1], the positions in use.
+        sorted_token_ids: int32 [num_experts * R], where R is `max_tokens_per_batch` rounded up to whole blocks. Row i
+        of expert e is ``e * max_tokens_per_batch + i``, and padding is ``num_experts * max_tokens_per_batch``.
+        expert_ids: int32 [num_experts * R / block_size], the expert of each block, -1 for unused blocks.
+        num_tokens_post_padded: int32 [1], the number of positions in use.
 
     Examples
     --------
-    Expert 0 has 2 of 3 possible rows, expert 1 none, expert 2 all 3; 9 is padding:
+    Expert 0 has 2 of 3 possible rows, expert 1 has none, and expert 2 has all 3. The number 9 is padding:
 
     >>> blocks = batched_moe_align_block_size(3, 2, np.array([2, 0, 3]))
     >>> blocks.sorted_token_ids

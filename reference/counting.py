@@ -1,13 +1,13 @@
-"""How many slots each expert got, and where its rows begin."""
+"""Count the slots of each expert, and sum the counts to find where each expert's rows begin."""
 
 import numpy as np
 
 
 def expert_of_slots(topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarray | None = None) -> np.ndarray:
-    """Return the expert of each slot after the map, -1 where the slot is skipped.
+    """Return the expert of each slot after the map, -1 for a skipped slot.
 
-    A slot is a flattened (token, k) pair. It is skipped if its id is outside ``[0, num_experts)``, or if the map
-    sends it outside (-1 by custom: an expert of another rank).
+    A slot is a flattened (token, k) pair. It is skipped if its id is outside ``[0, num_experts)``, or if the map gives
+    it an id outside, usually -1, because its expert is on another rank.
 
     >>> expert_of_slots(np.array([[0, 2], [-1, 9]]), 3)
     array([ 0,  2, -1, -1])
@@ -31,9 +31,10 @@ def count_tokens_per_expert(topk_ids: np.ndarray, num_experts: int, expert_map: 
     topk_ids
         int32 or int64 [num_slots] or [num_tokens, top_k]; ids outside ``[0, num_experts)`` are skipped.
     num_experts
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map
-        int32 or int64 [num_experts]: the id under which this rank counts each expert, -1 for none.
+        int32 or int64 [num_experts]: the id under which this rank counts each expert, -1 for an expert that it does not
+        count.
 
     Returns
     -------
@@ -50,19 +51,19 @@ def count_tokens_per_expert(topk_ids: np.ndarray, num_experts: int, expert_map: 
 
 
 def expert_offsets(counts: np.ndarray, alignment: int = 1) -> np.ndarray:
-    """Sum the counts before each expert, every count rounded up to a multiple of the alignment.
+    """Sum the counts of the experts before each expert, after rounding each count up to a multiple of `alignment`.
 
     Parameters
     ----------
     counts
-        int32 or int64 [num_experts], none negative.
+        int32 or int64 [num_experts], each at least 0.
     alignment
-        Rows of an expert are padded to a multiple of this; an expert without rows keeps none.
+        The rows of an expert are padded to a multiple of this. An expert without rows gets no padding.
 
     Returns
     -------
     np.ndarray
-        int64 [num_experts + 1]; rows of expert e are ``offsets[e]`` up to ``offsets[e + 1]``.
+        int64 [num_experts + 1]: expert e has the rows from ``offsets[e]`` up to ``offsets[e + 1]``.
 
     Examples
     --------

@@ -1,22 +1,22 @@
 """The published balancer, deepseek-ai/EPLB, for one layer.
 
-Groups of experts are packed onto nodes, the busy experts of a node get its spare slots, and the replicas of a node are
-packed onto its GPUs.
+It packs groups of experts onto nodes, gives the spare slots of each node to the node's busiest experts, and packs the
+replicas of each node onto its GPUs.
 """
 
 import numpy as np
 
 
 def heaviest_first(weight: np.ndarray) -> np.ndarray:
-    """Return the items by falling weight; of equals the first comes first."""
+    """Return the items by falling weight; equal items keep their order."""
     return np.argsort(-weight, kind="stable")
 
 
 def pack(weight: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put the same number of items into every pack; return the pack of each item and its place in there.
+    """Put the same number of items into every pack; return the pack of each item and its place in the pack.
 
-    The heaviest item comes first, and each goes to the lightest pack with room (of equals, the first). Packs of a
-    single item just take them in order.
+    Items are placed heaviest first, each into the lightest pack with room (the first one in a tie). If a pack holds a
+    single item, items are placed in order.
 
     >>> pack(np.array([1.0, 5.0, 4.0, 2.0]), 2)
     (array([0, 0, 1, 1]), array([1, 0, 0, 1]))
@@ -35,10 +35,10 @@ def pack(weight: np.ndarray, num_packs: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def replicate(weight: np.ndarray, num_replicas: int, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the expert of each replica, and how many each expert has.
+    """Return the expert of each replica, and the number of replicas of each expert.
 
-    Every expert gets one. Each further one goes to the expert whose replicas have most to do (of equals, the first)
-    and that has fewer than `most`.
+    Every expert gets one replica. Each further replica goes to the expert with the largest load per replica (the first
+    one in a tie) among those with fewer than `most` replicas.
 
     >>> replicate(np.array([6.0, 10.0, 1.0]), 6)
     (array([0, 1, 2, 1, 0, 1]), array([2, 3, 1]))
@@ -56,7 +56,7 @@ def replicate(weight: np.ndarray, num_replicas: int, most: int | None = None) ->
 def deepseek(weight: np.ndarray, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> np.ndarray:
     """Return the expert of each slot of one layer, by the published algorithm.
 
-    If the nodes cannot have the same number of groups, both are ignored.
+    If the groups are no multiple of the nodes, groups and nodes are ignored.
 
     >>> weight = np.array([9.0, 1.0, 3.0, 3.0])
     >>> deepseek(weight, 6, 2, 2, 2)                       # node 0 has experts 0 and 1, node 1 has 2 and 3

@@ -1,13 +1,13 @@
-"""Which of the places that have its expert a slot goes to.
+"""Choose one of the places that hold a slot's expert.
 
-Anything with the maps of an `ExpertLocation` is a location here.
+A `location` here is any object with the maps of an `ExpertLocation`.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# Of Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011) and of Knuth's hash.
+# Constants of Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011) and of Knuth's hash.
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
@@ -16,7 +16,7 @@ WORD = 0xFFFFFFFF
 
 
 class DispatchTables(NamedTuple):
-    """What `dispatch_ids` takes beside ids, under the same names: gating takes it whole."""
+    """The arguments of `dispatch_ids` that do not change between calls; gating takes them as one."""
 
     physical_map: Any
     num_valid: Any = None
@@ -26,7 +26,7 @@ class DispatchTables(NamedTuple):
 
 
 def philox(counter: Any, key: Any) -> tuple[np.ndarray, ...]:
-    """Return the four words that Philox4x32-10 makes of four counter words and two key words, elementwise.
+    """Return the four words that Philox4x32-10 computes from four counter words and two key words, elementwise.
 
     >>> [f"{int(word):08x}" for word in philox((0, 0, 0, 0), (0, 0))]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
@@ -42,12 +42,12 @@ def philox(counter: Any, key: Any) -> tuple[np.ndarray, ...]:
 def static_map(location: Any, seed: int = 0) -> np.ndarray:
     """Choose for each rank the slot that it sends tokens of an expert to: int64 [L, E, R].
 
-    A slot of the rank itself comes first, then one of its
-    node, then any. Among these the one that fewest ranks send to so far: first the ranks that hold the expert have
-    chosen, then those with it on their node, then the others, each in order. Of equals the one whose Philox word for
-    counter (slot, layer, 0, 0) and the seed as key is lowest, so every rank works out the same.
+    A rank prefers its own slots, then the slots of its node, then all others. The ranks choose in this order: first
+    those that hold the expert, then those with the expert on their node, then the rest; each time by rank number. Each
+    takes the preferred slot to which the fewest ranks send so far. A tie goes to the slot with the lowest Philox word
+    for the counter (slot, layer, 0, 0) and the seed as key. So every rank computes the same map.
 
-    Two ranks; expert 0 is on both, expert 1 on the first:
+    Expert 0 is on both of two ranks, and expert 1 is on the first:
 
     >>> class Location:
     ...     physical_to_logical_map = np.array([[0, 1, 2, 0]])
@@ -84,11 +84,13 @@ def static_map(location: Any, seed: int = 0) -> np.ndarray:
 
 
 def dispatch_map(location: Any, rank: int, algorithm: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return what `dispatch_ids` needs on a rank, with a row for each layer: `physical_map` and `num_valid`, int32.
+    """Return the `physical_map` and `num_valid` of `dispatch_ids` on a rank, int32 with one row for each layer.
 
-    The map is for "static" [L, E], the rank's column of `static_map`; for "dynamic" and "hash" [L, E, X], the slots of
-    each expert, turned so that ranks begin at different ones; for "fake" [L, P], the slots that hold experts, repeated
-    if they are fewer: the first of every rank, then the second of every rank, and so on, beginning elsewhere on each.
+    - "static": the map is [L, E], the rank's part of `static_map`.
+    - "dynamic" and "hash": the map is [L, E, X], the slots of each expert, rotated so that ranks begin at different
+      ones.
+    - "fake": the map is [L, P], the slots that hold experts, repeated to fill the row. The first slot of every rank
+      comes before the second of every rank, and so on, and each rank begins elsewhere.
     """
     if algorithm == "static":
         return static_map(location, seed)[:, :, rank].astype(np.int32), None
@@ -120,42 +122,43 @@ def dispatch_ids(
     counts: np.ndarray | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Replace the experts of slots by physical ids: by one of the places that have the expert.
+    """Replace the expert of each slot by a physical id: one of the places that hold the expert.
 
     Parameters
     ----------
     topk_ids
-        int32 or int64 [num_slots] or [num_tokens, top_k]; ids outside ``[0, num_experts)`` become -1.
+        int32 or int64 [num_slots] or [num_tokens, top_k]. Ids outside ``[0, num_experts)`` become -1.
     physical_map
         int32: for "static" [num_experts], for "dynamic" and "hash" [num_experts, max_replicas], for "fake" [length].
     num_valid
-        int32 [num_experts]: with "dynamic" and "hash", how many entries of each row of the map are in use.
+        int32 [num_experts]: with "dynamic" and "hash", the number of places in each row of the map.
     algorithm
         "static", "dynamic", "hash" or "fake".
     seed
-        Key of the generator of "dynamic", 64 bits.
+        With "dynamic": the key of the random generator, 64 bits.
     step
-        int64 [1]: with "dynamic", the generator's counter beside the slot.
+        int64 [1]: with "dynamic", the part of the generator's counter that is not the slot.
     num_token_non_padded
         int32 or int64 [1] or []: slots of tokens from this one on become -1; in one dimension a slot is a token.
     counts
-        int32 or int64 [num_physical]: 1 is added for each slot at its physical id.
+        int32 or int64 [num_physical], written: 1 is added to the counter of each slot's physical id.
     out
-        Takes the result; may be `topk_ids` itself.
+        Memory for the result; it may be `topk_ids` itself.
 
     Returns
     -------
     np.ndarray
-        Of the shape and dtype of `topk_ids`; -1 also where the map has a negative number or a row of it is empty.
+        Physical ids with the shape and dtype of `topk_ids`. A slot gets -1 where the map has a negative number or an
+        empty row.
 
     Notes
     -----
-    static: ``physical_map[expert]``.
-    dynamic: ``physical_map[expert, word * num_valid[expert] >> 32]``, where word is the first that Philox4x32-10 makes
-    of counter (slot, 0, low word of step, high word of step) and key (low word of seed, high word of seed).
-    hash: ``physical_map[expert, token * 2654435769 mod 2**32 mod num_valid[expert]]``; in one dimension a slot is a
-    token.
-    fake: ``physical_map[slot % length]``, whatever the expert; ids below 0 become -1.
+    - static: ``physical_map[expert]``.
+    - dynamic: ``physical_map[expert, word * num_valid[expert] >> 32]``. The word is the first word of Philox4x32-10 for
+      the counter (slot, 0, low word of step, high word of step) and the key (low word of seed, high word of seed).
+    - hash: ``physical_map[expert, token * 2654435769 mod 2**32 mod num_valid[expert]]``. With one dimension each slot
+      is a token.
+    - fake: ``physical_map[slot % length]`` for any expert. Ids below 0 become -1.
 
     Examples
     --------

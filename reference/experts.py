@@ -1,4 +1,4 @@
-"""The feed-forward networks of the experts, over all tokens: move rows, multiply, activate, multiply, combine."""
+"""Run the experts on all tokens: move rows, multiply, activate, multiply, combine."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numba_moe.reference.permute import moe_permute, moe_unpermute
 
 
 def multiply_by_expert(rows: np.ndarray, weights: np.ndarray, expert_first_token_offset: np.ndarray) -> np.ndarray:
-    """Multiply the rows of each expert by its matrix ``weights[e].T``; other rows become zeros.
+    """Multiply the rows of each expert e by ``weights[e].T``; rows without an expert become zeros.
 
     >>> weights = np.array([[[1.0, 1.0]], [[0.0, 9.0]]])
     >>> multiply_by_expert(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), weights, np.array([0, 1, 2]))
@@ -31,7 +31,7 @@ def first_half(
     gate_up_bias: np.ndarray | None = None,
     **activation: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what the activation leaves of each slot, in expert order; where experts begin; and where slots went."""
+    """Return the activated rows in expert order, the offset of each expert, and the row of each slot."""
     num_experts = len(gate_up_proj) if expert_map is None else len(expert_map)
     permuted = moe_permute(hidden_states, topk_ids, num_experts, expert_map)
     offset = permuted.expert_first_token_offset[: len(gate_up_proj) + 1]
@@ -54,9 +54,9 @@ def fused_experts(
     limit: float | None = None,
     alpha: float | None = None,
 ) -> np.ndarray:
-    """Send each token through its experts and sum what they return, weighted.
+    """Send each token through its experts and sum their weighted results.
 
-    Each step computes exactly, and what it hands to the next has the dtype of `hidden_states`.
+    Each step computes in float64 and rounds its result to the dtype of `hidden_states`.
 
     Parameters
     ----------
@@ -65,16 +65,16 @@ def fused_experts(
     gate_up_proj
         float [num_experts, 2 * width, hidden], the first matrix of each expert of this rank.
     down_proj
-        float [num_experts, hidden, width], the second.
+        float [num_experts, hidden, width], the second matrix of each expert.
     topk_weights
         float [num_tokens, top_k].
     topk_ids
-        int32 or int64 [num_tokens, top_k]; ids that are no expert's add nothing.
+        int32 or int64 [num_tokens, top_k], the experts of each token. An id outside the experts adds nothing.
     activation, interleaved, limit, alpha
-        What lies between the matrices, as in `moe_activation`.
+        The step between the matrices; see `moe_activation`.
     expert_map
-        int32 or int64, for each expert of all ranks its place in the matrices, or -1, or any other number outside
-        ``[0, num_experts)``, for an expert of another rank, which adds nothing.
+        int32 or int64 [experts of all ranks]: the index of each expert in the matrices. -1 or any other number outside
+        ``[0, num_experts)`` means an expert of another rank, which adds nothing.
     gate_up_bias
         float [num_experts, 2 * width], added after the first matrix.
     down_bias
@@ -87,7 +87,7 @@ def fused_experts(
 
     Examples
     --------
-    Expert 1 doubles what expert 0 does; the second token asks for neither:
+    Expert 1 returns twice the result of expert 0. The second token chooses neither of them:
 
     >>> gate_up_proj = np.array([[[1.0], [1.0]], [[1.0], [2.0]]], np.float32)
     >>> weights, ids = np.array([[0.5, 0.5], [1.0, 1.0]], np.float32), np.array([[0, 1], [-1, 2]])

@@ -1,8 +1,8 @@
-"""The experts of each token, and how much each weighs.
+"""Choose the experts of each token, and compute their weights.
 
-Every op scores all experts of a row, ranks them, takes the first `top_k`, and weighs those by their scores.
-Without a correction bias experts rank by their logits, which is the order of the scores without their rounding.
-With one they rank by ``score + bias``, in float32; the weight stays the score.
+Every op scores all experts of a row, ranks them, chooses the best `top_k`, and uses their scores as weights.
+Without a correction bias experts rank by their logits, which have the order of the scores without rounding.
+With a bias they rank by ``score + bias`` in float32, and the weights are still the scores.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class TopK(NamedTuple):
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax of each row; 0 throughout a row with a NaN or +inf, or of -inf alone.
+    """Return the softmax of each row; a row with NaN or +inf, or of -inf only, becomes zeros.
 
     >>> softmax(np.array([[0.0, np.log(3.0)], [0.0, np.nan]]))
     array([[0.25, 0.75],
@@ -52,7 +52,7 @@ def softplus_sqrt(logits: np.ndarray) -> np.ndarray:
 
 
 def raw(logits: np.ndarray) -> np.ndarray:
-    """Return the logits; -inf for those that are not finite.
+    """Return the logits; a logit that is not finite becomes -inf.
 
     >>> raw(np.array([2.0, -3.0, np.inf, np.nan]))
     array([  2.,  -3., -inf, -inf])
@@ -66,7 +66,7 @@ SCORING = {"softmax": softmax, "sigmoid": sigmoid, "softplus_sqrt": softplus_sqr
 def score_and_rank(
     gating_output: np.ndarray, scoring_func: str, correction_bias: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scores (float64) and the values by which experts are chosen; NaN ranks as -inf."""
+    """Return the scores in float64, and the ranks, by which experts are chosen; NaN ranks as -inf."""
     logits = gating_output.astype(np.float64)
     scores = SCORING[scoring_func](logits)
     if correction_bias is not None:
@@ -82,7 +82,7 @@ def score_and_rank(
 
 
 def best(ranks: np.ndarray, count: int) -> np.ndarray:
-    """Return the columns of the largest values of each row, largest first; the lower column wins a tie.
+    """Return the columns of the `count` largest values of each row, largest first; the lower column wins a tie.
 
     >>> best(np.array([[1.0, 5.0, 5.0, 2.0]]), 3)
     array([[1, 2, 3]])
@@ -91,7 +91,7 @@ def best(ranks: np.ndarray, count: int) -> np.ndarray:
 
 
 def chosen_scores(scores: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
-    """Return the scores of the chosen experts; 0 for -inf, which is chosen where there is nothing else.
+    """Return the scores of the chosen experts; 0 for -inf, which is chosen only if nothing else is left.
 
     >>> chosen_scores(np.array([[1.0, -np.inf, 3.0]]), np.array([[2, 0, 1]]))
     array([[3., 1., 0.]])
@@ -103,7 +103,7 @@ def chosen_scores(scores: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
 def weights_of(
     scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0
 ) -> np.ndarray:
-    """Return the scores of the chosen experts as weights; divided by their sum, if that is positive, to renormalise."""
+    """Return the weights of the chosen experts: their scores, divided by a positive sum of them with `renormalize`."""
     weights = chosen_scores(scores, topk_ids)
     if renormalize:
         total = weights.sum(axis=1, keepdims=True)
@@ -112,7 +112,7 @@ def weights_of(
 
 
 def weigh(scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0) -> TopK:
-    """Return the chosen experts with their weights, rounded once."""
+    """Return the chosen experts and their weights, which are rounded once."""
     weights = weights_of(scores, topk_ids, renormalize, routed_scaling_factor)
     return TopK(weights.astype(np.float32), topk_ids.astype(np.int32))
 
@@ -127,11 +127,11 @@ def topk_softmax(
     gating_output
         float32 or float16 [num_tokens, num_experts], the router's logits.
     top_k
-        Experts per token, at most num_experts.
+        Number of experts per token, at most num_experts.
     renormalize
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias
-        float32 [num_experts], added to the scores for the choice alone.
+        float32 [num_experts], added to the scores when experts are chosen. The weights do not contain it.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def topk_softmax(
 
     Notes
     -----
-    The lower id wins a tie. A row with NaN or +inf has scores 0 throughout: without a bias experts 0, 1, ... are
+    The lower id wins a tie. In a row with NaN or +inf all scores are 0. Without a bias the experts 0, 1, ... are then
     chosen with weight 0.
 
     Examples
@@ -163,8 +163,8 @@ def topk_sigmoid(
 ) -> TopK:
     """Choose the experts of each token by sigmoid scores.
 
-    Parameters and result are those of `topk_softmax`. A NaN logit scores 0 and ranks last; other logits of its
-    row are not affected.
+    The parameters and the result are those of `topk_softmax`. A NaN logit scores 0 and ranks last; it does not affect
+    other logits of the row.
 
     Examples
     --------
@@ -181,9 +181,10 @@ def topk_sigmoid(
 def topk_softplus_sqrt(
     gating_output: np.ndarray, top_k: int, renormalize: bool = False, correction_bias: np.ndarray | None = None
 ) -> TopK:
-    """Choose the experts of each token by the square roots of softplus scores.
+    """Choose the experts of each token by scores that are square roots of softplus.
 
-    Parameters and result are those of `topk_softmax`. A logit of NaN or +inf scores 0 and, without a bias, ranks last.
+    The parameters and the result are those of `topk_softmax`. A logit of NaN or +inf scores 0, and without a bias it
+    ranks last.
 
     Examples
     --------
@@ -200,10 +201,10 @@ def topk_softplus_sqrt(
 def topk_raw(
     gating_output: np.ndarray, top_k: int, renormalize: bool = False, correction_bias: np.ndarray | None = None
 ) -> TopK:
-    """Choose the experts of each token by the logits, which are the scores as they are.
+    """Choose the experts of each token by the logits, which are also the scores.
 
-    Parameters and result are those of `topk_softmax`. A logit of NaN or infinity ranks last and weighs 0; weights whose
-    sum is not positive are not renormalised.
+    The parameters and the result are those of `topk_softmax`. A logit of NaN or infinity ranks last and has weight 0.
+    Weights whose sum is not positive are not renormalised.
 
     Examples
     --------
@@ -233,23 +234,23 @@ def grouped_topk(
     gating_output
         float32 or float16 [num_tokens, num_experts], the router's logits.
     top_k
-        Experts per token, at most those of `topk_group` groups.
+        Number of experts per token, at most the experts in `topk_group` groups.
     num_expert_group
-        Number of groups; consecutive experts form a group, all of one size.
+        Number of groups. Consecutive experts form a group, and all groups have the same size.
     topk_group
-        Groups per token.
+        Number of groups that each token chooses.
     renormalize
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     scoring_func
         "softmax", "sigmoid", "softplus_sqrt" or "raw".
     correction_bias
-        float32 [num_experts], added to the scores for the choice of groups and experts alone.
+        float32 [num_experts], added to the scores when groups and experts are chosen. The weights do not contain it.
     group_score
-        "max": the best rank of the group; "top2_sum": the sum of its two best ``score + bias``, in float32 (one,
-        in groups of one); "topk_sum": of its ``top_k // topk_group`` best ("max" if that is one). By default
-        "top2_sum" with a bias and "max" without one.
+        The score of a group. "max" is its best rank. "top2_sum" is the float32 sum of its two best ``score + bias`` (of
+        one in groups of one expert). "topk_sum" sums its ``top_k // topk_group`` best, and is "max" if that is 1. By
+        default "top2_sum" with a bias and "max" without one.
     routed_scaling_factor
-        Multiplies the weights, after renormalising.
+        Factor of the weights, applied after renormalising.
 
     Returns
     -------
@@ -262,8 +263,8 @@ def grouped_topk(
 
     Examples
     --------
-    Of the groups (0, 1) and (2, 3) the second has the larger sum of its best two, so expert 0 is out although it
-    has the best score of all:
+    Of the groups (0, 1) and (2, 3) the second has the larger sum of its best two. So expert 0 is not chosen, although
+    its score is the best of all:
 
     >>> logits = np.array([[3.0, -3.0, 1.0, 2.0]])
     >>> grouped_topk(logits, 1, 2, 1, scoring_func="sigmoid", group_score="top2_sum").topk_ids
@@ -292,7 +293,7 @@ def choose_in_groups(
     chosen = np.zeros(group_scores.shape, bool)
     np.put_along_axis(chosen, best(group_scores, topk_group), True, axis=1)
 
-    # Experts outside the chosen groups come last whatever their rank, which may itself be -inf.
+    # Experts outside the chosen groups come last, even after experts inside whose rank is -inf.
     eligible = np.repeat(chosen, ranks.shape[1] // num_expert_group, axis=1)
     by_rank = best(ranks, ranks.shape[1])
     outside = ~np.take_along_axis(eligible, by_rank, axis=1)
@@ -300,7 +301,7 @@ def choose_in_groups(
 
 
 def group_picks(group_score: str | None, top_k: int, topk_group: int, correction_bias: np.ndarray | None) -> int:
-    """Return how many of a group's experts make its score: 1 for the best rank, more for a sum."""
+    """Return how many experts of a group enter its score: 1 for the best rank, more for a sum."""
     if group_score is None:
         group_score = "max" if correction_bias is None else "top2_sum"
     return {"max": 1, "top2_sum": 2, "topk_sum": top_k // topk_group}[group_score]
@@ -322,7 +323,7 @@ def score_groups(
 
 
 def slopes(logits: np.ndarray, scoring_func: str) -> np.ndarray:
-    """Return the derivatives of scores that depend on their own logit alone.
+    """Return the derivative of each score by its own logit, for scores that depend on no other logit.
 
     >>> slopes(np.array([0.0, np.nan]), "sigmoid")
     array([0.25, 0.  ])
@@ -354,27 +355,27 @@ def gating_backward(
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
 ) -> np.ndarray:
-    """Return the gradient of a loss by the logits, given that by the weights; the choice itself has none.
+    """Return the gradient of a loss by the logits, given the gradient by the weights; the choice has no gradient.
 
     Parameters
     ----------
     gating_output
         float [num_tokens, num_experts], the router's logits.
     topk_ids
-        int [num_tokens, top_k], the experts that were chosen.
+        int [num_tokens, top_k], the chosen experts.
     grad_weights
         float [num_tokens, top_k], the gradient of the loss by `topk_weights`.
     scoring_func, renormalize, routed_scaling_factor
-        How the weights were made.
+        The options with which the weights were computed.
 
     Returns
     -------
     np.ndarray
-        Of the shape and dtype of `gating_output`.
+        The gradient, with the shape and dtype of `gating_output`.
 
     Examples
     --------
-    A softmax weight grows by its own logit and shrinks by all others, in proportion to their scores:
+    A softmax weight grows with its own logit and shrinks with every other logit, in proportion to their scores:
 
     >>> logits = np.log(np.array([[0.3, 0.1, 0.6]]))
     >>> gating_backward(logits, np.array([[2, 0]]), np.array([[1.0, 0.0]])).round(4)

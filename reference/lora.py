@@ -1,4 +1,4 @@
-"""Slots grouped by adapter and expert: one alignment for each LoRA adapter."""
+"""Group slots by LoRA adapter and expert: one alignment for each adapter."""
 
 import numpy as np
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots, moe_align_block_size
@@ -17,43 +17,43 @@ def moe_lora_align_block_size(
     *,
     inactive_expert_id: int = -1,
 ) -> AlignedBlocks:
-    """Align the slots of each adapter's tokens by themselves.
+    """Align the slots of each LoRA adapter's tokens separately.
 
     Parameters
     ----------
     topk_ids
         int32 or int64 [num_tokens, top_k]; ids outside ``[0, num_experts)`` are skipped.
     token_lora_mapping
-        int32 or int64 [num_tokens]: the adapter of each token; a token of none, -1 or any other number outside
-        ``[0, max_loras)``, is skipped.
+        int32 or int64 [num_tokens]: the adapter of each token. A number outside ``[0, max_loras)``, such as -1, means
+        no adapter, and the token is skipped.
     block_size
         Rows of one GEMM block.
     num_experts
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     max_loras
         Number of adapters.
     adapter_enabled
-        int32, max_loras elements or more: 0 for an adapter whose tokens are skipped.
+        int32 [max_loras] or longer: 0 for an adapter whose tokens are skipped.
     lora_ids
-        int32, any number: the adapters in use, in any order, -1 for none. Tokens of the others are skipped.
+        int32 [any]: the adapters in use, in any order; -1 names none. Tokens of all other adapters are skipped.
     expert_map
-        int32 or int64 [num_experts]: this rank's id of each expert, -1 for an expert of another rank, whose slots
-        are skipped. Groups are by this rank's ids.
+        int32 or int64 [num_experts]: this rank's id of each expert, -1 for an expert of another rank, whose slots are
+        skipped. Slots are grouped by this rank's ids.
     pad_sorted_ids
-        Round the length of the rows of `sorted_token_ids` up to a multiple of the block size.
+        Round the row length of `sorted_token_ids` up to a multiple of the block size.
     inactive_expert_id
-        What `expert_ids` holds past the last block in use.
+        Value of `expert_ids` after the last block in use.
 
     Returns
     -------
     AlignedBlocks
-        What `moe_align_block_size` returns for the slots of each adapter, one below the other. sorted_token_ids:
+        The results of `moe_align_block_size` for the slots of each adapter, one row per adapter. sorted_token_ids:
         int32 [max_loras, max_sorted_slots]. expert_ids: int32 [max_loras, ceil(max_sorted_slots / block_size)].
-        num_tokens_post_padded: int32 [max_loras]. An adapter without slots has padding alone.
+        num_tokens_post_padded: int32 [max_loras]. The row of an adapter without slots is all padding.
 
     Examples
     --------
-    Tokens 0 and 2 use adapter 1, token 1 none; slots 0 and 5 go to expert 0, slots 1 and 4 to expert 1:
+    Tokens 0 and 2 use adapter 1, and token 1 uses none. Slots 0 and 5 go to expert 0, slots 1 and 4 to expert 1:
 
     >>> ids = np.array([[0, 1], [0, 1], [1, 0]])
     >>> blocks = moe_lora_align_block_size(ids, np.array([1, -1, 1]), 2, 2, max_loras=2)

@@ -1,21 +1,21 @@
-"""The experts of a rank where each expert is on one rank."""
+"""The experts of a rank if each expert is on exactly one rank."""
 
 import numpy as np
 
 
 def make_expert_map(num_experts: int, num_ranks: int, rank: int, strategy: str = "linear") -> np.ndarray:
-    """Return a rank's own id of each expert, -1 for an expert of another rank.
+    """Return the id of each expert on a rank, -1 for an expert of another rank.
 
     Parameters
     ----------
     num_experts
-        Experts of the model; the first ranks have one more where they are no multiple of the ranks.
+        Number of experts of the model. If it is no multiple of the ranks, the first ranks have one expert more.
     num_ranks
-        Ranks that share the experts.
+        Number of ranks that share the experts.
     rank
-        The rank, from 0 on.
+        The rank, from 0 to ``num_ranks - 1``.
     strategy
-        "linear": consecutive experts are on one rank. "round_robin": expert e is on rank ``e % num_ranks``.
+        "linear": each rank has consecutive experts. "round_robin": expert e is on rank ``e % num_ranks``.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""Which slot gets its weights from where when experts move.
+"""Choose the source of each slot's weights when experts move.
 
-Anything with the maps of an `ExpertLocation` is a location here: `physical_to_logical_map` [L, P], `rank_of_slot` [P]
-and `node_of_slot` [P].
+A location here is any object with these maps of an `ExpertLocation`: `physical_to_logical_map` [L, P], `rank_of_slot`
+[P] and `node_of_slot` [P].
 """
 
 from typing import Any
@@ -10,30 +10,30 @@ import numpy as np
 
 
 def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
-    """Choose the slot that each slot of a layer gets its weights from.
+    """Choose, for each slot of a layer, the slot that sends its weights.
 
     Parameters
     ----------
     old, new
-        Where experts are and where they shall be.
+        Where the experts are, and where they will be.
     layer
-        The layer.
+        Number of the layer.
 
     Returns
     -------
     np.ndarray
-        int64 [P], slots of `old`: a slot's own number if its expert stays, -1 if it shall hold none.
+        int64 [P], slots of `old`: the slot's own number if its expert stays, -1 if the slot will hold no expert.
 
     Notes
     -----
-    The first of these that there is: the slot itself; a slot of its rank, the lowest; one of its node; any other.
-    Among the slots of other ranks, that of the rank which sends least in this layer so far, slots being served in
-    order; of equals the next rank after the receiving one, cyclically, and its lowest slot. Slots of a rank that need
-    the same expert name the same source, so a rank receives it once.
+    The source is the first of these that holds the expert: the slot itself, the lowest slot of its rank, a slot of its
+    node, any other slot. Slots are served in order. Of several other ranks, the one that sends least in this layer so
+    far sends its lowest slot. A tie goes to the next rank after the receiver, cyclically. Slots of a rank that need the
+    same expert have the same source, so a rank receives each expert once.
 
     Examples
     --------
-    Expert 0 is in slot 0 and comes to slot 3, in place of expert 3. Expert 3 moves to slot 0:
+    Experts 0 and 3 exchange their slots, 0 and 3:
 
     >>> class Location:
     ...     rank_of_slot, node_of_slot = np.array([0, 0, 1, 1]), np.array([0, 0, 0, 0])

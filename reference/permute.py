@@ -1,4 +1,4 @@
-"""Rows moved into expert order, and combined again."""
+"""Move rows into expert order, and combine them again."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
 
 
 class PermutedTokens(NamedTuple):
-    """Rows in expert order, and the way back; see `moe_permute`."""
+    """Rows in expert order, and the indices to combine them; see `moe_permute`."""
 
     permuted_hidden_states: Any
     expert_first_token_offset: Any
@@ -20,7 +20,7 @@ class PermutedTokens(NamedTuple):
 
 
 class MaskedTokens(NamedTuple):
-    """Rows of each expert in a batch of its own, and the way back; see `moe_permute_masked`."""
+    """Rows in one batch per expert, and the indices to combine them; see `moe_permute_masked`."""
 
     permuted_hidden_states: Any
     masked_m: Any
@@ -30,7 +30,7 @@ class MaskedTokens(NamedTuple):
 
 
 class ReorderedSlots(NamedTuple):
-    """Slots in expert order under the names of SGLang's dispatcher; see `moe_reorder`."""
+    """Slots in expert order, with the names of SGLang's dispatcher; see `moe_reorder`."""
 
     reorder_topk_ids: Any
     src2dst: Any
@@ -38,7 +38,7 @@ class ReorderedSlots(NamedTuple):
 
 
 def gather(rows: np.ndarray | None, permuted_idx: np.ndarray, topk_ids: np.ndarray) -> np.ndarray | None:
-    """Copy the row of each slot's token, zeros where there is no slot.
+    """Copy the row of each slot's token; a row without a slot becomes zeros.
 
     >>> gather(np.array([[1], [2]]), np.array([3, 0, 4]), np.zeros((2, 2)))
     array([[2],
@@ -72,31 +72,31 @@ def moe_permute(
     topk_ids
         int32 or int64 [num_tokens, top_k]; ids outside ``[0, num_experts)`` are skipped.
     num_experts
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map
         int32 or int64 [num_experts]: this rank's id of each expert, -1 for an expert of another rank, whose slots
         are skipped.
     scales
-        Any dtype, [num_tokens] or [num_tokens, groups]: moved along.
+        Any dtype, [num_tokens] or [num_tokens, groups]: scales of the rows, which move together with them.
     alignment
-        Rows of an expert begin at a multiple of it, and `m_indices` names them.
+        The rows of each expert begin at a multiple of this, and `m_indices` gives the expert of each row.
     zero_padding
-        Whether rows without a slot are zeros; otherwise they may hold anything.
+        Write zeros to rows without a slot. Otherwise these rows may hold anything.
 
     Returns
     -------
     PermutedTokens
-        permuted_hidden_states: [num_rows, hidden] in the dtype of `hidden_states`, num_rows being num_tokens * top_k,
-        and with an alignment as much as any routing can need. expert_first_token_offset: int64 [num_experts + 1]; rows
-        of expert e begin at ``offset[e]``, and none is in use from ``offset[-1]`` on. permuted_idx: int32 [num_rows],
-        the slot of each row, num_slots where there is none. inv_permuted_idx: int32 [num_tokens, top_k], the row of
-        each slot, -1 for skipped slots. counts: int32 [num_experts], the slots of each expert. m_indices: int32
-        [num_rows], the expert of each row, -1 where there is no slot; None without an alignment. permuted_scales:
-        [num_rows] or [num_rows, groups], None without scales.
+        permuted_hidden_states: [num_rows, hidden] in the dtype of `hidden_states`. num_rows is ``num_tokens * top_k``,
+        and with an alignment it is enough for any routing. expert_first_token_offset: int64 [num_experts + 1]; the rows
+        of expert e begin at ``offset[e]``, and rows from ``offset[-1]`` on are unused. permuted_idx: int32 [num_rows],
+        the slot of each row, num_slots for a row without a slot. inv_permuted_idx: int32 [num_tokens, top_k], the row
+        of each slot, -1 for skipped slots. counts: int32 [num_experts], the number of slots of each expert. m_indices:
+        int32 [num_rows], the expert of each row, -1 for a row without a slot; None without an alignment.
+        permuted_scales: [num_rows] or [num_rows, groups], None without scales.
 
     Notes
     -----
-    The order is stable: rows of one expert ascend by slot.
+    The order is stable: the rows of an expert ascend by slot.
 
     Examples
     --------
@@ -157,7 +157,7 @@ def moe_permute_masked(
     scales: np.ndarray | None = None,
     zero_padding: bool = True,
 ) -> MaskedTokens:
-    """Copy each token's row once for each of its experts, into a batch of rows for every expert.
+    """Copy each token's row once for each of its experts, into one batch of rows per expert.
 
     Parameters
     ----------
@@ -166,30 +166,31 @@ def moe_permute_masked(
     topk_ids
         int32 or int64 [num_tokens, top_k]; ids outside ``[0, num_experts)`` are skipped.
     num_experts
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     max_m
-        Rows of a batch; what an expert gets beyond them is skipped.
+        Number of rows of a batch. Further slots of the expert are skipped.
     expert_map
         int32 or int64 [num_experts]: this rank's id of each expert, -1 for an expert of another rank, whose slots
         are skipped.
     num_local_experts
-        Number of batches, num_experts unless given; slots of experts beyond are skipped.
+        Number of batches, by default num_experts. Slots of experts without a batch are skipped.
     scales
-        Any dtype, [num_tokens] or [num_tokens, groups]: moved along.
+        Any dtype, [num_tokens] or [num_tokens, groups]: scales of the rows, which move together with them.
     zero_padding
-        Whether rows without a slot are zeros; otherwise they may hold anything.
+        Write zeros to rows without a slot. Otherwise these rows may hold anything.
 
     Returns
     -------
     MaskedTokens
-        permuted_hidden_states: [num_local_experts, max_m, hidden]. masked_m: int32 [num_local_experts], the rows in
-        use of each batch. permuted_idx: int32 [num_local_experts, max_m], the slot of each row, num_slots where there
-        is none. inv_permuted_idx: int32 [num_tokens, top_k], ``expert * max_m + row`` of each slot, -1 for skipped
-        slots. permuted_scales: [num_local_experts, max_m] or [num_local_experts, max_m, groups], None without scales.
+        permuted_hidden_states: [num_local_experts, max_m, hidden]. masked_m: int32 [num_local_experts], the number of
+        rows in use of each batch. permuted_idx: int32 [num_local_experts, max_m], the slot of each row, num_slots for a
+        row without a slot. inv_permuted_idx: int32 [num_tokens, top_k], ``expert * max_m + row`` of each slot, -1 for
+        skipped slots. permuted_scales: [num_local_experts, max_m] or [num_local_experts, max_m, groups], None without
+        scales.
 
     Notes
     -----
-    The order is stable: rows of one expert ascend by slot, and the first max_m stay.
+    The order is stable: the rows of an expert ascend by slot, and the first max_m stay.
 
     Examples
     --------
@@ -230,14 +231,14 @@ def moe_permute_masked(
 
 
 def moe_reorder(topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarray | None = None) -> ReorderedSlots:
-    """Order slots by expert, and return the order as SGLang's dispatcher for DeepEP does.
+    """Order the slots by expert, and return the order in the form of SGLang's DeepEP dispatcher.
 
     Parameters
     ----------
     topk_ids
         int32 or int64 [num_tokens, top_k] or [num_slots]; ids outside ``[0, num_experts)`` are skipped.
     num_experts
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map
         int32 or int64 [num_experts]: this rank's id of each expert, -1 for an expert of another rank, whose slots
         are skipped.
@@ -245,9 +246,9 @@ def moe_reorder(topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarray |
     Returns
     -------
     ReorderedSlots
-        reorder_topk_ids: int32 [num_slots], the expert of each row, -1 behind the last one in use. src2dst: int32
-        [num_slots], the row of each slot, -1 for skipped slots. seg_indptr: int64 [num_experts + 1]; rows of expert e
-        are ``seg_indptr[e]`` up to ``seg_indptr[e + 1]``.
+        reorder_topk_ids: int32 [num_slots], the expert of each row, -1 for unused rows at the end. src2dst: int32
+        [num_slots], the row of each slot, -1 for skipped slots. seg_indptr: int64 [num_experts + 1]; expert e has the
+        rows from ``seg_indptr[e]`` up to ``seg_indptr[e + 1]``.
 
     Notes
     -----
@@ -272,7 +273,7 @@ def moe_reorder(topk_ids: np.ndarray, num_experts: int, expert_map: np.ndarray |
 
 
 def dtype_of_result(out_dtype: Any, dtype: np.dtype) -> Any:
-    """Return NumPy's dtype for a result, which is float32 where the result shall become bfloat16.
+    """Return the NumPy dtype of a result, which is float32 for bfloat16.
 
     >>> dtype_of_result(None, np.float16).__name__, dtype_of_result("bfloat16", np.float16)
     ('float16', 'float32')
@@ -288,7 +289,7 @@ def moe_unpermute(
     routed_scaling_factor: float = 1.0,
     out_dtype: Any = None,
 ) -> np.ndarray:
-    """Sum each token's rows, weighted.
+    """Sum the weighted rows of each token.
 
     Parameters
     ----------
@@ -297,12 +298,12 @@ def moe_unpermute(
     topk_weights
         float32 or float16 [num_tokens, top_k].
     inv_permuted_idx
-        int32 [num_tokens, top_k] or [num_tokens * top_k], the row of each slot; a slot whose index is outside
-        ``[0, num_rows)`` adds nothing.
+        int32 [num_tokens, top_k] or [num_tokens * top_k], the row of each slot. A slot whose index is outside ``[0,
+        num_rows)`` adds nothing.
     routed_scaling_factor
-        What sums are multiplied by.
+        Factor of the sums.
     out_dtype
-        Of the result, that of `permuted` unless given; NumPy has float32 for bfloat16.
+        Dtype of the result, by default that of `permuted`. NumPy lacks bfloat16 and returns float32 for it.
 
     Returns
     -------
@@ -334,9 +335,9 @@ def unpermute_backward(
     grad: np.ndarray,
     routed_scaling_factor: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gradients of `moe_unpermute` by its rows and by its weights, for one by its result.
+    """Return the gradients of a loss by the rows and the weights of `moe_unpermute`, given the gradient by its result.
 
-    Each row is that of one slot at most, as `moe_permute` makes them.
+    Each row must belong to at most one slot, as `moe_permute` makes them.
 
     >>> rows, weights, index = np.array([[10.0], [20.0]]), np.array([[0.5, 2.0]]), np.array([[1, 0]])
     >>> grad_rows, grad_weights = unpermute_backward(rows, weights, index, np.array([[3.0]]))
@@ -361,18 +362,18 @@ def moe_sum(
     routed_scaling_factor: float = 1.0,
     out_dtype: Any = None,
 ) -> np.ndarray:
-    """Sum each token's rows.
+    """Sum the rows of each token.
 
     Parameters
     ----------
     hidden_states
         float32 or float16 [num_tokens, top_k, hidden].
     topk_ids
-        int32 or int64 [num_tokens, top_k]: slots with an id below 0 add nothing.
+        int32 or int64 [num_tokens, top_k], the experts of the slots. A slot with an id below 0 adds nothing.
     routed_scaling_factor
-        What sums are multiplied by.
+        Factor of the sums.
     out_dtype
-        Of the result, that of `hidden_states` unless given; NumPy has float32 for bfloat16.
+        Dtype of the result, by default that of `hidden_states`. NumPy lacks bfloat16 and returns float32 for it.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Rows in slices of any lengths: where slices begin, and which block of which slice a GEMM block computes."""
+"""Schedule GEMM blocks over slices of rows: where each slice begins, and the slice of each block."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 
 
 class RaggedMetadata(NamedTuple):
-    """What a grouped GEMM over slices of rows reads, whatever its block size; see `make_ragged_metadata`."""
+    """The arrays that a grouped GEMM over slices of rows reads, for each block size; see `make_ragged_metadata`."""
 
     slice_sizes: Any
     slice_offsets: Any
@@ -17,9 +17,9 @@ class RaggedMetadata(NamedTuple):
 
 
 def max_blocks(num_slices: int, num_rows: int) -> int:
-    """Return the length of a block schedule: enough blocks of 16 for any slices of that many rows in all.
+    """Return the length of a block schedule, which is enough for any slices with `num_rows` rows in total.
 
-    Most blocks are there if every slice but one has a single row.
+    Blocks of 16 rows need the most entries, and they need the most where every slice except one has a single row.
 
     >>> max_blocks(4, 159), max_blocks(4, 3), max_blocks(4, 4), max_blocks(0, 0)
     (13, 3, 4, 0)
@@ -30,7 +30,7 @@ def max_blocks(num_slices: int, num_rows: int) -> int:
 
 
 def schedule_shift(num_slices: int, num_rows: int) -> int:
-    """Return how far a schedule shifts the number of a block: 16 bits where both numbers fit them, or 32.
+    """Return by how many bits a schedule shifts the block: 16 if block and slice both fit 16 bits, otherwise 32.
 
     >>> schedule_shift(256, 524_288), schedule_shift(256, 524_289), schedule_shift(65_537, 1)
     (16, 32, 32)
@@ -39,28 +39,28 @@ def schedule_shift(num_slices: int, num_rows: int) -> int:
 
 
 def make_ragged_metadata(slice_sizes: np.ndarray, num_rows: int) -> RaggedMetadata:
-    """Say where slices of rows begin, and which blocks they consist of, for blocks of 16, 32, 64 and 128 rows.
+    """Compute where each slice of rows begins, and a schedule of its blocks, for blocks of 16, 32, 64 and 128 rows.
 
     Parameters
     ----------
     slice_sizes
-        int32 or int64 [num_slices], the rows of each slice, the tokens of each expert for instance, which together fit
-        int32; less than 0 counts as 0.
+        int32 or int64 [num_slices]: the number of rows of each slice, for example the tokens of each expert. A negative
+        size counts as 0. The sum must fit int32.
     num_rows
-        Rows in all, or more. If there are more than this, the schedule ends early.
+        An upper bound of the sum of `slice_sizes`. If the sum is larger, the schedule lacks its last blocks.
 
     Returns
     -------
     RaggedMetadata
-        slice_sizes: int32 [num_slices]. slice_offsets: int32 [num_slices + 1], exclusive sums of them.
-        block_offsets: int32 [4, num_slices + 1], for each block size exclusive sums of ``ceil(size / block_size)``.
-        block_schedule: [4, max_blocks], for each block size the blocks of slice 0, of slice 1, ...: int32
-        ``block << 16 | slice``, block counting from 0 in every slice, and -1 past the last. With more than 65,536
-        slices or 524,288 rows it is int64 ``block << 32 | slice``.
+        slice_sizes: int32 [num_slices]. slice_offsets: int32 [num_slices + 1], exclusive sums of the sizes.
+        block_offsets: int32 [4, num_slices + 1], for each block size the exclusive sums of ``ceil(size / block_size)``.
+        block_schedule: [4, max_blocks], for each block size the blocks of slice 0, then those of slice 1, and so on. An
+        entry is ``block << 16 | slice`` in int32, where block counts from 0 in each slice; unused entries are -1. With
+        more than 65,536 slices or 524,288 rows an entry is ``block << 32 | slice`` in int64.
 
     Examples
     --------
-    Three slices of 20, 0 and 3 rows: two blocks of 16 for the first, one for the last:
+    Three slices have 20, 0 and 3 rows. In blocks of 16 rows the first slice has two blocks and the last has one:
 
     >>> ragged = make_ragged_metadata(np.array([20, 0, 3]), num_rows=30)
     >>> ragged.slice_offsets

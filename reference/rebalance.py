@@ -1,6 +1,6 @@
-"""Where experts should live: replicas for the busy ones, and ranks that all have the same to do.
+"""Choose where experts live: busy experts get replicas, so that all ranks have the same load.
 
-A replica takes an equal share of its expert's load. `deepseek.py` has the published algorithm, `refine.py` ours.
+The replicas of an expert share its load equally. `deepseek.py` is the published algorithm, and `refine.py` is ours.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from numba_moe.reference.refine import Machine, refine
 
 
 class RebalancedExperts(NamedTuple):
-    """What each slot holds, and the slots of each expert; see `rebalance_experts`."""
+    """The expert of each slot, and the slots of each expert; see `rebalance_experts`."""
 
     physical_to_logical_map: Any
     logical_to_all_physical_map: Any
@@ -19,7 +19,7 @@ class RebalancedExperts(NamedTuple):
 
 
 def even_sizes(total: int, num_parts: int) -> np.ndarray:
-    """Divide a number into parts as equal as can be, larger parts first.
+    """Divide a number into parts that differ by at most 1, larger parts first.
 
     >>> even_sizes(10, 4)
     array([3, 3, 2, 2])
@@ -30,7 +30,7 @@ def even_sizes(total: int, num_parts: int) -> np.ndarray:
 def slots_of_experts(physical_to_logical_map: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the slots of each expert [L, E, X], ascending and padded with -1, and their number [L, E].
 
-    X is P - E + 1: an expert has no more slots if every other has one.
+    X is P - E + 1, the most slots that an expert can have if every other expert has one.
 
     >>> slots_of_experts(np.array([[1, 0, 1]]), 2)
     (array([[[ 1, -1],
@@ -59,44 +59,46 @@ def rebalance_experts(
     active_ranks: np.ndarray | None = None,
     slots_per_rank: np.ndarray | None = None,
 ) -> RebalancedExperts:
-    """Choose the expert of every slot so that ranks have equal loads.
+    """Choose the expert of every slot so that the loads of the ranks are as equal as possible.
 
     Parameters
     ----------
     weight
-        Loads of experts, [L, E], or [steps, L, E] to balance each step.
+        Loads of experts, [L, E]; or [steps, L, E], which "refined" balances step by step.
     num_replicas
-        Slots of a layer, P.
+        Number of slots of a layer, P.
     num_groups
-        Groups of consecutive experts; a group stays on one node if nodes can have the same number of groups.
+        Number of groups of consecutive experts. A group stays on one node if the groups are a multiple of the nodes.
     num_nodes, num_gpus
-        Nodes, and ranks of all nodes together, R.
+        Number of nodes, and number of ranks on all nodes together, R.
     algorithm
         "deepseek" or "refined".
     max_moves
-        refined: most slots of a layer that may change from `current`.
+        "refined" only: the largest number of slots of a layer that may differ from `current`.
     current
-        refined: the expert of each slot now [L, P], -1 for none.
+        "refined" only: int [L, P], the current expert of each slot, -1 for none.
     active_ranks
-        refined: bool [R]; slots of other ranks hold -1.
+        "refined" only: bool [R], the ranks in use. The slots of other ranks get -1.
     slots_per_rank
-        refined: slots of each rank [R], as equal as can be by default.
+        "refined" only: int [R], the number of slots of each rank. By default they differ by at most 1.
 
     Returns
     -------
     RebalancedExperts
         physical_to_logical_map: int64 [L, P], the expert of each slot. logical_to_all_physical_map: int64 [L, E, X],
-        the slots of each expert, ascending, padded with -1, X = P - E + 1. logical_to_all_physical_map_num_valid:
-        int64 [L, E], their number.
+        the slots of each expert, ascending, padded with -1, where X is P - E + 1.
+        logical_to_all_physical_map_num_valid: int64 [L, E], the number of slots of each expert.
 
     Notes
     -----
-    Loads are float64 and summed in order of step, slot and expert, so results are the same everywhere. `deepseek` is
-    the algorithm of deepseek-ai/EPLB with ties defined (the lower expert, rank or group wins); steps are summed.
+    Loads are float64 and are summed in order of step, slot and expert, so every machine gets the same result.
+    "deepseek" is the algorithm of deepseek-ai/EPLB with defined ties: the lower expert, rank or group wins. It sums the
+    steps first.
 
     Examples
     --------
-    The spare slot goes to the first of the busiest experts, 0. The heaviest replica, that of expert 1, is placed first:
+    The spare slot goes to expert 0, the first of the busiest experts. The heaviest replica, of expert 1, is placed
+    first:
 
     >>> weight = np.array([[8.0, 8.0, 4.0]])
     >>> placed = rebalance_experts(weight, 4, num_groups=1, num_nodes=1, num_gpus=2)
@@ -109,7 +111,7 @@ def rebalance_experts(
     >>> rank_loads(weight, placed.physical_to_logical_map, num_gpus=2)
     array([[12.,  8.]])
 
-    Rank 0 has less to do if the slot goes to expert 2:
+    The loads are equal if the spare slot goes to expert 2:
 
     >>> placed = rebalance_experts(weight, 4, 1, 1, 2, algorithm="refined")
     >>> placed.physical_to_logical_map, rank_loads(weight, placed.physical_to_logical_map, 2)
@@ -141,18 +143,18 @@ def rebalance_experts(
 def rank_loads(
     weight: np.ndarray, physical_to_logical_map: np.ndarray, num_gpus: int, *, slots_per_rank: np.ndarray | None = None
 ) -> np.ndarray:
-    """Sum the load of each rank.
+    """Sum the loads of the slots of each rank.
 
     Parameters
     ----------
     weight
         Loads of experts, [L, E] or [steps, L, E].
     physical_to_logical_map
-        The expert of each slot [L, P], -1 for none.
+        int [L, P], the expert of each slot, -1 for none.
     num_gpus
-        Ranks, R.
+        Number of ranks, R.
     slots_per_rank
-        Slots of each rank [R], as equal as can be by default.
+        int [R], the number of slots of each rank. By default they differ by at most 1.
 
     Returns
     -------
@@ -161,7 +163,8 @@ def rank_loads(
 
     Notes
     -----
-    Slots of an expert share its load equally and add up in slot order. An expert without a slot adds nothing.
+    The slots of an expert share its load equally, and loads are summed in slot order. An expert without a slot adds
+    nothing.
 
     Examples
     --------
@@ -183,23 +186,23 @@ def rank_loads(
 def balancedness(
     weight: np.ndarray, physical_to_logical_map: np.ndarray, num_gpus: int, *, slots_per_rank: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the mean load of the ranks of each layer over that of its busiest rank.
+    """Return, for each layer, the mean load of the ranks divided by the load of the busiest rank.
 
     Parameters
     ----------
     weight
         Loads of experts, [L, E] or [steps, L, E].
     physical_to_logical_map
-        The expert of each slot [L, P], -1 for none.
+        int [L, P], the expert of each slot, -1 for none.
     num_gpus
-        Ranks, R.
+        Number of ranks, R.
     slots_per_rank
-        Slots of each rank [R], as equal as can be by default.
+        int [R], the number of slots of each rank. By default they differ by at most 1.
 
     Returns
     -------
     np.ndarray
-        float64 [L] or [steps, L]: ``(mean + 1e-5) / (max + 1e-5)``, 1 for perfect balance.
+        float64 [L] or [steps, L]: ``(mean + 1e-5) / (max + 1e-5)``, which is 1 for perfect balance.
 
     Notes
     -----

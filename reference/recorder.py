@@ -1,4 +1,4 @@
-"""Which experts were chosen: counts, what they say about experts and ranks, and which experts are chosen together."""
+"""Statistics of chosen experts: counts, loads of experts and ranks, and experts that tokens choose together."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ import numpy as np
 def add_expert_counts(
     topk_ids: np.ndarray, *, counts: np.ndarray, enabled: Any = None, num_tokens: Any = None, first_row: int = 0
 ) -> np.ndarray:
-    """Add the slots of each expert to its counter.
+    """Add the number of slots of each expert to the expert's counter.
 
     Parameters
     ----------
     topk_ids
-        Experts of slots, [num_slots] or [num_tokens, top_k].
+        int [num_slots] or [num_tokens, top_k], the expert of each slot.
     counts
-        int64 [num_experts], written; ids outside ``[0, num_experts)`` are not counted.
+        int64 [num_experts], written. Ids outside ``[0, num_experts)`` are not counted.
     enabled
-        [1]; nothing is counted if it holds 0.
+        int32 [1]: nothing is counted if it holds 0.
     num_tokens
-        [1]; rows from there on are padding.
+        [1]: the number of real tokens of the pass. Later rows are padding.
     first_row
-        The first row of `topk_ids` is this one of the tokens that `num_tokens` counts.
+        Number of the first row of `topk_ids` in the pass whose tokens `num_tokens` counts.
 
     Returns
     -------
@@ -40,23 +40,23 @@ def add_expert_counts(
 
 
 def held(exact: np.ndarray, rounded: np.ndarray) -> np.ndarray:
-    """Return int64 sums of counts, given the same in float64, by which sums that int64 does not hold are found."""
+    """Return int64 sums; raise if one overflowed, which the same sums in float64 (`rounded`) show."""
     if (past := (rounded >= 2.0**63) | ((rounded > 0) & (exact < 0))).any():
         raise ValueError(f"`physical_count` must be small enough for sums to fit int64, got {rounded[past].max():.3g}")
     return exact
 
 
 def logical_counts(physical_count: np.ndarray, physical_to_logical_map: np.ndarray, num_experts: int) -> np.ndarray:
-    """Sum the counts of the slots that hold an expert.
+    """Sum, for each expert, the counts of the slots that hold it.
 
     Parameters
     ----------
     physical_count
         Counts of slots, [L, P] or [steps, L, P].
     physical_to_logical_map
-        The expert of each slot [L, P], -1 for none, whose counts are left out.
+        [L, P], the expert of each slot. The counts of a slot with -1 are left out.
     num_experts
-        E.
+        Number of experts, E.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def logical_counts(physical_count: np.ndarray, physical_to_logical_map: np.ndarr
     Raises
     ------
     ValueError
-        A sum that int64 does not hold.
+        A sum that does not fit int64.
 
     Examples
     --------
@@ -85,19 +85,19 @@ def logical_counts(physical_count: np.ndarray, physical_to_logical_map: np.ndarr
 
 
 def utilization(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
-    """Return the mean count of ranks over that of the busiest rank.
+    """Return the mean count of the ranks divided by the count of the busiest rank.
 
     Parameters
     ----------
     physical_count
         Counts of slots, [L, P] or [steps, L, P].
     num_gpus
-        Ranks, each of P / num_gpus consecutive slots.
+        Number of ranks. Each has P / num_gpus consecutive slots.
 
     Returns
     -------
     np.ndarray
-        float64 [L] or [steps, L]: ``(mean + 1e-5) / (max + 1e-5)``, 1 for perfect balance and for no tokens.
+        float64 [L] or [steps, L]: ``(mean + 1e-5) / (max + 1e-5)``, which is 1 for perfect balance and for no tokens.
 
     Examples
     --------
@@ -109,7 +109,7 @@ def utilization(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
 
 
 def expert_entropy(counts: np.ndarray) -> np.ndarray:
-    """Return the entropy of the choice of an expert, over that of an even choice.
+    """Return the entropy of the choice of an expert, divided by the entropy of an even choice.
 
     Parameters
     ----------
@@ -119,7 +119,8 @@ def expert_entropy(counts: np.ndarray) -> np.ndarray:
     Returns
     -------
     np.ndarray
-        float64 [...]: 1 where all experts are equal, 0 where one has everything, or there is nothing or one expert.
+        float64 [...]: 1 if all experts have equal counts, 0 if one expert has all counts, if all counts are 0, or if E
+        is 1.
 
     Examples
     --------
@@ -137,9 +138,10 @@ def coactivation(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
     Parameters
     ----------
     topk_ids
-        Experts of tokens, [num_tokens, top_k], distinct in a row; ids outside ``[0, num_experts)`` are skipped.
+        int [num_tokens, top_k], the experts of each token, distinct in a row. Ids outside ``[0, num_experts)`` are
+        skipped.
     num_experts
-        E.
+        Number of experts, E.
 
     Returns
     -------
@@ -161,14 +163,14 @@ def coactivation(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def traffic_matrix(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
-    """Count the tokens' choices that go from each rank to each.
+    """Count the slots that go from each rank to each rank.
 
     Parameters
     ----------
     physical_count
-        What the tokens of each rank chose, [sources, L, P].
+        [sources, L, P], the counts of slots that the tokens of each source rank chose.
     num_gpus
-        Ranks, each of P / num_gpus consecutive slots.
+        Number of ranks. Each has P / num_gpus consecutive slots.
 
     Returns
     -------
@@ -178,7 +180,7 @@ def traffic_matrix(physical_count: np.ndarray, num_gpus: int) -> np.ndarray:
     Raises
     ------
     ValueError
-        A sum that int64 does not hold.
+        A sum that does not fit int64.
 
     Examples
     --------

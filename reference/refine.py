@@ -1,10 +1,11 @@
 """The `refined` algorithm of `rebalance_experts`, for one layer.
 
-Start from the best of a few placements. Then look at the busiest rank: swap one of its experts with one of another
-rank, or give a slot whose expert has another one to a different expert, whichever leaves the least to the busiest
-rank. Go on until that is as low as the mean, or until no such change helps.
+1. Start from the best of a few placements.
+2. Find the busiest rank. A change swaps one of its experts with an expert of another rank, or gives a slot to another
+   expert if the slot's own expert has more slots. Make the change that leaves the lowest load of the busiest rank.
+3. Repeat step 2 until that load is close to the mean, or until no change helps.
 
-With several steps, what is lowered is the sum over steps of the load of the step's busiest rank.
+With several steps of loads, the algorithm lowers the sum over steps of the load of the step's busiest rank.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numba_moe.reference.deepseek import deepseek, heaviest_first, replicate
 
-GAIN = 1e-6  # a change that lowers the load by less than this part of it does not count
-CLOSE = 1e-3  # a busiest rank this close to the mean is good enough
-CHANGES_PER_SLOT = 4  # an end in any case
+GAIN = 1e-6  # a change must lower the load by more than this part of it
+CLOSE = 1e-3  # a busiest rank whose load exceeds the mean by this part is good enough
+CHANGES_PER_SLOT = 4  # a bound of the number of changes
 
 
 class Machine(NamedTuple):
-    """Where slots are, and which experts belong together."""
+    """The rank of each slot, the node of each rank, the ranks in use, and the group of each expert."""
 
     rank_of_slot: np.ndarray
     node_of_rank: np.ndarray
@@ -28,13 +29,13 @@ class Machine(NamedTuple):
 
     @property
     def regular(self) -> bool:
-        """Whether `deepseek` applies: everything divides, and all ranks are active."""
+        """Whether `deepseek` applies: ranks, nodes and groups have equal sizes, and all ranks are active."""
         sizes = (self.rank_of_slot, self.node_of_rank, self.group_of_expert)
         return self.active.all() and all(len(set(np.bincount(part).tolist())) == 1 for part in sizes)
 
 
 class Layer(NamedTuple):
-    """The loads of one layer, and which ranks may hold which experts: those of the same domain."""
+    """The loads of one layer, and the domains: a rank may hold only experts of its own domain."""
 
     weight: np.ndarray  # [S, E]
     machine: Machine
@@ -43,11 +44,11 @@ class Layer(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a change leads to, each summed over steps; the less the better, in this order."""
+    """The loads after a change, each summed over steps; lower is better, and the first field counts most."""
 
     busiest: float
-    busiest_concerned: float  # the busiest of the ranks that the change concerns
-    before: float  # the busiest of them before the change
+    busiest_concerned: float  # load of the busiest rank among those that the change concerns
+    before: float  # the same before the change
 
 
 def count_replicas(place: np.ndarray, num_experts: int) -> np.ndarray:
@@ -62,12 +63,12 @@ def loads_of(place: np.ndarray, weight: np.ndarray, machine: Machine) -> np.ndar
 
 
 def busiest(load: np.ndarray) -> float:
-    """Sum over steps, in order, the load of the busiest rank."""
+    """Sum the load of the busiest rank over the steps, in order."""
     return np.cumsum(load.max(axis=1))[-1]
 
 
 def outcome(layer: Layer, before: np.ndarray, place: np.ndarray, hot: int | None = None) -> Outcome:
-    """Compare a placement with the loads before; concerned are the rank `hot` and those whose load differs."""
+    """Compare a placement with the loads before it; the change concerns `hot` and all ranks whose load differs."""
     after = loads_of(place, layer.weight, layer.machine)
     concerned = after != before
     if hot is not None:
@@ -76,9 +77,9 @@ def outcome(layer: Layer, before: np.ndarray, place: np.ndarray, hot: int | None
 
 
 def groups_to_nodes(weight: np.ndarray, machine: Machine) -> np.ndarray | None:
-    """Return the node of each group: heaviest first, each to the node with the least load per active rank.
+    """Return the node of each group: heaviest first, each group to the node with the least load per active rank.
 
-    All nodes get the same number of groups; None if a node without active ranks would need some.
+    All nodes get the same number of groups. Return None if a node without active ranks would need a group.
     """
     num_nodes, num_groups = machine.node_of_rank.max() + 1, machine.group_of_expert.max() + 1
     ranks = np.bincount(machine.node_of_rank[machine.active], minlength=num_nodes)
@@ -107,7 +108,7 @@ def home_nodes(place: np.ndarray, machine: Machine) -> np.ndarray | None:
 
 
 def domains(node_of_group: np.ndarray | None, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
-    """Return the domain of each rank and expert: its node, or all the same if the groups do not fit onto nodes."""
+    """Return the domain of each rank and expert: its node, or one common domain if the groups do not fit onto nodes."""
     num_experts, num_nodes = len(machine.group_of_expert), machine.node_of_rank.max() + 1
     domain_of_expert, node_of_rank = np.zeros(num_experts, int), np.zeros_like(machine.node_of_rank)
     if node_of_group is not None:
@@ -120,9 +121,9 @@ def domains(node_of_group: np.ndarray | None, machine: Machine) -> tuple[np.ndar
 
 
 def spread(layer: Layer) -> np.ndarray:
-    """Replicate as `deepseek` does in each domain, but no expert more often than there are ranks, if that is possible.
+    """Replicate in each domain as `deepseek` does, but if possible no expert more often than the domain has ranks.
 
-    Then place the replicas, heaviest first, each on the lightest rank with room that lacks the expert.
+    Then place the replicas, heaviest first, each on the lightest rank that has room and lacks the expert.
     """
     weight, machine = np.cumsum(layer.weight, axis=0)[-1], layer.machine
     num_ranks, num_experts = len(machine.active), len(weight)
@@ -150,14 +151,14 @@ def spread(layer: Layer) -> np.ndarray:
 
 
 def may_hold(layer: Layer, place: np.ndarray, slot: int, expert: int) -> bool:
-    """Whether the slot's rank is of the expert's domain and lacks the expert."""
+    """Return whether the slot's rank is in the expert's domain and lacks the expert."""
     rank = layer.machine.rank_of_slot[slot]
     same_domain = layer.domain_of_rank[rank] == layer.domain_of_expert[expert]
     return bool(same_domain and expert not in place[layer.machine.rank_of_slot == rank])
 
 
 def may_lose(place: np.ndarray, slot: int) -> bool:
-    """Whether the slot is empty or its expert has another."""
+    """Return whether the slot is empty, or its expert has another slot."""
     return place[slot] < 0 or np.count_nonzero(place == place[slot]) > 1
 
 
@@ -168,7 +169,7 @@ def changed(place: np.ndarray, slot: int, expert: int) -> np.ndarray:
 
 
 def fill(layer: Layer, place: np.ndarray, slots: Iterable[int], experts: Iterable[int]) -> np.ndarray:
-    """Give one of the slots to one of the experts, whichever leaves the least load; nothing if none may be given."""
+    """Give one of the slots to one of the experts so that the load is lowest; change nothing if that is not allowed."""
     before = loads_of(place, layer.weight, layer.machine)
     options = [
         changed(place, slot, expert)
@@ -196,7 +197,7 @@ def complete(layer: Layer, place: np.ndarray) -> np.ndarray:
 
 
 def separate(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int) -> np.ndarray:
-    """Give every slot whose expert is in an earlier slot of its rank to an expert that the rank lacks."""
+    """Where a rank holds an expert twice, give the later slot to an expert that the rank lacks."""
     rank_of_slot = layer.machine.rank_of_slot
     for slot in range(len(place)):
         again = place[slot] >= 0 and place[slot] in place[:slot][rank_of_slot[:slot] == rank_of_slot[slot]]
@@ -206,7 +207,7 @@ def separate(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed:
 
 
 def changes(layer: Layer, place: np.ndarray, hot: int) -> Iterator[np.ndarray]:
-    """Yield what a rank can do about its load: swaps with other ranks, then single slots with another expert."""
+    """Yield changes that can lower the load of a rank: swaps with other ranks, then one slot with another expert."""
     rank_of_slot, num_slots = layer.machine.rank_of_slot, len(place)
     domain = layer.domain_of_rank[hot]
     same_domain = layer.domain_of_rank[rank_of_slot] == domain
@@ -223,17 +224,17 @@ def changes(layer: Layer, place: np.ndarray, hot: int) -> Iterator[np.ndarray]:
 
 
 def good_enough(layer: Layer, load: np.ndarray) -> float:
-    """Return a load of busiest ranks that is as good as any: just above the mean of the busiest domain."""
+    """Return a load of the busiest rank that needs no improvement: just above the mean of the busiest domain."""
     ranks_of = [np.flatnonzero(layer.domain_of_rank == domain) for domain in np.unique(layer.domain_of_expert)]
     means = np.stack([np.cumsum(load[:, ranks], axis=1)[:, -1] / len(ranks) for ranks in ranks_of], axis=1)
     return busiest(means) * (1 + CLOSE)
 
 
 def improve(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int, goal: float) -> np.ndarray | None:
-    """Return the placement after the best change that takes load off the busiest rank, None if there is none.
+    """Return the placement after the best change that takes load off a busiest rank, None if there is none.
 
-    With several steps a rank is as hot as the steps in which it is the busiest make it, and the first one that can be
-    helped is.
+    With several steps several ranks can be the busiest. The heat of a rank is the sum of its loads in the steps in
+    which it is the busiest, and the hottest rank that a change can help is served.
     """
     load = loads_of(place, layer.weight, layer.machine)
     now = busiest(load)
@@ -255,7 +256,7 @@ def improve(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: 
 
 
 def descend(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int, goal: float) -> np.ndarray:
-    """Make changes for as long as they help and are needed."""
+    """Make changes as long as they are needed and help."""
     for _ in range(CHANGES_PER_SLOT * len(place)):
         better = improve(layer, place, current, most_changed, goal)
         if better is None:
@@ -265,7 +266,7 @@ def descend(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: 
 
 
 def arrange(place: np.ndarray, current: np.ndarray, machine: Machine) -> np.ndarray:
-    """Reorder the slots of each rank so that an expert that the rank holds already keeps its slot."""
+    """Reorder the slots of each rank so that an expert that the rank already holds keeps its slot."""
     place = place.copy()
     for slot, rank in enumerate(machine.rank_of_slot):
         for other in np.flatnonzero((machine.rank_of_slot == rank) & (place == current[slot]) & (place != current)):
@@ -277,10 +278,10 @@ def arrange(place: np.ndarray, current: np.ndarray, machine: Machine) -> np.ndar
 def refine(weight: np.ndarray, machine: Machine, current: np.ndarray | None, max_moves: int | None) -> np.ndarray:
     """Return the expert of each slot of one layer.
 
-    Starts are the current placement, that of `deepseek` and that of `spread`; with `max_moves` the current one alone.
-    Every start is first rid of experts that a rank holds twice. That can cost balance, and the goal is not to be worse
-    than the current placement and that of `deepseek` as they were. If it is not reached from the best start, the others
-    are tried, and in the end those placements themselves are taken.
+    The search starts from the current placement, from `deepseek` and from `spread`; with `max_moves` from the current
+    one only. First every start loses its experts that a rank holds twice. This can cost balance, but the result must
+    not be worse than the unchanged current placement and `deepseek`. If the best start does not reach this goal, the
+    search tries the other starts. Those two unchanged placements take part in the final choice.
     """
     num_slots = len(machine.rank_of_slot)
     now = np.full(num_slots, -1) if current is None else np.where(machine.active[machine.rank_of_slot], current, -1)

@@ -1,4 +1,4 @@
-"""Gating and alignment together: what a layer needs before its experts can run."""
+"""Gating and alignment in one call: a layer needs both before its experts can run."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from numba_moe.reference.selection import select_experts
 
 
 class RoutedTokens(NamedTuple):
-    """The chosen experts of each token, and the slots grouped by them."""
+    """The chosen experts of each token, and the slots grouped by expert."""
 
     topk: TopK
     blocks: AlignedBlocks
@@ -48,8 +48,9 @@ def route(
 ) -> RoutedTokens:
     """Choose the experts of each token, and group the slots by expert.
 
-    Parameters are those of `select_experts` and of `moe_align_block_size`, which makes `blocks` of the ids; slots are
-    sorted by as many experts as there are beside zero experts, shared ones included, or by `num_physical_experts`.
+    The parameters are those of `select_experts`, which chooses, and of `moe_align_block_size`, which groups the chosen
+    slots. The slots are grouped by `num_physical_experts` if that is given, and otherwise by all real and shared
+    experts.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Gating with everything around it: other logits, other ids, padding, counts; and the weights of given experts."""
+"""Gating with all options: capped logits, mapped ids, padding, counts; and the weights of given experts."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numba_moe.reference.gating import SCORING, TopK, choose_in_groups, chosen_s
 
 
 def adjust(gating_output: np.ndarray, softcap: float = 0.0, logit_bias: np.ndarray | None = None) -> np.ndarray:
-    """Return ``softcap * tanh(x / softcap) + bias`` in float32; logits that are not finite are not capped.
+    """Return ``softcap * tanh(x / softcap) + bias`` in float32. Logits that are not finite are not capped.
 
     >>> adjust(np.array([[0.0, 40.0, -np.inf]]), softcap=30.0, logit_bias=np.array([0.5, 0.0, 0.0]))
     array([[ 0.5    , 26.10185,     -inf]], dtype=float32)
@@ -45,44 +45,46 @@ def select_experts(
     counts_enabled: np.ndarray | None = None,
     indices_dtype: Any = "int32",
 ) -> TopK:
-    """Choose the experts of each token, with every option of every kind of gating by its name.
+    """Choose the experts of each token; one function has the options of all kinds of gating.
 
-    Parameters up to `routed_scaling_factor`, and result, are those of `grouped_topk`; one group, unless told otherwise,
-    is as good as none.
+    The parameters up to `routed_scaling_factor` and the result are those of `grouped_topk`. The default is one group,
+    so all experts compete.
 
     Parameters
     ----------
     softcap
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
+        Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     bias_mode
-        "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
-        is in the weights.
+        "choice": the correction bias changes which experts are chosen, not their weights. "logits": it is added to the
+        logits after the cap, so it changes the weights too.
     num_fused_shared_experts
-        So many slots more for each token, of experts num_real, num_real + 1, ..., where num_real is what there is
-        besides zero experts. They weigh the sum of the token's scores, or 1 if renormalised.
+        Number of shared-expert slots appended to each token. Their ids are num_real, num_real + 1, ..., where num_real
+        is ``num_experts - num_zero_experts``. Each has the sum of the token's chosen scores as its weight, or 1 with
+        `renormalize`.
     apply_routed_scaling_factor_on_output
-        Multiply weights by the factor; otherwise whoever uses them multiplies by it what comes of them, so shared
-        experts weigh their part divided by it.
+        Multiply the weights by `routed_scaling_factor`. Otherwise the caller scales the layer's output by it, and the
+        weights of shared experts are divided by it here.
     num_zero_experts
-        So many of the last experts give a token back as it is: their slots get `zero_expert_id` and weight 0.
+        Number of zero experts, the last ones. A zero expert returns a token unchanged. Its slots get the id
+        `zero_expert_id` and weight 0.
     zero_expert_id
-        What stands for them.
+        Id written for a zero expert.
     identity_weights
-        float32 [num_tokens], written: what the zero experts of each token weigh.
+        float32 [num_tokens], written: the sum of the weights of each token's zero experts.
     num_token_non_padded
-        An integer [1] or []: tokens from there on are padding.
+        An integer [1] or []: the number of real tokens. The tokens after them are padding.
     is_padding
-        bool [num_tokens]. Tokens of padding have ids -1 and weights 0.
+        bool [num_tokens], True for padding. Padding gets ids of -1 and weights of 0.
     dispatch
-        A `DispatchTables`: what `dispatch_ids` makes of the ids is returned, -1 for what `indices_dtype` cannot hold.
-        Zero experts have no place.
+        A `DispatchTables`: the ids are mapped by `dispatch_ids`. A physical id that `indices_dtype` cannot hold becomes
+        -1. Zero experts are not mapped.
     counts
-        int32 or int64 [any], written: 1 is added for each slot at the id that is returned, if it is one of `counts`.
-        Padding and zero experts are not counted. In counts [rows, any], token t adds to row t % rows.
+        int32 or int64 [any] or [rows, any], written: 1 is added to the counter of each slot's returned id, if that id
+        has a counter. Padding and zero experts are not counted. Token t adds to row ``t % rows``.
     counts_enabled
-        int32 [1]: if 0, nothing is counted.
+        int32 [1]: nothing is counted if it holds 0.
     indices_dtype
-        "int32", "int64" or "int16": of the ids.
+        Dtype of the ids: "int32", "int64" or "int16".
 
     Examples
     --------
@@ -136,7 +138,7 @@ def weigh_experts(
     counts_enabled: np.ndarray | None = None,
     indices_dtype: Any = "int32",
 ) -> TopK:
-    """Weigh experts that are chosen already: recorded ones, or those that a table has for a token's id.
+    """Weigh experts that were chosen before: recorded ones, or those that a table lists for each token id.
 
     The parameters not listed here, and the result, are those of `select_experts`.
 
@@ -145,16 +147,17 @@ def weigh_experts(
     gating_output
         float32 or float16 [num_tokens, num_experts], the router's logits.
     topk_ids
-        int16, int32 or int64 [num_tokens, top_k], the experts; ids outside ``[0, num_experts)`` become -1 and weigh 0.
+        int16, int32 or int64 [num_tokens, top_k], the experts. Ids outside ``[0, num_experts)`` become -1 with weight
+        0.
     input_ids
-        int32 or int64 [num_tokens]: `topk_ids` is a table then, of which each token takes this row; a token whose row
-        is not there has no experts.
+        int32 or int64 [num_tokens]: the row of `topk_ids` that each token takes. `topk_ids` is then a table of any
+        length. A token whose row is outside the table has no experts.
     logit_bias
         float32 [num_experts], added to the logits.
 
     Examples
     --------
-    Experts by the token's id, as DeepSeek-V4 chooses them in its first layers:
+    The first layers of DeepSeek-V4 choose experts by the token's id:
 
     >>> table = np.array([[0, 1], [2, 0], [1, 2]])
     >>> logits = np.log(np.array([[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]]))
@@ -197,7 +200,7 @@ def send(
     counts_enabled: np.ndarray | None,
     indices_dtype: Any,
 ) -> TopK:
-    """Return the weights of chosen experts, and the ids under which they are known where tokens are sent."""
+    """Return the weights of the chosen experts, and their ids after every option that changes ids."""
     topk_ids = topk_ids.astype(np.int64)
     num_tokens = len(topk_ids)
     num_real = scores.shape[1] - num_not_real

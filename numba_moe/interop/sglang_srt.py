@@ -417,7 +417,7 @@ def deepep_run_moe_deep_preprocess(
     topk_ids : tensor of int32 or int64, shape [num_tokens, top_k]
         Experts of this rank, -1 for none.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
 
     Returns
     -------

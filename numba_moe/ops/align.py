@@ -1,6 +1,6 @@
-"""Slots grouped by expert and padded to whole GEMM blocks.
+"""Group slots by expert and pad each group to whole GEMM blocks: `moe_align_block_size`.
 
-The counting sort of `numba_moe.ops.sort` with rows padded to the block size.
+The work is the counting sort of `numba_moe.ops.sort`, with each expert's rows padded to a multiple of the block size.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ INT32 = (torch.int32,)
 
 
 class AlignSizes(NamedTuple):
-    """Elements of the int32 arrays that `moe_align_block_size` writes; see `align_sizes`."""
+    """Lengths of the int32 arrays that `moe_align_block_size` writes; see `align_sizes`."""
 
     sorted_token_ids: int
     expert_ids: int
@@ -29,35 +29,35 @@ class AlignSizes(NamedTuple):
 
 
 def align_sizes(num_slots: int, block_size: int, num_experts: int, pad_sorted_ids: bool = False) -> AlignSizes:
-    """Return how large the arrays must be that are given to `moe_align_block_size`, so that it allocates nothing.
+    """Return the lengths of the arrays with which `moe_align_block_size` allocates nothing.
 
     Parameters
     ----------
     num_slots : int
-        Elements of `topk_ids`, at most.
+        The largest number of elements that `topk_ids` will have.
     block_size : int
         Rows of one GEMM block.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     pad_sorted_ids : bool
         Round the length of `sorted_token_ids` up to a multiple of the block size.
 
     Returns
     -------
     AlignSizes
-        sorted_token_ids : int, the length of ``out[0]``, or less. expert_ids : int, the length of ``out[1]`` for such a
-        ``out[0]``. workspace : int, the length of `workspace`, or less.
+        sorted_token_ids : int, the least length of ``out[0]``. expert_ids : int, the length of ``out[1]`` that belongs
+        to this length of ``out[0]``. workspace : int, the least length of `workspace`.
 
     Raises
     ------
     TypeError
-        Not an integer.
+        A value that is not an integer.
     ValueError
-        A negative number of slots, or no block size or experts.
+        `num_slots` below 0, or `block_size` or `num_experts` below 1.
 
     Notes
     -----
-    What suffices for so many slots suffices for fewer.
+    Arrays that are large enough for a number of slots are large enough for fewer slots.
 
     Examples
     --------
@@ -93,53 +93,54 @@ def moe_align_block_size(
     Parameters
     ----------
     topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
-        Contiguous. Ids outside ``[0, num_experts)``, -1 for instance, are skipped.
+        Contiguous. Ids outside ``[0, num_experts)``, such as -1, are skipped.
     block_size : int
         Rows of one GEMM block.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map : array of int32 or int64, shape [num_experts], optional
-        This rank's id of each expert; -1, any other number below 0, or one past int32 for an expert of another rank.
+        This rank's id of each expert. An expert of another rank has -1, any other number below 0, or a number above
+        int32.
     pad_sorted_ids : bool
         Round the length of `sorted_token_ids` up to a multiple of the block size.
     ignore_invalid_experts : bool
-        With a map: leave out the slots of other ranks' experts and group by this rank's ids. Otherwise all slots
-        are grouped by their own id, and `expert_ids` names the blocks by the map (-1 for other ranks' blocks).
+        With a map: skip the slots of other ranks' experts and group by this rank's ids. Otherwise all slots are grouped
+        by their own id, and the map gives the values of `expert_ids` (-1 for blocks of other ranks).
     inactive_expert_id : int
-        What `expert_ids` holds past the last block in use.
+        Value of `expert_ids` after the last block in use.
     out : tuple of three arrays of int32, optional
-        Memory for the result, written whole: `sorted_token_ids` of the length below or more, `expert_ids` with one
-        entry for each block of it, `num_tokens_post_padded` of length 1.
-    inv_sorted_idx : array of int32, shape that of `topk_ids`, optional
+        Memory for the result; all of it is written. `sorted_token_ids` has at least the length below, `expert_ids` has
+        one entry for each of its blocks, and `num_tokens_post_padded` has length 1.
+    inv_sorted_idx : array of int32, shape of `topk_ids`, optional
         Written: the position of each slot in `sorted_token_ids`, -1 for a skipped slot.
     counts : array of int32, shape [num_experts], optional
-        Written: the slots of each group.
+        Written: the number of slots in each group.
     workspace : array of int32, shape [`align_sizes`.workspace] or more, optional
-        Scratch memory that begins at a multiple of 16 bytes; it holds nothing between calls. Without it scratch is
-        allocated where it is needed.
+        Scratch memory, aligned to 16 bytes. It holds nothing between calls. Without it the op allocates the scratch
+        that it needs.
 
     Returns
     -------
     AlignedBlocks
-        sorted_token_ids : int32 [num_slots + num_experts * (block_size - 1)], or num_slots * block_size if there
-        are fewer slots than experts and that is less; the slots of each expert in ascending order, padded with
-        num_slots. expert_ids : int32, the expert of each block. num_tokens_post_padded : int32 [1], the positions
-        in use, a multiple of the block size.
+        sorted_token_ids : int32 [max_sorted_slots], the slots of each expert in ascending order, padded with num_slots.
+        max_sorted_slots is ``num_slots + num_experts * (block_size - 1)``, and with fewer slots than experts at most
+        ``num_slots * block_size``. expert_ids : int32 [ceil(max_sorted_slots / block_size)], the expert of each block.
+        num_tokens_post_padded : int32 [1], the number of positions in use, a multiple of the block size.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, block_size below 1, positions past int32, given arrays that are
-        too small or share memory with each other or an input.
+        A wrong shape or layout, mixed devices, `block_size` below 1, more positions than int32 can index, or a given
+        array that is too small or shares memory with another array.
 
     Notes
     -----
-    The order is stable and the same at every run. Runs on the caller's current stream without synchronising and
-    captures into CUDA graphs. Allocates the results and scratch, or nothing if given `out` and `workspace`. To ask
-    for `inv_sorted_idx` or `counts` takes no further launch.
-    The signature is that of vLLM's function of this name (release 0.21), but for what is by keyword alone.
+    The order is stable, so every run gives the same bits. The op runs on the caller's current stream without
+    synchronising, and CUDA graphs can capture it. It allocates the results and scratch, or nothing with `out` and
+    `workspace`. `inv_sorted_idx` and `counts` take no further launch. The signature is that of vLLM's function of this
+    name (release 0.21), except for the keyword-only parameters.
 
     Examples
     --------
@@ -188,12 +189,12 @@ def _check_order(expert_map: Any) -> None:
 
 
 def _maps(given: Any) -> tuple[Any, Any]:
-    """Return the map that slots go by, and the one that blocks are named by."""
+    """Return the map that decides where slots go, and the map that gives the values of `expert_ids`."""
     return (given.expert_map, None) if given.ignore_invalid_experts else (None, given.expert_map)
 
 
 def _check_out(given: Any, num_positions: int) -> tuple[int, bool]:
-    """Check the arrays for a result; return the positions that the first has, and whether it is aligned."""
+    """Check the arrays of `out`; return the length of the first and whether it is aligned."""
     checks.tuple_of("out", given.out, len(AlignedBlocks._fields))
     names = [f"out.{name}" for name in AlignedBlocks._fields]
     parts = given.out.values
@@ -207,7 +208,7 @@ def _check_out(given: Any, num_positions: int) -> tuple[int, bool]:
 
 
 def _check_written(given: Any) -> None:
-    """Check the other arrays to be written."""
+    """Check the other arrays that are written."""
     like = ("topk_ids", given.topk_ids)
     if given.inv_sorted_idx is not None:
         checks.array("inv_sorted_idx", given.inv_sorted_idx, INT32, (1, 2), like=like)

@@ -1,8 +1,8 @@
-"""Slots grouped by LoRA adapter and expert, each adapter's padded to whole GEMM blocks by themselves.
+"""Group slots by LoRA adapter and expert, padded to GEMM blocks for each adapter: `moe_lora_align_block_size`.
 
-1. `pair_slots` makes one number of the adapter and the expert of each slot: a virtual expert.
-2. The sort of `numba_moe.ops.sort` groups the slots by virtual expert, so those of an adapter lie together.
-3. `spread_adapters` copies those of each adapter to a row of their own, and pads the row.
+1. `pair_slots` combines the adapter and the expert of each slot into one number, a virtual expert.
+2. The sort of `numba_moe.ops.sort` groups the slots by virtual expert, so the slots of an adapter lie together.
+3. `spread_adapters` copies the slots of each adapter to a row of the result, and pads the row.
 """
 
 from typing import Any, NamedTuple
@@ -27,14 +27,14 @@ THREADS = 256
 
 
 class Adapters(NamedTuple):
-    """The adapter of each token, and which of them are in use."""
+    """The adapter of each token, and which adapters are in use."""
 
     token_lora_mapping: Ids  # [num_slots / top_k]
-    adapter_enabled: OptionalInt32Array  # [max_loras]; 0 for one whose tokens are skipped
-    lora_ids: OptionalInt32Array  # [num_lora_ids]; tokens of adapters that are not there are skipped
+    adapter_enabled: OptionalInt32Array  # [max_loras]; 0 for an adapter whose tokens are skipped
+    lora_ids: OptionalInt32Array  # [num_lora_ids]; tokens of adapters outside this list are skipped
     top_k: Int32
     max_loras: Int32
-    num_lora_ids: Int32  # -1 without lora_ids, since an array of no elements has no address either
+    num_lora_ids: Int32  # -1 without lora_ids, because an empty array has no address either
 
 
 class Grouped(NamedTuple):
@@ -48,7 +48,7 @@ class Grouped(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """GEMM blocks of each adapter, in a row of its own."""
+    """The GEMM blocks: one row for each adapter."""
 
     sorted_token_ids: Int32Array  # [max_loras, length]
     expert_ids: Int32Array  # [max_loras, num_blocks]
@@ -62,7 +62,7 @@ class Spread(NamedTuple):
 
 @cuda.jit(device=True)
 def holds(array, size, value):
-    """Whether a value is in array[:size]."""
+    """Return whether a value is in array[:size]."""
     found = False
     for index in range(size):
         if array[index] == value:
@@ -76,7 +76,7 @@ def pair_slots(
     adapters: Adapters,
     virtual_ids: Int32Array,  # [num_slots]
 ):
-    """Write the virtual expert of each slot, -1 for a skipped one; a thread takes a slot."""
+    """Write the virtual expert of each slot, -1 for a skipped slot; a thread takes one slot."""
     wait_for_earlier()
     slot = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if slot >= slots.num_slots:
@@ -97,7 +97,7 @@ def pair_slots(
 
 @cuda.jit
 def spread_adapters(grouped: Grouped, spread: Spread):
-    """Copy the slots of each adapter to its row, and pad the row; a thread takes an element of sorted_token_ids."""
+    """Copy the slots of each adapter to its row, and pad the row; a thread writes one element of sorted_token_ids."""
     wait_for_earlier()
     index = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if index < spread.max_loras:
@@ -134,55 +134,57 @@ def moe_lora_align_block_size(
     inactive_expert_id: int = -1,
     out: AlignedBlocks | None = None,
 ) -> AlignedBlocks:
-    """Align the slots of each adapter's tokens by themselves.
+    """Align the slots of each LoRA adapter's tokens separately.
 
     Parameters
     ----------
     topk_ids : array of int32 or int64, shape [num_tokens, top_k]
         Contiguous. Ids outside ``[0, num_experts)`` are skipped.
     token_lora_mapping : array of int32 or int64, shape [num_tokens]
-        The adapter of each token. A token of none, -1 or any other number outside ``[0, max_loras)``, is skipped.
+        The adapter of each token. A number outside ``[0, max_loras)``, such as -1, means no adapter, and the token is
+        skipped.
     block_size : int
         Rows of one GEMM block.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     max_loras : int
         Number of adapters.
     adapter_enabled : array of int32, shape [max_loras] or longer, optional
         0 for an adapter whose tokens are skipped.
     lora_ids : array of int32, one dimension, optional
-        The adapters in use, in any order, -1 for none. Tokens of the others are skipped.
+        The adapters in use, in any order; -1 names none. Tokens of all other adapters are skipped.
     expert_map : array of int32 or int64, shape [num_experts], optional
-        This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped. Groups are by this
-        rank's ids.
+        This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped. Slots are grouped by
+        this rank's ids.
     pad_sorted_ids : bool
-        Round the length of the rows of `sorted_token_ids` up to a multiple of the block size.
+        Round the row length of `sorted_token_ids` up to a multiple of the block size.
     inactive_expert_id : int
-        What `expert_ids` holds past the last block in use.
+        Value of `expert_ids` after the last block in use.
     out : tuple of three arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
     AlignedBlocks
-        What `moe_align_block_size` returns for the slots of each adapter, one below the other. sorted_token_ids :
+        The results of `moe_align_block_size` for the slots of each adapter, one row per adapter. sorted_token_ids :
         int32 [max_loras, max_sorted_slots]. expert_ids : int32 [max_loras, ceil(max_sorted_slots / block_size)].
-        num_tokens_post_padded : int32 [max_loras]. An adapter without slots has padding alone.
+        num_tokens_post_padded : int32 [max_loras]. The row of an adapter without slots is all padding.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, block_size or max_loras below 1, positions past int32.
+        A wrong shape or layout, mixed devices, `block_size` or `max_loras` below 1, or more positions than int32 can
+        index.
 
     Notes
     -----
-    The order is stable and the same at every run. Runs on the caller's current stream without synchronising and
-    captures into CUDA graphs: two launches beside those of `moe_align_block_size`, for any number of adapters.
-    Allocates the results, and as scratch one alignment of ``max_loras * num_experts`` experts.
-    vLLM's op of this name (release 0.21) writes flat arrays, of which these are the rows, takes at least one adapter
-    more in `adapter_enabled` and `lora_ids`, and leaves the rows of adapters that are not in use as they were.
+    The order is stable, so every run gives the same bits. The op runs on the caller's current stream without
+    synchronising, and CUDA graphs can capture it. It takes two launches more than `moe_align_block_size`, for any
+    number of adapters. It allocates the results, and scratch for one alignment with ``max_loras * num_experts``
+    experts. vLLM's op of this name (release 0.21) differs: it writes these rows into flat arrays, its `adapter_enabled`
+    and `lora_ids` have at least one more element, and it does not write the rows of unused adapters.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Tokens that lie in batches, one for each expert, padded to whole GEMM blocks.
+"""Pad tokens that lie in one batch per expert to whole GEMM blocks: `batched_moe_align_block_size`.
 
-They are sorted already, so a position follows from the batches' padded sizes alone: every block of threads sums these
-for itself, takes its share of the positions, and finds the batch of each by bisection.
+The tokens are sorted already, so the padded sizes of the batches determine every position. Each thread block sums the
+padded sizes, takes its share of the positions, and finds the batch of each position by bisection.
 """
 
 from typing import Any, NamedTuple
@@ -20,33 +20,33 @@ from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.op import op
 
 THREADS = 512
-# Positions that a thread writes, and blocks in the grid from which on each writes more instead.
+# A thread writes POSITIONS positions. It writes more where the grid would have over MOST_BLOCKS blocks.
 POSITIONS = 4
 MOST_BLOCKS = 1024
 
 
 class Batches(NamedTuple):
-    """Tokens in batches."""
+    """Tokens in one batch per expert."""
 
     expert_num_tokens: Ids  # [num_batches]
     num_batches: Int32
-    max_tokens: Int32  # rows of a batch
+    max_tokens: Int32  # rows of a batch, in use or not
 
 
 class Blocks(NamedTuple):
-    """GEMM blocks to write."""
+    """The GEMM blocks, which the kernel writes."""
 
     sorted_slots: Int32Array  # [num_positions]
     expert_ids: Int32Array  # [num_positions / block_size]
     num_padded: Int32Array  # [1]
     num_positions: Int32
     block_size: Int32
-    share: Int32  # positions of a block of threads
+    share: Int32  # positions that a thread block writes
 
 
 @cuda.jit(launch_bounds=THREADS)
 def fill_batches(batches: Batches, blocks: Blocks):
-    """Each block of threads writes its share of the positions; the grid covers all of them."""
+    """Each thread block writes its share of the positions; the grid covers all positions."""
     wait_for_earlier()
     starts = flat(cuda.shared.array(THREADS, int32))
     filled = flat(cuda.shared.array(THREADS, int32))
@@ -64,7 +64,7 @@ def fill_batches(batches: Batches, blocks: Blocks):
         if batch < batches.num_batches:
             tokens = int32(min(max(int64(batches.expert_num_tokens[batch]), int64(0)), int64(batches.max_tokens)))
         padded = int32(quotient(int32(tokens + blocks.block_size - 1), blocks.block_size) * blocks.block_size)
-        upto, of_chunk = block_sums(padded, warp_sums, int32)  # which all threads reach when they are done with `ends`
+        upto, of_chunk = block_sums(padded, warp_sums, int32)  # its barrier: all threads are done with `ends`
         starts[thread] = base + upto - padded
         filled[thread] = base + upto - padded + tokens
         ends[thread] = base + upto
@@ -96,38 +96,39 @@ def fill_batches(batches: Batches, blocks: Blocks):
 def batched_moe_align_block_size(
     max_tokens_per_batch: int, block_size: int, expert_num_tokens: Array, *, out: AlignedBlocks | None = None
 ) -> AlignedBlocks:
-    """Align tokens that lie in one batch for each expert, as expert-parallel communication delivers them.
+    """Align tokens that lie in one batch per expert, as expert-parallel communication delivers them.
 
     Parameters
     ----------
     max_tokens_per_batch : int
-        Rows of a batch, whether in use or not.
+        Number of rows of a batch, in use or not.
     block_size : int
         Rows of one GEMM block.
     expert_num_tokens : array of int32 or int64, shape [num_experts]
-        Rows in use of each batch; less than 0 counts as 0, more than there are as `max_tokens_per_batch`.
+        Number of rows in use of each batch. A number below 0 counts as 0, and a number above `max_tokens_per_batch`
+        counts as `max_tokens_per_batch`.
     out : tuple of three arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
     AlignedBlocks
-        sorted_token_ids : int32 [num_experts * R], R being `max_tokens_per_batch` rounded up to a block; row i of
-        expert e is ``e * max_tokens_per_batch + i``, and ``num_experts * max_tokens_per_batch`` is padding.
-        expert_ids : int32 [num_experts * R / block_size], the expert of each block, -1 past the last in use.
-        num_tokens_post_padded : int32 [1], the positions in use.
+        sorted_token_ids : int32 [num_experts * R], where R is `max_tokens_per_batch` rounded up to whole blocks. Row i
+        of expert e is ``e * max_tokens_per_batch + i``, and padding is ``num_experts * max_tokens_per_batch``.
+        expert_ids : int32 [num_experts * R / block_size], the expert of each block, -1 for unused blocks.
+        num_tokens_post_padded : int32 [1], the number of positions in use.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, block_size below 1, positions past int32.
+        A wrong shape or layout, `block_size` below 1, or more positions than int32 can index.
 
     Notes
     -----
-    One launch on the caller's current stream, which captures into CUDA graphs; allocates the results only. The
-    signature is that of vLLM's function of this name (release 0.21).
+    The op is one launch on the caller's current stream, and CUDA graphs can capture it. It allocates the results only.
+    The signature is that of vLLM's function of this name (release 0.21).
 
     Examples
     --------

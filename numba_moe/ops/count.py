@@ -1,4 +1,4 @@
-"""How many slots each expert has, and where the rows of each begin."""
+"""Count the slots of each expert, and sum the counts to find where each expert's rows begin."""
 
 from typing import Any, NamedTuple
 
@@ -17,22 +17,22 @@ from numba_moe.runtime.op import op
 
 
 class Counts(NamedTuple):
-    """The slots of each expert, none negative."""
+    """The number of slots of each expert; none is negative."""
 
     counts: Ids  # [num_experts]
     num_experts: Int32
 
 
 class Offsets(NamedTuple):
-    """Where the rows of each expert begin, and where the last ones end."""
+    """Where the rows of each expert begin, and where the last rows end."""
 
     offset: Int64Array  # [num_experts + 1]
-    alignment: Int32  # at a multiple of it
+    alignment: Int32  # each expert begins at a multiple of it
 
 
 @cuda.jit
 def scan_experts(slots: Counts, rows: Offsets):
-    """Sum padded counts in one block of any whole number of warps, an expert to a thread, as often as it takes."""
+    """Sum the padded counts in one block of whole warps; a thread takes one expert of each chunk."""
     wait_for_earlier()
     warp_sums = flat(cuda.shared.array(WARP, int64))
     base = int64(0)
@@ -62,11 +62,11 @@ def count_tokens_per_expert(
     topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
         Contiguous. Ids outside ``[0, num_experts)`` are skipped.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map : array of int32 or int64, shape [num_experts], optional
-        The id under which this rank counts each expert, -1 for none.
+        The id under which this rank counts each expert, -1 for an expert that it does not count.
     out : array of int32, shape [num_experts], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -75,14 +75,14 @@ def count_tokens_per_expert(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, more slots than int32 counts.
+        A wrong shape or layout, mixed devices, or more slots than int32 can count.
 
     Notes
     -----
-    Runs on the caller's current stream without synchronising and captures into CUDA graphs. Allocates the result
-    only.
+    The op runs on the caller's current stream without synchronising, and CUDA graphs can capture it. It allocates the
+    result only.
 
     Examples
     --------
@@ -125,32 +125,32 @@ def _(plan: Any, given: Any, counts: torch.Tensor) -> None:
 
 @op(reference.expert_offsets)
 def expert_offsets(counts: Array, alignment: int = 1, *, out: Array | None = None) -> Any:
-    """Sum the counts before each expert, every count rounded up to a multiple of the alignment.
+    """Sum the counts of the experts before each expert, after rounding each count up to a multiple of `alignment`.
 
     Parameters
     ----------
     counts : array of int32 or int64, shape [num_experts]
-        Slots of each expert, none negative.
+        Number of slots of each expert, at least 0.
     alignment : int
-        Rows of an expert are padded to a multiple of this; an expert without rows keeps none.
+        The rows of an expert are padded to a multiple of this. An expert without rows gets no padding.
     out : array of int64, shape [num_experts + 1], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
     array of int64, shape [num_experts + 1]
-        Rows of expert e are ``offsets[e]`` up to ``offsets[e + 1]``.
+        Expert e has the rows from ``offsets[e]`` up to ``offsets[e + 1]``.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, alignment below 1.
+        A wrong shape or layout, or `alignment` below 1.
 
     Notes
     -----
-    One launch on the caller's current stream; allocates the result only.
+    The op is one launch on the caller's current stream. It allocates the result only.
 
     Examples
     --------

@@ -21,7 +21,7 @@ from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.op import op
 
 MOST_THREADS = 512
-# Two to each multiprocessor of an H200.
+# Two blocks for each multiprocessor of an H200.
 MOST_BLOCKS = 264
 
 
@@ -117,7 +117,7 @@ def dispatch_layout(
     num_ranks : int
         Number of ranks.
     out : tuple of three arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -129,13 +129,14 @@ def dispatch_layout(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, more slots than int32 counts.
+        A wrong shape or layout, mixed devices, or more slots than int32 can count.
 
     Notes
     -----
-    Runs on the caller's current stream without synchronising and captures into CUDA graphs. Allocates the result only.
+    The op runs on the caller's current stream without synchronising, and CUDA graphs can capture it. It allocates the
+    result only.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""From the experts that a router chose to the slots that hold them, on the device.
+"""Map the experts that a router chose to physical ids, the places that hold the experts: `dispatch_ids`.
 
-One thread takes a slot of routing, looks its expert up, and where the expert has several places picks one: by the
-generator Philox4x32-10, by a hash of the token, or in turn. Many slots are counted by block first, in shared memory, so
-that a busy expert's counter is no queue.
+A thread takes one slot and looks its expert up. Where the expert has several places, it picks one by the generator
+Philox4x32-10, by a hash of the token, or in turn. With many slots each block counts in shared memory first, so that
+threads do not wait for a busy expert's counter.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from numba_moe.runtime.plans import Layout
 ALGORITHMS = ("static", "dynamic", "hash", "fake")
 STATIC, DYNAMIC, HASH, FAKE = range(len(ALGORITHMS))
 
-# Of Philox4x32-10, and of Knuth's hash.
+# Constants of Philox4x32-10, and of Knuth's hash.
 LEFT_MULTIPLIER, RIGHT_MULTIPLIER = 0xD2511F53, 0xCD9E8D57
 LEFT_STEP, RIGHT_STEP = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
@@ -41,18 +41,18 @@ HASH_MULTIPLIER = 2654435769
 WORD = 0xFFFFFFFF
 
 MOST_THREADS = 1024
-# Two to each multiprocessor of an H200.
+# Two blocks for each multiprocessor of an H200.
 MOST_BLOCKS = 264
 
 
 class Dispatch(NamedTuple):
-    """The places of experts, and the rule by which a slot goes to one of them."""
+    """The places of the experts, and the rule that picks one of them for a slot."""
 
-    physical_map: OptionalInt32Array  # [num_rows, width]; absent where experts keep their ids
+    physical_map: OptionalInt32Array  # [num_rows, width]; absent if experts keep their ids
     num_valid: OptionalInt32Array  # [num_rows]
     step: OptionalInt64Array  # [1]
     num_rows: Int32
-    width: Int32  # 1 where an expert has one place
+    width: Int32  # 1 if each expert has one place
     algorithm: Int32  # the index in ALGORITHMS
     seed: Int64
 
@@ -69,11 +69,11 @@ class Slots(NamedTuple):
 
 
 class PhysicalCounts(NamedTuple):
-    """Counters of places."""
+    """The counters of the places."""
 
     counts: OptionalIds  # [num_physical]
     num_physical: Int32
-    num_in_shared: Int32  # num_physical where a block counts in shared memory first, else 0
+    num_in_shared: Int32  # num_physical if a block counts in shared memory first, otherwise 0
 
 
 @cuda.jit(device=True)
@@ -120,7 +120,7 @@ def physical_of(expert, slot, token, dispatch):
 
 @cuda.jit(launch_bounds=MOST_THREADS)
 def map_ids(slots: Slots, dispatch: Dispatch, counted: PhysicalCounts):
-    """Map slots, a thread one and then the one that lies a whole grid further on; any grid covers all slots.
+    """Map the slots; a thread takes one slot of each grid-sized stretch, so any grid covers all slots.
 
     Dynamic shared memory: an int32 for each of `num_in_shared` counters.
     """
@@ -165,7 +165,7 @@ def _check_need(
     because: str,
     like: tuple[str, Layout],
 ) -> None:
-    """Check an array that some algorithms need and the others have no use for."""
+    """Check an array that some algorithms need and the others refuse."""
     if needed:
         checks.array(name, value, (dtype,), (1,), like=like)
         checks.shape(name, value, shape, because)
@@ -175,7 +175,7 @@ def _check_need(
 
 
 def check_dispatch(topk_ids: Any, tables: Any) -> Dispatch:
-    """Check dispatch tables, or the arguments of `dispatch_ids` by the same names; return what kernels are told."""
+    """Check dispatch tables, or the arguments of `dispatch_ids` with the same names; return the record for kernels."""
     physical_map, num_valid, step = tables.physical_map, tables.num_valid, tables.step
     algorithm = tables.algorithm
     checks.array("topk_ids", topk_ids, checks.IDS, (1, 2))
@@ -209,52 +209,54 @@ def dispatch_ids(
     counts: Array | None = None,
     out: Array | None = None,
 ) -> Any:
-    """Replace the experts of slots by physical ids: by one of the places that have the expert.
+    """Replace the expert of each slot by a physical id: one of the places that hold the expert.
 
     Parameters
     ----------
     topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
         Contiguous. Ids outside ``[0, num_experts)`` become -1.
     physical_map : array of int32
-        For "static" of shape [num_experts], the place of each expert; for "dynamic" and "hash" [num_experts,
-        max_replicas], the places of each; for "fake" [length], places to deal out in turn. Negative numbers are none.
+        The places. "static" takes shape [num_experts], the place of each expert. "dynamic" and "hash" take
+        [num_experts, max_replicas], the places of each expert. "fake" takes [length], places that slots get in turn. A
+        negative number is no place.
     num_valid : array of int32, shape [num_experts], optional
-        With "dynamic" and "hash": how many entries of each row of the map are in use.
+        With "dynamic" and "hash": the number of places in each row of the map.
     algorithm : {"static", "dynamic", "hash", "fake"}
-        "static": the one place that the map names. "dynamic": any of the expert's places, at random. "hash": the one
-        that a hash of the token's index picks, as vLLM does. "fake": the next in turn whatever the expert, to measure
-        perfect balance; ids below 0 become -1.
+        "static": the one place of the expert in the map. "dynamic": one of the expert's places at random. "hash": the
+        place that a hash of the token's index picks, as in vLLM. "fake": the next place in turn for any expert, to
+        measure perfect balance; ids below 0 become -1.
     seed : int
-        With "dynamic": the generator's key.
+        With "dynamic": the key of the random generator.
     step : array of int64, shape [1], optional
-        With "dynamic": a counter on the device. The same seed, step and slot draw the same number; add 1 to it
-        wherever new ones are wanted, inside a captured graph too.
+        With "dynamic": a counter on the device. The same seed, step and slot always give the same place. Add 1 to the
+        counter to draw new places, also inside a captured graph.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
         The number of tokens, on the device; slots of later tokens become -1 and are not counted. In one dimension a
         slot is a token.
     counts : array of int32 or int64, shape [num_physical], optional
-        Written: 1 is added for each slot at its physical id. Ids past its end are not counted.
+        Written: 1 is added to the counter of each slot's physical id. Ids without a counter are not counted.
     out : array of the shape and dtype of `topk_ids`, optional
         Written: takes the result. May be `topk_ids` itself.
 
     Returns
     -------
     array of the shape and dtype of `topk_ids`
-        Physical ids, -1 for none; `out` if that is given.
+        Physical ids, -1 for a slot without a place. This is `out` if that is given.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, an unknown algorithm, an array that the algorithm lacks or has no use for,
-        arrays to be written that share memory with each other or another argument, but for an `out` that is `topk_ids`.
+        A wrong shape or layout, mixed devices, an unknown algorithm, an array that the algorithm needs and does not get
+        or does not take, or a written array that shares memory with another argument (`out` may be `topk_ids`).
 
     Notes
     -----
-    One launch on the caller's current stream, without synchronising; captures into CUDA graphs; the same at every run.
-    Allocates the result only. The formulas are in the reference (`numba_moe.reference.dispatch_ids`). The generator is
-    Philox4x32-10. `ExpertDispatch` makes and keeps the tables.
+    The op is one launch on the caller's current stream without synchronising, and CUDA graphs can capture it. Every run
+    gives the same bits. It allocates the result only. The formulas are in the reference
+    (`numba_moe.reference.dispatch_ids`). The random generator is Philox4x32-10. `ExpertDispatch` makes and keeps the
+    tables.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Rows in slices of any lengths: where slices begin, and which block of which slice a GEMM block computes.
+"""Schedule GEMM blocks over slices of rows without padding: `make_ragged_metadata`.
 
-One launch for all block sizes. Every block of threads sums, for itself, the blocks of all slices at one block size, and
-finds the slices of its share of that schedule by bisection.
+One launch serves all block sizes. Each thread block sums the GEMM blocks of all slices at one block size. Then it finds
+the slice of each entry in its share of the schedule by bisection.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from numba_moe.runtime.op import op
 from numba_moe.sizes import scheduled_blocks
 
 THREADS = 512
-# Entries of a schedule that a thread writes, and blocks in the grid from which on each writes more instead.
+# A thread writes ENTRIES entries of a schedule. It writes more where the grid would have over MOST_BLOCKS blocks.
 ENTRIES = 4
 MOST_BLOCKS = 1024
 # The block sizes are powers of two, each twice the one before.
@@ -29,9 +29,9 @@ FIRST_LOG = BLOCK_SIZES[0].bit_length() - 1
 
 
 class Slices(NamedTuple):
-    """Slices of rows, and what is written about them whatever the block size."""
+    """Slices of rows, and the results that do not depend on the block size."""
 
-    sizes: Ids  # [num_slices]; less than 0 counts as 0
+    sizes: Ids  # [num_slices]; a negative size counts as 0
     slice_sizes: Int32Array  # [num_slices]
     slice_offsets: Int32Array  # [num_slices + 1]
     num_slices: Int32
@@ -44,13 +44,13 @@ class Schedule(NamedTuple):
     block_schedule: Ids  # [block sizes, length]
     length: Int32
     shift: Int32  # an entry is block << shift | slice
-    share: Int32  # entries of a block of threads
-    shares: Int32  # blocks of threads for each block size
+    share: Int32  # entries that a thread block writes
+    shares: Int32  # thread blocks for each block size
 
 
 @cuda.jit(launch_bounds=THREADS)
 def schedule_blocks(slices: Slices, schedule: Schedule):
-    """Each block of threads writes its share of the schedule of one block size; the grid has `shares` for each size."""
+    """Write the schedules; a thread block writes one share of one block size, and each size has `shares` blocks."""
     wait_for_earlier()
     starts = flat(cuda.shared.array(THREADS, int32))
     ends = flat(cuda.shared.array(THREADS, int32))
@@ -73,7 +73,7 @@ def schedule_blocks(slices: Slices, schedule: Schedule):
         if index < slices.num_slices:
             rows = max(int64(slices.sizes[index]), int64(0))
         blocks = int32((rows + (1 << log) - 1) >> log)
-        upto, of_chunk = block_sums(blocks, warp_sums, int32)  # which all threads reach when they are done with `ends`
+        upto, of_chunk = block_sums(blocks, warp_sums, int32)  # its barrier: all threads are done with `ends`
         starts[thread] = base + upto - blocks
         ends[thread] = base + upto
         if mine == 0 and index < slices.num_slices:
@@ -104,41 +104,43 @@ def schedule_blocks(slices: Slices, schedule: Schedule):
 
 @op(reference.make_ragged_metadata)
 def make_ragged_metadata(slice_sizes: Array, num_rows: int, *, out: RaggedMetadata | None = None) -> RaggedMetadata:
-    """Say where slices of rows begin, and which blocks they consist of, for blocks of 16, 32, 64 and 128 rows.
+    """Compute where each slice of rows begins, and a schedule of its blocks, for blocks of 16, 32, 64 and 128 rows.
 
     Parameters
     ----------
     slice_sizes : array of int32 or int64, shape [num_slices]
-        Rows of each slice, the tokens of each expert for instance; less than 0 counts as 0. Together they fit int32.
+        Number of rows of each slice, for example the tokens of each expert. A negative size counts as 0. The sum must
+        fit int32.
     num_rows : int
-        Rows in all, or more: what the caller knows without asking the device. If there are more than this, the
-        schedule ends early.
+        An upper bound of the sum of `slice_sizes`, which the caller knows without reading the device. If the sum is
+        larger, the schedule lacks its last blocks.
     out : tuple of four arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
     RaggedMetadata
-        slice_sizes : int32 [num_slices]. slice_offsets : int32 [num_slices + 1], exclusive sums of them.
-        block_offsets : int32 [4, num_slices + 1], for each block size exclusive sums of ``ceil(size / block_size)``.
-        block_schedule : [4, max_blocks], for each block size the blocks of slice 0, of slice 1, ...: int32
-        ``block << 16 | slice``, block counting from 0 in every slice, and -1 past the last. With more than 65,536
-        slices or 524,288 rows it is int64 ``block << 32 | slice``. max_blocks is num_rows if that is no more than
-        num_slices, or else ``num_slices - 1 + ceil((num_rows - num_slices + 1) / 16)``.
+        slice_sizes : int32 [num_slices]. slice_offsets : int32 [num_slices + 1], exclusive sums of the sizes.
+        block_offsets : int32 [4, num_slices + 1], for each block size the exclusive sums of ``ceil(size /
+        block_size)``. block_schedule : [4, max_blocks], for each block size the blocks of slice 0, then those of slice
+        1, and so on. An entry is ``block << 16 | slice`` in int32, where block counts from 0 in each slice; unused
+        entries are -1. With more than 65,536 slices or 524,288 rows an entry is ``block << 32 | slice`` in int64.
+        max_blocks is num_rows if ``num_rows <= num_slices``, and otherwise ``num_slices - 1 + ceil((num_rows -
+        num_slices + 1) / 16)``.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, negative num_rows; on the CPU, slices of more rows together than int32 holds.
+        A wrong shape or layout, or `num_rows` below 0. On the CPU also sizes whose sum does not fit int32.
 
     Notes
     -----
-    One launch on the caller's current stream, which captures into CUDA graphs; allocates the results only. The
-    formulas are those of triton_kernels' ragged metadata. On the GPU nobody reads sizes beforehand: of more rows than
-    int32 holds, offsets are the lower 32 bits there, and nothing is read or written out of bounds;
-    NUMBA_MOE_VALIDATE=1 makes them an error.
+    The op is one launch on the caller's current stream, and CUDA graphs can capture it. It allocates the results only.
+    The formulas are those of triton_kernels' ragged metadata. On the GPU the host does not read the sizes: if their sum
+    does not fit int32, the offsets are its lower 32 bits, and nothing is read or written out of bounds.
+    NUMBA_MOE_VALIDATE=1 makes this an error.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""What hooks launch: counts of slots by expert, and copies of routed tokens, while a flag on the device says so.
+"""Count slots by expert and copy routed tokens while a flag on the device is on: the kernels of the recorder's hooks.
 
-A thread takes a slot. Blocks count in shared memory first and then add to the int64 counters, so that a busy expert
-is no queue. The flag and the number of real tokens are read on the device: a captured graph follows them at every
-replay.
+A thread takes one slot. Each block counts in shared memory first and then adds to the int64 counters, so that threads
+do not wait for a busy expert's counter. Kernels read the flag and the number of real tokens on the device, so a
+captured graph follows them at every replay.
 """
 
 from typing import Any, NamedTuple
@@ -38,36 +38,36 @@ from numba_moe.runtime.op import op
 from numba_moe.runtime.plans import Layout, planned
 
 MOST_THREADS = 1024
-# Two to each multiprocessor of an H200.
+# Two blocks for each multiprocessor of an H200.
 MOST_BLOCKS = 264
 
 
 class Routed(NamedTuple):
-    """The experts of the tokens of a call."""
+    """The experts of the tokens in one call."""
 
     topk_ids: Ids  # [num_rows, top_k]
     num_rows: Int32
     top_k: Int32
-    first_row: Int32  # that of the pass which this call's first row is
+    first_row: Int32  # the number of this call's first row in the pass
     num_experts: Int32
 
 
 class Switch(NamedTuple):
-    """What the device says about recording."""
+    """The state of recording, on the device."""
 
     enabled: OptionalInt32Array  # [1]; 0 for off
     num_tokens: OptionalInt32Array  # [1]; rows of the pass that are tokens and not padding
 
 
 class Counters(NamedTuple):
-    """Counts to be added to."""
+    """The counters that a kernel adds to."""
 
     counts: Int64Array  # [num_experts]
-    num_in_shared: Int32  # num_experts, if a block counts in shared memory first, or else 0
+    num_in_shared: Int32  # num_experts if a block counts in shared memory first, otherwise 0
 
 
 class Addition(NamedTuple):
-    """Counts that are added to others."""
+    """Counts that a kernel adds to counters."""
 
     given: Ids  # [num_experts]; less than 0 counts as 0
     counts: Int64Array  # [num_experts]
@@ -75,7 +75,7 @@ class Addition(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Where the tokens of a layer go: from that layer on, rows of all layers, written from to_row on."""
+    """Where a layer's tokens go: arrays of all layers that begin at this layer, written from row to_row on."""
 
     ids: Int32Array  # [rows, num_layers, top_k]
     weights: OptionalFloat32Array  # [rows, num_layers, top_k], where there are topk_weights
@@ -86,13 +86,13 @@ class Stage(NamedTuple):
 
 @cuda.jit(device=True)
 def is_off(enabled):
-    """Whether recording is switched off; without a flag it is on."""
+    """Return whether recording is switched off; without a flag it is on."""
     return present(enabled) and enabled[0] == 0
 
 
 @cuda.jit(device=True)
 def real_rows(switch, routed):
-    """Return how many rows of a call are tokens and not padding."""
+    """Return the number of rows of a call that are tokens and not padding."""
     rows = int64(routed.num_rows)
     if present(switch.num_tokens):
         rows = min(rows, max(int64(switch.num_tokens[0]) - routed.first_row, int64(0)))
@@ -101,7 +101,7 @@ def real_rows(switch, routed):
 
 @cuda.jit(launch_bounds=MOST_THREADS)
 def count_ids(routed: Routed, switch: Switch, counters: Counters):
-    """Count slots by expert; a thread takes a slot, and one a grid further on, as often as it takes.
+    """Count slots by expert; a thread takes one slot of each grid-sized stretch.
 
     Shared memory of a block: int32 [num_in_shared].
     """
@@ -111,7 +111,7 @@ def count_ids(routed: Routed, switch: Switch, counters: Counters):
     threads = int32(cuda.blockDim.x)
     slot = int64(cuda.blockIdx.x) * threads + thread
     last = int64(routed.num_rows) * routed.top_k - 1
-    expert = int64(routed.topk_ids[min(slot, last)])  # on its way while the flag is read
+    expert = int64(routed.topk_ids[min(slot, last)])  # this load runs while the flag is read
     if is_off(switch.enabled):
         return
     fill(in_block, counters.num_in_shared, 0, thread, threads)
@@ -140,7 +140,7 @@ def add_counts(
     addition: Addition,
     enabled: OptionalInt32Array,  # [1]; 0 for off
 ):
-    """Add counts to counters; a thread takes an expert."""
+    """Add counts to counters; a thread takes one expert."""
     wait_for_earlier()
     index = int32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
     if index < addition.num_experts and not is_off(enabled):
@@ -154,7 +154,7 @@ def store_tokens(
     switch: Switch,
     stage: Stage,
 ):
-    """Copy the slots of tokens to where a layer's go; a thread takes a slot, and one a grid further on."""
+    """Copy the slots of tokens to the layer's rows; a thread takes one slot of each grid-sized stretch."""
     wait_for_earlier()
     if is_off(switch.enabled):
         return
@@ -190,7 +190,7 @@ def _check_ids(topk_ids: Any) -> tuple[int, int]:
 def plan_count(
     topk_ids: Layout, num_experts: int, first_row: int, where: torch.device, switched: bool, limited: bool
 ) -> Launch:
-    """Plan to count slots in counters somewhere, with a flag or not, and with a number of tokens or not."""
+    """Plan to count slots in counters on the device `where`, with or without a flag and a number of tokens."""
     num_rows, top_k = _check_ids(topk_ids)
     here = topk_ids.device
     checks.holds("topk_ids", f"on the device of the counters, {where}", here == where, str(here))
@@ -248,20 +248,20 @@ def add_expert_counts(
     num_tokens: Array | None = None,
     first_row: int = 0,
 ) -> Any:
-    """Add the slots of each expert to its counter.
+    """Add the number of slots of each expert to the expert's counter.
 
     Parameters
     ----------
     topk_ids : array of int32 or int64, shape [num_slots] or [num_tokens, top_k]
         Contiguous. Ids outside ``[0, num_experts)`` are not counted.
     counts : array of int64, shape [num_experts]
-        Written: 1 is added for each slot.
+        Written: 1 is added to the counter of each slot's expert.
     enabled : array of int32, shape [1], optional
-        0 on the device: nothing is counted.
+        A switch on the device: nothing is counted while it holds 0.
     num_tokens : array of int32, shape [1], optional
-        How many tokens there are, on the device; rows from there on are padding and not counted.
+        Number of real tokens of the pass, on the device. Later rows are padding and are not counted.
     first_row : int
-        The first row of `topk_ids` is this one of the tokens that `num_tokens` counts.
+        Number of the first row of `topk_ids` in the pass whose tokens `num_tokens` counts.
 
     Returns
     -------
@@ -271,14 +271,14 @@ def add_expert_counts(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices.
+        A wrong shape or layout, or mixed devices.
 
     Notes
     -----
-    One launch on the caller's current stream, without synchronising or allocating; captures into CUDA graphs, which
-    then go by `enabled` and `num_tokens` as they are at each replay. The same at every run.
+    The op is one launch on the caller's current stream without synchronising or allocating. CUDA graphs can capture it,
+    and then read `enabled` and `num_tokens` at each replay. Every run gives the same counts.
 
     Examples
     --------

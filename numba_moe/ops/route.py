@@ -1,4 +1,4 @@
-"""The experts of each token and the slots grouped by them, for decode in one launch."""
+"""Choose the experts of each token and group the slots by expert: `route`, one launch for decode."""
 
 from typing import Any
 
@@ -33,8 +33,9 @@ from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.op import op
 from numba_moe.sizes import sorted_slots
 
-# Tokens for which one block chooses; up to MOST_TOKENS a cluster of blocks does, of so many each, if the device has
-# clusters. On an H200, of 256 experts, one block takes 4.2 us for 16 tokens and 9.3 for 64, two launches 4.2 and 5.1.
+# One block serves up to ALONE tokens. Where the device has clusters, a cluster serves up to MOST_TOKENS, EACH tokens to
+# a block. H200, 256 experts: 16 tokens take 4.2 us in one block and 4.2 us in two launches; 64 tokens take 9.3 us and
+# 5.1 us.
 ALONE, EACH, MOST_TOKENS = 16, 8, 64
 
 
@@ -71,94 +72,98 @@ def route(
     num_physical_experts: int | None = None,
     out: RoutedTokens | None = None,
 ) -> RoutedTokens:
-    """Choose the experts of each token and group the slots by expert, in one launch where the tokens are few.
+    """Choose the experts of each token and group the slots by expert; few tokens take one launch.
 
     Parameters
     ----------
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     top_k : int
-        Experts per token, at most those of `topk_group` groups.
+        Number of experts per token, at most the experts in `topk_group` groups.
     block_size : int
         Rows of one GEMM block.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
         How logits become scores.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice of groups and experts alone; the weights stay the scores.
+        Added to the scores when groups and experts are chosen. The weights do not contain it.
     num_expert_group : int
-        Number of groups, of which `topk_group` are chosen first; consecutive experts form a group, all of one size.
+        Number of groups. Consecutive experts form a group, and all groups have the same size. The best `topk_group`
+        groups of a token are chosen first.
     topk_group : int
-        Groups per token.
+        Number of groups that each token chooses.
     group_score : {"max", "top2_sum", "topk_sum"}, optional
-        As in `grouped_topk`; without a meaning where there is one group.
+        How a group is scored, as in `grouped_topk`. It has no effect with one group.
     routed_scaling_factor : float
-        Multiplies the weights, after renormalising.
+        Factor of the weights, applied after renormalising.
     softcap : float
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
+        Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     bias_mode : {"choice", "logits"}
-        "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
-        is in the weights, as SGLang has it for softmax.
+        "choice": the correction bias changes which experts are chosen, not their weights. "logits": it is added to the
+        logits after the cap, so it changes the weights too, as in SGLang's softmax gating.
     num_fused_shared_experts : int
-        So many slots more for each token, behind the others, of experts num_real, num_real + 1, ..., where num_real is
-        num_experts less the zero experts. They weigh the sum of the token's scores, or 1 if renormalised.
+        Number of shared-expert slots appended to each token. Their ids are num_real, num_real + 1, ..., where num_real
+        is ``num_experts - num_zero_experts``. Each has the sum of the token's chosen scores as its weight, or 1 with
+        `renormalize`.
     apply_routed_scaling_factor_on_output : bool
-        Multiply the weights by the factor. Otherwise the caller multiplies what the layer computes by it, so shared
-        experts weigh their part divided by it.
+        Multiply the weights by `routed_scaling_factor`. Otherwise the caller scales the layer's output by it, and the
+        weights of shared experts are divided by it here.
     num_zero_experts : int
-        So many of the last experts give a token back as it is: their slots get `zero_expert_id` and weight 0.
+        Number of zero experts, the last ones. A zero expert returns a token unchanged. Its slots get the id
+        `zero_expert_id` and weight 0.
     zero_expert_id : int
-        What stands for them: -1, or an expert that is computed in vain, as vLLM has it with 0.
+        Id written for a zero expert: -1, or the id of a real expert, whose output then has weight 0 (vLLM writes 0).
     identity_weights : array of float32, shape [num_tokens], optional
-        Written: what the zero experts of each token weigh.
+        Written: the sum of the weights of each token's zero experts.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding, with ids -1 and weights 0.
+        Number of real tokens, on the device. The tokens after them are padding and get ids of -1 and weights of 0.
     is_padding : array of bool, shape [num_tokens], optional
-        Which tokens are padding.
+        True for each token that is padding.
     dispatch : DispatchTables, optional
-        Returned are physical ids: what `placement.dispatch_ids` makes of the ids with these arguments;
-        `ExpertDispatch.tables` has them for a layer. Zero experts have no place.
+        Return physical ids: the ids are mapped as `placement.dispatch_ids` maps them with these tables.
+        `ExpertDispatch.tables` makes them for a layer. Zero experts are not mapped.
     counts : array of int32 or int64, shape [any] or [rows, any], optional
-        Written: 1 is added for each slot at the id that is returned, if there is such a counter. Padding and zero
-        experts are not counted. Token t adds to row t % rows, of which there is a power of two: with 32 of them
-        counters are less busy, and many tokens are counted sooner.
+        Written: 1 is added to the counter of each slot's returned id, if that id has a counter. Padding and zero
+        experts are not counted. Token t adds to row ``t % rows``, and `rows` must be a power of two. With 32 rows fewer
+        threads add to the same counter at once, so many tokens are counted faster.
     counts_enabled : array of int32, shape [1], optional
-        0 on the device: nothing is counted.
+        A switch on the device: nothing is counted while it holds 0.
     indices_dtype : {"int32", "int64", "int16"}
-        Of `topk_ids`; a dtype of that name will do.
+        Dtype of `topk_ids`: its name, or a dtype object of that name.
     expert_map : array of int32 or int64, shape [num_sorted], optional
-        As in `moe_align_block_size`, of the experts that slots are sorted by: num_real + num_fused_shared_experts, or
-        num_physical_experts.
+        The map of `moe_align_block_size` over the experts that slots are sorted by. num_sorted is
+        `num_physical_experts` if that is given, and otherwise num_real + num_fused_shared_experts.
     pad_sorted_ids : bool
         Round the length of `sorted_token_ids` up to a multiple of the block size.
     ignore_invalid_experts : bool
-        With a map: leave out the slots of other ranks' experts.
+        With a map: skip the slots of other ranks' experts and group by this rank's ids.
     inactive_expert_id : int
-        What `expert_ids` holds past the last block in use.
+        Value of `expert_ids` after the last block in use.
     num_physical_experts : int, optional
-        With `dispatch`: how many places there are.
-    out : tuple of a tuple of two arrays and one of three as in the result, optional
-        Written: takes the result.
+        Number of physical experts. It must be given with `dispatch`, and only then.
+    out : nested tuple of two and three arrays as in the result, optional
+        Written: memory for the result.
 
     Returns
     -------
     RoutedTokens
-        topk : the `TopK` of `select_experts`. blocks : the `AlignedBlocks` of `moe_align_block_size` for its ids.
+        topk : the `TopK` that `select_experts` returns. blocks : the `AlignedBlocks` that `moe_align_block_size`
+        returns for its ids.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        What `select_experts` and `moe_align_block_size` refuse.
+        Any value that `select_experts` or `moe_align_block_size` refuses.
 
     Notes
     -----
-    Order, ties and unused positions are those of the two ops. Up to 16 tokens, or 64 from compute capability 9.0 on,
-    1024 slots and 512 experts take one launch, others the launches of both ops. On the caller's current stream, without
-    synchronising; captures into CUDA graphs; allocates the results, and the scratch of both ops. The weights have the
-    gradient of `select_experts`.
+    Order, ties and unused positions are those of the two ops. One launch serves up to 16 tokens (64 tokens from compute
+    capability 9.0 on), 1024 slots and 512 experts. Larger calls take the launches of both ops. The call runs on the
+    caller's current stream without synchronising, and CUDA graphs can capture it. It allocates the results and the
+    scratch of both ops. The weights have the gradient of `select_experts`.
 
     Examples
     --------
@@ -182,7 +187,7 @@ def _(given: Any) -> tuple[Any, Any]:
 
 
 def _num_sorted(given: Any) -> Any:
-    """Return how many experts, or places, slots are sorted by."""
+    """Return the number of experts, or of physical experts, that slots are sorted by."""
     if given.num_physical_experts is not None:
         return given.num_physical_experts
     return given.gating_output.shape[1] - given.num_zero_experts + given.num_fused_shared_experts
@@ -190,7 +195,7 @@ def _num_sorted(given: Any) -> Any:
 
 @route.plan
 def _(given: Any) -> Launch | None:
-    """Return the launch of gating and alignment in one, if there is one for this call."""
+    """Return the one launch that gates and aligns, or None where the call takes the launches of both ops."""
     options = options_of(given)
     plan = plan_selection(given, options)
     gating_output = given.gating_output

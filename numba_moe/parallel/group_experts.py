@@ -61,9 +61,9 @@ def fused_experts(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices.
+        A wrong shape or layout, or mixed devices.
     RuntimeError
         `PeerTimeoutError`, where a rank is late or gone.
 

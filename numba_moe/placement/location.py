@@ -49,7 +49,7 @@ class ExpertLocation:
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Arrays that contradict each other; the message names the first place.
 
@@ -134,7 +134,7 @@ class ExpertLocation:
         Raises
         ------
         TypeError
-            Wrong kind of array or dtype.
+            An array or a dtype of the wrong kind.
         ValueError
             More ranks than slots, sizes that do not agree, an expert without a slot, a rank with some empty slots.
 

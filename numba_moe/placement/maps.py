@@ -9,16 +9,16 @@ STRATEGIES = ("linear", "round_robin")
 
 
 def make_expert_map(num_experts: int, num_ranks: int, rank: int, strategy: str = "linear") -> np.ndarray:
-    """Return a rank's own id of each expert, -1 for an expert of another rank.
+    """Return the id of each expert on a rank, -1 for an expert of another rank.
 
     Parameters
     ----------
     num_experts : int
-        Experts of the model; the first ranks have one more where they are no multiple of the ranks.
+        Number of experts of the model. If it is no multiple of the ranks, the first ranks have one expert more.
     num_ranks : int
-        Ranks that share the experts.
+        Number of ranks that share the experts.
     rank : int
-        The rank, from 0 on.
+        The rank, from 0 to ``num_ranks - 1``.
     strategy : {"linear", "round_robin"}
         "linear": consecutive experts are on one rank. "round_robin": expert e is on rank ``e % num_ranks``, so that
         groups of experts are spread over ranks. Both are vLLM's.
@@ -31,7 +31,7 @@ def make_expert_map(num_experts: int, num_ranks: int, rank: int, strategy: str =
     Raises
     ------
     TypeError
-        Not an integer.
+        A value that is not an integer.
     ValueError
         No experts or ranks, a rank past the last, an unknown strategy.
 

@@ -66,7 +66,7 @@ class Transfer(NamedTuple):
 
 
 def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
-    """Choose the slot that each slot of a layer gets its weights from.
+    """Choose, for each slot of a layer, the slot that sends its weights.
 
     Parameters
     ----------
@@ -75,12 +75,12 @@ def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
     new : ExpertLocation
         Where they shall be: of the same sizes, ranks and nodes.
     layer : int
-        The layer.
+        Number of the layer.
 
     Returns
     -------
     np.ndarray
-        int64 [P], slots of `old`: a slot's own number if its expert stays, -1 if it shall hold none.
+        int64 [P], slots of `old`: the slot's own number if its expert stays, -1 if the slot will hold no expert.
 
     Raises
     ------
@@ -91,10 +91,10 @@ def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
 
     Notes
     -----
-    The first of these that there is: the slot itself; a slot of its rank, the lowest; one of its node; any other.
-    Among the slots of other ranks, that of the rank which sends least in this layer so far, slots being served in
-    order; of equals the next rank after the receiving one, cyclically, and its lowest slot. Slots of a rank that need
-    the same expert name the same source, so a rank receives it once. Every rank gets the same answer by itself.
+    The source is the first of these that holds the expert: the slot itself, the lowest slot of its rank, a slot of its
+    node, any other slot. Slots are served in order. Of several other ranks, the one that sends least in this layer so
+    far sends its lowest slot. A tie goes to the next rank after the receiver, cyclically. Slots of a rank that need the
+    same expert have the same source, so a rank receives each expert once. Every rank gets the same answer by itself.
 
     Examples
     --------

@@ -145,7 +145,7 @@ def rebalance_experts(
     active_ranks: Any = None,
     slots_per_rank: Any = None,
 ) -> RebalancedExperts:
-    """Choose the expert of every slot so that ranks have equal loads.
+    """Choose the expert of every slot so that the loads of the ranks are as equal as possible.
 
     Parameters
     ----------
@@ -206,7 +206,8 @@ def rebalance_experts(
 
     Examples
     --------
-    The spare slot goes to the first of the busiest experts, 0. The heaviest replica, that of expert 1, is placed first:
+    The spare slot goes to expert 0, the first of the busiest experts. The heaviest replica, of expert 1, is placed
+    first:
 
     >>> import numpy as np
     >>> weight = np.array([[8.0, 8.0, 4.0]])
@@ -220,7 +221,7 @@ def rebalance_experts(
     >>> rank_loads(weight, placed.physical_to_logical_map, num_gpus=2)
     array([[12.,  8.]])
 
-    Rank 0 has less to do if the slot goes to expert 2:
+    The loads are equal if the spare slot goes to expert 2:
 
     >>> placed = rebalance_experts(weight, 4, 1, 1, 2, algorithm="refined")
     >>> placed.physical_to_logical_map, rank_loads(weight, placed.physical_to_logical_map, 2)
@@ -280,7 +281,7 @@ def _check_placed(weight: Any, physical_to_logical_map: Any, num_gpus: int, slot
 
 
 def rank_loads(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, slots_per_rank: Any = None) -> np.ndarray:
-    """Sum the load of each rank.
+    """Sum the loads of the slots of each rank.
 
     Parameters
     ----------
@@ -301,7 +302,7 @@ def rank_loads(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, slot
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Loads that are negative or not finite, a map with holes, sizes that do not agree.
 
@@ -320,7 +321,7 @@ def rank_loads(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, slot
 
 
 def balancedness(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, slots_per_rank: Any = None) -> np.ndarray:
-    """Return the mean load of the ranks of each layer over that of its busiest rank.
+    """Return, for each layer, the mean load of the ranks divided by the load of the busiest rank.
 
     Parameters
     ----------
@@ -336,12 +337,12 @@ def balancedness(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, sl
     Returns
     -------
     np.ndarray
-        float64 [L] or [steps, L]: ``(mean + 1e-5) / (max + 1e-5)``, 1 for perfect balance.
+        float64 [L] or [steps, L]: ``(mean + 1e-5) / (max + 1e-5)``, which is 1 for perfect balance.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Loads that are negative or not finite, a map with holes, sizes that do not agree.
 

@@ -478,7 +478,7 @@ def complete(state, machine, domain_of_rank, domain_of_expert):
 
 @compiled
 def separate(state, machine, domain_of_rank, domain_of_expert, current, max_moves):
-    """Give every slot whose expert is in an earlier slot of its rank to an expert that the rank lacks."""
+    """Where a rank holds an expert twice, give the later slot to an expert that the rank lacks."""
     slots, experts = np.arange(len(state.place)), np.arange(len(state.count))
     for slot in slots:
         place, rank = state.place, machine.rank_of_slot[slot]
@@ -649,7 +649,7 @@ def descend(state, machine, domain_of_rank, domain_of_expert, current, max_moves
 
 @compiled
 def arrange(place, machine, current):
-    """Reorder the slots of each rank so that an expert that the rank holds already keeps its slot."""
+    """Reorder the slots of each rank so that an expert that the rank already holds keeps its slot."""
     for rank in range(len(machine.active)):
         first, after = machine.first_slot[rank], machine.first_slot[rank + 1]
         for slot in range(first, after):

@@ -62,7 +62,7 @@ def _ranks(name: str, counts: Any, num_gpus: Any) -> int:
 
 @arrays.public
 def logical_counts(physical_count: Any, physical_to_logical_map: Any, num_experts: int) -> Any:
-    """Sum the counts of the slots that hold an expert.
+    """Sum, for each expert, the counts of the slots that hold it.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def logical_counts(physical_count: Any, physical_to_logical_map: Any, num_expert
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape, mixed devices, no experts; on the CPU, sums that int64 does not hold.
 
@@ -115,25 +115,25 @@ def logical_counts(physical_count: Any, physical_to_logical_map: Any, num_expert
 
 @arrays.public
 def utilization(physical_count: Any, num_gpus: int) -> Any:
-    """Return the mean count of ranks over that of the busiest rank.
+    """Return the mean count of the ranks divided by the count of the busiest rank.
 
     Parameters
     ----------
     physical_count : array of int64 or int32, shape [L, P] or [steps, L, P]
         Counts of slots. Contiguous.
     num_gpus : int
-        Ranks, each of P / num_gpus consecutive slots.
+        Number of ranks. Each has P / num_gpus consecutive slots.
 
     Returns
     -------
     array of float64, shape [L] or [steps, L]
-        ``(mean + 1e-5) / (max + 1e-5)``, 1 for perfect balance and for no tokens. Its mean over layers is SGLang's
-        balancedness.
+        ``(mean + 1e-5) / (max + 1e-5)``, which is 1 for perfect balance and for no tokens. Its mean over layers is
+        SGLang's balancedness.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape, ranks that do not divide the slots.
 
@@ -157,7 +157,7 @@ def utilization(physical_count: Any, num_gpus: int) -> Any:
 
 @arrays.public
 def expert_entropy(counts: Any) -> Any:
-    """Return the entropy of the choice of an expert, over that of an even choice.
+    """Return the entropy of the choice of an expert, divided by the entropy of an even choice.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def expert_entropy(counts: Any) -> Any:
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape.
 
@@ -212,7 +212,7 @@ def coactivation(topk_ids: Any, num_experts: int) -> Any:
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape, no experts.
 
@@ -245,14 +245,14 @@ def coactivation(topk_ids: Any, num_experts: int) -> Any:
 
 @arrays.public
 def traffic_matrix(physical_count: Any, num_gpus: int) -> Any:
-    """Count the tokens' choices that go from each rank to each.
+    """Count the slots that go from each rank to each rank.
 
     Parameters
     ----------
     physical_count : array of int64 or int32, shape [sources, L, P]
         What the tokens of each rank chose: `Dump.rank_physical_count`. Contiguous.
     num_gpus : int
-        Ranks, each of P / num_gpus consecutive slots.
+        Number of ranks. Each has P / num_gpus consecutive slots.
 
     Returns
     -------
@@ -262,7 +262,7 @@ def traffic_matrix(physical_count: Any, num_gpus: int) -> Any:
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape, ranks that do not divide the slots; on the CPU, sums that int64 does not hold.
 

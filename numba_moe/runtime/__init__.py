@@ -1,1 +1,1 @@
-"""What every op stands on: declaration, array bridge, argument checks, compiler, launcher, cache."""
+"""The foundation of every op: declaration, array bridge, argument checks, compiler, launcher, cache."""

@@ -1,1 +1,1 @@
-"""What experts do between their two matrices: kernels, plans and the public function."""
+"""The step between the two matrices of an expert: bias, gate and activation."""

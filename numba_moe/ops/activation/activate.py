@@ -1,8 +1,9 @@
-"""What experts do between their two matrices, in one pass over the rows: bias, clamp, activation, gate times up.
+"""The step between the two matrices of an expert: `moe_activation`, one pass over the rows.
 
-A warp takes a run of columns of a row, 16 bytes or more a lane where rows are aligned; the row's expert, whose bias it
-adds, comes from a binary search of the offsets. silu, the tanh form of gelu and swiglu_oai are all
-``gate * sigmoid(gate * something)``. Backward is the same pass, and a sum of rows for each expert's bias.
+The pass adds the bias, clamps, applies the activation to the gates, and multiplies by the ups. A warp takes a run of
+columns of one row; a lane takes 16 bytes or more where rows are aligned. A binary search of the offsets finds the row's
+expert. silu, the tanh form of gelu and swiglu_oai all have the form ``gate * sigmoid(gate * something)``. The
+backward pass has the same structure, and then sums rows for the bias of each expert.
 """
 
 import math
@@ -40,39 +41,42 @@ def moe_activation(
     gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
         Contiguous; rows in expert order.
     expert_first_token_offset : array of int64, shape [num_experts + 1], optional
-        Rows of expert e are ``offset[e]`` up to ``offset[e + 1]``, of the first from 0 on; rows from the last on are
-        not in use. Without it all are.
+        Expert e has the rows from ``offset[e]`` up to ``offset[e + 1]``, and the first offset counts as 0. Rows from
+        the last offset on are unused. Without offsets all rows are in use.
     bias : array of the dtype of `gate_up`, shape [num_experts, 2 * width], optional
-        Added first; takes offsets.
+        Bias of each expert, added first. It requires offsets.
     activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai", "none"}
-        "silu": ``gate * sigmoid(alpha * gate)``; "gelu", by the error function; "gelu_tanh", its approximation;
-        "swiglu_oai", as silu, and the up is taken plus 1; "none": the rows plus their bias, which have no halves.
+        "silu" is ``gate * sigmoid(alpha * gate)``. "gelu" uses the error function, and "gelu_tanh" its tanh
+        approximation. "swiglu_oai" is like silu, multiplied by the up plus 1. "none" only adds the bias; its rows have
+        no gates and ups.
     interleaved : bool, optional
-        A row holds gate, up, gate, up, ..., not all gates before all ups. By default that of "swiglu_oai" alone.
+        True if a row holds gate, up, gate, up, ..., False if it holds all gates before all ups. By default True for
+        "swiglu_oai" only.
     limit : float, optional
-        Gates are at most this, ups at most this in magnitude; 7 by default for "swiglu_oai", none for the others.
+        Upper bound of the gates, and bound of the magnitude of the ups. By default 7 for "swiglu_oai" and no limit for
+        the others.
     alpha : float, optional
-        Of "silu" and "swiglu_oai"; 1 and 1.702 by default.
+        The alpha of "silu" and "swiglu_oai", by default 1 and 1.702.
     out : array of the dtype of `gate_up`, shape [num_rows, width], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
     array of the dtype of `gate_up`, shape [num_rows, width]
-        As wide as `gate_up` for "none". Zeros in rows not in use.
+        For "none" the result is as wide as `gate_up`. Unused rows are zeros.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, unknown activation, a bias without offsets.
+        A wrong shape or layout, mixed devices, an unknown activation, or a bias without offsets.
 
     Notes
     -----
-    Computed in float32 and rounded once. What rows not in use hold does not count. Runs on the caller's current stream
-    without synchronising, captures into CUDA graphs, allocates the result only. The result has a gradient by `gate_up`
-    and `bias`, of first order, with the same bits at every run.
+    The op computes in float32 and rounds once. Unused rows may hold anything. It runs on the caller's current stream
+    without synchronising, and CUDA graphs can capture it. It allocates the result only. The result has first-order
+    gradients by `gate_up` and `bias`, with the same bits at every run.
 
     Examples
     --------
@@ -89,7 +93,7 @@ def _(given: Any) -> Contiguous:
 
 
 class Activation(NamedTuple):
-    """What both passes take: where, how many columns to a lane, and the records."""
+    """The launch settings of both passes, the number of columns of a lane, and the records."""
 
     where: tuple[Any, ...]
     items: int
@@ -114,7 +118,7 @@ def check_rule(
 
 
 def _check(given: Any) -> Activation:
-    """Check the arguments of `moe_activation`, and say how its passes go over the rows."""
+    """Check the arguments of `moe_activation`, and return how its passes go over the rows."""
     gate_up, offset, bias, activation = given.gate_up, given.expert_first_token_offset, given.bias, given.activation
     checks.array("gate_up", gate_up, checks.FLOATS, (2,))
     rule = check_rule(activation, given.interleaved, given.limit, given.alpha)
@@ -174,7 +178,7 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
 
 
 class ActivationGradients(NamedTuple):
-    """Gradients by rows and by bias; None for the latter unless it is wanted."""
+    """Gradients by the rows and by the bias; the latter is None if it was not requested."""
 
     rows: Any
     bias: Any
@@ -192,12 +196,12 @@ def activation_backward(
     alpha: float | None,
     of_bias: bool,
 ) -> ActivationGradients:
-    """Return the gradients by the rows and, if wanted, by the bias, given that by the result of `moe_activation`.
+    """Return the gradient by the rows, and on request by the bias, given the gradient by the result.
 
     Parameters
     ----------
     gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
-        What `moe_activation` was given, and so are all but the next one and the last.
+        The argument of `moe_activation`, as are all parameters except `grad_activated` and `of_bias`.
     grad_activated : array of the dtype of `gate_up`, shape [num_rows, width]
         The gradient by the result.
     expert_first_token_offset : array of int64, shape [num_experts + 1], optional
@@ -211,12 +215,12 @@ def activation_backward(
     limit, alpha : float, optional
         The numbers of its rule.
     of_bias : bool
-        Whether the gradient by the bias is wanted.
+        Whether to compute the gradient by the bias.
 
     Returns
     -------
     ActivationGradients
-        rows : as `gate_up`. bias : as `bias`; None unless wanted.
+        rows : shape and dtype of `gate_up`. bias : shape and dtype of `bias`, or None.
     """
 
 
@@ -229,7 +233,7 @@ def _(given: Any) -> ActivationGradients:
 
 @activation_backward.plan
 def _(given: Any) -> tuple[Launch, Launch | None]:
-    """Return the launches: the pass over the rows, and the sum of its results for each expert."""
+    """Return the launches: the pass over the rows, and the sum of the rows of each expert."""
     where, items, records = _check(given)
     gate_up, sum_rows = given.gate_up, None
     dtype, (num_rows, row_width) = gate_up.dtype, gate_up.shape

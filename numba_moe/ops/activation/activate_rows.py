@@ -1,4 +1,4 @@
-"""The kernels of the activation: a warp takes a run of columns of a row, or sums one over an expert's rows."""
+"""The kernels of the activation: a warp takes a run of columns, of one row or of all rows of an expert."""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -34,7 +34,7 @@ SUM_FLOATS = SUM_THREADS * RUN
 
 
 class Rows(NamedTuple):
-    """Rows in expert order, and how they are dealt."""
+    """Rows in expert order, and how warps share them."""
 
     gate_up: FloatArray  # [num_rows, 2 * width], or [num_rows, width] for NONE
     num_rows: Int32
@@ -51,7 +51,7 @@ class Experts(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What is computed of gates and ups; see `moe_activation`."""
+    """The formula for gates and ups; see `moe_activation`."""
 
     kind: Int32  # its index in KINDS
     interleaved: Int32
@@ -61,7 +61,7 @@ class Rule(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """The gradient by the result, and that by the rows, which is written."""
+    """The gradient by the result, and the gradient by the rows, which is written."""
 
     grad_activated: LikeRows  # [num_rows, width]
     grad_gate_up: LikeRows  # as gate_up
@@ -80,7 +80,7 @@ class Sums(NamedTuple):
 
 @cuda.jit(device=True)
 def share_of(gate, rule):
-    """Return what multiplies a gate in its activation."""
+    """Return the factor of the gate in its activation, activation(gate) / gate."""
     if rule.kind == GELU:
         return float32(0.5) * erfc(gate * float32(-SQUARE_ROOT_HALF))
     inner = rule.alpha
@@ -103,7 +103,7 @@ def activation_of(gate, up, rule):
 
 @cuda.jit(device=True)
 def slope_of(gate, share, rule):
-    """Return the derivative of the activation, given what multiplies the gate."""
+    """Return the derivative of the activation, given the factor of the gate from `share_of`."""
     if rule.kind == GELU:
         return share + gate * float32(NORMAL_PEAK) * exp(float32(-0.5) * gate * gate)
     inner = rule.alpha
@@ -114,7 +114,7 @@ def slope_of(gate, share, rule):
 
 @cuda.jit(device=True)
 def add_eight(values, eight):
-    """Add eight numbers, not in a loop: the compiler unrolls loops around it only if there is none within."""
+    """Add eight numbers without a loop: the compiler unrolls an outer loop only if it has no loop inside."""
     values[0] += eight[0]
     values[1] += eight[1]
     values[2] += eight[2]
@@ -127,7 +127,7 @@ def add_eight(values, eight):
 
 @cuda.jit(device=True)
 def add_run(array, first, values, items):
-    """Add the elements from `first` on to as many values."""
+    """Add the elements from `first` on to the values, one to each."""
     if items == RUN:
         add_eight(values, load_eight(array, first))
     else:
@@ -145,7 +145,7 @@ def store_run(array, first, values, items):
 
 @cuda.jit(device=True)
 def add_gate_up(array, row, column, width, rule, gate, up, items):
-    """Add what a row has in some columns to gates and ups; for NONE a row has no ups."""
+    """Add the gates and ups in some columns of a row to sums; for NONE a row has no ups."""
     if rule.kind == NONE:
         add_run(array, row + column, gate, items)
     elif rule.interleaved and items == RUN:
@@ -163,7 +163,7 @@ def add_gate_up(array, row, column, width, rule, gate, up, items):
 
 @cuda.jit(device=True)
 def store_gate_up(array, row, column, width, rule, gate, up, items):
-    """Write gates and ups to where `add_gate_up` reads them."""
+    """Write gates and ups to the columns that `add_gate_up` reads."""
     if rule.kind == NONE:
         store_run(array, row + column, gate, items)
     elif rule.interleaved and items == RUN:
@@ -189,7 +189,7 @@ def place_of(segments, items):
 
 @cuda.jit(device=True)
 def width_of_row(width, rule):
-    """Return how many columns a row of gates and ups has: gates and ups, or neither."""
+    """Return the number of columns of a row of `gate_up`: gates and ups, or `width` columns for NONE."""
     return int64(width) if rule.kind == NONE else 2 * int64(width)
 
 
@@ -217,7 +217,7 @@ def activate_rows(
     activated: LikeRows,  # [num_rows, width]
     items: Run,
 ):
-    """Write the activation of each row; the grid has `segments` warps for each, which work for themselves."""
+    """Write the activation of each row; the grid has `segments` independent warps for each row."""
     wait_for_earlier()
     row, column = place_of(rows.segments, items)
     if row >= rows.num_rows or column >= rows.width:
@@ -233,7 +233,7 @@ def activate_rows(
 
 @cuda.jit
 def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: Slopes, items: Run):
-    """Write the gradient by the rows; the grid has `segments` warps for each, which work for themselves."""
+    """Write the gradient by the rows; the grid has `segments` independent warps for each row."""
     wait_for_earlier()
     row, column = place_of(rows.segments, items)
     if row >= rows.num_rows or column >= rows.width:
@@ -272,7 +272,7 @@ def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: S
 
 @cuda.jit
 def sum_expert_rows(of: Sums, items: Run):
-    """Sum the rows of each expert: `segments` blocks serve an expert, and warps of a block take turns in its rows."""
+    """Sum the rows of each expert; `segments` blocks serve an expert, and their warps take its rows in turn."""
     wait_for_earlier()
     partial = flat(cuda.shared.array(SUM_FLOATS, float32))
     block = int32(cuda.blockIdx.x)

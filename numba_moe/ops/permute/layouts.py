@@ -1,4 +1,4 @@
-"""Rows of each expert in a batch of their own, and the order of slots under the names of SGLang's dispatcher."""
+"""Other layouts of expert order: `moe_permute_masked`, one batch per expert, and `moe_reorder`, SGLang's order."""
 
 from typing import Any, NamedTuple
 
@@ -23,19 +23,19 @@ class Grouped(NamedTuple):
     """Slots in the order of experts."""
 
     sorted_slots: Int32Array  # [num_slots]
-    offset: Int64Array  # [num_experts + 1]; where the slots of each expert begin, and where the last ones end
+    offset: Int64Array  # [num_experts + 1]; where the slots of each expert begin, and where the last slots end
     num_slots: Int32
 
 
 class Batches(NamedTuple):
     """A batch of max_m rows for each of the first num_batches experts."""
 
-    inv_permuted_idx: Int32Array  # [num_slots]; written: the row of each slot that is sorted, -1 for none
-    permuted_idx: Int32Array  # [num_batches, max_m]; the slot of each row, num_slots for none
+    inv_permuted_idx: Int32Array  # [num_slots]; written: the row of each sorted slot, -1 for a slot without a row
+    permuted_idx: Int32Array  # [num_batches, max_m]; the slot of each row, num_slots for a row without a slot
     masked_m: Int32Array  # [num_batches]; rows in use
     num_batches: Int32
     max_m: Int32
-    parts: Int32  # blocks of threads that serve an expert
+    parts: Int32  # thread blocks that serve an expert
 
 
 @cuda.jit
@@ -76,7 +76,7 @@ def moe_permute_masked(
     zero_padding: bool = True,
     out: MaskedTokens | None = None,
 ) -> MaskedTokens:
-    """Copy each token's row once for each of its experts, into a batch of rows for every expert.
+    """Copy each token's row once for each of its experts, into one batch of rows per expert.
 
     Parameters
     ----------
@@ -85,42 +85,42 @@ def moe_permute_masked(
     topk_ids : array of int32 or int64, shape [num_tokens, top_k]
         Contiguous. Ids outside ``[0, num_experts)`` are skipped.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     max_m : int
-        Rows of a batch. What an expert gets beyond them is skipped; it gets no more than num_tokens if a token's
-        experts are distinct.
+        Number of rows of a batch. Further slots of the expert are skipped. If the experts of each token are distinct,
+        an expert never has more than num_tokens slots.
     expert_map : array of int32 or int64, shape [num_experts], optional
         This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped.
     num_local_experts : int, optional
-        Number of batches, num_experts unless given. Slots of experts beyond are skipped.
+        Number of batches, by default num_experts. Slots of experts without a batch are skipped.
     scales : array of any of these dtypes or int32, shape [num_tokens] or [num_tokens, groups], optional
-        What quantised rows are scaled by: moved along with them.
+        Scales of quantised rows; they move together with the rows.
     zero_padding : bool
-        Write zeros to rows without a slot. Otherwise they hold what was in memory, and batches cost what they hold.
-    out : tuple of arrays as in the result, with its Nones, optional
-        Written: takes the result.
+        Write zeros to rows without a slot. Otherwise these rows are not written, so a batch costs only the rows in use.
+    out : tuple of arrays as in the result, None where the result has None, optional
+        Written: memory for the result.
 
     Returns
     -------
     MaskedTokens
         permuted_hidden_states : [num_local_experts, max_m, hidden] in the dtype of `hidden_states`. masked_m : int32
-        [num_local_experts], the rows in use of each batch. permuted_idx : int32 [num_local_experts, max_m], the slot
-        of each row, num_slots where there is none. inv_permuted_idx : int32 [num_tokens, top_k],
-        ``expert * max_m + row`` of each slot, -1 for skipped slots. permuted_scales : [num_local_experts, max_m] or
+        [num_local_experts], the number of rows in use of each batch. permuted_idx : int32 [num_local_experts, max_m],
+        the slot of each row, num_slots for a row without a slot. inv_permuted_idx : int32 [num_tokens, top_k], ``expert
+        * max_m + row`` of each slot, -1 for skipped slots. permuted_scales : [num_local_experts, max_m] or
         [num_local_experts, max_m, groups], None without scales.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, more slots or rows than int32 counts.
+        A wrong shape or layout, mixed devices, or more slots or rows than int32 can count.
 
     Notes
     -----
-    Stable: rows of one expert ascend by slot, and the first max_m stay. Runs on the caller's current stream without
-    synchronising and captures into CUDA graphs; a launch more than `moe_permute`. `moe_unpermute` takes the batches
-    back, flattened to rows. Rows have a gradient by `hidden_states`.
+    The order is stable: the rows of an expert ascend by slot, and the first max_m stay. The op runs on the caller's
+    current stream without synchronising, and CUDA graphs can capture it. It takes one launch more than `moe_permute`.
+    `moe_unpermute` combines the batches, flattened to rows. The rows have a gradient by `hidden_states`.
 
     Examples
     --------
@@ -149,7 +149,7 @@ def _(given: Any) -> MaskedTokens:
 
 
 class MaskedPlan(NamedTuple):
-    """Where the sort writes, the sort, how its slots get their rows, and the copies of rows and scales."""
+    """The scratch of the sort, the sort, the launch that assigns rows, and the copies of rows and scales."""
 
     scratch: tuple[Contiguous, Contiguous]
     sort: counting_sort.SortPlan
@@ -226,37 +226,37 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
 def moe_reorder(
     topk_ids: Array, num_experts: int, expert_map: Array | None = None, *, out: ReorderedSlots | None = None
 ) -> ReorderedSlots:
-    """Order slots by expert, and return the order as SGLang's dispatcher for DeepEP does.
+    """Order the slots by expert, and return the order in the form of SGLang's DeepEP dispatcher.
 
     Parameters
     ----------
     topk_ids : array of int32 or int64, shape [num_tokens, top_k] or [num_slots]
         Contiguous. Ids outside ``[0, num_experts)`` are skipped.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map : array of int32 or int64, shape [num_experts], optional
         This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped.
     out : tuple of three arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
     ReorderedSlots
-        reorder_topk_ids : int32 [num_slots], the expert of each row, -1 behind the last one in use. src2dst : int32
-        [num_slots], the row of each slot, -1 for skipped slots. seg_indptr : int64 [num_experts + 1]; rows of expert e
-        are ``seg_indptr[e]`` up to ``seg_indptr[e + 1]``.
+        reorder_topk_ids : int32 [num_slots], the expert of each row, -1 for unused rows at the end. src2dst : int32
+        [num_slots], the row of each slot, -1 for skipped slots. seg_indptr : int64 [num_experts + 1]; expert e has the
+        rows from ``seg_indptr[e]`` up to ``seg_indptr[e + 1]``.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, more slots than int32 counts.
+        A wrong shape or layout, mixed devices, or more slots than int32 can count.
 
     Notes
     -----
-    The order is that of `moe_permute`, and this is its sort alone. Runs on the caller's current stream without
-    synchronising and captures into CUDA graphs.
+    The order is that of `moe_permute`; the op is its sort without the copies. It runs on the caller's current stream
+    without synchronising, and CUDA graphs can capture it.
 
     Examples
     --------

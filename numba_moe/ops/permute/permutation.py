@@ -1,7 +1,7 @@
-"""Rows moved into expert order, and combined again.
+"""Move rows into expert order, and combine them again: `moe_permute`, `moe_unpermute`, `moe_sum`.
 
-The counting sort of `numba_moe.ops.sort` finds the row of each slot; the kernels of `move_rows` move them. `layouts`
-has what is particular to one batch for each expert, and `row_gradients` the gradients.
+The counting sort of `numba_moe.ops.sort` finds the row of each slot, and the kernels of `move_rows` move the rows.
+`layouts` has the ops with one batch per expert, and `row_gradients` has the gradients.
 """
 
 from typing import Any, NamedTuple
@@ -42,43 +42,45 @@ def moe_permute(
     topk_ids : array of int32 or int64, shape [num_tokens, top_k]
         Contiguous. Ids outside ``[0, num_experts)`` are skipped.
     num_experts : int
-        Number of experts that ids range over.
+        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map : array of int32 or int64, shape [num_experts], optional
         This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped.
     scales : array of any of these dtypes or int32, shape [num_tokens] or [num_tokens, groups], optional
-        What quantised rows are scaled by: moved along with them.
+        Scales of quantised rows; they move together with the rows.
     alignment : int, optional
-        Rows of an expert begin at a multiple of it, as grouped GEMMs want, and `m_indices` names them.
+        The rows of each expert begin at a multiple of this, as grouped GEMMs require, and `m_indices` gives the expert
+        of each row.
     zero_padding : bool
-        Write zeros to rows without a slot. Otherwise they hold what was in memory.
-    out : tuple of arrays as in the result, with its Nones, optional
-        Written: takes the result.
+        Write zeros to rows without a slot. Otherwise these rows are not written.
+    out : tuple of arrays as in the result, None where the result has None, optional
+        Written: memory for the result.
 
     Returns
     -------
     PermutedTokens
-        permuted_hidden_states : [num_rows, hidden] in the dtype of `hidden_states`; num_rows is num_tokens * top_k,
-        and with an alignment as much as any routing can need, see `align_sizes` with `pad_sorted_ids`.
-        expert_first_token_offset : int64 [num_experts + 1]; rows of expert e begin at ``offset[e]``, and none is in use
-        from ``offset[-1]`` on. permuted_idx : int32 [num_rows], the slot of each row, num_slots where there is none.
-        inv_permuted_idx : int32 [num_tokens, top_k], the row of each slot, -1 for skipped slots. counts : int32
-        [num_experts], the slots of each expert. m_indices : int32 [num_rows], the expert of each row, -1 where there
-        is no slot; None without an alignment. permuted_scales : [num_rows] or [num_rows, groups], None without scales.
+        permuted_hidden_states : [num_rows, hidden] in the dtype of `hidden_states`. num_rows is ``num_tokens * top_k``,
+        and with an alignment the length of `sorted_token_ids` that `align_sizes` returns with `pad_sorted_ids`.
+        expert_first_token_offset : int64 [num_experts + 1]; the rows of expert e begin at ``offset[e]``, and rows from
+        ``offset[-1]`` on are unused. permuted_idx : int32 [num_rows], the slot of each row, num_slots for a row without
+        a slot. inv_permuted_idx : int32 [num_tokens, top_k], the row of each slot, -1 for skipped slots. counts : int32
+        [num_experts], the number of slots of each expert. m_indices : int32 [num_rows], the expert of each row, -1 for
+        a row without a slot; None without an alignment. permuted_scales : [num_rows] or [num_rows, groups], None
+        without scales.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, more slots or rows than int32 counts.
+        A wrong shape or layout, mixed devices, or more slots or rows than int32 can count.
 
     Notes
     -----
-    Stable: rows of one expert ascend by slot. Rows are addressed in 64 bits. Runs on the caller's current stream
-    without synchronising and captures into CUDA graphs: a sort, and a copy that reads every row once, 16 bytes at a
-    time where width, distance and address of the rows allow it. Allocates the results, and scratch as
-    `count_tokens_per_expert` does.
-    Rows have a gradient by `hidden_states`: the sum of the gradients of a token's rows, in slot order.
+    The order is stable: the rows of an expert ascend by slot. Row addresses have 64 bits. The op runs on the caller's
+    current stream without synchronising, and CUDA graphs can capture it. It is a sort, and a copy that reads every row
+    once, 16 bytes at a time if the width, stride and address of the rows allow it. It allocates the results, and the
+    scratch of the sort. The gradient by `hidden_states` is the sum of the gradients of each token's rows, in slot
+    order.
 
     Examples
     --------
@@ -108,7 +110,7 @@ def _(given: Any) -> PermutedTokens:
 
 
 class PermutePlan(NamedTuple):
-    """The sort, the copies of rows and scales, and the experts of blocks where those of rows are not the same."""
+    """The sort, the copies of rows and scales, and memory for the experts of blocks where rows need their own."""
 
     sort: counting_sort.SortPlan
     rows: Gather
@@ -157,7 +159,7 @@ def _(plan: PermutePlan, given: Any, *memory: Any) -> None:
         offset=offset,
         expert_ids=block_experts,
     )
-    names = (block_experts, m_indices) if by_block else (None, None)  # one row to a block is named already
+    names = (block_experts, m_indices) if by_block else (None, None)  # else `m_indices` is written by the sort
     gather(plan.rows, given.hidden_states, rows, permuted_idx, inv_permuted_idx, *names)
     if plan.scales is not None:
         gather(plan.scales, given.scales, moved_scales, permuted_idx, inv_permuted_idx)
@@ -184,23 +186,23 @@ def moe_unpermute(
     out_dtype: Any = None,
     out: Array | None = None,
 ) -> Any:
-    """Sum each token's rows, weighted.
+    """Sum the weighted rows of each token.
 
     Parameters
     ----------
     permuted : array of float32, float16 or bfloat16, shape [num_rows, hidden]
-        Rows in expert order, or batches of `moe_permute_masked` flattened to rows; rows may be strided.
+        Rows in expert order, or the batches of `moe_permute_masked` flattened to rows. Rows may be strided.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
         Contiguous.
     inv_permuted_idx : array of int32, shape [num_tokens, top_k] or [num_tokens * top_k]
-        The row of each slot, as `src2dst` of `moe_reorder` has it too. A slot whose index is outside ``[0, num_rows)``
-        adds nothing.
+        The row of each slot; `src2dst` of `moe_reorder` has the same form. A slot whose index is outside ``[0,
+        num_rows)`` adds nothing.
     routed_scaling_factor : float
-        What sums are multiplied by.
+        Factor of the sums.
     out_dtype : torch dtype or its name, optional
-        float32, float16 or bfloat16; that of `permuted` unless given.
+        Dtype of the result: float32, float16 or bfloat16. By default the dtype of `permuted`.
     out : array of `out_dtype`, shape [num_tokens, hidden], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -210,16 +212,16 @@ def moe_unpermute(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices.
+        A wrong shape or layout, or mixed devices.
 
     Notes
     -----
-    Summed in float32 in slot order, without atomics, and rounded once: the same bits at every run. Rows are
-    addressed in 64 bits. One launch on the caller's current stream; allocates the result only.
-    The result has gradients by the rows and by the weights, the latter summed in float32; for these each row must be
-    that of one slot at most, as `moe_permute` makes them.
+    The op sums in float32 in slot order, without atomics, and rounds once, so every run gives the same bits. Row
+    addresses have 64 bits. The op is one launch on the caller's current stream. It allocates the result only. The
+    result has gradients by the rows and by the weights, and those of the weights are sums in float32. For the gradients
+    each row must belong to at most one slot, as `moe_permute` makes them.
 
     Examples
     --------
@@ -239,7 +241,7 @@ def _(given: Any) -> Contiguous:
 
 
 def dtype_of(rows: Any, out_dtype: Any) -> torch.dtype:
-    """Return the dtype of combined rows: theirs unless another is asked for."""
+    """Return the dtype of combined rows: `out_dtype`, or by default the dtype of the rows."""
     if out_dtype is None or isinstance(out_dtype, torch.dtype):
         found: torch.dtype = out_dtype or rows.dtype
         return found
@@ -265,7 +267,7 @@ def _(given: Any) -> Launch:
 
 
 def _check_combination(given: Any, rows: Any) -> torch.dtype:
-    """Check what both ops that combine rows take; return the dtype of the result."""
+    """Check the arguments that both combining ops take; return the dtype of the result."""
     checks.number("routed_scaling_factor", given.routed_scaling_factor)
     if given.out_dtype is not None:
         return checks.dtype("out_dtype", given.out_dtype, checks.FLOATS)
@@ -302,20 +304,20 @@ def moe_sum(
     out_dtype: Any = None,
     out: Array | None = None,
 ) -> Any:
-    """Sum each token's rows.
+    """Sum the rows of each token.
 
     Parameters
     ----------
     hidden_states : array of float32, float16 or bfloat16, shape [num_tokens, top_k, hidden]
         Contiguous in its last dimension; tokens and slots may be strided.
     topk_ids : array of int32 or int64, shape [num_tokens, top_k], optional
-        Slots with an id below 0 add nothing, whatever their rows hold.
+        Experts of the slots. A slot with an id below 0 adds nothing, whatever its row holds.
     routed_scaling_factor : float
-        What sums are multiplied by.
+        Factor of the sums.
     out_dtype : torch dtype or its name, optional
-        float32, float16 or bfloat16; that of `hidden_states` unless given.
+        Dtype of the result: float32, float16 or bfloat16. By default the dtype of `hidden_states`.
     out : array of `out_dtype`, shape [num_tokens, hidden], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -324,14 +326,14 @@ def moe_sum(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices.
+        A wrong shape or layout, or mixed devices.
 
     Notes
     -----
-    Summed in float32 in slot order and rounded once: the same bits at every run. One launch on the caller's current
-    stream; allocates the result only. The result has a gradient by `hidden_states`.
+    The op sums in float32 in slot order and rounds once, so every run gives the same bits. It is one launch on the
+    caller's current stream. It allocates the result only. The result has a gradient by `hidden_states`.
 
     Examples
     --------

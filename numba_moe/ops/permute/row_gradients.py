@@ -1,12 +1,12 @@
 """Gradients of permutation and combination, for torch's autograd.
 
-What copies a token's row has the sum of the rows' gradients, which is the combination without weights. What combines
-rows has, for slot s of token t, row r and the factor f of the whole,
+The gradient of a permuted token is the sum of the gradients of its rows, which is a combination without weights. The
+gradients of a combination are, for slot s of token t, row r and the factor f of the sums,
 
     grad_row[r] = f * weight[s] * grad[t]        grad_weight[s] = f * dot(row[r], grad[t])
 
-and 0 for a row without a slot. A warp serves a slot, and the row of its own number if that has no slot. All sums are
-of float32 in a fixed order.
+and 0 for a row without a slot. Warp n serves slot n, and row n if that row has no slot. All sums are in float32 in a
+fixed order.
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -45,28 +45,28 @@ from numba_moe.runtime.op import op
 
 THREADS = 256
 WARPS_IN_BLOCK = 4
-# 12 of these blocks are to fit on a multiprocessor, so that loads come early, as in `move_rows`: on an H200 the
-# gradients of 16,384 tokens, eight rows of 4 KiB each, take 300 us instead of 326.
+# 12 of these blocks must fit on a multiprocessor, so that the compiler issues loads early, as in `move_rows`. H200: the
+# gradients of 16,384 tokens with eight rows of 4 KiB each take 300 us; without this they take 326 us.
 DIFFERENTIATE_BOUNDS = (WARP * WARPS_IN_BLOCK, 12)
 
 
 class Inverse(NamedTuple):
     """The row of each slot."""
 
-    inv_permuted_idx: Int32Array  # [num_slots]; outside [0, num_rows) for none
+    inv_permuted_idx: Int32Array  # [num_slots]; outside [0, num_rows) for a slot without a row
     num_slots: Int32
 
 
 class ByRow(NamedTuple):
     """The slot of each row that has one."""
 
-    permuted_idx: Int32Array  # [num_rows], of -1 before
+    permuted_idx: Int32Array  # [num_rows]; -1 before the launch
     num_rows: Int32
 
 
 @cuda.jit
 def invert_index(slots: Inverse, by_row: ByRow):
-    """Write the slot of each row that has one; a thread takes a slot."""
+    """Write the slot of each row that has one; a thread takes one slot."""
     wait_for_earlier()
     slot = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
     if slot < slots.num_slots:
@@ -82,14 +82,14 @@ class Forward(NamedTuple):
     num_rows: Int32
     hidden: Int32
     row_stride: Int64
-    lanes: Int32  # elements of a thread: 16 bytes of them, or one
+    lanes: Int32  # elements that a thread loads at a time: 16 bytes, or one element
 
 
 class Weighted(NamedTuple):
-    """The row and the weight of each slot, and the factor of all of them."""
+    """The row and the weight of each slot, and the factor of the sums."""
 
     topk_weights: FloatArray  # [num_slots]
-    inv_permuted_idx: Int32Array  # [num_slots]; outside [0, num_rows) for none
+    inv_permuted_idx: Int32Array  # [num_slots]; outside [0, num_rows) for a slot without a row
     num_slots: Int32
     top_k: Int32
     factor: Float32
@@ -103,16 +103,16 @@ class Slopes(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients by rows and weights, those that are wanted."""
+    """The requested gradients, by rows and by weights."""
 
-    permuted_idx: OptionalInt32Array  # [num_rows], for grad_rows: -1 for no slot
+    permuted_idx: OptionalInt32Array  # [num_rows], for grad_rows; -1 for a row without a slot
     grad_rows: Annotated[Any, LIKE, "rows", None]  # [num_rows, hidden]
     grad_weights: OptionalFloat32Array  # [num_slots]
 
 
 @cuda.jit(launch_bounds=DIFFERENTIATE_BOUNDS)
 def differentiate_rows(forward: Forward, slots: Weighted, slopes: Slopes, gradients: Gradients):
-    """Write gradients: a warp takes a slot, and the row of its own number; `lanes` columns to a thread at a time."""
+    """Write gradients; warp n takes slot n and row n, and a thread takes `lanes` columns at a time."""
     wait_for_earlier()
     turn = int64(cuda.blockIdx.x) * (cuda.blockDim.x >> 5) + (cuda.threadIdx.x >> 5)
     row = int64(-1)
@@ -156,7 +156,7 @@ def differentiate_rows(forward: Forward, slots: Weighted, slopes: Slopes, gradie
 
 
 class UnpermuteGradients(NamedTuple):
-    """Gradients by rows and by weights; None for one that is not wanted."""
+    """Gradients by rows and by weights; None for one that was not requested."""
 
     rows: Any
     weights: Any
@@ -172,27 +172,27 @@ def unpermute_backward(
     by_rows: bool,
     by_weights: bool,
 ) -> UnpermuteGradients:
-    """Return the gradients by rows and by weights, those that are wanted, given that by the result.
+    """Return the requested gradients, by the rows and by the weights, given the gradient by the result.
 
     Parameters
     ----------
     permuted : array of float32, float16 or bfloat16, shape [num_rows, hidden]
-        What `moe_unpermute` was given, and so are the next two.
+        The argument of `moe_unpermute`.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
-        The weights.
+        The argument of `moe_unpermute`.
     inv_permuted_idx : array of int32, shape [num_tokens, top_k]
-        The row of each slot; each row is that of one slot at most.
+        The argument of `moe_unpermute`. Each row must belong to at most one slot.
     grad : array of float32, float16 or bfloat16, shape [num_tokens, hidden]
         The gradient by the result.
     routed_scaling_factor : float
-        What sums were multiplied by.
+        Factor of the sums.
     by_rows, by_weights : bool
-        Whether a gradient is wanted.
+        Whether to compute the gradient by the rows, and the gradient by the weights.
 
     Returns
     -------
     UnpermuteGradients
-        rows : as `permuted`; None unless wanted. weights : as `topk_weights`; None unless wanted.
+        rows : shape and dtype of `permuted`, or None. weights : shape and dtype of `topk_weights`, or None.
     """
 
 
@@ -206,7 +206,7 @@ def _(given: Any) -> UnpermuteGradients:
 
 
 class BackwardPlan(NamedTuple):
-    """The scratch that may be needed, and the launches."""
+    """The scratch, and the launches."""
 
     permuted_idx: Contiguous
     grad_weights: Contiguous | None
@@ -281,7 +281,7 @@ def in_rows(grad: torch.Tensor) -> torch.Tensor:
 
 @op(is_gradient=True)
 def permute_backward(inv_permuted_idx: Array, grad: Array) -> Any:
-    """Return the gradient by the tokens' rows, given that by the permuted ones, or by batches of them.
+    """Return the gradient by the tokens' rows, given the gradient by the permuted rows or batches.
 
     Parameters
     ----------

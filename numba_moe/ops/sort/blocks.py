@@ -1,23 +1,23 @@
-"""How many slots each expert has in earlier blocks: by counts in memory, or by those of a cluster's other blocks."""
+"""Count each expert's slots in earlier blocks, from counts in memory or from the other blocks of the cluster."""
 
 from numba_moe.device.dialect import cuda, int32, int64
 from numba_moe.device.instructions import atomic_add, load_words, of_block, quotient, store_words
 from numba_moe.device.primitives import WARP
 
-# Loads of 16 bytes of counts that a thread has on their way at once.
+# Number of 16-byte loads of counts that a thread starts at once.
 ROW_BATCH = 4
 ROW_BATCH_WORDS = 4 * ROW_BATCH
 
 
 @cuda.jit(device=True)
 def sum_blocks(block_counts, stride, first, size, in_earlier, in_all):
-    """Add the counts of earlier blocks to in_earlier[:size], those of all blocks to in_all.
+    """Add the counts of earlier blocks to in_earlier[:size], and the counts of all blocks to in_all[:size].
 
-    A thread takes eight experts of every so many blocks. Counts are added in pairs as they lie in a word, which holds
-    those of a batch.
+    A thread takes eight experts of every `rows`-th block. It adds the two counts in a word as one number, which cannot
+    overflow within a batch.
     """
     words = cuda.local.array(ROW_BATCH_WORDS, int32)
-    pairs = cuda.local.array(8, int32)  # of the earlier blocks of a batch, of all
+    pairs = cuda.local.array(8, int32)  # four words for the earlier blocks of a batch, four for all blocks
     sums = cuda.local.array(16, int32)
     for i in range(16):
         sums[i] = 0
@@ -54,7 +54,7 @@ def sum_blocks(block_counts, stride, first, size, in_earlier, in_all):
 
 @cuda.jit(device=True)
 def gather_counts(in_blocks, chunk, blocks):
-    """Read the row of in_blocks [blocks, chunk] that each block of the cluster has written; two rows to a warp."""
+    """Read the row of in_blocks [blocks, chunk] that each block of the cluster wrote; a warp reads two at once."""
     none = int32(0)
     warps = int32(cuda.blockDim.x >> 5)
     one = int32(cuda.threadIdx.x >> 5)
@@ -78,7 +78,7 @@ def gather_counts(in_blocks, chunk, blocks):
 
 @cuda.jit(device=True)
 def sum_cluster(in_blocks, chunk, block, blocks, expert):
-    """Return an expert's slots in earlier blocks of the cluster, and in all."""
+    """Return an expert's counts in earlier blocks of the cluster, and in all its blocks."""
     counts = cuda.local.array(8, int32)
     before = int32(0)
     total = int32(0)

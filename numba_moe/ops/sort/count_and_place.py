@@ -1,4 +1,4 @@
-"""The kernels of the sort: counts by block, their sums, and the slots to their places; see `counting_sort`."""
+"""The kernels of the sort: they count by block, sum the counts, and write the slots; see `counting_sort`."""
 
 from typing import Any, NamedTuple
 
@@ -42,39 +42,39 @@ from numba_moe.ops.sort.blocks import gather_counts, sum_blocks, sum_cluster
 from numba_moe.ops.sort.ranks import mark_lane, rank_in_warp, sum_warps
 
 MOST_THREADS = 1024
-# Experts that a block counts at a time, in shared memory.
+# A block counts this many experts at a time, in shared memory.
 CHUNK = 1024
 TWO_CHUNKS = 2 * CHUNK
 
 
 class Slots(NamedTuple):
-    """What is sorted. The expert of a slot is its id, or what the map says of its id; any other number is skipped."""
+    """The slots to sort. A map, if given, turns a slot's id into its expert. Other slots are skipped."""
 
     topk_ids: Ids  # [num_slots]
     expert_map: OptionalIds  # [num_experts]
     num_slots: Int32
     num_experts: Int32
-    num_local: Int32  # what the map says is an expert below it
+    num_local: Int32  # valid experts after the map are below this
 
 
 class Counted(NamedTuple):
-    """The slots of each expert: by block of threads if there is an array for that, and otherwise of all blocks."""
+    """The number of slots of each expert: one count for each thread block, or one for all thread blocks."""
 
     block_counts: OptionalInt16Array  # [blocks, stride]
-    counts: OptionalInt32Array  # [num_experts]; zeros before, if there are several blocks
+    counts: OptionalInt32Array  # [num_experts]; zeros before the launch if there are several blocks
     stride: Int32  # num_experts, rounded up to whole words of 16 bytes
 
 
 class Cleared(NamedTuple):
-    """Positions that are filled with num_slots, before `place_slots` writes those that have a slot."""
+    """Positions to fill with num_slots before `place_slots` writes the positions that have a slot."""
 
     sorted_slots: OptionalInt32Array  # [num_positions]
     num_positions: Int32
-    num_words: Int32  # words of 16 bytes of sorted_slots that are written as such
+    num_words: Int32  # 16-byte words of sorted_slots that are written whole
 
 
 class BlockCounts(NamedTuple):
-    """The slots of each expert by block of threads, from `count_slots`."""
+    """The number of slots of each expert in each thread block, from `count_slots`."""
 
     block_counts: Int16Array  # [num_blocks, stride]
     num_blocks: Int32
@@ -82,14 +82,14 @@ class BlockCounts(NamedTuple):
 
 
 class BlockOffsets(NamedTuple):
-    """The slots of each expert in earlier blocks and, in the last row, in all."""
+    """The number of slots of each expert in earlier blocks; the last row is the number in all blocks."""
 
     offsets: Int32Array  # [num_blocks + 1, num_experts]
     num_experts: Int32
 
 
 class Elsewhere(NamedTuple):
-    """What other blocks have counted; without both arrays there is one block, or the blocks are one cluster."""
+    """The counts of other blocks. Both arrays are absent if there is one block or one cluster."""
 
     block_counts: OptionalInt16Array  # [blocks, stride], from `count_slots`
     block_offsets: OptionalInt32Array  # [blocks + 1, num_experts], from `scan_blocks`, if that ran
@@ -105,38 +105,38 @@ class Padding(NamedTuple):
 
 
 class GemmBlocks(NamedTuple):
-    """Which expert each block_size positions are of."""
+    """The expert of each GEMM block of block_size positions."""
 
-    expert_ids: OptionalInt32Array  # [num_names]; written: an expert, or inactive_expert_id past the last row in use
-    block_names: OptionalIds  # [num_experts]; what expert_ids holds instead of an expert
+    expert_ids: OptionalInt32Array  # [num_names]; written: an expert, or inactive_expert_id for an unused block
+    block_names: OptionalIds  # [num_experts]; the value that expert_ids gets for each expert
     num_names: Int32
     inactive_expert_id: Int32
 
 
 class Placed(NamedTuple):
-    """What is written: slots in the order of experts, and what else is asked for."""
+    """The results: slots in expert order, and optional arrays."""
 
-    sorted_slots: Int32Array  # [num_positions]; num_slots where there is no slot
+    sorted_slots: Int32Array  # [num_positions]; num_slots for a position without a slot
     position_of_slot: OptionalInt32Array  # [num_slots]; -1 for a skipped slot
     counts: OptionalInt32Array  # [num_experts]
-    offset: OptionalInt64Array  # [num_experts + 1]; where the rows of each expert begin, and where the last ones end
-    num_padded: OptionalInt32Array  # [1]; where the last ones end
+    offset: OptionalInt64Array  # [num_experts + 1]; where the rows of each expert begin, and where the last rows end
+    num_padded: OptionalInt32Array  # [1]; where the last rows end
     num_positions: Int32
-    num_words: Int32  # words of 16 bytes of sorted_slots that are written as such
+    num_words: Int32  # 16-byte words of sorted_slots that are written whole
 
 
 @cuda.jit(device=True)
 def load_ids(slots, first, step, items, ids):
-    """Read the ids of slots first, first + step, ...; past the last slot, some id."""
+    """Read the ids of slots first, first + step, ...; a slot past the last one gets the id of another slot."""
     last = uint32(max(slots.num_slots - 1, 0))
     if slots.num_slots > 0:
-        for item in range(items):  # without branches, so that all loads are on their way before the first is used
+        for item in range(items):  # no branches, so that all loads start before the first is used
             ids[item] = slots.topk_ids[min(uint32(first + item * step), last)]
 
 
 @cuda.jit(device=True)
 def find_experts(slots, ids, first, step, items, experts):
-    """Turn the ids of slots first, first + step, ... into experts; num_experts for a skipped slot and past the last."""
+    """Turn the ids of slots first, first + step, ... into experts; num_experts means that there is none."""
     for item in range(items):
         experts[item] = slots.num_experts
         if uint32(first + item * step) < uint32(slots.num_slots) and 0 <= ids[item] < slots.num_experts:
@@ -152,9 +152,9 @@ def find_experts(slots, ids, first, step, items, experts):
 
 @cuda.jit(launch_bounds=MOST_THREADS)
 def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
-    """Count the slots of each expert: a block counts those of its threads, `items` each, in shared memory.
+    """Count the slots of each expert; a block counts the slots of its threads, `items` each, in shared memory.
 
-    The grid has a thread for every `items` slots at least, and a whole number of warps in a block.
+    The grid has at least one thread for every `items` slots, and blocks are whole warps.
     """
     wait_for_earlier()
     in_block = flat(cuda.shared.array(CHUNK, int32))
@@ -164,7 +164,7 @@ def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
     threads = int32(cuda.blockDim.x)
     block = int32(cuda.blockIdx.x)
     blocks = int32(cuda.gridDim.x)
-    first_slot = uint32(block * threads * items + thread)  # which may pass the largest int32, past the last slot
+    first_slot = uint32(block * threads * items + thread)  # may exceed int32 for slots past the last one
     load_ids(slots, first_slot, threads, items, ids)
     if present(cleared.sorted_slots):
         index = int32(block * threads + thread)
@@ -174,7 +174,7 @@ def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
     row = int64(block) * counted.stride
     first = int32(0)
     while first < slots.num_experts:
-        size = int32(min(CHUNK, counted.stride - first))  # with zeros for no expert behind the last
+        size = int32(min(CHUNK, counted.stride - first))  # zeros follow the last expert
         fill(in_block, size, 0, thread, threads)
         cuda.syncthreads()
         for item in range(items):
@@ -192,12 +192,12 @@ def count_slots(slots: Slots, counted: Counted, cleared: Cleared, items: Items):
             elif count > 0:
                 atomic_add(counted.counts, first + expert, count)
             expert = int32(expert + threads)
-        first = int32(first + CHUNK)  # no barrier: a thread clears next what it alone has just read
+        first = int32(first + CHUNK)  # no barrier: each thread clears only what it has read itself
 
 
 @cuda.jit
 def scan_blocks(by_block: BlockCounts, before: BlockOffsets):
-    """Sum the counts of earlier blocks: a warp sums those of one expert, and the grid has a warp for each of them."""
+    """Sum the counts of earlier blocks; a warp serves one expert, and the grid has a warp for each expert."""
     wait_for_earlier()
     expert = int64(warp_index())
     if expert >= before.num_experts:
@@ -218,7 +218,7 @@ def scan_blocks(by_block: BlockCounts, before: BlockOffsets):
 
 @cuda.jit(device=True)
 def write_name(gemm, index, expert):
-    """Write the expert of a GEMM block, or its name if there are names: -1 for one below 0 or past int32."""
+    """Write the expert of a GEMM block, or its entry in block_names: -1 for an entry below 0 or above int32."""
     name = int64(expert)
     if present(gemm.block_names):
         name = int64(gemm.block_names[name])
@@ -236,23 +236,23 @@ def name_block(gemm, padding, expert, position):
 
 
 class Tile(NamedTuple):
-    """The slots of a thread: `items` of them, 32 apart. A warp's slots are consecutive, and so are a block's."""
+    """The slots of a thread: `items` slots, 32 apart. A warp's slots are consecutive, and so are a block's."""
 
-    experts: Any  # [items]; num_experts for a skipped slot and past the last slot
-    ranks: Any  # [items]; slots of its expert before a slot in its warp
+    experts: Any  # [items]; num_experts for a skipped slot or one past the last
+    ranks: Any  # [items]; the number of earlier slots of the same expert in the warp
     block_first: Any  # the first slot of this block
-    in_block: Any  # the thread's first slot, counted from there
+    in_block: Any  # the thread's first slot, counted from block_first
 
 
 class Tables(NamedTuple):
-    """Shared memory of a block, about `chunk` experts at a time."""
+    """The shared memory of a block, which holds `chunk` experts at a time."""
 
-    in_warps: Any  # int16 [warps, chunk]; slots of an expert in a warp, and later in earlier warps of the block
-    masks: Any  # uint32 [warps, chunk]; the same where a thread has one slot, and the lanes that have the expert before
-    in_blocks: Any  # int16 [blocks, chunk]; slots of an expert in each block of a cluster
-    staged: Any  # uint32 [threads * items]; slots of this block in the order of experts, where a thread has several
-    in_earlier: Any  # int32 [CHUNK]; slots of an expert in earlier blocks, and later where its slots begin in `staged`
-    in_all: Any  # int32 [CHUNK]; slots of an expert in all blocks, and later how far its slots move from `staged`
+    in_warps: Any  # int16 [warps, chunk]; counts in each warp, later in earlier warps
+    masks: Any  # uint32 [warps, chunk]; if items is 1: masks of lanes, later counts in earlier warps
+    in_blocks: Any  # int16 [blocks, chunk]; counts in each block of the cluster
+    staged: Any  # uint32 [threads * items]; slots of this block in expert order, if items is over 1
+    in_earlier: Any  # int32 [CHUNK]; counts in earlier blocks, later the begin of each expert in `staged`
+    in_all: Any  # int32 [CHUNK]; counts in all blocks, later the shift of each expert from `staged`
     places: Any  # int32 [CHUNK]; the position of the first slot of an expert in this block
     ends: Any  # int32 [CHUNK]; where the rows of an expert end
     sums: Any  # int32 [32]
@@ -261,7 +261,7 @@ class Tables(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """The experts that are counted at a time: `size` of them from `first` on."""
+    """The experts that a block counts at a time: `size` experts from `first` on."""
 
     first: Any
     size: Any
@@ -269,19 +269,19 @@ class Experts(NamedTuple):
 
 @cuda.jit(device=True)
 def first_slot_of(tile):
-    """Return the first slot of a thread, which may pass the largest int32, past the last slot."""
+    """Return the first slot of a thread, which may exceed int32 for slots past the last one."""
     return uint32(tile.block_first + tile.in_block)
 
 
 @cuda.jit(device=True)
 def is_in_cluster(elsewhere):
-    """Whether blocks read each other's counts."""
+    """Return whether blocks read each other's counts."""
     return int32(cuda.gridDim.x) > 1 and not present(elsewhere.block_counts)
 
 
 @cuda.jit(device=True)
 def clear_tables(tables, part, elsewhere, items):
-    """Set counts to zero, those of other blocks if they are to be summed."""
+    """Set the counts of this block to zero, and the sums over other blocks if this block computes them."""
     thread = int32(cuda.threadIdx.x)
     threads = int32(cuda.blockDim.x)
     num_words = int32((tables.warps * tables.chunk) >> (2 if items == 1 else 3))
@@ -294,7 +294,7 @@ def clear_tables(tables, part, elsewhere, items):
 
 @cuda.jit(device=True)
 def rank_in_block(tile, tables, part, num_experts, peers, items):
-    """Count each expert's slots in each warp, and rank the slots of this thread among those of its warp."""
+    """Count each expert's slots in each warp, and rank the slots of this thread in its warp."""
     warp = int32(cuda.threadIdx.x >> 5)
     row = int32(warp * tables.chunk)
     if warp < tables.warps and items == 1:
@@ -305,13 +305,13 @@ def rank_in_block(tile, tables, part, num_experts, peers, items):
 
 @cuda.jit(device=True)
 def sum_own_warps(tables, expert, items):
-    """Return an expert's slots in this block; from then on the tables have those in earlier warps."""
+    """Return an expert's count in this block; afterwards the tables hold its counts in earlier warps."""
     return sum_warps(tables.in_warps, tables.masks, items, tables.warps, tables.chunk, expert)
 
 
 @cuda.jit(device=True)
 def count_elsewhere(elsewhere, tables, part, items):
-    """Bring the counts of other blocks here: sum them, or read them from the cluster, if nobody has summed them yet."""
+    """Sum the counts of other blocks, or read them from the cluster, unless `scan_blocks` has summed them."""
     if present(elsewhere.block_counts) and not present(elsewhere.block_offsets):
         sum_blocks(elsewhere.block_counts, elsewhere.stride, part.first, part.size, tables.in_earlier, tables.in_all)
     cuda.syncthreads()
@@ -324,13 +324,13 @@ def count_elsewhere(elsewhere, tables, part, items):
         cluster_arrive()
         cluster_wait()
         gather_counts(tables.in_blocks, tables.chunk, int32(cuda.gridDim.x))
-        cluster_arrive()  # the others may write their counts again: `place_slots` waits for that
+        cluster_arrive()  # other blocks may now reuse their counts; `place_slots` waits for this
         cuda.syncthreads()
 
 
 @cuda.jit(device=True)
 def counts_of(elsewhere, tables, part, num_experts, expert, items):
-    """Return an expert's slots in this block, in earlier blocks, and in all."""
+    """Return an expert's counts in this block, in earlier blocks, and in all blocks."""
     block = int32(cuda.blockIdx.x)
     blocks = int32(cuda.gridDim.x)
     if is_in_cluster(elsewhere):
@@ -351,9 +351,9 @@ def counts_of(elsewhere, tables, part, num_experts, expert, items):
 
 @cuda.jit(device=True)
 def start_of_experts(start, slots, elsewhere, padding, placed, tables, part, items):
-    """Place each expert's first slot of this block, given where the rows of the first expert start.
+    """Compute the position of each expert's first slot of this block, given where the rows of the first expert start.
 
-    Return where the rows of the last one end, and how many slots of these experts the block has.
+    Return where the rows of the last expert end, and the number of slots of these experts in the block.
     """
     thread = int32(cuda.threadIdx.x)
     is_first_block = cuda.blockIdx.x == 0
@@ -391,7 +391,7 @@ def start_of_experts(start, slots, elsewhere, padding, placed, tables, part, ite
 
 @cuda.jit(device=True)
 def name_blocks(gemm, padding, tables, part, begin, end):
-    """Write the expert of each GEMM block of the rows from `begin` up to `end`, which some experts share."""
+    """Write the expert of each GEMM block of the rows from `begin` up to `end`, which belong to several experts."""
     last = divided(end, padding.reciprocal, padding.shift)
     index = divided(begin, padding.reciprocal, padding.shift)
     index = int32(index + cuda.threadIdx.x * cuda.gridDim.x + cuda.blockIdx.x)
@@ -403,7 +403,7 @@ def name_blocks(gemm, padding, tables, part, begin, end):
 
 @cuda.jit(device=True)
 def write_staged(tile, tables, part, placed, num_here, items):
-    """Write slots in the order of positions: one by one these stores would take a third of the time."""
+    """Write slots in the order of positions; in slot order these stores would take a third of the kernel's time."""
     row = int32((cuda.threadIdx.x >> 5) * tables.chunk)
     for item in range(items):
         expert = int32(tile.experts[item] - part.first)
@@ -421,7 +421,7 @@ def write_staged(tile, tables, part, placed, num_here, items):
 
 @cuda.jit(device=True)
 def write_places(tile, slots, padding, gemm, placed, tables, part, items):
-    """Write the position of each slot of this thread, and a slot to its position where the thread has only that one."""
+    """Write the position of each slot of this thread, and with one slot per thread also the slot to its position."""
     row = int32((cuda.threadIdx.x >> 5) * tables.chunk)
     for item in range(items):
         slot = uint32(first_slot_of(tile) + item * WARP)
@@ -446,15 +446,14 @@ def place_slots(
     padding: Padding,
     gemm: GemmBlocks,
     placed: Placed,
-    chunk: Int32,  # experts that a block counts at a time
+    chunk: Int32,  # number of experts that a block counts at a time
     items: Items,
 ):
-    """Write every slot to its place, the sum that `counting_sort` explains.
+    """Write every slot to its position, the sum that `counting_sort` explains.
 
-    A warp has 32 * `items` consecutive slots, and a block consecutive warps. The grid has a thread for every `items`
-    slots at least. Shared memory is what `sorting._deal` says: [warps, chunk] counts by warp in int16, or masks in
-    uint32 if items is 1; in a cluster [blocks, chunk] counts by block in int16; and [threads * items] slots of the
-    block in uint32, if items is above 1.
+    A warp has 32 * `items` consecutive slots, and the grid has at least one thread for every `items` slots. The shared
+    memory (`counting_sort._deal`) holds [warps, chunk] counts in int16, or masks in uint32 if items is 1; in a cluster
+    [blocks, chunk] counts in int16; and, if items is above 1, the [threads * items] slots of the block in uint32.
     """
     wait_for_earlier()
     blocks = int32(cuda.gridDim.x)
@@ -493,12 +492,12 @@ def place_slots(
         chunk,
         int32((warps + 3) & -4),
     )
-    end = int32(0)  # of the rows of the experts so far
+    end = int32(0)  # where the rows of the experts so far end
     first = int32(0)
     while first < slots.num_experts:
         part = Experts(first, int32(min(chunk, slots.num_experts - first)))
         if first > 0:
-            cuda.syncthreads()  # until all have read what is written now
+            cuda.syncthreads()  # all threads have read what is written next
         clear_tables(tables, part, elsewhere, items)
         if first == 0:
             find_experts(slots, ids, first_slot_of(tile), WARP, items, experts)
@@ -512,7 +511,7 @@ def place_slots(
                 name_blocks(gemm, padding, tables, part, begin, end)
         write_places(tile, slots, padding, gemm, placed, tables, part, items)
         if in_cluster:
-            cluster_wait()  # until the others have read the counts
+            cluster_wait()  # the other blocks have read the counts
         first = int32(first + chunk)
 
     if present(gemm.expert_ids):

@@ -1,4 +1,4 @@
-"""Counting sort of slots by expert: the ground under alignment and permutation.
+"""Counting sort of slots by expert, on which alignment and permutation stand.
 
 Consecutive slots belong to one warp, consecutive warps to one block. The position of a slot is a sum:
 
@@ -6,9 +6,9 @@ Consecutive slots belong to one warp, consecutive warps to one block. The positi
                                                 +  slots of its expert in earlier warps of its block
                                                 +  slots of its expert before it in its warp
 
-1. `count_slots` counts each expert's slots by block. With few slots there is no such launch: one block holds them all,
-   or the blocks of one cluster, which read each other's counts.
-2. `place_slots` sums these counts, finds the slots of its own block by warp, and writes every slot to its place.
+1. `count_slots` counts each expert's slots in each block. Few slots do not need this launch: one block holds all slots,
+   or one cluster does, and its blocks read each other's counts.
+2. `place_slots` sums these counts, counts the slots of its own block by warp, and writes every slot to its position.
 
 Nine slots, three to a block, and rows padded to 4:
 
@@ -23,10 +23,10 @@ Nine slots, three to a block, and rows padded to 4:
     position       0 1 2 3 | 4 5 6 7 | 8 9 10 11
     its slot       5 . . . | 0 1 4 6 | 2 3  7  8
 
-Slot 8 goes to 8 + 2 + 0 + 1 = 11: its expert begins at 8, two slots of it are in earlier blocks, none in earlier
-warps of its block, and one before it in its warp.
+Slot 8 goes to 8 + 2 + 0 + 1 = 11: its expert begins at 8 and has two slots in earlier blocks, no slot in earlier warps
+of the block, and one slot before it in its warp.
 
-No position depends on which thread came first, so the order is stable and the same at every run.
+No position depends on the order in which threads run, so the order is stable and the same at every run.
 """
 
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ from numba_moe.runtime import arrays, compile
 from numba_moe.runtime.launch import Launch, block_threads, warps
 from numba_moe.runtime.plans import Layout
 
-# What a sort writes if asked to, beside the sorted slots; see `kernels.Placed` and `kernels.GemmBlocks`.
+# Optional results of a sort; see `count_and_place.Placed` and `count_and_place.GemmBlocks`.
 OPTIONAL = {
     "position_of_slot": torch.int32,
     "counts": torch.int32,
@@ -48,24 +48,24 @@ OPTIONAL = {
     "expert_ids": torch.int32,
     "num_padded": torch.int32,
 }
-# Blocks of one cluster read each other's counts, which is a launch less: as many of them as the device runs together,
-# with so many threads and slots to a thread. Measured on an H200: 4,096 slots take 3.6 us instead of 5.4, 32,768 6.4
-# instead of 6.6.
+# One cluster saves a launch, because its blocks read each other's counts. CLUSTERS are numbers of blocks to try, and
+# CLUSTER_DEALS are (threads of a block, slots of a thread). H200, with a cluster and without: 4,096 slots take 3.6 and
+# 5.4 us, 32,768 slots take 6.4 and 6.6 us.
 CLUSTERS = (16, 8)
 CLUSTER_DEALS = ((256, 1), (512, 1), (256, 4), (512, 4))
-# Measured on an H200: threads of a block and slots of a thread, for few slots and for more of them; the first that need
-# no more than so many counts by block, which every block sums for itself.
+# (threads of a block, slots of a thread), measured on an H200. A sort takes the first pair with at most MOST_COUNTS
+# counts by block; with more than FEW_SLOTS slots it skips the first pair.
 DEALS = ((512, 1), (256, 4), (512, 4), (512, 8))
 FEW_SLOTS = 2**15
 MOST_COUNTS = 48 * 1024
-# With more counts by block than this, `scan_blocks` sums them once instead of every block for itself.
+# With more counts by block than this, `scan_blocks` sums them once; otherwise every block sums them for itself.
 UNSCANNED_COUNTS = 64 * 1024
 
 
 class Grid(NamedTuple):
-    """How slots are dealt to threads, `items` to each, and how counts by block are kept: a stride of whole words.
+    """How threads share the slots, `items` slots each, and how the counts by block lie in memory, `stride` apart.
 
-    A block counts so many experts at a time, in shared memory.
+    A block counts `chunk` experts at a time, in shared memory.
     """
 
     blocks: int
@@ -80,7 +80,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(num_slots: int, num_experts: int, most_in_cluster: int) -> Grid:
-    """Deal slots for a sort, where clusters have so many blocks at most."""
+    """Choose the grid of a sort; a cluster has at most `most_in_cluster` blocks."""
     most = block_threads(count_and_place.MOST_THREADS)
     if num_slots <= most:
         return _deal(1, -(-min(most, max(num_slots, num_experts)) // 128) * 128, 1, num_experts, False)
@@ -97,8 +97,8 @@ def grid_of(num_slots: int, num_experts: int, most_in_cluster: int) -> Grid:
 
 
 def grid_to_count(num_slots: int, num_experts: int) -> Grid:
-    """Deal slots where they are only counted."""
-    for items in (1, 4, 8):  # one block needs no zeros to add to
+    """Choose the grid of a count without a sort."""
+    for items in (1, 4, 8):  # with one block the counters need not be zero before
         threads = -(-num_slots // (128 * items)) * 128
         if threads <= block_threads(count_and_place.MOST_THREADS):
             return _deal(1, max(128, threads), items, num_experts, False)
@@ -125,13 +125,13 @@ def _scratch(grid: Grid, num_experts: int) -> tuple[arrays.Contiguous | None, ar
 
 
 def workspace_size(num_slots: int, num_experts: int) -> int:
-    """Return the int32 elements that hold the scratch of any sort of up to that many slots."""
+    """Return the number of int32 elements that are enough scratch for a sort of up to `num_slots` slots."""
     scratch = [array for array in _scratch(grid_of(num_slots, num_experts, 0), num_experts) if array]
     if not scratch:
         return 0
     threads, items = DEALS[0]
     most_blocks = -(-num_slots // (block_threads(threads) * items))
-    most_counts = min(MOST_COUNTS, most_blocks * -(-num_experts // 8) * 8)  # with fewer slots, but less to a block
+    most_counts = min(MOST_COUNTS, most_blocks * -(-num_experts // 8) * 8)  # of a sort of fewer slots
     return max(most_counts // 2, sum(array.shape[0] * array.dtype.itemsize // 4 for array in scratch))
 
 
@@ -157,10 +157,10 @@ def plan_sort(
     written: Iterable[str] = (),
     num_local: int | None = None,
 ) -> SortPlan:
-    """Plan the sort of slots by expert, the rows of each padded to a multiple of block_size.
+    """Plan the sort of slots by expert, with the rows of each expert padded to a multiple of block_size.
 
-    The sorted slots begin at a multiple of 16 bytes if they are aligned. What is written beside them is some of
-    `OPTIONAL`. What a map sends to num_local, num_experts by default, or past it is another rank's.
+    `aligned` says that the sorted slots begin at a multiple of 16 bytes. `written` names optional results (`OPTIONAL`).
+    An id of num_local (by default num_experts) or more after the map belongs to another rank.
     """
     num_slots = topk_ids.shape.numel()
     num_local = num_experts if num_local is None else num_local
@@ -218,9 +218,9 @@ def sort(
     expert_ids: torch.Tensor | None = None,
     num_padded: torch.Tensor | None = None,
 ) -> None:
-    """Write every slot to its position, and what else was planned; positions without a slot hold num_slots.
+    """Write every slot to its position, and the optional results of the plan; positions without a slot get num_slots.
 
-    Scratch is allocated, or lies in a workspace of `workspace_size` int32 elements, at a multiple of 16 bytes.
+    Scratch is allocated, or taken from a workspace of `workspace_size` int32 elements that is aligned to 16 bytes.
     """
     block_counts = block_offsets = None
     if plan.count_slots:

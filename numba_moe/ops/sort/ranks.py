@@ -1,4 +1,4 @@
-"""Where a slot is among those of its expert in its block: before it in its warp, and in earlier warps."""
+"""Rank a slot among the slots of its expert in the block: those before it in its warp, and those in earlier warps."""
 
 from numba_moe.device.dialect import cuda, int32, uint32
 from numba_moe.device.instructions import atomic_or
@@ -7,7 +7,7 @@ from numba_moe.device.primitives import ALL_LANES, count_lanes, lanes_below
 
 @cuda.jit(device=True)
 def mark_lane(experts, first, size, row, masks, ranks):
-    """Mark in masks[row + expert] which lanes of this warp have a slot of each expert, and rank this lane's slot."""
+    """Mark in masks[row + expert] the lanes of this warp that have a slot of each expert, and rank this lane's slot."""
     expert = int32(experts[0] - first)
     counted = expert >= 0 and expert < size
     if counted:
@@ -19,11 +19,11 @@ def mark_lane(experts, first, size, row, masks, ranks):
 
 @cuda.jit(device=True)
 def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers, ranks):
-    """Count the experts [first, first + size) of this warp from in_warps[row] on, and rank its slots among them."""
+    """Count the slots of experts [first, first + size) of this warp from in_warps[row] on, and rank them."""
     for item in range(items):
         peers[item] = ALL_LANES
     bit = int32(1)
-    while 0 < bit <= num_experts:  # a vote for each bit of an id: less than match_any_sync takes for many ids
+    while 0 < bit <= num_experts:  # one vote per bit of an id: faster than match_any_sync for many ids
         for item in range(items):
             is_set = (experts[item] & bit) != 0
             votes = cuda.ballot_sync(ALL_LANES, is_set)
@@ -45,7 +45,7 @@ def rank_in_warp(experts, items, num_experts, first, size, row, in_warps, peers,
 
 @cuda.jit(device=True)
 def sum_warps(in_warps, masks, items, warps, chunk, expert):
-    """Turn an expert's counts by warp, or masks, into its slots in earlier warps; return its slots in all of them."""
+    """Replace an expert's counts (or masks) by warp with its counts in earlier warps; return its count in all warps."""
     counts = cuda.local.array(4, int32)
     before = int32(0)
     cell = expert

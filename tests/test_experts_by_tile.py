@@ -13,6 +13,7 @@ from numba_moe.device import simulator
 from numba_moe.device.tiles import TILES
 from numba_moe.ops import experts, experts_by_tile
 from numba_moe.runtime import plans
+from numba_moe.runtime.launch import Launch
 from numba_moe.verify import testing
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
@@ -121,6 +122,15 @@ def test_one_token_is_not_sorted(ids_dtype, monkeypatch):
     given["topk_weights"][0, 1] = torch.nan  # of no expert
     with running(), testing.poisoned_memory():
         assert_close(moe.fused_experts(**given, expert_map=expert_map), wanted)
+
+
+@pytest.mark.parametrize(("tokens", "launches"), [(1, 3), (5, 4)])
+def test_launches_are_few(tokens, launches, monkeypatch):
+    seen, launch = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, **arrays: (seen.append(self), launch(self, **arrays)))
+    with running():
+        moe.fused_experts(**drawn(tokens, 4, 2, 16, 8))
+    assert len(seen) == launches
 
 
 def test_slots_of_other_ranks_add_nothing_and_rows_may_be_strided():

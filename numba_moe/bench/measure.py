@@ -122,6 +122,12 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / testing.time_on_device(lambda: target.copy_(source), REPLAYS)
 
 
+def read_bandwidth() -> float:
+    """Return the bytes per microsecond of reading 2 GiB."""
+    source = torch.empty(1 << 28, dtype=torch.int64, device="cuda").random_()
+    return source.nbytes / testing.time_on_device(source.sum, REPLAYS)
+
+
 def bytes_moved(arguments: Mapping[str, Any], result: Any) -> int:
     """Return the bytes that an op cannot avoid: each input read once, each output written once."""
 

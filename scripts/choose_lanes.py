@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parents[1] / "numba_moe" / "gating" / "lane_table.py"
+TABLE = Path(__file__).parents[1] / "numba_moe" / "ops" / "gating" / "lane_table.py"
 EXPERTS = (2, 4, 8, 16, 32, 64, 128, 256, 384, 512)
 PICKS = (1, 2, 4, 8)
 TOKENS = (1, 64, 512, 1024, 2048, 4096, 16384, 65536, 131072)

@@ -82,15 +82,42 @@ def test_ids_and_maps_past_int32_are_no_experts(path, device, monkeypatch, reque
 
 @pytest.mark.parametrize("most_in_cluster", [*counting_sort.CLUSTERS, 0])
 def test_grids_keep_within_what_a_block_has(most_in_cluster):
-    for num_slots, num_experts in itertools.product(
-        [0, 1, 1024, 1025, 2**15, 2**15 + 1, 10**6, 2**31 - 1], [1, 256, 20000]
-    ):
-        grid = counting_sort.grid_of(num_slots, num_experts, most_in_cluster)
+    sizes = [0, 1, 700, 1024, 1025, 2**15, 2**15 + 1, 10**6, 2**31 - 1], [1, 256, 1000, 20000], [0, 10**5, 2**31 - 1]
+    for num_slots, num_experts, num_positions in itertools.product(*sizes):
+        grid = counting_sort.grid_of(num_slots, num_experts, most_in_cluster, num_positions)
         assert grid.blocks * grid.threads * grid.items >= num_slots
         assert grid.threads <= counting_sort.count_and_place.MOST_THREADS
         assert grid.threads * grid.items < 2**15, "counts by warp and block are int16"
         assert grid.shared_bytes <= 64 * 1024
         assert not grid.one_cluster or grid.blocks <= most_in_cluster
+
+
+def test_few_slots_share_shared_memory_with_no_warp_without_slots():
+    grid = counting_sort.grid_of(100, 1000, 16)
+    assert (grid.blocks, grid.chunk) == (1, 1000), "all experts at once"
+
+
+def test_many_positions_are_filled_by_a_cluster():
+    assert counting_sort.grid_of(100, 1000, 16, 20_000).blocks == 1
+    assert counting_sort.grid_of(100, 1000, 16, 50_000).blocks == 6
+    assert counting_sort.grid_of(100, 1000, 16, 10**6).blocks == 16
+    assert counting_sort.grid_of(100, 1000, 0, 10**6).blocks == 1, "where there are no clusters"
+
+
+@pytest.mark.parametrize("num_slots", [0, 1, 17, 33, 64])
+def test_few_slots_are_compared_with_each_other(device, num_slots):
+    rng = np.random.default_rng(5)
+    for kind, map_of in itertools.product((np.int32, np.int64), ({}, {"ignore_invalid_experts": True})):
+        ids = rng.integers(-2, 12, (num_slots, 1)).astype(kind)
+        given = dict(map_of)
+        if map_of:
+            given["expert_map"] = np.array([3, -1, 0, 9, 1, -1, 2, -1, 4, 5], kind)
+        inverse, wanted_inverse = torch.full(ids.shape, 77, dtype=torch.int32, device=device), np.empty(ids.shape, "i4")
+        there = {name: testing.to_device(value, device) for name, value in given.items()}
+        with testing.poisoned_memory():
+            blocks = moe.moe_align_block_size(torch.from_numpy(ids).to(device), 5, 10, inv_sorted_idx=inverse, **there)
+        wanted = reference.moe_align_block_size(ids, 5, 10, inv_sorted_idx=wanted_inverse, **given)
+        assert [part.tolist() for part in (*blocks, inverse)] == [part.tolist() for part in (*wanted, wanted_inverse)]
 
 
 def test_division_by_a_reciprocal_is_exact():

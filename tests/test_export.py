@@ -122,7 +122,7 @@ def test_resources(exported):
         assert 0 < kernel["registers"] * threads <= 64 * 1024
         if name in ("count_slots", "place_slots"):
             assert threads == 1024
-        bounds = {"gather_rows": 256, "combine_rows": 256, "choose_from_memory": 128}
+        bounds = {"gather_rows": 256, "add_rows": 256, "combine_rows": 256, "choose_from_memory": 128}
         if name in bounds and kernel["arch"] == "sm_90":
             assert threads == bounds[name]
 

@@ -14,12 +14,13 @@ import lzma
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from numba_moe.bench import contenders, measure, ratios
+from numba_moe.bench import contenders, grid, measure, ratios
 from numba_moe.bench.measure import Row
 from numba_moe.runtime import checks, files
 from numba_moe.verify import testing
@@ -53,9 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-lib", type=Path, action="append", default=[], metavar="FILE", help="op library to load, .so or .so.xz"
     )
+    parser.add_argument(
+        "--peer-tree", type=Path, action="append", default=[], metavar="FOLDER", help="with packages of peers to import"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show the times of an earlier run beside")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over tokens")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over tokens, of a grid the ratios")
+    grid.add_arguments(parser)
 
 
 def select_cases(options: argparse.Namespace) -> list[Case]:
@@ -75,21 +80,28 @@ def select_cases(options: argparse.Namespace) -> list[Case]:
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Read, check and load what the options name; return what measures, and returns the exit status."""
-    cases = select_cases(options)
-    if not torch.cuda.is_available():
-        raise ValueError("no CUDA device here, and nothing to time without one")
+    chosen: Any = None
+    if options.merge is None:
+        chosen = select_cases(options) if options.grid is None else grid.select_shapes(options)
+        if not torch.cuda.is_available():
+            raise ValueError("no CUDA device here, and nothing to time without one")
     for name, suffixes in {"json": None, "plot": PICTURES}.items():
         if getattr(options, name) is not None:
             files.check_output(f"--{name}", getattr(options, name), suffixes)
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+    if options.merge is not None:
+        with checks.under_names(path="--merge"):
+            return functools.partial(grid.report, options, *grid.merge(options.merge))
     with checks.under_names(path="--compare"):
         old = None if options.compare is None else ratios.read_report(options.compare)
     try:
-        peers = contenders.load_peers(options.peers, options.peer_lib)
+        peers = contenders.load_peers(options.peers, options.peer_lib, options.peer_tree)
     except (EOFError, lzma.LZMAError) as error:
         raise ValueError(f"`--peer-lib` must be a whole .so.xz file ({error})") from error
-    return functools.partial(run, options, cases, old, peers)
+    if options.grid is not None:
+        return functools.partial(grid.run, options, chosen, peers)
+    return functools.partial(run, options, chosen, old, peers)
 
 
 def run(

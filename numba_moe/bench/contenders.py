@@ -9,7 +9,7 @@ import lzma
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,18 @@ from numba_moe.verify.cases import trained_routing
 from numba_moe.verify.cases.draws import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
 
 OURS = "numba_moe"
-# peer -> the torch.ops namespace of its ops, and the module whose import registers them
-PEERS = {"vllm": ("_moe_C", "vllm._moe_C"), "sglang": ("sgl_kernel", "sgl_kernel"), "torch": ("", "torch")}
+SGLANG_GATE = "sglang.kernels.ops.moe.moe_fused_gate"
+# peer -> the torch.ops namespace of its ops, and the module whose import registers them, or has them
+PEERS = {
+    "vllm": ("_moe_C", "vllm._moe_C"),
+    "sglang": ("sgl_kernel", "sgl_kernel"),
+    "torch": ("", "torch"),
+    "triton": ("", SGLANG_GATE),
+    "triton_kernels": ("", "triton_kernels.topk"),
+}
+# What stands in for the packages around peers' files in a folder of --peer-tree, and the folders there with packages.
+STAND_INS = "stub_peers"
+PACKAGES_IN_TREE = ("", "triton_kernels_new")
 
 ALIGN_SHAPES = (  # tokens, experts, top_k, block_size
     (1, 64, 2, 16),
@@ -94,7 +104,7 @@ DTYPES = ("float32", "bfloat16")
 class Contender(NamedTuple):
     """One implementation of an op, ready to be called on a case's arguments."""
 
-    name: str
+    name: str  # of the peer, maybe followed by which of its ways it is
     call: Callable[[], Any]
     needs: str = ""  # the op that it calls: namespace.name in torch.ops
 
@@ -105,6 +115,23 @@ class Op(NamedTuple):
     cases: Callable[[Sequence[str]], Iterator[Case]]  # of the routings asked for
     peers: Callable[..., Iterator[Contender]]  # of the arguments on the device
     fault: Callable[[Any, Any, Mapping[str, Any]], str]  # of a peer's result, given the reference's; "" if right
+
+
+def later(function: Any, given: int) -> tuple[Any, ...]:
+    """Return what leaves an op as it was, for the parameters that newer releases have behind the first `given` ones."""
+    schema = getattr(getattr(function, "default", function), "_schema", None)
+    neutral = {"float": 1.0, "bool": False}
+    return () if schema is None else tuple(neutral.get(str(more.type)) for more in schema.arguments[given:])
+
+
+def of_module(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that gets another from a module when it is called, and keeps it."""
+
+    @functools.cache
+    def find() -> Any:
+        return getattr(importlib.import_module(module), name)
+
+    return lambda *args, **options: find()(*args, **options)
 
 
 def align_cases(routings: Sequence[str]) -> Iterator[Case]:
@@ -152,7 +179,8 @@ def align_peers(
     def vllm() -> Any:
         found = out or blocks(max_sorted_slots(num_slots, block_size, num_experts))
         slot_map = expert_map if ignore_invalid_experts else None
-        torch.ops._moe_C.moe_align_block_size(topk_ids, num_experts, block_size, *found, slot_map)
+        align = torch.ops._moe_C.moe_align_block_size
+        align(topk_ids, num_experts, block_size, *found, slot_map, *later(align, 7))
         if expert_map is not None and not ignore_invalid_experts:
             return found[0], expert_map[found[1]], found[2]
         return found
@@ -163,7 +191,12 @@ def align_peers(
         found = blocks(longest)
         cumsum_buffer = torch.empty(buckets + 1, dtype=torch.int32, device=topk_ids.device)
         align = torch.ops.sgl_kernel.moe_align_block_size.default
-        align(topk_ids, buckets, block_size, *found, cumsum_buffer, True)
+        align(topk_ids, buckets, block_size, *found, cumsum_buffer, True, *later(align, 8))
+        return found
+
+    def triton() -> Any:
+        found = blocks(num_slots * block_size)
+        small_align(topk_ids, num_experts + 1, block_size, *found)
         return found
 
     if ours_alone.keys() & {"inv_sorted_idx", "counts"}:
@@ -172,24 +205,32 @@ def align_peers(
     if expert_map is not None or out is not None:
         return
     yield Contender("sglang", sglang, "sgl_kernel.moe_align_block_size")
+    if num_slots <= SMALL_SLOTS:
+        yield Contender("triton", triton)
 
 
 def align_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
     """Compare the part in use; peers order the slots of an expert as they like and leave the rest undefined."""
-    slots, experts, used = (testing.to_numpy(part) for part in result)
-    length = int(expected.num_tokens_post_padded[0])
+    slots, experts, used = result
+    placed, named, wanted_used = (torch.as_tensor(part).to(slots.device) for part in expected)
+    length = int(wanted_used[0])
     if used.tolist() != [length]:
         return f"num_tokens_post_padded is {used.tolist()}, expected [{length}]"
     block_size = arguments["block_size"]
-    wanted = expected.expert_ids[: length // block_size]
-    if not np.array_equal(experts[: len(wanted)], wanted):
+    wanted = named[: length // block_size]
+    if not torch.equal(experts[: len(wanted)].long(), wanted.long()):
         return "the experts of the blocks differ"
     if len(slots) < length:
         return f"sorted_token_ids has {len(slots)} positions, {length} are in use"
     # all blocks of other ranks' experts are named -1, so that their slots are compared together
-    names = np.repeat(wanted, block_size)
-    got, want = (part[:length][np.lexsort((part[:length], names))] for part in (slots, expected.sorted_token_ids))
-    return "" if np.array_equal(got, want) else "the slots of an expert differ"
+    names = wanted.repeat_interleave(block_size)
+    got, want = (in_order(names, part[:length]) for part in (slots, placed))
+    return "" if torch.equal(got, want) else "the slots of an expert differ"
+
+
+def in_order(names: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Return slots ordered by the name that each has, and those of a name by themselves, both in one number."""
+    return ((names.long() << 32) + slots.long()).sort().values
 
 
 def count_cases(routings: Sequence[str]) -> Iterator[Case]:
@@ -223,7 +264,7 @@ def batched_peers(expert_num_tokens: torch.Tensor, max_tokens_per_batch: int, bl
         sizes = (num_blocks * block_size, num_blocks, 1)
         found = tuple(torch.empty(size, dtype=torch.int32, device=expert_num_tokens.device) for size in sizes)
         batched = torch.ops._moe_C.batched_moe_align_block_size
-        batched(max_tokens_per_batch, block_size, expert_num_tokens, *found)
+        batched(max_tokens_per_batch, block_size, expert_num_tokens, *found, *later(batched, 6))
         return found
 
     yield Contender("vllm", vllm, "_moe_C.batched_moe_align_block_size")
@@ -311,7 +352,7 @@ def gating_peers(
     def vllm() -> Any:
         out = empty(torch.float32), empty(torch.int32)
         gate = getattr(torch.ops._moe_C, f"topk_{scoring_func}")
-        gate(*out, empty(torch.int32), gating_output, renormalize, correction_bias)
+        gate(*out, empty(torch.int32), gating_output, renormalize, correction_bias, *later(gate, 6))
         return out
 
     def sglang() -> Any:
@@ -321,12 +362,20 @@ def gating_peers(
         gate(*out, gating_output, renormalize, *softcapping, correction_bias)
         return out
 
+    def triton() -> Any:
+        return sglang_gate(gating_output, bias_or_zeros, top_k, scoring_func, renormalize=renormalize)
+
+    def triton_kernels() -> Any:
+        chosen = sparse_topk(gating_output, top_k)
+        return chosen.vals, chosen.indx
+
     def torch_ops() -> Any:
-        if scoring_func == "softmax":
-            weights, chosen = torch.topk(torch.softmax(gating_output, -1, dtype=torch.float32), top_k)
+        logits = gating_output.float()
+        scores = torch.softmax(logits, -1) if scoring_func == "softmax" else torch.sigmoid(logits)
+        if correction_bias is None:
+            weights, chosen = torch.topk(scores, top_k)
         else:
-            scores = torch.sigmoid(gating_output.float())
-            chosen = torch.topk(scores if correction_bias is None else scores + correction_bias, top_k).indices
+            chosen = torch.topk(scores + correction_bias, top_k).indices
             weights = scores.gather(1, chosen)
         return weights / weights.sum(-1, keepdim=True) if renormalize else weights, chosen
 
@@ -335,6 +384,15 @@ def gating_peers(
     if scoring_func == "sigmoid" or correction_bias is None:
         yield Contender("sglang", sglang, f"sgl_kernel.topk_{scoring_func}")
     yield Contender("torch", torch_ops)
+    bias_or_zeros = correction_bias
+    if scoring_func == "sigmoid":
+        if correction_bias is None:
+            bias_or_zeros = torch.zeros(gating_output.shape[1], dtype=torch.float32, device=gating_output.device)
+        yield Contender("vllm grouped", vllm_grouped(gating_output, top_k, 1, 1, renormalize, bias_or_zeros), GROUPED)
+    if scoring_func == "sigmoid" or correction_bias is None:
+        yield Contender("triton", triton)
+    if scoring_func == "softmax" and correction_bias is None and renormalize:
+        yield Contender("triton_kernels", triton_kernels)
 
 
 def grouped_cases() -> Iterator[Case]:
@@ -351,6 +409,24 @@ def grouped_cases() -> Iterator[Case]:
         yield Case("grouped_topk", f"{tokens}x256 top 8 groups 4 of 8", arguments, dtype)
 
 
+def vllm_grouped(
+    gating_output: torch.Tensor,
+    top_k: int,
+    num_expert_group: int,
+    topk_group: int,
+    renormalize: bool,
+    correction_bias: torch.Tensor | None,
+) -> Callable[[], Any]:
+    """Return a call of vLLM's op for groups, which takes all experts for one as well."""
+
+    def call() -> Any:
+        groups = (num_expert_group, topk_group, top_k, renormalize, 1.0)
+        weights, chosen = torch.ops._moe_C.grouped_topk(gating_output, *groups, correction_bias, 1)
+        return weights.to(torch.float32), chosen.to(torch.int32)
+
+    return call
+
+
 def grouped_peers(
     gating_output: torch.Tensor,
     top_k: int,
@@ -360,10 +436,11 @@ def grouped_peers(
     scoring_func: str,
     correction_bias: torch.Tensor,
 ) -> Iterator[Contender]:
-    def vllm() -> Any:
-        groups = (num_expert_group, topk_group, top_k, renormalize, 1.0)
-        weights, chosen = torch.ops._moe_C.grouped_topk(gating_output, *groups, correction_bias, 1)
-        return weights.to(torch.float32), chosen.to(torch.int32)
+    groups_and_bias = (num_expert_group, topk_group, renormalize, correction_bias)
+
+    def triton() -> Any:
+        groups = {"num_expert_group": num_expert_group, "topk_group": topk_group}
+        return sglang_gate(gating_output, correction_bias, top_k, scoring_func, renormalize=renormalize, **groups)
 
     def sglang() -> Any:
         groups = (num_expert_group, topk_group, top_k, 0, 1.0, False)
@@ -372,7 +449,8 @@ def grouped_peers(
 
     # both ops know sigmoid alone, and SGLang's always renormalises
     if scoring_func == "sigmoid":
-        yield Contender("vllm", vllm, "_moe_C.grouped_topk")
+        yield Contender("vllm", vllm_grouped(gating_output, top_k, *groups_and_bias), GROUPED)
+        yield Contender("triton", triton)
         if renormalize:
             yield Contender("sglang", sglang, "sgl_kernel.moe_fused_gate")
 
@@ -433,7 +511,7 @@ def permute_peers(hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_exper
     (num_tokens, hidden), top_k = hidden_states.shape, topk_ids.shape[1]
     num_slots = topk_ids.numel()
 
-    def vllm() -> Any:
+    def vllm(with_scratch: bool = False) -> Any:
         def make(function: Any, *args: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return function(*args, dtype=dtype, device=topk_ids.device)
 
@@ -443,23 +521,34 @@ def permute_peers(hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_exper
         slots = make(torch.full, (num_slots,), num_slots)
         each_slot = make(torch.arange, 0, num_slots).reshape(num_tokens, top_k)
         sizes = (num_experts, num_experts, top_k)
-        torch.ops._moe_C.moe_permute(hidden_states, topk_ids, each_slot, None, *sizes, rows, offset, inverse, slots)
+        arguments = (hidden_states, topk_ids, each_slot, None, *sizes, rows, offset, inverse, slots)
+        if with_scratch:
+            torch.ops._moe_C.moe_permute_with_scratch(*arguments, *scratch())
+        else:
+            torch.ops._moe_C.moe_permute(*arguments)
         return rows, offset, slots, inverse
 
+    @functools.cache
+    def scratch() -> Any:
+        size = torch.ops._moe_C.moe_permute_sort_workspace_size(num_slots, num_experts)
+        workspace = torch.empty(size, dtype=torch.int8, device=topk_ids.device)
+        return (workspace, *(torch.empty_like(topk_ids) for _ in range(3)))
+
     yield Contender("vllm", vllm, "_moe_C.moe_permute")
+    yield Contender("vllm with scratch", functools.partial(vllm, True), "_moe_C.moe_permute_with_scratch")
 
 
 def permute_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
     """Check that rows are those of their slots; peers order the slots of an expert as they like."""
     rows, offset, slots, inverse = result[:4]
-    if testing.to_numpy(offset).tolist() != expected.expert_first_token_offset.tolist():
-        return "the offsets of the experts differ"
-    experts = np.repeat(np.arange(len(expected.counts)), expected.counts)
-    used = len(experts)
-    got, want = (
-        part[:used][np.lexsort((part[:used], experts))] for part in (slots.cpu().numpy(), expected.permuted_idx)
+    starts, wanted = (
+        torch.as_tensor(part).to(slots.device) for part in (expected.expert_first_token_offset, expected.permuted_idx)
     )
-    if not np.array_equal(got, want):
+    if offset.tolist() != starts.tolist():
+        return "the offsets of the experts differ"
+    used = int(starts[-1])
+    experts = torch.arange(len(starts) - 1, device=slots.device).repeat_interleave(starts.diff())
+    if not torch.equal(*(in_order(experts, part[:used]) for part in (slots, wanted))):
         return "the slots of an expert differ"
     slots = slots[:used].long()
     if not torch.equal(rows[:used], arguments["hidden_states"][slots // arguments["topk_ids"].shape[1]]):
@@ -500,13 +589,18 @@ def sum_cases() -> Iterator[Case]:
 
 
 def sum_peers(hidden_states: torch.Tensor) -> Iterator[Contender]:
-    def of(add: Callable[..., Any], *numbers: float) -> Any:
+    def of(add: Callable[..., Any], *numbers: Any) -> Any:
         out = torch.empty_like(hidden_states[:, 0], memory_format=torch.contiguous_format)
         add(hidden_states, out, *numbers)
         return out
 
-    yield Contender("vllm", lambda: of(torch.ops._moe_C.moe_sum), "_moe_C.moe_sum")
+    def vllm() -> Any:
+        return of(torch.ops._moe_C.moe_sum, *later(torch.ops._moe_C.moe_sum, 2))
+
+    yield Contender("vllm", vllm, "_moe_C.moe_sum")
     yield Contender("sglang", lambda: of(torch.ops.sgl_kernel.moe_sum_reduce, 1.0), "sgl_kernel.moe_sum_reduce")
+    yield Contender("sglang sum", lambda: of(torch.ops.sgl_kernel.moe_sum), "sgl_kernel.moe_sum")
+    yield Contender("triton", lambda: of(triton_sum, 1.0))
     yield Contender("torch", lambda: hidden_states.sum(1))
 
 
@@ -544,6 +638,13 @@ def route_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str
         return fault
     return align_fault(blocks, expected.blocks, arguments)
 
+
+GROUPED = "_moe_C.grouped_topk"
+SMALL_SLOTS = 64  # where SGLang takes its Triton kernel for alignment
+sglang_gate = of_module(SGLANG_GATE, "moe_fused_gate")
+small_align = of_module("sglang.kernels.ops.moe.moe_align_small_numel", "moe_align_small_numel")
+triton_sum = of_module("sglang.kernels.ops.moe.fused_moe_triton_kernels", "moe_sum_reduce_triton")
+sparse_topk = of_module("triton_kernels.topk", "topk")
 
 OPS = {
     "moe_align_block_size": Op(align_cases, align_peers, align_fault),
@@ -588,8 +689,24 @@ def unpacked(path: Path) -> Iterator[Path]:
         yield target
 
 
-def load_peers(wanted: Sequence[str] | None, libraries: Sequence[Path]) -> dict[str, str]:
+def competes(contender: Contender, peers: Collection[str]) -> bool:
+    """Whether a contender is one of these peers', and is there."""
+    return contender.name.partition(" ")[0] in peers and is_registered(contender.needs)
+
+
+def find_trees(trees: Sequence[Path]) -> None:
+    """Let modules of peers be imported from folders, with stand-ins for the packages around them if there are some."""
+    for tree in trees:
+        if not tree.is_dir():
+            raise ValueError(f"`--peer-tree` must be a folder, got {tree}")
+        sys.path[:0] = [str(tree / name) for name in PACKAGES_IN_TREE]
+        if (tree / f"{STAND_INS}.py").is_file():
+            importlib.import_module(STAND_INS).install()
+
+
+def load_peers(wanted: Sequence[str] | None, libraries: Sequence[Path], trees: Sequence[Path] = ()) -> dict[str, str]:
     """Register the peers' ops and return where each peer came from; ask for none by name to get all there are."""
+    find_trees(trees)
     for path in libraries:
         with unpacked(path) as library:
             torch.ops.load_library(str(library))  # once loaded, the file may go

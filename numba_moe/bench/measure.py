@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ import torch
 
 import numba_moe
 from numba_moe import reference
-from numba_moe.bench.contenders import OPS, OURS, Contender, is_registered
+from numba_moe.bench import contenders
+from numba_moe.bench.contenders import OPS, OURS, Contender
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import Case
 
@@ -25,6 +26,8 @@ CALLS = 50  # in a captured graph and in a batch of eager calls: too few to fill
 ENOUGH_US = 5000  # of device time for a graph or a batch: of calls that take long there are fewer
 REPLAYS = 20
 BATCHES = 20
+
+Check = Callable[[str, Any], str]  # of an implementation's name and result: what is wrong with it, "" if nothing is
 
 
 class Row(NamedTuple):
@@ -40,31 +43,32 @@ class Row(NamedTuple):
     copy_fraction: float | None = None
     wrong: bool = False
     message: str = ""
+    experts: int | None = None  # or what else a grid has across its tokens
 
     @property
     def key(self) -> tuple[str, ...]:
         return self.op, self.shape, self.dtype, self.implementation
 
 
-def _calls_together(call: Callable[[], Any]) -> int:
-    return max(1, min(CALLS, int(ENOUGH_US / testing.time_on_device(call))))
+def _calls_together(call: Callable[[], Any], enough_us: float = ENOUGH_US) -> int:
+    return max(1, min(CALLS, int(enough_us / testing.time_on_device(call))))
 
 
-def device_time(call: Callable[[], Any]) -> float:
-    """Return the device microseconds of a call, from replays of a graph of many."""
+def device_time(call: Callable[[], Any], enough_us: float = ENOUGH_US, replays: int = REPLAYS) -> float:
+    """Return the device microseconds of a call: the median of replays of a graph of calls, enough of them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles and loads what a capture could not
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    calls = _calls_together(call)
+    calls = _calls_together(call, enough_us)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             call()
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         graph.replay()  # keeps the device busy until the timed replay is queued, whose launch would count otherwise
         begin.record()
@@ -148,9 +152,30 @@ def fault_of(case: Case, name: str, result: Any, expected: Any, arguments: Mappi
     return "; ".join(comparison.message for comparison in comparisons if comparison.mismatches)
 
 
+def contenders_for(op: str, arguments: Mapping[str, Any], peers: Collection[str]) -> list[Contender]:
+    """Return ours and those of the peers that are there, on arguments on the device."""
+    function = getattr(numba_moe, op)
+    bound = inspect.signature(function).bind(**arguments)  # positional where that is how one calls
+    ours = Contender(OURS, functools.partial(function, *bound.args, **bound.kwargs))
+    return [ours, *(one for one in OPS[op].peers(**arguments) if contenders.competes(one, peers))]
+
+
+def tried(row: Row, contender: Contender, check: Check, clock: Callable[[Any], dict[str, Any]]) -> Row:
+    """Call, check and time an implementation; the clock gives what the row is to say of its call and result."""
+    row = row._replace(implementation=contender.name)
+    try:
+        with testing.poisoned_memory():
+            result = contender.call()
+        if message := check(contender.name, result):
+            return row._replace(wrong=True, message=message)
+        return row._replace(**clock(result))
+    except Exception as error:  # a peer may refuse a case; we may not
+        return row._replace(wrong=contender.name == OURS, message=f"{type(error).__name__}: {error}")
+
+
 def measure(
     case: Case,
-    peers: Sequence[str],
+    peers: Collection[str],
     copy_bytes_per_us: float,
     own: Callable[..., Contender] | None = None,
 ) -> Iterator[Row]:
@@ -163,30 +188,24 @@ def measure(
         arguments[payload] = arguments[payload].to(getattr(torch, case.dtype))
     tokens = len(arguments.get("topk_weights", arguments[payload]))  # of rows in expert order there are more
     row = Row(case.op, case.name, tokens, str(arguments[payload].dtype).removeprefix("torch."), OURS)
-    op = getattr(numba_moe, case.op)
-    bound = inspect.signature(op).bind(**arguments)  # positional where that is how one calls
-    ours = Contender(OURS, functools.partial(op, *bound.args, **bound.kwargs))
-    others = (c for c in OPS[case.op].peers(**arguments) if c.name in peers and is_registered(c.needs))
+    moved: list[int] = []
+    ours, *others = contenders_for(case.op, arguments, peers)
     mine = [] if own is None else [own(**arguments)]
-    moved: int | None = None
-    for name, call, _ in (ours, *mine, *others):
-        row = row._replace(implementation=name)
-        try:
-            with testing.poisoned_memory():
-                result = call()
-            judged_as = OURS if any(name == one.name for one in mine) else name
-            if message := fault_of(case, judged_as, result, expected, arguments):
-                yield row._replace(wrong=True, message=message)
-                continue
-            if name == OURS:
-                moved = bytes_moved(arguments, result)
-            time_of = device_time if own is None else queued_time
-            device_us, host_us = time_of(call), host_time(call)
-        except Exception as error:  # a peer may refuse a case; we may not
-            yield row._replace(wrong=name == OURS, message=f"{type(error).__name__}: {error}")
-            continue
-        fraction = None if moved is None else moved / device_us / copy_bytes_per_us
-        yield row._replace(device_us=device_us, host_us=host_us, copy_fraction=fraction)
+    held_to_ours = {one.name for one in (ours, *mine)}
+
+    def check(name: str, result: Any) -> str:
+        return fault_of(case, OURS if name in held_to_ours else name, result, expected, arguments)
+
+    def clock(contender: Contender, result: Any) -> dict[str, Any]:
+        if contender.name == OURS:
+            moved.append(bytes_moved(arguments, result))
+        time_of = device_time if own is None else queued_time
+        device_us = time_of(contender.call)
+        fraction = moved[0] / device_us / copy_bytes_per_us if moved else None
+        return {"device_us": device_us, "host_us": host_time(contender.call), "copy_fraction": fraction}
+
+    for contender in (ours, *mine, *others):
+        yield tried(row, contender, check, functools.partial(clock, contender))
 
 
 def environment(peers: Mapping[str, str]) -> dict[str, str]:

@@ -71,11 +71,18 @@ def write_report(path: Path, rows: Sequence[Row], environment: Mapping[str, str]
 
 def read_report(path: Path) -> dict[tuple[str, ...], Row]:
     """Read the rows of a report, by their keys."""
+    return read_run(path)[0]
+
+
+def read_run(path: Path) -> tuple[dict[tuple[str, ...], Row], dict[str, str]]:
+    """Read the rows of a report, by their keys, and where they were measured."""
     with files.reading(path) as file:
         content = file.read()
     try:
-        return {row.key: row for row in (Row(**fields) for fields in formats.parse_json(content)["rows"])}
-    except (ValueError, KeyError, TypeError) as error:
+        report = formats.parse_json(content)
+        rows = {row.key: row for row in (Row(**fields) for fields in report["rows"])}
+        return rows, {name: str(value) for name, value in report.get("environment", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no report of this benchmark: {error}") from error
 
 

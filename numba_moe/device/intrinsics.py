@@ -304,6 +304,19 @@ def wait_for_earlier(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+@intrinsic
+def let_next_start(typingctx: Any) -> Any:
+    """Let the next kernel on the stream start as soon as all blocks of this one have: where its blocks are short."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if targetconfig.ConfigStack().top().compute_capability >= HOPPER:
+            code = "griddepcontrol.launch_dependents;"
+            builder.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), code, "~{memory}", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 def _of_cluster(code: str) -> str:
     """Return an instruction on clusters; a trap for GPUs that have none, to which no such launch is made."""
     return code if targetconfig.ConfigStack().top().compute_capability >= HOPPER else "trap;"

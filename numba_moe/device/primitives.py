@@ -10,6 +10,9 @@ from numba_moe.device.instructions import as_int64, exp2, float_as_int, int_as_f
 
 ALL_LANES = 0xFFFFFFFF
 WARP = 32
+# A grid of more blocks takes all room of a GPU, and what starts beside it then slows it down: on an H200 gating of 192
+# to 1,024 tokens takes 3 to 9 % less where the next kernel may start, and of 3,072 tokens up to 29 % more.
+MOST_BLOCKS_BESIDE = 256
 INFINITY = np.float32(np.inf)
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LARGEST_FLOAT = np.finfo(np.float32).max

@@ -160,6 +160,10 @@ def wait_for_earlier() -> None:
     """Do nothing: here a kernel starts when the one ahead has ended."""
 
 
+def let_next_start() -> None:
+    """Do nothing: here the next kernel starts when this one has ended."""
+
+
 def cluster_arrive() -> None:
     simulator.cluster_arrive()
 

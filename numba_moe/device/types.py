@@ -60,6 +60,10 @@ OptionalSizedArray = Annotated[Any, "int32", None]
 # Slots of one thread in the counting sort.
 Items = Annotated[int, CONSTANT, 1, 4, 8]
 
+# Rows that one thread adds at a time, all of them on their way at once.
+BATCHES = (1, 2, 3, 4, 5, 6, 7, 8)
+Batch = Annotated[int, CONSTANT, 1, 2, 3, 4, 5, 6, 7, 8]
+
 # Columns of one lane in the activation: eight are 16 bytes of a two-byte dtype.
 Run = Annotated[int, CONSTANT, 1, 8]
 

@@ -231,8 +231,10 @@ class Launch:
     def _simulate(self, **arrays: torch.Tensor | None) -> None:
         planned = dict(zip((field.name for field in _fields(self.kernel)), self._values, strict=True))
         for name, array in arrays.items():
-            if (array is None) != (planned[name] is None):
-                raise TypeError(f"{self.kernel.py_func.__name__}: {name} was planned as {planned[name]}, got {array}")
+            if (array is None) != (planned.get(name) is None):
+                raise TypeError(
+                    f"{self.kernel.py_func.__name__}: {name} was planned as {planned.get(name)}, got {array}"
+                )
         if self.blocks:
             values = planned | {name: arrays[name] for name in self._given} | self._constants
             parameters = compile.parameters(self.kernel)

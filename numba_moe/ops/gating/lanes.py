@@ -14,11 +14,12 @@ confused, and by the lower id where they are equal.
 from typing import NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64, uint32
-from numba_moe.device.instructions import flat, larger, present, wait_for_earlier, warp_highest
+from numba_moe.device.instructions import flat, larger, let_next_start, present, wait_for_earlier, warp_highest
 from numba_moe.device.primitives import (
     ALL_LANES,
     INFINITY,
     LARGEST_INT32,
+    MOST_BLOCKS_BESIDE,
     NEGATIVE_INFINITY,
     WARP,
     exp,
@@ -219,6 +220,8 @@ def choose_by_lanes(
     With one column there are 8 lanes at least. Dynamic shared memory: an int32 for each of `num_in_block` counters.
     """
     wait_for_earlier()
+    if int32(cuda.gridDim.x) <= MOST_BLOCKS_BESIDE:
+        let_next_start()
     in_block = flat(cuda.shared.array(0, int32))  # [num_in_block]
     num_in_block, bias = choice.num_in_block, choice.correction_bias
     scoring_func, top_k = weighing.scoring_func, weighing.top_k

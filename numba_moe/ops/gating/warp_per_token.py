@@ -17,10 +17,19 @@ Experts rank by their logits, or by score + bias where there is a correction bia
 from typing import Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.instructions import larger, load_float, load_floats, present, wait_for_earlier, warp_highest
+from numba_moe.device.instructions import (
+    larger,
+    let_next_start,
+    load_float,
+    load_floats,
+    present,
+    wait_for_earlier,
+    warp_highest,
+)
 from numba_moe.device.primitives import (
     ALL_LANES,
     LOWEST_ORDER,
+    MOST_BLOCKS_BESIDE,
     NEGATIVE_INFINITY,
     WARP,
     exp,
@@ -348,6 +357,8 @@ def choose_experts(
     A group's score is its best rank, or the sum of its best two scores.
     """
     wait_for_earlier()
+    if int32(cuda.gridDim.x) <= MOST_BLOCKS_BESIDE:
+        let_next_start()
     own = Own(
         cuda.local.array(columns, float32),
         cuda.local.array(columns, int32),

@@ -15,6 +15,7 @@ from numba_moe.device.instructions import (
     add_scaled,
     clear_word,
     floats_of,
+    let_next_start,
     load_float,
     load_word,
     load_words,
@@ -25,14 +26,17 @@ from numba_moe.device.instructions import (
     store_word,
     wait_for_earlier,
 )
-from numba_moe.device.primitives import ALL_LANES, WARP
+from numba_moe.device.primitives import ALL_LANES, MOST_BLOCKS_BESIDE, WARP, divided, reciprocal_of
 from numba_moe.device.types import (
+    BATCHES,
     LIKE,
+    Batch,
     Float32,
     FloatArray,
     Int32,
     Int32Array,
     Int64,
+    OptionalFloat32Array,
     OptionalFloatArray,
     OptionalIds,
     OptionalInt32Array,
@@ -49,6 +53,11 @@ MOST_THREADS = 256
 # eight rows are summed in 1.6 instead of 1.9.
 GATHER_BOUNDS = (MOST_THREADS, 8)
 COMBINE_BOUNDS = (MOST_THREADS, 6)
+ADD_BOUNDS = (MOST_THREADS, 4)
+# Threads of a block where there are few words of 16 bytes of sums, for each of which there is a thread.
+MOST_WORDS = 4 * BATCHES[-1]
+ADD_THREADS = 128
+WORDS_OF_FEW = 2**14
 # Blocks enough to use all of a GPU; with fewer tokens each is served by several.
 ENOUGH_BLOCKS = 1024
 # Parts of rows that a block has at least where there are more blocks than that: on an H200 eight rows of 14 KiB of each
@@ -275,6 +284,87 @@ def combine_rows(source: Source, slots: Summands, result: Combined):
         start = int32(start + step)
 
 
+class WideRows(NamedTuple):
+    """Rows as in `Source`, read 16 bytes at a time."""
+
+    rows: FloatArray
+    num_rows: Int32
+    row_words: Int32  # of 16 bytes
+    row_stride: Int64  # in elements
+    token_stride: Int64
+    lanes: Int32  # elements of 16 bytes
+
+
+class Picked(NamedTuple):
+    """Which rows each token adds, where `Summands` are of these dtypes."""
+
+    topk_weights: OptionalFloat32Array  # [num_tokens, top_k]
+    places: OptionalInt32Array  # [num_tokens, top_k]; as in `Summands`
+    by_index: Int32
+    top_k: Int32
+
+
+class Added(NamedTuple):
+    """The sums, in the dtype of the rows, and 16 bytes of them to a thread."""
+
+    combined: Annotated[Any, LIKE, "rows"]  # [num_tokens, hidden]
+    factor: Float32  # what sums are multiplied by
+    num_words: Int32  # words of 16 bytes of all sums
+    reciprocal: Int64  # see `primitives.reciprocal_of`
+    shift: Int32
+
+
+@cuda.jit(launch_bounds=ADD_BOUNDS)
+def add_rows(source: WideRows, slots: Picked, result: Added, batch: Batch):
+    """Sum each token's rows, `batch` of them at a time; the grid has a thread for each 16 bytes of the sums.
+
+    Every lane finds its rows by itself, so that no load waits for another lane's. There is a row at least: it is read
+    in the place of one that is skipped, without a branch before the loads that follow.
+    """
+    wait_for_earlier()
+    if int32(cuda.gridDim.x) <= MOST_BLOCKS_BESIDE:
+        let_next_start()
+    words = cuda.local.array(MOST_WORDS, int32)
+    weights = cuda.local.array(batch, float32)
+    rows = cuda.local.array(batch, int32)
+    index = int32(cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x)
+    if index >= result.num_words:
+        return
+    token = divided(index, result.reciprocal, result.shift)
+    column = int32(int32(index - token * source.row_words) * source.lanes)
+    base = int64(token) * source.token_stride + column
+    first_slot = int32(token * slots.top_k)
+    last = int32(slots.top_k - 1)
+    zeros = floats_of(source.rows, (int32(0), int32(0), int32(0), int32(0)))
+    totals = zeros
+    first = int32(0)
+    while first <= last:
+        for i in range(batch):
+            k = min(int32(first + i), last)
+            row = k
+            if present(slots.places):
+                place = slots.places[int32(first_slot + k)]
+                row = place if slots.by_index or place < 0 else k
+            weights[i] = float32(1.0)
+            if present(slots.topk_weights):
+                weights[i] = slots.topk_weights[int32(first_slot + k)]
+            rows[i] = row if int32(first + i) <= last and row < source.num_rows else int32(-1)
+        for i in range(batch):  # all on their way before the first is used
+            four = load_words(source.rows, base + int64(max(rows[i], int32(0))) * source.row_stride)
+            for word in range(4):
+                words[4 * i + word] = four[word]
+        for i in range(batch):
+            skipped = rows[i] < 0  # whatever its row holds
+            for word in range(4):
+                words[4 * i + word] = int32(0) if skipped else words[4 * i + word]
+            four = (words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3])
+            weight = float32(0.0) if skipped else weights[i]
+            totals = add_scaled(totals, weight, floats_of(source.rows, four))
+        first = int32(first + batch)
+    sums = add_scaled(zeros, float32(result.factor), totals)
+    store_floats(result.combined, int64(index) * source.lanes, sums)
+
+
 def stride_of(rows: Layout, axis: int = 0) -> int:
     """Return how far apart the parts of an array along an axis are, in elements."""
     return rows.shape[axis + 1 :].numel() if rows.strides is None else rows.strides[axis]
@@ -406,10 +496,31 @@ def plan_combine(
     lanes = 16 // rows.dtype.itemsize
     if rows.address or any(number % lanes for number in (hidden, *strides)):
         lanes = 1
+    num_rows = rows.shape[0] if by_index else top_k
+    row_words = hidden // lanes
+    num_words = num_tokens * row_words
+    usual = (
+        lanes > 1
+        and out_dtype == rows.dtype
+        and all(
+            array is None or array.dtype == dtype for array, dtype in ((weights, torch.float32), (places, torch.int32))
+        )
+    )
+    in_int32 = max(num_words, num_tokens * top_k) <= 2**31 - MOST_THREADS
+    if usual and in_int32 and num_words and rows.shape.numel():
+        threads = block_threads(ADD_THREADS if num_words <= WORDS_OF_FEW else MOST_THREADS)
+        rounds = -(-top_k // BATCHES[-1])
+        return Launch(
+            *(add_rows, rows.device, -(-num_words // threads), threads),
+            WideRows(rows, num_rows, row_words, *strides, lanes),
+            Picked(weights, places, int(by_index), top_k),
+            Added(rows.dtype, factor, num_words, *reciprocal_of(row_words)),
+            batch=-(-top_k // rounds),
+        )
     threads, parts = deal(num_tokens, -(-hidden // lanes), top_k)
-    source = Source(rows, rows.shape[0] if by_index else top_k, hidden, *strides, lanes)
     return Launch(
-        *(combine_rows, rows.device, num_tokens * parts if hidden else 0, threads, source),
+        *(combine_rows, rows.device, num_tokens * parts if hidden else 0, threads),
+        Source(rows, num_rows, hidden, *strides, lanes),
         Summands(weights, places, int(by_index), top_k),
         Combined(out_dtype, factor, parts),
     )

@@ -27,7 +27,7 @@ def _permuting_edges() -> Iterator[Case]:
             yield permute_case(f"strided rows of {hidden} {dtype}", 9, 4, 2, hidden, dtype, strided=True)
             yield unpermute_case(f"strided rows of {hidden} {dtype}", 9, 2, hidden, dtype, strided=True)
             yield sum_case(f"strided rows of {hidden} {dtype}", 9, 2, hidden, dtype, strided=True)
-    for top_k in (1, 5, 40):
+    for top_k in (1, 5, 9, 40):
         yield permute_case(f"top {top_k}", 9, 64, top_k, 24, "bfloat16")
         yield unpermute_case(f"top {top_k}", 9, top_k, 24, "bfloat16")
         yield sum_case(f"top {top_k}", 9, top_k, 24, "bfloat16")

@@ -53,8 +53,8 @@ OPTIONAL = {
 # 5.4 us, 32,768 slots take 6.4 and 6.6 us.
 CLUSTERS = (16, 8)
 CLUSTER_DEALS = ((256, 1), (512, 1), (256, 4), (512, 4))
-# The positions that one block fills, at most. Where there are more, each block of a cluster fills POSITIONS_OF_EACH. On an
-# H200 the sort of 192 slots of 1,000 experts, padded to 256, takes 8.0 us by one block and 6.8 us by 16.
+# The positions that one block fills, at most. Where there are more, each block of a cluster fills POSITIONS_OF_EACH. On
+# an H200 the sort of 192 slots of 1,000 experts, padded to 256, takes 8.0 us by one block and 6.8 us by 16.
 POSITIONS_OF_ONE = 3 * 2**13
 POSITIONS_OF_EACH = 2**13
 # (threads of a block, slots of a thread), measured on an H200. A sort takes the first pair with at most MOST_COUNTS

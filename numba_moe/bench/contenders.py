@@ -19,7 +19,7 @@ import torch
 
 from numba_moe import align_sizes, reference
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
-from numba_moe.runtime import files
+from numba_moe.runtime import arrays, files
 from numba_moe.verify import testing
 from numba_moe.verify.cases import trained_routing
 from numba_moe.verify.cases.draws import Case, align_out, counts, empty, floats, given, ids, permutation, uniform
@@ -212,7 +212,7 @@ def align_peers(
 def align_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> str:
     """Compare the part in use; peers order the slots of an expert as they like and leave the rest undefined."""
     slots, experts, used = result
-    placed, named, wanted_used = (torch.as_tensor(part).to(slots.device) for part in expected)
+    placed, named, wanted_used = (arrays.to_tensor("expected", part).to(slots.device) for part in expected)
     length = int(wanted_used[0])
     if used.tolist() != [length]:
         return f"num_tokens_post_padded is {used.tolist()}, expected [{length}]"
@@ -542,12 +542,13 @@ def permute_fault(result: Any, expected: Any, arguments: Mapping[str, Any]) -> s
     """Check that rows are those of their slots; peers order the slots of an expert as they like."""
     rows, offset, slots, inverse = result[:4]
     starts, wanted = (
-        torch.as_tensor(part).to(slots.device) for part in (expected.expert_first_token_offset, expected.permuted_idx)
+        arrays.to_tensor("expected", part).to(slots.device)
+        for part in (expected.expert_first_token_offset, expected.permuted_idx)
     )
     if offset.tolist() != starts.tolist():
         return "the offsets of the experts differ"
     used = int(starts[-1])
-    experts = torch.arange(len(starts) - 1, device=slots.device).repeat_interleave(starts.diff())
+    experts = torch.arange(len(starts) - 1, dtype=torch.int64, device=slots.device).repeat_interleave(starts.diff())
     if not torch.equal(*(in_order(experts, part[:used]) for part in (slots, wanted))):
         return "the slots of an expert differ"
     slots = slots[:used].long()

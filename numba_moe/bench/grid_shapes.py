@@ -57,13 +57,13 @@ class Buffer:
     """Random numbers on the device, of which every shape takes the first ones."""
 
     def __init__(self, device: str, seed: int) -> None:
-        self._device, self._numbers = device, {torch.float32: torch.empty(0)}
+        self._device, self._numbers = device, {torch.float32: torch.empty(0, dtype=torch.float32, device=device)}
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def holds(self) -> bool:
         """Whether the device still answers."""
         try:
-            torch.zeros(1, device=self._device).add_(1).item()
+            torch.zeros(1, dtype=torch.int32, device=self._device).add_(1).item()
         except RuntimeError:
             return False
         return True
@@ -79,13 +79,13 @@ class Buffer:
 
     def ids(self, tokens: int, experts: int, top_k: int) -> torch.Tensor:
         """Return distinct experts of each token, all at equal odds."""
-        scores = torch.rand(tokens, experts, device=self._device, generator=self._generator)
+        scores = torch.rand(tokens, experts, dtype=torch.float32, device=self._device, generator=self._generator)
         return scores.topk(top_k).indices.to(torch.int32)
 
     def permutation(self, *shape: int) -> torch.Tensor:
         """Return the numbers from 0 on in some order."""
         size = int(np.prod(shape))
-        order = torch.rand(size, device=self._device, generator=self._generator).argsort()
+        order = torch.rand(size, dtype=torch.float32, device=self._device, generator=self._generator).argsort()
         return order.to(torch.int32).view(shape)
 
 
@@ -227,9 +227,9 @@ def aligned_by_torch(topk_ids: torch.Tensor, block_size: int, num_experts: int) 
     blocks = (counts + block_size - 1) // block_size
     before = (blocks * block_size).cumsum(0) - blocks * block_size - (counts.cumsum(0) - counts)
     used = blocks.sum() * block_size
-    placed = torch.full((int(used),), len(slots), device=slots.device)
-    placed[torch.arange(len(slots), device=slots.device) + before[experts]] = slots
-    names = torch.arange(num_experts, device=slots.device).repeat_interleave(blocks)
+    placed = torch.full((int(used),), len(slots), dtype=torch.int64, device=slots.device)
+    placed[torch.arange(len(slots), dtype=torch.int64, device=slots.device) + before[experts]] = slots
+    names = torch.arange(num_experts, dtype=torch.int64, device=slots.device).repeat_interleave(blocks)
     return AlignedBlocks(placed, names, used.view(1))
 
 

@@ -16,7 +16,7 @@ from numba_moe.device import simulator
 from numba_moe.device.tiles import TILES
 from numba_moe.ops.activation.activate_rows import KINDS, Rule
 from numba_moe.ops.gating.which_kernel import sized
-from numba_moe.ops.multiply_slots import Blocks, Factors, Ids, Products, multiply_slots
+from numba_moe.ops.multiply_slots import Blocks, Chosen, Factors, Products, multiply_slots
 from numba_moe.ops.permute.move_rows import plan_combine, stride_of
 from numba_moe.ops.sort import counting_sort
 from numba_moe.reference.align import max_sorted_slots
@@ -118,7 +118,7 @@ def plan_tiles(given: Any, rule: Rule, num_experts: int, tiles: tuple[int, int])
     indices: tuple[Contiguous, ...] = ()
     blocks = Blocks(None, None, None, num_slots)
     sizes = (topk_ids.dtype.itemsize, 0 if expert_map is None else expert_map.dtype.itemsize, num_experts, num_local)
-    ids = Ids(sized(topk_ids), sized(expert_map), torch.int32, *sizes)
+    chosen = Chosen(sized(topk_ids), sized(expert_map), torch.int32, *sizes)
     num_blocks = num_slots
     if num_tokens > 1:
         num_positions = max_sorted_slots(num_slots, tokens, num_experts)
@@ -131,8 +131,8 @@ def plan_tiles(given: Any, rule: Rule, num_experts: int, tiles: tuple[int, int])
         )
         indices = tuple(contiguous(torch.int32, size) for size in (num_positions, -(-num_positions // tokens), 1))
         blocks = Blocks(torch.int32, torch.int32, torch.int32, num_slots)
-        ids = Ids(None, None, None, *sizes)
-    where = (device, num_blocks, blocks, ids)
+        chosen = Chosen(None, None, None, *sizes)
+    where = (device, num_blocks, blocks, chosen)
     first = Factors(dtype, dtype, given.gate_up_bias, stride_of(hidden_states), hidden, 2 * width, top_k)
     second = Factors(dtype, dtype, given.down_bias, width, width, hidden, 1)
     plain = Rule(KINDS.index("none"), 0, rule.limit, rule.alpha, rule.shift)
@@ -151,17 +151,24 @@ def plan_tiles(given: Any, rule: Rule, num_experts: int, tiles: tuple[int, int])
 
 
 def _launch(
-    device: torch.device, num_blocks: int, blocks: Blocks, ids: Ids, factors: Factors, rule: Rule, width: int, tile: int
+    device: torch.device,
+    num_blocks: int,
+    blocks: Blocks,
+    chosen: Chosen,
+    factors: Factors,
+    rule: Rule,
+    width: int,
+    tile: int,
 ) -> Launch:
     shape = TILES[tile]
     row_tiles = -(-factors.columns // shape.rows)
     is_second = int(factors.columns == width)
     if is_second:
-        ids = ids._replace(placed=None)
+        chosen = chosen._replace(placed=None)
     grid = min(num_blocks * row_tiles, _num_processors(device) * shape.blocks)
     products = Products(factors.matrices, width, row_tiles, is_second)
     return Launch(
-        *(multiply_slots, device, grid, shape.threads, factors, blocks, ids, rule, products),
+        *(multiply_slots, device, grid, shape.threads, factors, blocks, chosen, rule, products),
         shared_bytes=shape.shared_bytes,
         tile=tile,
     )

@@ -68,7 +68,7 @@ class Blocks(NamedTuple):
     num_slots: Int32
 
 
-class Ids(NamedTuple):
+class Chosen(NamedTuple):
     """The expert of each slot, where a slot is a block, and those of this rank."""
 
     topk_ids: OptionalSizedArray  # [num_slots]
@@ -90,15 +90,15 @@ class Products(NamedTuple):
 
 
 @cuda.jit(device=True)
-def expert_of(block, blocks, ids):
+def expert_of(block, blocks, chosen):
     """Return the expert of a block, -1 for none of this rank's."""
     if present(blocks.block_experts):
         return blocks.block_experts[block]
-    expert = load_integer(ids.topk_ids, block, ids.id_bytes)
-    num_experts = ids.num_ids
-    if present(ids.expert_map) and expert >= 0 and expert < num_experts:
-        expert = load_integer(ids.expert_map, expert, ids.map_bytes)
-        num_experts = ids.num_experts
+    expert = load_integer(chosen.topk_ids, block, chosen.id_bytes)
+    num_experts = chosen.num_ids
+    if present(chosen.expert_map) and expert >= 0 and expert < num_experts:
+        expert = load_integer(chosen.expert_map, expert, chosen.map_bytes)
+        num_experts = chosen.num_experts
     if expert < 0 or expert >= num_experts:
         expert = int64(-1)
     return int32(expert)
@@ -216,7 +216,7 @@ def write_products(sums, slots, factors, blocks, expert, row_tile, rule, product
 
 
 @cuda.jit(launch_bounds=BOUNDS)
-def multiply_slots(factors: Factors, blocks: Blocks, ids: Ids, rule: Rule, products: Products, tile: TileNumber):
+def multiply_slots(factors: Factors, blocks: Blocks, chosen: Chosen, rule: Rule, products: Products, tile: TileNumber):
     """Write a row of products for each slot; a block takes an item after another, any grid covers them.
 
     It waits for the kernel ahead where its results are read, and not before.
@@ -249,9 +249,9 @@ def multiply_slots(factors: Factors, blocks: Blocks, ids: Ids, rule: Rule, produ
         row_tile = quotient(item, num_blocks)
         block = int32(item - row_tile * num_blocks)
         item = int32(item + cuda.gridDim.x)
-        expert = expert_of(block, blocks, ids)
-        if present(ids.placed) and row_tile == 0 and thread == 0:
-            ids.placed[block] = expert
+        expert = expert_of(block, blocks, chosen)
+        if present(chosen.placed) and row_tile == 0 and thread == 0:
+            chosen.placed[block] = expert
         if expert >= 0:
             places = lane_places(factors, expert, row_tile, products, rule, tile)
             words = load_matrix(tile, factors.matrices, places, lane_depth, factors.depth, stride)

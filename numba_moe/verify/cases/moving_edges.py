@@ -135,6 +135,11 @@ def _expert_edges() -> Iterator[Case]:
     options = {"expert_map": expert_map, "bias": True}
     yield experts_case("expert_map", skipping, 4, 16, 8, "float32", **options)
     yield experts_case("expert_map bfloat16", skipping, 4, 16, 8, "bfloat16", **options)
+    yield experts_case("one token float16", np.array([[3, -1, 9, 0]], np.int32), 8, 40, 24, "float16", bias=True)
+    yield experts_case(
+        "one token expert_map bfloat16", np.array([[3, 2, 9, 0, 1, 4]]), 4, 40, 24, "bfloat16", **options
+    )
+    yield experts_case("a second block of slots", np.zeros((9, 1), np.int32), 4, 72, 40, "bfloat16", bias=True)
     yield experts_case("expert_map of no expert", skipping, 4, 8, 8, "float32", expert_map=np.full(8, -1, np.int32))
 
 

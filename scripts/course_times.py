@@ -45,17 +45,10 @@ def times(family: str) -> list[tuple[Any, ...]]:
         step = getattr(load(path), op)
         where = shape if torch.cuda.is_available() else case
         found.append((path.stem, lab.roofline(step, op, where, library="numba", show=False)))
-    shipped = found[-1][1].device_us or found[-1][1].bytes_moved
+    measured = [float(one.device_us or one.bytes_moved or 0) for _, one in found]
     return [
-        (
-            family,
-            name,
-            one.shape,
-            one.device_us or one.bytes_moved,
-            one.share,
-            (one.device_us or one.bytes_moved) / shipped,
-        )
-        for name, one in found
+        (family, name, one.shape, value, one.share, value / measured[-1])
+        for (name, one), value in zip(found, measured, strict=True)
     ]
 
 

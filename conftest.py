@@ -7,9 +7,9 @@ import importlib.util
 
 import pytest
 
-from numba_moe.device.switch import use_simulator_without_gpu
+from numba_moe.device.switch import turn_on_without_gpu
 
-use_simulator_without_gpu()  # before anything imports numba
+turn_on_without_gpu()  # before anything imports numba
 
 # Numba's compiler, which its simulator does without; it has no examples.
 collect_ignore = [f"numba_moe/device/{name}.py" for name in ("numba_compiler", "intrinsics", "tensor_core_intrinsics")]

@@ -1,5 +1,8 @@
 """How Sphinx builds the pages: the Markdown beside this file, and the API from the docstrings of every public name."""
 
+import os
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -25,4 +28,6 @@ def names_of(package: object) -> str:
 
 
 sections = [names_of(package) for package in (numba_moe, parallel, placement, recorder, training, lab)]
+lessons = [sys.executable, str(Path(__file__).with_name("course") / "build_pages.py")]  # which run in the simulator
+subprocess.run(lessons, env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}, check=True)
 Path(__file__).with_name("api.rst").write_text("\n".join(["API\n===\n", *sections]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from numba_moe.device.switch import use_simulator_without_gpu
+from numba_moe.device.switch import turn_on_without_gpu
 from numba_moe.runtime.text import counted
 
 WRONG = 2  # what was asked for cannot be done, as argparse says of options
@@ -64,7 +64,7 @@ def _run(given: list[str], interrupts: Sequence[int]) -> int:
     that cannot be written are the user's affair.
     """
     if given[:1] == ["verify"]:
-        use_simulator_without_gpu()  # before anything imports numba
+        turn_on_without_gpu()  # before anything imports numba
     options = _parser().parse_args(given)
     try:
         work: Callable[[], int] = options.prepare(options)

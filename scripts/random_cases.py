@@ -6,12 +6,12 @@ Without a CUDA device a few smaller calls run in Numba's CUDA simulator, where t
 import argparse
 import sys
 
-from numba_moe.device.switch import use_simulator_without_gpu
+from numba_moe.device.switch import turn_on_without_gpu
 
 
 def main() -> int:
     """Return 1 if a case failed or nothing ran."""
-    use_simulator_without_gpu()  # before anything imports numba
+    turn_on_without_gpu()  # before anything imports numba
     from numba_moe.verify import random_cases
 
     parser = argparse.ArgumentParser(description=__doc__)

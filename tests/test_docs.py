@@ -75,6 +75,9 @@ def test_the_pages_build_without_a_warning(tmp_path):
     done = subprocess.run([*command, str(tmp_path / "pages")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "moe_align_block_size" in (tmp_path / "pages" / "api.html").read_text()
+    lesson = (tmp_path / "pages" / "course" / "built" / "05_counting_and_atomics.html").read_text()
+    assert "<svg" in lesson
+    assert "1 passed, 1 failed" in lesson
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,27 +23,8 @@ def check_in_time() -> None:
         raise RuntimeError(TOO_LATE)
 
 
-def use_simulator() -> None:
-    """Run kernels in Numba's CUDA simulator from now on: no GPU is needed, and ``print`` and ``breakpoint()`` work.
-
-    Returns
-    -------
-    None
-
-    Raises
-    ------
-    RuntimeError
-        Numba, or a part of this library that asked for the switch, was imported before without it.
-
-    Notes
-    -----
-    Call it first in a program, before ``import numba``. It does what ``NUMBA_ENABLE_CUDASIM=1`` does.
-
-    Examples
-    --------
-    >>> from numba_moe import lab
-    >>> lab.use_simulator()  # doctest: +SKIP
-    """
+def turn_on() -> None:
+    """Ask for the simulator, if it is not too late."""
     asked = sys.modules.get("numba_moe.device.simulator")
     if asked is not None and not asked.ENABLED:
         raise RuntimeError(TOO_LATE)
@@ -56,30 +37,10 @@ def use_simulator() -> None:
         raise
 
 
-def use_simulator_without_gpu() -> bool:
-    """Run kernels in Numba's CUDA simulator where there is no CUDA device, and on the device where there is one.
-
-    Returns
-    -------
-    bool
-        Whether the simulator is on.
-
-    Raises
-    ------
-    RuntimeError
-        As `use_simulator` does.
-
-    Notes
-    -----
-    Whoever sets ``NUMBA_ENABLE_CUDASIM``, to 0 or 1, has decided already.
-
-    Examples
-    --------
-    >>> from numba_moe import lab
-    >>> simulated = lab.use_simulator_without_gpu()
-    """
+def turn_on_without_gpu() -> bool:
+    """Ask for the simulator where there is no CUDA device, unless somebody has decided; return whether it is on."""
     import torch
 
     if VARIABLE not in os.environ and not torch.cuda.is_available():
-        use_simulator()
+        turn_on()
     return is_on()

@@ -115,7 +115,7 @@ class SharedMemory(FakeCUDAShared):
 
     def array(self, shape: Any, dtype: Any, alignment: Any = None) -> Any:
         if shape == 0:
-            found = super().array(shape, dtype, alignment)
+            found = super().array(shape, dtype if hasattr(dtype, "name") else np.dtype(dtype), alignment)
         else:
             caller = sys._getframe(1)
             place = caller.f_code, caller.f_lasti

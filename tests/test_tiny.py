@@ -1,10 +1,9 @@
 """The small model trains, the same with our block and with a plain one, and leaves a trace that cases can use."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
-
-import math
 
 import numpy as np
 import pytest

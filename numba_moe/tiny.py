@@ -17,14 +17,18 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, silu
 
-from numba_moe.block import MoEBlock, Router
+from numba_moe.block import MoEBlock, Routed, Router
 from numba_moe.reference.gating import TopK
+from numba_moe.runtime import checks
+from numba_moe.training.balance import update_correction_bias
+from numba_moe.training.losses import load_balancing_loss
 
 BYTES = 256
 # Of its parameters: drawn on the CPU and then moved, so that a seed means the same on every device.
 KIND: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 WARM_UP = 0.05  # of the steps, in which the rate of learning rises
 LAST = 50  # steps over which the loss is averaged
+BALANCES = ("none", "loss", "bias")
 TRIMMED_TOKENS = 1024
 TRIMMED_STEPS = 4
 
@@ -45,19 +49,31 @@ class Settings(NamedTuple):
     seed: int = 0
     plain: bool = False
     traced_steps: int = 8
+    balance: str = "none"
+    coefficient: float = 0.1  # of the load balancing loss
+    bias_rate: float = 0.003  # by which biases move at a step
 
 
 class Report(NamedTuple):
-    """What came of a training; the trace holds `topk_ids` and `topk_weights` [steps, layers, tokens, top_k]."""
+    """What came of a training; the trace holds `topk_ids` and `topk_weights` [steps, layers, tokens, top_k].
+
+    The loss is that of the text alone; `busiest` [steps, layers] is the load of the busiest expert over the mean.
+    """
 
     losses: list[float]
     step_ms: float
     trace: dict[str, np.ndarray]
+    busiest: np.ndarray
 
     @property
     def loss(self) -> float:
         """The mean of the last steps."""
         return mean(self.losses[-LAST:])
+
+    @property
+    def load(self) -> float:
+        """The busiest expert's load over the mean, of the last steps and the layer where it is most."""
+        return float(self.busiest[-LAST:].mean(axis=0).max(initial=0.0))
 
 
 def text() -> np.ndarray:
@@ -97,9 +113,14 @@ class Layer(torch.nn.Module):
         self.before_attention, self.before_experts = (torch.nn.RMSNorm(settings.hidden, **KIND) for _ in range(2))
         self.qkv = torch.nn.Linear(settings.hidden, 3 * settings.hidden, bias=False, **KIND)
         self.out = torch.nn.Linear(settings.hidden, settings.hidden, bias=False, **KIND)
-        block = PlainBlock if settings.plain else MoEBlock
+        block: Any = PlainBlock if settings.plain else MoEBlock
         sizes = settings.hidden, settings.width, settings.experts, settings.top_k
-        self.experts = block(*sizes, renormalize=True, **KIND)
+        options: dict[str, Any] = {
+            "count_tokens": not settings.plain,
+            "correction_bias": settings.balance == "bias",
+            "return_router_logits": settings.balance == "loss",
+        }
+        self.experts = block(*sizes, renormalize=True, **options, **KIND)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         batch, length, hidden = states.shape
@@ -107,7 +128,8 @@ class Layer(torch.nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = scaled_dot_product_attention(query, key, value, is_causal=True)
         states = states + self.out(attended.transpose(1, 2).reshape(batch, length, hidden))
-        return states + self.experts(self.before_experts(states))
+        found = self.experts(self.before_experts(states))
+        return states + (found[0] if self.experts.return_router_logits else found)
 
 
 class TinyModel(torch.nn.Module):
@@ -172,6 +194,45 @@ class Tracer:
         }
 
 
+class Balancer:
+    """Balances the experts of a model in one of three ways, and measures how busy the busiest is."""
+
+    def __init__(self, model: TinyModel, settings: Settings) -> None:
+        checks.choice("balance", settings.balance, BALANCES)
+        self.settings = settings
+        self.busiest: list[torch.Tensor] = []
+        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        self._routed: list[Routed] = []
+        if settings.balance == "loss":
+            for router in self.routers:
+                router.register_forward_hook(lambda _router, _given, routed: self._routed.append(routed))
+
+    def loss(self) -> torch.Tensor | float:
+        """Return what is added to the loss of a step."""
+        if not self._routed:
+            return 0.0
+        logits, ids = (tuple(getattr(one, name) for one in self._routed) for name in ("router_logits", "topk_ids"))
+        self._routed.clear()
+        pairs = zip(logits, ids, strict=True)
+        return sum(load_balancing_loss(*pair, coefficient=self.settings.coefficient) for pair in pairs)
+
+    def after_step(self) -> None:
+        """Move biases, and begin to count anew."""
+        counts = [router.tokens_per_expert for router in self.routers if router.tokens_per_expert is not None]
+        if counts:
+            loads = torch.stack(counts).float()
+            self.busiest.append(loads.amax(1) / loads.mean(1))
+        for router in self.routers:
+            if router.tokens_per_expert is not None and router.correction_bias is not None:
+                update_correction_bias(router.correction_bias, router.tokens_per_expert, self.settings.bias_rate)
+        for count in counts:
+            count.zero_()
+
+    def result(self) -> np.ndarray:
+        """Return the busiest expert's load over the mean, [steps, layers]."""
+        return torch.stack(self.busiest).cpu().numpy() if self.busiest else np.zeros((0, self.settings.layers))
+
+
 def trim(trace: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a trace of fewer tokens and steps, the last among them, that is small enough for a repository."""
     steps = np.unique(np.linspace(0, len(trace["steps"]) - 1, TRIMMED_STEPS).astype(int))
@@ -199,7 +260,7 @@ def train(settings: Settings, device: str) -> Report:
     model.to(device=device, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), fused=device == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, settings.steps))
-    tracer = Tracer(model, settings)
+    tracer, balancer = Tracer(model, settings), Balancer(model, settings)
     losses, times = [], []
     for step, passages in enumerate(batches(settings, device)):
         tracer.begin(step)
@@ -208,9 +269,10 @@ def train(settings: Settings, device: str) -> Report:
             logits = model(passages[:, :-1])
             loss = cross_entropy(logits.flatten(0, 1).float(), passages[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        (loss + balancer.loss()).backward()
         optimizer.step()
+        balancer.after_step()
         schedule.step()
         losses.append(loss.item())  # waits for the step
         times.append(time.perf_counter() - begin)
-    return Report(losses, 1e3 * median(times), tracer.result())
+    return Report(losses, 1e3 * median(times), tracer.result(), balancer.result())

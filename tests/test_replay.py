@@ -104,6 +104,26 @@ def test_recorded_weights_are_used_and_the_own_have_the_gradient():
     torch.testing.assert_close(found, logits.grad.T @ rows())
 
 
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_compiled_models_record_and_replay(with_weights):
+    model = stack()
+    replay = replay_of(model, with_weights=with_weights)
+    with replay.recording():
+        wanted = model(rows())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with replay.replaying():
+        found = compiled(rows())
+    assert torch.equal(found, wanted)
+    found.sum().backward()
+    assert model[0].router.weight.grad.any()
+    chosen = replay.choice(0, TOKENS)
+    replay.clear()
+    with replay.recording():
+        torch.testing.assert_close(compiled(rows()), wanted)
+    assert torch.equal(replay.choice(0, TOKENS), chosen)
+
+
 def test_tokens_without_a_record():
     model = stack()
     wanted = model(rows())

@@ -1,6 +1,7 @@
 """The small model trains, the same with our block and with a plain one, and leaves a trace that cases can use."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -86,3 +87,22 @@ def test_a_trimmed_trace_is_small():
     assert few["steps"].tolist() == [0, 2, 4, 7]
     assert few["topk_ids"].nbytes + few["topk_weights"].nbytes < 1 << 20
     assert np.array_equal(few["topk_ids"][-1], ids[-1, :, :1024])
+
+
+@pytest.mark.parametrize("balance", tiny.BALANCES)
+def test_each_way_to_balance_trains_and_measures_loads(balance):
+    report = tiny.train(SMALL._replace(balance=balance), "cpu")
+    assert report.busiest.shape == (3, 2)
+    assert (report.busiest >= 1).all()
+    assert report.load <= SMALL.experts / SMALL.top_k
+
+
+@pytest.mark.slow
+def test_a_loss_or_a_bias_balances_a_skewed_model():
+    sizes = {"layers": 2, "hidden": 32, "heads": 2, "experts": 8, "top_k": 2, "width": 16, "length": 32, "batch": 8}
+    settings = tiny.Settings(**sizes, steps=300, rate=3e-3)
+    reports = {balance: tiny.train(settings._replace(balance=balance), "cpu") for balance in tiny.BALANCES}
+    assert reports["none"].load > 2.0
+    for balance in ("loss", "bias"):
+        assert reports[balance].load <= 1.5
+        assert math.exp(reports[balance].loss - reports["none"].loss) <= 1.01

@@ -198,7 +198,8 @@ class RoutingReplay:
         weights = self.weights[self._rows(layer, first, num_tokens)]
         if is_recorded is not None:
             weights = torch.where(is_recorded, weights, found.topk_weights.detach())
-        return TopK(_Recorded.apply(found.topk_weights, weights), found.topk_ids)
+        own = found.topk_weights
+        return TopK(weights + (own - own.detach()), found.topk_ids)  # 0 is added, which has the gradient
 
     def clear(self) -> None:
         """Forget what is recorded of a pass; requests stay."""
@@ -293,18 +294,6 @@ class RoutingReplay:
         good = (ids >= NO_EXPERT) & (ids < self.num_experts)
         checks.every("packed", f"-1 or below num_experts = {self.num_experts}", good, ids, ("token", "layer", "pick"))
         self.stitch(request, ids.astype(np.int32), first_token)
-
-
-class _Recorded(torch.autograd.Function):
-    """Recorded weights, with the gradient of the router's own."""
-
-    @staticmethod
-    def forward(_ctx: Any, _own: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
-        return recorded.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0], None
 
 
 def _is_replaced(module: torch.nn.Module) -> bool:

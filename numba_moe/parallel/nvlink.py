@@ -14,11 +14,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from numba_moe.device import simulator
+from numba_moe.ops import peer_rows
 from numba_moe.ops.permute.layouts import moe_permute_masked
 from numba_moe.ops.permute.move_rows import WORDS
 from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.ops.permute.row_gradients import permute_backward, unpermute_backward
-from numba_moe.parallel import peer_rows
 from numba_moe.parallel.arrival import first_rows
 from numba_moe.parallel.memory import SharedMemory
 from numba_moe.parallel.peers import PeerTimeoutError

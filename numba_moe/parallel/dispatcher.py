@@ -218,6 +218,8 @@ class TokenDispatcher:
             on_cpu = transport == "gloo" or not torch.cuda.is_available()
             device = "cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device())
         found = checks.device("device", device)
+        if found.type == "cuda" and found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device())
         if transport == "auto" and found.type == "cuda":
             near = self.num_ranks > 1 and all_reach_each_other(self.group, found)
             transport = "nvlink" if near else "nccl"

@@ -93,4 +93,5 @@ def symmetric_memory() -> Any:
     """Return the module of memory that all GPUs of a host can reach; there is no public one."""
     if not ALLOWED:
         raise ImportError("torch's symmetric memory is private")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # rows are read by their addresses alone
     return importlib.import_module("torch.distributed._symmetric_memory")

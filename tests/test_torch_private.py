@@ -15,7 +15,7 @@ from numba_moe.runtime import torch_private
 ROOT = Path(__file__).parents[1]
 NAMES = (
     *("current_device", "current_stream", "is_capturing", "empty_strided", "in_transform", "is_wrapped_by_transform"),
-    *("is_jit_tracing", "num_modes", "is_functional", "is_transformed", "FakeTensor", "group_store"),
+    *("is_jit_tracing", "num_modes", "is_functional", "is_transformed", "FakeTensor", "group_store", "_graph_task"),
 )
 # Kernels, gradients, compiled code, the bridge and the recorder.
 CORE = (

@@ -354,6 +354,61 @@ def of_block(typingctx: Any, array: Any, block: Any) -> Any:
     return array(array, types.int32), codegen
 
 
+@intrinsic
+def memory_at(typingctx: Any, address: Any, array: Any) -> Any:
+    """Return the plain memory of the elements of an array's dtype that begins at an address, on any GPU."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = context.get_value_type(signature.return_type)
+        return builder.inttoptr(arguments[0], pointer)
+
+    return types.CPointer(array.dtype)(types.int64, array), codegen
+
+
+def _on_memory(code: str, constraints: str, result: Any, *parameters: Any) -> Any:
+    """Return an intrinsic of one PTX instruction on memory that other threads use too."""
+    kinds = {types.int32: ir.IntType(32), types.int64: ir.IntType(64), types.void: ir.VoidType()}
+
+    def emit(context: Any, builder: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(kinds[result], [kinds[parameter] for parameter in parameters])
+        value = builder.call(ir.InlineAsm(kind, code, constraints, side_effect=True), arguments)
+        return context.get_dummy_value() if result is types.void else value
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return emit(context, builder, arguments)
+
+    def nothing(typingctx: Any) -> Any:
+        return result(*parameters), codegen
+
+    def one(typingctx: Any, first: Any) -> Any:
+        return result(*parameters), codegen
+
+    def two(typingctx: Any, first: Any, second: Any) -> Any:
+        return result(*parameters), codegen
+
+    return intrinsic((nothing, one, two)[len(parameters)])
+
+
+# Of all GPUs: what a thread wrote before, or what the writer of a value had written, is there.
+release_store = _on_memory("st.release.sys.global.u32 [$0], $1;", "l,r,~{memory}", types.void, types.int64, types.int32)
+acquire_load = _on_memory("ld.acquire.sys.global.u32 $0, [$1];", "=r,l,~{memory}", types.int32, types.int64)
+fence_system = _on_memory("fence.acq_rel.sys;", "~{memory}", types.void)
+nanoseconds = _on_memory("mov.u64 $0, %globaltimer;", "=l,~{memory}", types.int64)
+
+
+@intrinsic
+def arrive(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Add to an int32 in global memory, and return what was there; blocks see what others wrote before they came."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = builder.ptrtoint(_address(context, builder, signature.args[0], *arguments[:2]), ir.IntType(64))
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64), ir.IntType(32)])
+        code = "atom.add.acq_rel.gpu.global.u32 $0, [$1], $2;"
+        return builder.call(ir.InlineAsm(kind, code, "=r,l,r,~{memory}", side_effect=True), [address, arguments[2]])
+
+    return types.int32(array, types.int64, types.int32), codegen
+
+
 def _of_float32(code: str) -> Any:
     """Return an intrinsic of one PTX instruction that takes and returns a float32."""
 

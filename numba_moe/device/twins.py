@@ -1,6 +1,8 @@
 """What the functions of intrinsics.py and of libdevice do, in Python: for Numba's simulator."""
 
+import ctypes
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -208,3 +210,30 @@ def square_root(value: Any) -> Any:
 def log(value: Any) -> Any:
     with np.errstate(all="ignore"):
         return np.log(np.float32(value))
+
+
+def memory_at(address: int, array: Any) -> Any:
+    memory: Any = (ctypes.c_char * (1 << 40)).from_address(int(address))
+    return np.frombuffer(memory, array.dtype)
+
+
+def release_store(address: int, value: int) -> None:
+    memory_at(address, np.empty(0, np.int32))[0] = value
+
+
+def acquire_load(address: int) -> int:
+    return int(memory_at(address, np.empty(0, np.int32))[0])
+
+
+def arrive(array: Any, index: int, value: int) -> int:
+    before = int(array[index])
+    array[index] = before + value
+    return before
+
+
+def fence_system() -> None:
+    pass
+
+
+def nanoseconds() -> int:
+    return time.monotonic_ns()

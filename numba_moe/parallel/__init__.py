@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "ops.destinations": "dispatch_layout",
         "parallel.dispatcher": "PendingDispatch TokenDispatcher",
         "parallel.group_experts": "fused_experts gather_experts shard_experts",
+        "parallel.memory": "emulate",
         "parallel.peers": "PeerTimeoutError",
         "parallel.state_dicts": "expert_parameters gather_state_dict load_gathered_state_dict sum_gradients",
         "reference.parallel": "DispatchLayout DispatchedTokens",

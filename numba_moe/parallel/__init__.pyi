@@ -4,6 +4,7 @@ from numba_moe.parallel.dispatcher import TokenDispatcher as TokenDispatcher
 from numba_moe.parallel.group_experts import fused_experts as fused_experts
 from numba_moe.parallel.group_experts import gather_experts as gather_experts
 from numba_moe.parallel.group_experts import shard_experts as shard_experts
+from numba_moe.parallel.memory import emulate as emulate
 from numba_moe.parallel.peers import PeerTimeoutError as PeerTimeoutError
 from numba_moe.parallel.state_dicts import expert_parameters as expert_parameters
 from numba_moe.parallel.state_dicts import gather_state_dict as gather_state_dict

@@ -65,10 +65,8 @@ def _first_rows(
     capacity: int,
 ) -> PermutedTokens:
     """Permute to the first rows alone, without memory for more."""
-    index = moe_permute(rows.detach()[:, :0], ids, num_local, alignment=alignment)
-    places = torch.where(index.inv_permuted_idx < capacity, index.inv_permuted_idx, -1)
-    offset = index.expert_first_token_offset.clamp(max=capacity)
-    slots = index.permuted_idx[:capacity]
+    index = first_rows(moe_permute(rows.detach()[:, :0], ids, num_local, alignment=alignment), capacity)
+    slots, places = index.permuted_idx, index.inv_permuted_idx
     unused, tokens = slots == ids.numel(), torch.clamp(slots // ids.shape[1], max=max(len(ids) - 1, 0))
 
     def moved(values: torch.Tensor) -> torch.Tensor:
@@ -79,12 +77,16 @@ def _first_rows(
             return picked.view(torch.uint8).masked_fill(mask, 0).view(values.dtype)
         return picked.masked_fill(mask, 0)
 
+    return index._replace(permuted_hidden_states=moved(rows), permuted_scales=None if scales is None else moved(scales))
+
+
+def first_rows(index: PermutedTokens, capacity: int) -> PermutedTokens:
+    """Keep the first rows of an index, and skip the slots of others."""
+    offset = index.expert_first_token_offset.clamp(max=capacity)
     return index._replace(
-        permuted_hidden_states=moved(rows),
         expert_first_token_offset=offset,
-        permuted_idx=slots,
-        inv_permuted_idx=places,
+        permuted_idx=index.permuted_idx[:capacity],
+        inv_permuted_idx=torch.where(index.inv_permuted_idx < capacity, index.inv_permuted_idx, -1),
         counts=torch.minimum(index.counts, offset.diff().to(torch.int32)),
         m_indices=None if index.m_indices is None else index.m_indices[:capacity],
-        permuted_scales=None if scales is None else moved(scales),
     )

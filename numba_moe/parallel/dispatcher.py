@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from numba_moe.ops.permute.permutation import moe_unpermute
-from numba_moe.parallel.arrival import LAYOUTS, lay_out
+from numba_moe.parallel.arrival import LAYOUTS
+from numba_moe.parallel.memory import EmulatedRank, all_reach_each_other
 from numba_moe.parallel.network import Network
+from numba_moe.parallel.nvlink import PeerMemory, Sizes
 from numba_moe.parallel.peers import Peers
 from numba_moe.placement.expert_dispatch import ExpertDispatch
 from numba_moe.placement.location import ExpertLocation, check_location
@@ -19,7 +20,7 @@ from numba_moe.reference.parallel import DispatchedTokens
 from numba_moe.runtime import checks
 from numba_moe.runtime.plans import layout as layout_of
 
-TRANSPORTS = ("auto", "nccl", "gloo")
+TRANSPORTS = ("auto", "nvlink", "nccl", "gloo")
 REDUCTIONS = ("rank", "source")
 _numbers: Counter[str] = Counter()  # dispatchers of each group
 
@@ -70,8 +71,9 @@ class TokenDispatcher:
     location : ExpertLocation, optional
         Which slot of which rank holds which expert; consecutive experts on each rank by default. Any number of experts
         and replicas will do.
-    transport : {"auto", "nccl", "gloo"}
-        What carries the tokens. "gloo": tensors on the CPU. "nccl": on GPUs. "auto" goes by the device.
+    transport : {"auto", "nvlink", "nccl", "gloo"}
+        What carries the tokens. "nvlink": GPUs of one host read each other's memory. "nccl": GPUs of any hosts. "gloo":
+        tensors on the CPU. "auto" goes by the device, and takes "nvlink" where all ranks reach each other.
     timeout : float
         Seconds that a rank waits for another.
     reduce : {"rank", "source"}
@@ -86,7 +88,9 @@ class TokenDispatcher:
         Whether ranks send max_tokens tokens to all ranks, whatever there is: more bytes, but nothing that the host has
         to read, so that calls can be captured into a CUDA graph.
     slots : int
-        Dispatches that are under way at a time.
+        Dispatches that are under way at a time; 1 with "nvlink".
+    scale_bytes : int
+        With "nvlink": bytes of the scales of a token, for which there is to be room.
     algorithm : {"static", "dynamic", "hash", "fake"}
         How one of an expert's replicas is chosen, as in `ExpertDispatch`.
     seed : int
@@ -148,6 +152,7 @@ class TokenDispatcher:
         raise_on_drop: bool = False,
         padded: bool = False,
         slots: int = 1,
+        scale_bytes: int = 0,
         algorithm: str = "static",
         seed: int = 0,
         device: Any = None,
@@ -155,8 +160,12 @@ class TokenDispatcher:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group = group
-        self.num_ranks = 1 if group is None else dist.get_world_size(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
+        self._is_emulated = isinstance(group, EmulatedRank)
+        if isinstance(group, EmulatedRank):
+            self.num_ranks, self.rank = group.size, group.rank
+        else:
+            self.num_ranks = 1 if group is None else dist.get_world_size(group)
+            self.rank = 0 if group is None else dist.get_rank(group)
         checks.holds("group", "a group that this process is in", self.rank >= 0, f"rank {self.rank}")
         self.num_experts = checks.integer("num_experts", num_experts, 1)
         self.top_k = checks.integer("top_k", top_k, 1)
@@ -171,6 +180,7 @@ class TokenDispatcher:
         for name, value in {"raise_on_drop": raise_on_drop, "padded": padded}.items():
             checks.boolean(name, value)
         self._slots = checks.integer("slots", slots, 1)
+        self._scale_bytes = checks.integer("scale_bytes", scale_bytes, 0)
         self.reduce, self.raise_on_drop = reduce, raise_on_drop
         self.transport, self.device = self._choose(transport, device)
 
@@ -183,13 +193,21 @@ class TokenDispatcher:
         self._tables = ExpertDispatch(location, self.rank, self.device, algorithm=algorithm, seed=seed)
         self._layers_agree: list[Any] = []
         name = f"numba_moe dispatcher {self._number()}"
-        self._peers = Peers(group, name, float(timeout))
-        self._check_agreement(name, timeout, padded, slots, algorithm, seed)
+        self._peers = Peers(None if self._is_emulated else group, name, float(timeout))
+        self._check_agreement(name, timeout, padded, slots, algorithm, seed, scale_bytes)
         rank_of_slot = torch.tensor(location.rank_of_slot, dtype=torch.int32, device=self.device)
         self.num_local_experts = int(location.slots_per_rank[self.rank])
         first = int(location.slots_per_rank[: self.rank].sum())
-        options = (self.max_tokens, reduce == "source", padded)
-        self._network = Network(self._peers, rank_of_slot, first, self.num_local_experts, *options)
+        by_slot = reduce == "source"
+        self._end: Network | PeerMemory
+        if self.transport == "nvlink":
+            checks.holds("slots", "1 with the transport 'nvlink'", slots == 1, slots)
+            sizes = Sizes(self.max_tokens, self.top_k, self.hidden, self.dtype, self._scale_bytes)
+            self._end = PeerMemory(group, self.rank, self.num_ranks, rank_of_slot, sizes, by_slot, float(timeout))
+        else:
+            self._end = Network(
+                self._peers, rank_of_slot, first, self.num_local_experts, self.max_tokens, by_slot, padded
+            )
         self._steps = itertools.count()
         self._open: dict[int, torch.Tensor | None] = {}  # what dispatches that are under way dropped, by their number
         self._dropped: tuple[int, torch.Tensor] | None = None
@@ -200,24 +218,30 @@ class TokenDispatcher:
             on_cpu = transport == "gloo" or not torch.cuda.is_available()
             device = "cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device())
         found = checks.device("device", device)
-        if transport == "auto":
-            transport = "gloo" if found.type == "cpu" else "nccl"
+        if found.type == "cuda" and found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device())
+        if transport == "auto" and found.type == "cuda":
+            near = self.num_ranks > 1 and all_reach_each_other(self.group, found)
+            transport = "nvlink" if near else "nccl"
+        elif transport == "auto":
+            transport = "nvlink" if self._is_emulated else "gloo"
         needed = "cpu" if transport == "gloo" else "cuda"
-        checks.holds("device", f"of type {needed!r}, for the transport {transport!r}", found.type == needed, found)
-        if self.group is not None:
-            backends = dist.get_backend_config(self.group)
-            checks.holds("group", f"one with the backend {transport!r}", transport in backends, backends)
+        right = found.type == needed or (self._is_emulated and transport == "nvlink")
+        checks.holds("device", f"of type {needed!r}, for the transport {transport!r}", right, found)
+        if self.group is not None and not self._is_emulated:
+            backends, backend = dist.get_backend_config(self.group), "gloo" if transport == "gloo" else "nccl"
+            checks.holds("group", f"one with the backend {backend!r}", backend in backends, backends)
         return transport, found
 
     def _number(self) -> int:
         """Count the dispatchers of the group; all ranks make them in the same order."""
-        name = "" if self.group is None else self.group.group_name
+        name = "" if self.group is None or self._is_emulated else self.group.group_name
         _numbers[name] += 1
         return _numbers[name]
 
     def _check_agreement(self, *others: Any) -> None:
         """Check that all ranks were given the same."""
-        if self.num_ranks == 1:
+        if self.num_ranks == 1 or self._is_emulated:
             return
         location = self.location
         values = {
@@ -255,7 +279,8 @@ class TokenDispatcher:
         given = checks.host_array("active_ranks", active, "bool", (1,))
         checks.host_shape("active_ranks", given, (self.num_ranks,), "(num_ranks,)")
         checks.holds("active_ranks", "True for this rank", bool(given[self.rank]), given.tolist())
-        self._network.activate(given.tolist())
+        self._peers.active = given.tolist()
+        self._end.activate(given.tolist())
 
     def dispatch(
         self,
@@ -325,16 +350,15 @@ class TokenDispatcher:
         step = next(self._steps)
         chosen = self._tables(topk_ids.contiguous(), layer).to(torch.int32)
         scales = None if scales is None else scales.detach().contiguous()
-        finish = self._network.dispatch(hidden_states.contiguous(), chosen, topk_weights.float(), scales, step)
+        finish = self._end.dispatch(hidden_states.contiguous(), chosen, topk_weights.float(), scales, step)
         self._open[step] = None
 
         def received() -> DispatchedTokens:
             try:
-                tokens = finish()
+                found = finish(layout, alignment, self.capacity)
             except BaseException:
                 del self._open[step]
                 raise
-            found = lay_out(tokens, self.num_local_experts, layout, alignment, self.capacity)
             self._open[step] = found.num_dropped
             return found
 
@@ -379,26 +403,34 @@ class TokenDispatcher:
             leading = tuple(arrived.shape[:-1])
         wanted = (*leading, rows.shape[-1])
         checks.holds("rows", f"of shape {wanted}", tuple(rows.shape) == wanted, f"shape {tuple(rows.shape)}")
+        if places is None and rows.dim() == 3:
+            slot = torch.arange(n * top_k, dtype=torch.int32, device=rows.device).view(n, top_k)
+            places = torch.where(sent.topk_ids >= 0, slot, -1)
         try:
-            if by_slot:
-                rows = rows if places is None else _of_slots(rows.flatten(0, -2), places)
-            elif places is not None or rows.dim() == 3:
-                if places is None:
-                    slot = torch.arange(n * top_k, dtype=torch.int32, device=rows.device).view(n, top_k)
-                    places = torch.where(sent.topk_ids >= 0, slot, -1)
-                rows = moe_unpermute(rows.flatten(0, -2), sent.topk_weights, places)
-            return self._network.combine(rows, sent)
+            return self._end.combine(rows.flatten(0, -2), places, sent)
         finally:
             self._close(sent)
 
     def release(self, sent: DispatchedTokens) -> None:
         """Let go of what was dispatched and is not to be combined."""
         self._take(sent)
+        self._end.release(sent.way)
         self._close(sent)
 
     def check(self) -> None:
         """Raise what went wrong on the device, where calls did not wait for it: see `raise_on_drop`."""
         self._raise_on_drop()
+        self._end.check()
+
+    def input(self, num_tokens: int) -> torch.Tensor:
+        """Return memory for the rows of tokens, from which `dispatch` need not copy them with "nvlink".
+
+        What is there may be written once the `combine` before has been called.
+        """
+        count = checks.integer("num_tokens", num_tokens, 0, self.max_tokens, f"max_tokens = {self.max_tokens}")
+        if isinstance(self._end, PeerMemory):
+            return self._end.part(self._end.at.rows, self.dtype, count, self.hidden)
+        return torch.empty(count, self.hidden, dtype=self.dtype, device=self.device)
 
     def _take(self, sent: Any) -> None:
         if not isinstance(sent, DispatchedTokens):
@@ -434,10 +466,3 @@ class TokenDispatcher:
             of_scales = layout_of(scales)
             checks.array("scales", of_scales, (*checks.FLOATS, *checks.BYTES, torch.int32), (1, 2), like, rows=True)
             checks.shape("scales", of_scales, (num_tokens, *of_scales.shape[1:]), "(num_tokens, ...)")
-
-
-def _of_slots(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Return the row of each slot, zeros for one without: [n, top_k, columns]."""
-    if not len(rows):  # there is nothing to pick, and a gradient all the same
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
-    return rows[places.clamp(min=0).long()].masked_fill((places < 0)[..., None], 0)

@@ -16,10 +16,13 @@ import torch
 from numba_moe.ops.destinations import dispatch_layout
 from numba_moe.ops.permute.layouts import moe_reorder
 from numba_moe.ops.permute.permutation import moe_unpermute
-from numba_moe.parallel.arrival import pick_rows
+from numba_moe.parallel.arrival import lay_out, pick_rows
 from numba_moe.parallel.peers import Peers, exchange
 from numba_moe.reference.parallel import DispatchedTokens
 from numba_moe.runtime import checks
+
+# Waits for what was sent, and puts it in a layout, with an alignment and a capacity.
+Finish = Callable[[str, int | None, int | None], DispatchedTokens]
 
 
 class Sizes(NamedTuple):
@@ -70,13 +73,18 @@ class Network:
     ) -> None:
         self.peers, self.first_slot, self.num_local, self.max_tokens = peers, first_slot, num_local, max_tokens
         self.by_slot, self.padded = by_slot, padded
-        self._rank_of_slot = self._active_rank_of_slot = rank_of_slot
+        self._rank_of_slot = rank_of_slot
+        self.activate(peers.active)
 
     def activate(self, active: list[bool]) -> None:
         """Let nothing go to ranks that are not active."""
         self.peers.active = active
         mask = torch.tensor(active, dtype=torch.bool, device=self._rank_of_slot.device)
         self._active_rank_of_slot = torch.where(mask[self._rank_of_slot], self._rank_of_slot, -1)
+        sizes = self._padded_sizes = [self.max_tokens * one for one in active]
+        self._first = torch.tensor(
+            [sum(sizes[:rank]) for rank in range(len(sizes))], dtype=torch.int32, device=mask.device
+        )
 
     def dispatch(
         self,
@@ -85,12 +93,12 @@ class Network:
         topk_weights: torch.Tensor,
         scales: torch.Tensor | None,
         step: int,
-    ) -> Callable[[], DispatchedTokens]:
+    ) -> Finish:
         """Begin to send tokens to the ranks of their slots, int32 [num_tokens, top_k]; return what does the rest."""
         begin = self._begin_padded if self.padded else self._begin
         return begin(hidden_states, slots, topk_weights, scales, step)
 
-    def _begin(self, rows: Any, slots: Any, weights: Any, scales: Any, step: int) -> Callable[[], DispatchedTokens]:
+    def _begin(self, rows: Any, slots: Any, weights: Any, scales: Any, step: int) -> Finish:
         size = self.peers.size
         layout = dispatch_layout(slots, self._active_rank_of_slot, size)
         by_rank = layout.is_token_in_rank.T
@@ -104,20 +112,18 @@ class Network:
         mine = torch.stack(numbers, 1).tolist()
         listen = self.peers.tell("dispatch", step, mine)
 
-        def finish() -> DispatchedTokens:
+        def finish(*layout: Any) -> DispatchedTokens:
             theirs = listen()
             sizes = Sizes([counts[0] for counts in mine], [counts[0] for counts in theirs])
             tensors = [pick_rows(rows, tokens, places), slots[tokens], pick_rows(weights, tokens, places)]
             tensors += [] if scales is None else [pick_rows(scales, tokens, places)]
             found = exchange(self.peers, tensors, *sizes, "dispatch", step)
             returned = Sizes([counts[-1] for counts in theirs], [counts[-1] for counts in mine])
-            return self._received(Way(step, sizes.received, returned, summed, weights), *found)
+            return self._received(layout, Way(step, sizes.received, returned, summed, weights), *found)
 
         return finish
 
-    def _begin_padded(
-        self, rows: Any, slots: Any, weights: Any, scales: Any, step: int
-    ) -> Callable[[], DispatchedTokens]:
+    def _begin_padded(self, rows: Any, slots: Any, weights: Any, scales: Any, step: int) -> Finish:
         most, size, top_k = self.max_tokens, self.peers.size, slots.shape[1]
         spare = most - len(rows)
 
@@ -128,8 +134,7 @@ class Network:
             return torch.cat([values, values.new_full((spare, *values.shape[1:]), value)])
 
         token = torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None]
-        sizes = [most * active for active in self.peers.active]
-        first = torch.tensor([0, *sizes], dtype=torch.int64, device=rows.device).cumsum(0)[:-1].to(torch.int32)
+        sizes, first = self._padded_sizes, self._first
         if self.by_slot:
             ranks = _rank_of(slots, self._active_rank_of_slot)
             k = torch.arange(top_k, dtype=torch.int32, device=rows.device)
@@ -140,16 +145,18 @@ class Network:
         tensors = [padded(rows), padded(slots, -1), padded(weights)]
         tensors += [] if scales is None else [padded(scales)]
 
-        def finish() -> DispatchedTokens:
+        def finish(*layout: Any) -> DispatchedTokens:
             found = exchange(self.peers, tensors, sizes, sizes, "dispatch", step, to_all=True)
             returned = [size * (top_k if self.by_slot else 1) for size in sizes]
-            return self._received(Way(step, sizes, Sizes(returned, returned), places, weights), *found)
+            return self._received(layout, Way(step, sizes, Sizes(returned, returned), places, weights), *found)
 
         return finish
 
-    def _received(self, way: Way, rows: Any, slots: Any, weights: Any, scales: Any = None) -> DispatchedTokens:
+    def _received(
+        self, layout: Any, way: Way, rows: Any, slots: Any, weights: Any, scales: Any = None
+    ) -> DispatchedTokens:
         local = slots - self.first_slot
-        return DispatchedTokens(
+        received = DispatchedTokens(
             torch.where((local >= 0) & (local < self.num_local), local, -1),
             weights,
             torch.tensor(way.received, dtype=torch.int32, device="cpu"),
@@ -158,12 +165,21 @@ class Network:
             hidden_states=rows,
             scales=scales,
         )
+        return lay_out(received, self.num_local, *layout)
 
-    def combine(self, rows: torch.Tensor, sent: DispatchedTokens) -> torch.Tensor:
-        """Return rows, [n, hidden], or [n, top_k, hidden] with `by_slot`, to their sources, and sum them there."""
+    def release(self, _: Way) -> None:
+        """Let go of what was dispatched: nobody waits for it."""
+
+    def check(self) -> None:
+        """Raise what went wrong on the device: calls wait for all of it."""
+
+    def combine(self, rows: torch.Tensor, places: torch.Tensor | None, sent: DispatchedTokens) -> torch.Tensor:
+        """Return rows, [num_rows, hidden], to the sources of their tokens, and sum them there."""
         way: Way = sent.way
-        if self.by_slot:
-            rows = rows.flatten(0, 1)
+        if not self.by_slot:
+            rows = rows if places is None else moe_unpermute(rows, sent.topk_weights, places)
+        elif places is not None:
+            rows = _of_slots(rows, places)
             if not self.padded:
                 rows = rows[(sent.topk_ids >= 0).flatten()]
         if not self.padded:
@@ -185,3 +201,10 @@ def _places(goes: torch.Tensor) -> torch.Tensor:
     """Return the number of each true element of a mask, in order, -1 for the others."""
     numbers = goes.flatten().cumsum(0, dtype=torch.int32).view(goes.shape) - 1
     return torch.where(goes, numbers, -1)
+
+
+def _of_slots(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the row of each slot, zeros for one without: [n * top_k, columns]."""
+    if not len(rows):  # there is nothing to pick, and a gradient all the same
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+    return rows[places.flatten().clamp(min=0).long()].masked_fill((places < 0).view(-1, 1), 0)

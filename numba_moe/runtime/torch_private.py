@@ -4,6 +4,7 @@
 instead of 1.3 (CPU, torch 2.13).
 """
 
+import importlib
 import os
 import types
 from collections.abc import Callable, Sequence
@@ -86,3 +87,11 @@ _graph_task = _private("_C._current_graph_task_id", lambda: -1)
 def is_in_backward() -> bool:
     """Whether autograd runs backward in this thread, and computes a forward pass anew if it does that at all."""
     return _graph_task() != -1
+
+
+def symmetric_memory() -> Any:
+    """Return the module of memory that all GPUs of a host can reach; there is no public one."""
+    if not ALLOWED:
+        raise ImportError("torch's symmetric memory is private")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # rows are read by their addresses alone
+    return importlib.import_module("torch.distributed._symmetric_memory")

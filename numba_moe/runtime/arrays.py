@@ -207,7 +207,7 @@ def bridged(declaration: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """Answer a call of an op whose first array is of another library than torch."""
     place = declaration.names.index(declaration.first)
     array = args[place] if len(args) > place else kwargs.get(declaration.first)
-    named = {**dict(zip(declaration.names, args, strict=False)), **kwargs}
+    named = declaration.named(args, kwargs)
     if _kind(array) is not None:
         for keyword in declaration.written:
             checks.writable(keyword, named.get(keyword))

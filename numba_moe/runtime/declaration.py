@@ -186,6 +186,11 @@ class Declaration:
         binder.__name__ = binder.__qualname__ = self.name  # which errors of wrong arguments name
         return binder
 
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that a call gives, by name."""
+        count = min(len(args), len(self.names))  # torch 2.9 traces no zip that is not strict
+        return {**dict(zip(self.names[:count], args[:count], strict=True)), **kwargs}
+
     def given_of(self, arguments: Mapping[str, Any]) -> Any:
         """Return a call's arguments by name, with their defaults for those that are left out."""
         return new_tuple(self.Given, [arguments.get(name, self.defaults[name]) for name in self.names])

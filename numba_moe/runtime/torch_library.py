@@ -320,7 +320,7 @@ def _refuse_gradients(declaration: Declaration, args: tuple[Any, ...], given: Ma
     """Refuse a gradient of an op that has none: compiled code would go on as if it were zero."""
     for value in (*args, *given.values()):
         if wanted((value,)):
-            named = {**dict(zip(declaration.names, args, strict=False)), **given}
+            named = declaration.named(args, given)
             argument = next(key for key, found in named.items() if found is value)
             rule = "without a gradient for these options"
             raise ValueError(f"`{argument}` must be {rule}, got one that requires it")
@@ -328,7 +328,7 @@ def _refuse_gradients(declaration: Declaration, args: tuple[Any, ...], given: Ma
 
 def _check(declaration: Declaration, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse tensors that the ops cannot do justice to: with tangents, with data beside fake ones."""
-    arguments = {**dict(zip(declaration.names, args, strict=False)), **kwargs}
+    arguments = declaration.named(args, kwargs)
     tensors = [pair for argument, value in arguments.items() for pair in checks.tensors(argument, value)]
     for argument, tensor in tensors:
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -348,7 +348,7 @@ def call(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         return _call(declaration, args, kwargs)
     except NotImplementedError as error:
-        arguments = {**dict(zip(declaration.names, args, strict=False)), **kwargs}
+        arguments = declaration.named(args, kwargs)
         for argument, value in arguments.items():
             for part, tensor in checks.tensors(argument, value):
                 if not plans.is_plain(tensor):
@@ -415,7 +415,7 @@ def _detached(value: Any) -> Any:
 
 def _fresh(declaration: Declaration, args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
     """Return memory for the result of an op that writes other memory too."""
-    named = _given(declaration, {**dict(zip(declaration.names, args, strict=False)), **given})
+    named = _given(declaration, declaration.named(args, given))
     found = declaration.new_results(declaration.given_of(named))
     return found[0] if declaration.result is None else tuple(found)
 

@@ -406,7 +406,10 @@ def _call(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str, Any
     if result is None:
         return results[0] if isinstance(results, list) else results
     built: Any = rebuild(result, iter(results)) if declaration.nested else result.kind(*results)
-    return built._replace(**dict.fromkeys(absent)) if absent else built
+    if not absent:
+        return built
+    fields = zip(built._fields, built, strict=True)
+    return result.kind(*(None if field in absent else part for field, part in fields))
 
 
 def _detached(value: Any) -> Any:

@@ -6,7 +6,9 @@ Ranks are processes that meet at a store of the test's own.
 import multiprocessing
 import os
 import signal
+import sys
 import time
+import types
 from datetime import timedelta
 
 import numpy as np
@@ -18,6 +20,7 @@ from numba_moe.reference.dispatch import static_map
 
 import numba_moe
 from numba_moe import MoEBlock, reference
+from numba_moe.interop import vllm_dispatch
 from numba_moe.ops.experts import compose
 from numba_moe.parallel import (
     DispatchedTokens,
@@ -533,3 +536,44 @@ def test_one_rank_has_the_bits_of_the_ops_that_it_is_composed_of():
         dispatcher = TokenDispatcher(**SIZES, reduce=reduce)
         out = fused_experts(rows, *matrices, weights, ids, dispatcher)
         assert torch.equal(out, compose(rows, *matrices, weights, ids))
+
+
+def test_vllms_kernels_take_a_dispatcher(monkeypatch):
+    """Follow vLLM's classes: rows with ids of all experts go to its kernels, and their weighted sums come back."""
+
+    class Base:
+        pass
+
+    class Contiguous:
+        def apply(self, output, fused_expert_output, topk_weights, topk_ids, apply_router_weight_on_input):
+            assert output is None
+            weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+            return (fused_expert_output * weights[..., None]).sum(1)
+
+    kernels = types.ModuleType(vllm_dispatch.KERNELS)
+    kernels.FusedMoEPrepareAndFinalizeModular = Base
+    kernels.FusedMoEActivationFormat = types.SimpleNamespace(Standard="standard")
+    reducing = types.ModuleType(vllm_dispatch.REDUCING)
+    reducing.TopKWeightAndReduceDelegate = type("Delegate", (), {})
+    reducing.TopKWeightAndReduceContiguous = Contiguous
+    monkeypatch.setitem(sys.modules, vllm_dispatch.KERNELS, kernels)
+    monkeypatch.setitem(sys.modules, vllm_dispatch.REDUCING, reducing)
+    dispatcher = TokenDispatcher(**SIZES)
+    ours = vllm_dispatch.prepare_and_finalize(dispatcher)
+    assert isinstance(ours, Base)
+    assert (ours.activation_format, ours.num_dispatchers(), ours.max_num_tokens_per_rank()) == ("standard", 1, 5)
+    ids = torch.tensor([[0, 1], [3, 2], [1, 0]])
+    rows, _, _, found, weights = ours.prepare(ROWS, WEIGHTS / 4, ids, 4, None, False, None, False)
+    assert torch.equal(found, ids)
+    made, delegate, out = (
+        rows[:, None] * (found[..., None] + 1),
+        reducing.TopKWeightAndReduceDelegate(),
+        torch.empty(3, 8),
+    )
+    ours.finalize(out, made, weights, found, False, delegate)
+    assert out[:, 0].tolist() == [0.75, 1.75, 0.75]
+    quantised = types.SimpleNamespace(quant_dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="`quant_config` must be without a dtype for rows, unless deferred"):
+        ours.prepare(ROWS, WEIGHTS, ids, 4, None, False, quantised, False)
+    with pytest.raises(ValueError, match="`dispatcher` must be one of `reduce='rank'`"):
+        vllm_dispatch.prepare_and_finalize(TokenDispatcher(**SIZES, reduce="source"))

@@ -122,7 +122,7 @@ class SharedMemory:
             addresses = [int(pointer) if r == rank else _opened(handle) for r, handle in enumerate(handles)]
         where = {"shape": (num_bytes,), "typestr": "|u1", "data": (int(pointer), False), "version": 3}
         holder = type("Holder", (), {"__cuda_array_interface__": where})()
-        return torch.as_tensor(holder, device=device), addresses
+        return torch.as_tensor(holder, dtype=torch.uint8, device=device), addresses
 
 
 def _opened(reserved: bytes) -> int:

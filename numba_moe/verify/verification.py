@@ -115,7 +115,11 @@ def run_case(
     comparisons = testing.compare_results(case.op, result, expected, arguments)
     same = _same_bits(result, again)
     changed = [n for n in left if not all(_is_left(n, after[n], left[n]) for after in (given, given_again))]
-    messages = [comparison.message for comparison in comparisons if comparison.message]
+    messages = [
+        f"{name}{comparison.message}"
+        for name, comparison in zip(_names_of(expected, len(comparisons)), comparisons, strict=True)
+        if comparison.message
+    ]
     messages += [] if same else ["two calls with equal arguments have different results"]
     messages += [f"`{name}` is not as the reference leaves it" for name in changed]
     outcome = Outcome(
@@ -132,6 +136,12 @@ def run_case(
     if timed and device == "cuda" and outcome.passed:
         return outcome._replace(gpu_us=testing.time_on_device(lambda: op(**given)))
     return outcome
+
+
+def _names_of(expected: Any, count: int) -> list[str]:
+    """Return what messages call the parts of a result that are compared: their names, if there is one for each."""
+    fields = getattr(expected, "_fields", ())
+    return [f"{field} " for field in fields] if len(fields) == count else [""] * count
 
 
 def _is_left(name: str, value: Any, expected: Any) -> bool:

@@ -629,7 +629,7 @@ class ExpertDistributionRecorder(recorder.ExpertDistributionRecorder):
         self._layer = checks.integer("layer", layer, 0, self.num_layers - 1, f"num_layers - 1 = {self.num_layers - 1}")
 
     def with_current_layer(self, layer_idx: int) -> Setting:
-        """Take hooks inside as those of a layer."""
+        """Let the hooks inside count for a layer."""
         return super().with_current_layer(layer_idx)
 
     def with_forward_pass(

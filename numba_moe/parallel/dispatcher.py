@@ -108,7 +108,7 @@ class TokenDispatcher:
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
         Arguments that do not fit together, or differ from rank to rank.
 

@@ -18,7 +18,7 @@ class ExpertDispatch:
     Parameters
     ----------
     location : ExpertLocation
-        Where experts are.
+        Where the experts are.
     rank : int
         The rank whose tokens are dispatched. Ranks that hold the same tokens have to agree: give them the same number.
     device : torch.device or str

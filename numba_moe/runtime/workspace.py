@@ -34,7 +34,7 @@ class BumpAllocator:
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
         size below 1, an unknown dtype or device, an alignment that is no power of two or smaller than an element.
 

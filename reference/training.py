@@ -62,7 +62,7 @@ def count_by_sequence(
     sequence_ids
         int [num_tokens]: the sequence of each token; one outside ``[0, num_sequences)`` is padding.
     num_token_non_padded
-        An integer [1] or []: tokens from there on are padding.
+        An integer [1] or []: the number of real tokens. The tokens after them are padding.
     is_padding
         bool [num_tokens]. Padding takes no part.
 

@@ -89,9 +89,9 @@ def check(
     Parameters
     ----------
     function : callable or kernel
-        It takes arguments of the op by their names, as many as it likes, and returns what the op does: an array, or a
-        tuple of arrays, of any library. Or it is a ``@cuda.jit`` kernel, which takes arguments of the op by their names
-        too, and the arrays of its result by theirs or in their order; those are made for it.
+        It takes any of the op's arguments by their names, and returns what the op returns: an array, or a tuple of
+        arrays, of any library. Or it is a ``@cuda.jit`` kernel, which takes arguments of the op by their names too, and
+        the arrays of its result by theirs or in their order; those are made for it.
     like : str
         The op that it is like: "topk_softmax", "moe_align_block_size" and so on.
     cases : str, or sequence of str and Case, optional

@@ -76,7 +76,7 @@ class Picks(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Counts to be added to."""
+    """The counters that a kernel adds to."""
 
     slot_counts: OptionalInt32Array  # [num_sequences, num_experts], absent where topk_ids are
     token_counts: Int32Array  # [num_sequences]
@@ -394,11 +394,11 @@ def count_by_sequence(
     sequence_ids : array of int32, shape [num_tokens], optional
         The sequence of each token; a token whose id is outside ``[0, num_sequences)`` is padding.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : array of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -408,7 +408,7 @@ def count_by_sequence(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, sequences that do not divide the tokens.
 
@@ -558,11 +558,11 @@ def router_losses(
     sequence_ids : array of int32, shape [num_tokens], optional
         The sequence of each token; a token whose id is outside ``[0, num_sequences)`` is padding.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : array of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     out : array of float32, shape [2], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -572,7 +572,7 @@ def router_losses(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, unknown `scoring_func`, sequences that do not divide the tokens.
 

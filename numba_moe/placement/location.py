@@ -127,7 +127,7 @@ class ExpertLocation:
         num_experts : int, optional
             Experts of a layer (E); by default one more than the largest in the map.
         num_gpus, num_nodes : int
-            Ranks, and nodes of as many consecutive ranks as can be equal.
+            Number of ranks, and of nodes. Consecutive ranks form a node, and sizes of nodes differ by at most 1.
         slots_per_rank : array of int, shape [num_gpus], optional
             Slots of each rank, as equal as can be by default, larger ranks first.
 

@@ -42,7 +42,7 @@ def update_correction_bias(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, unknown `rule`.
 

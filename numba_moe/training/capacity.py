@@ -42,7 +42,7 @@ def apply_capacity(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, unknown `drop_policy`, a negative capacity.
 

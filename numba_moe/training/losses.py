@@ -73,7 +73,7 @@ def load_balancing_loss(
         The sequence of each token, for sequences that are packed, or where the batch is the inner dimension; a token
         whose id is outside ``[0, num_sequences)`` is padding.
     num_token_non_padded : tensor of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : tensor of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     attention_mask : tensor, num_tokens elements, optional
@@ -92,7 +92,7 @@ def load_balancing_loss(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, unknown names, as many layers of ids as of logits expected.
 
@@ -146,7 +146,7 @@ def z_loss(
     coefficient : float
         Multiplies the loss.
     num_token_non_padded : tensor of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : tensor of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     attention_mask : tensor, num_tokens elements, optional
@@ -159,9 +159,9 @@ def z_loss(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices.
+        A wrong shape or layout, or mixed devices.
 
     Notes
     -----

@@ -64,7 +64,7 @@ class RoutingReplay:
     Raises
     ------
     TypeError
-        Not an integer.
+        A value that is not an integer.
     ValueError
         A size below 1.
 

@@ -101,8 +101,8 @@ def check(
     library : str, optional
         Whose arrays it takes: "torch", "numpy", "numba" or "cupy". By default the first that it takes without an error.
     grid : tuple of int, or callable, optional
-        Of a kernel: blocks and threads, and where it likes a stream and bytes of shared memory. A callable returns such
-        a tuple, given arguments of the op by their names.
+        Of a kernel: blocks and threads, and where it likes a stream and bytes of shared memory. A callable returns this
+        tuple, given arguments of the op by their names.
     fill : float, optional
         Of a kernel: what its results hold before the launch. By default they are poisoned, so that what is not written
         shows; a kernel that adds to its results wants 0.

@@ -1,4 +1,4 @@
-"""Losses of a router, of which a gradient goes to its logits: how even its scores are, and how large its logits.
+"""Losses of a router with a gradient by its logits: how even its scores are, and how large its logits are.
 
 A token's part of the load balancing loss is ``factor * sum_e counts[e] * share_e``: it needs the counts of its sequence
 and nothing of other tokens. So a warp reads its row once, forward, and keeps four numbers: the largest logit, the sum
@@ -48,7 +48,7 @@ from numba_moe.runtime.op import op
 
 # Scores that are at least 0, so that a part of them is one of a whole.
 SHARED_SCORING = SCORING[:3]
-# As many as an H200 runs at a time.
+# The number of warps that an H200 runs at a time.
 MOST_WARPS = 132 * 32
 COUNTED = (torch.int32, torch.float32)
 # What says which tokens take part, and in which sequence.
@@ -414,7 +414,7 @@ def count_by_sequence(
 
     Notes
     -----
-    One launch on the caller's current stream, without synchronising; captures into CUDA graphs.
+    The op is one launch on the caller's current stream without synchronising, and CUDA graphs can capture it.
 
     Examples
     --------
@@ -578,8 +578,8 @@ def router_losses(
 
     Notes
     -----
-    Two launches on the caller's current stream, without synchronising, and one more where padding must be counted;
-    captures into CUDA graphs; the same bits at every run. The losses have a gradient by the logits, of first order,
+    The op is two launches on the caller's current stream without synchronising, and one more if it must count padding.
+    CUDA graphs can capture it, and every run gives the same bits. The losses have a first-order gradient by the logits,
     in one launch; counts have none. A NaN among the logits that count makes the losses NaN.
 
     Examples

@@ -64,7 +64,7 @@ def load_balancing_loss(
         ``E / (K * T**2) * sum_e c_e * sum_t q_te``, which is 1 where all is even, as Megatron-LM and TransformerEngine
         have it; or K times that, as transformers has it.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt"}
-        How logits become scores, of which q is their part in the sum of a token.
+        How logits become scores; q is a score divided by the sum of the token's scores.
     coefficient : float
         Multiplies the loss.
     num_sequences : int
@@ -94,7 +94,7 @@ def load_balancing_loss(
     TypeError
         An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, unknown names, as many layers of ids as of logits expected.
+        Wrong shape or layout, mixed devices, unknown names, or different numbers of layers of ids and of logits.
 
     Notes
     -----

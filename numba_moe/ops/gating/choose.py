@@ -299,10 +299,10 @@ def grouped_topk(
 
     Notes
     -----
-    The lower group and the lower expert win a tie. Runs on the caller's current stream without synchronising,
-    captures into CUDA graphs, allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum" of
-    more than two, also one float32 per token and group). The weights have a gradient by logits that require one, of
-    first order; the bias has none.
+    The lower group and the lower expert win a tie. The op runs on the caller's current stream without synchronising,
+    and CUDA graphs can capture it. It allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum"
+    of more than two, also one float32 per token and group). The weights have a first-order gradient by logits that
+    require one. The bias has no gradient.
 
     Examples
     --------

@@ -54,7 +54,7 @@ MOST_THREADS = 256
 GATHER_BOUNDS = (MOST_THREADS, 8)
 COMBINE_BOUNDS = (MOST_THREADS, 6)
 ADD_BOUNDS = (MOST_THREADS, 4)
-# Threads of a block where there are few words of 16 bytes of sums, for each of which there is a thread.
+# Threads of a block if sums have few 16-byte words; each word has its own thread.
 MOST_WORDS = 4 * BATCHES[-1]
 ADD_THREADS = 128
 WORDS_OF_FEW = 2**14

@@ -30,7 +30,7 @@ class Batches(NamedTuple):
 
     expert_num_tokens: Ids  # [num_batches]
     num_batches: Int32
-    max_tokens: Int32  # rows of a batch, in use or not, in use or not, in use or not
+    max_tokens: Int32  # rows of a batch, in use or not
 
 
 class Blocks(NamedTuple):

@@ -177,7 +177,7 @@ class Router(torch.nn.Module):
 
 
 class MoEBlock(torch.nn.Module):
-    """A feed-forward block of experts, of which each token visits `top_k`; it trains, on a GPU and on the CPU.
+    """A feed-forward block of experts; each token visits `top_k` of them. It trains on a GPU and on the CPU.
 
     Parameters
     ----------
@@ -239,7 +239,7 @@ class MoEBlock(torch.nn.Module):
     Raises
     ------
     TypeError
-        Not an integer.
+        A value that is not an integer.
     ValueError
         A size below 1, more experts for a token than there are, an unknown activation or `scoring_func`.
 

@@ -32,7 +32,7 @@ def expert_capacity(
     capacity_factor : float
         Slots of an expert over its even share; 1 leaves no room for uneven choices.
     min_capacity : int
-        It takes so many at least.
+        The least capacity.
 
     Returns
     -------

@@ -58,11 +58,11 @@ def count_by_sequence(
     num_experts
         Number of experts.
     num_sequences
-        Sequences, of as many consecutive tokens each.
+        Number of sequences, with equal numbers of consecutive tokens.
     sequence_ids
         int [num_tokens]: the sequence of each token; one outside ``[0, num_sequences)`` is padding.
     num_token_non_padded
-        An integer [1] or []: tokens from there on are padding.
+        An integer [1] or []: the number of real tokens. The tokens after them are padding.
     is_padding
         bool [num_tokens]. Padding takes no part.
 

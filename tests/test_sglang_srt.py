@@ -72,7 +72,7 @@ def test_fused_topk_scales_where_asked_and_packs():
     assert torch.equal((packed & 0xFFFF).to(torch.int16).view(torch.bfloat16), weights.bfloat16())
     with pytest.raises(ValueError, match=r"`scoring_func` must be one of .*, got 'relu'"):
         srt.fused_topk(*BOTH, 2, True, scoring_func="relu")
-    with pytest.raises(ValueError, match="`gating_output` must be of as many tokens as `hidden_states`, 4, got 5"):
+    with pytest.raises(ValueError, match="`gating_output` must be of 4 tokens, like `hidden_states`, got 5"):
         srt.fused_topk(HIDDEN[:4], LOGITS, 2, True)
 
 

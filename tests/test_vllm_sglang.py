@@ -83,7 +83,7 @@ def test_vllm_chooses_and_numbers_slots_by_column():
     assert torch.equal(sigmoid[0], moe.topk_sigmoid(LOGITS, 2).topk_weights)
     with pytest.raises(ValueError, match="Unsupported scoring function: relu"):
         vllm.fused_topk(LOGITS, LOGITS, 2, True, scoring_func="relu")
-    with pytest.raises(ValueError, match="`gating_output` must be of as many tokens as `hidden_states`, 4, got 5"):
+    with pytest.raises(ValueError, match="`gating_output` must be of 4 tokens, like `hidden_states`, got 5"):
         vllm.fused_topk(LOGITS[:4], LOGITS, 2, True)
 
 

@@ -62,7 +62,7 @@ def chosen(rng: np.random.Generator, shape: Shape, device: str) -> torch.Tensor:
 
 
 def some_map(rng: np.random.Generator, experts: int, device: str) -> torch.Tensor:
-    """Draw a map to as many of this rank's experts, numbered in order, as there happen to be."""
+    """Draw a map to a random number of this rank's experts, numbered in order."""
     local = rng.random(experts) < rng.random()
     return torch.from_numpy(np.where(local, np.cumsum(local) - 1, -1).astype(np.int32)).to(device)
 
@@ -192,7 +192,7 @@ def draw_unpermute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
 
 
 def draw_sum(*scale: float) -> Callable[[np.random.Generator, Shape, str], Call]:
-    """Return what draws calls that sum rows, with such a factor if the op takes one."""
+    """Return a function that draws calls that sum rows, with the factor `scale` if the op takes one."""
 
     def draw(rng: np.random.Generator, shape: Shape, device: str) -> Call:
         rows = logits(rng, shape.tokens * shape.top_k, 64, device, "float32").view(shape.tokens, shape.top_k, 64)
@@ -310,7 +310,7 @@ def compare(pair: Pair, shape: Shape, seed: Any, device: str, theirs: Callable[.
 
 
 def cases(seed: int, count: int) -> list[tuple[Pair, Shape, Any]]:
-    """Return the bench's shapes for every op, and then as many random cases as are wanted, the ops in turn."""
+    """Return the bench's shapes for every op, and then random cases up to `count`, the ops in turn."""
     shapes = [Shape(*shape) for shape in contenders.ALIGN_SHAPES]
     found: list[tuple[Pair, Shape, Any]] = [(pair, shape, (seed, 0)) for pair in PAIRS for shape in shapes]
     for index in range(count):

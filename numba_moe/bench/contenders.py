@@ -672,7 +672,7 @@ OPS = {
 
 
 def is_registered(op: str) -> bool:
-    """Return whether torch.ops has an op, given as namespace.name; "" stands for torch's own functions."""
+    """Return whether torch.ops has an op, given as namespace.name; "" means torch's own functions."""
     namespace, _, name = op.partition(".")
     return not op or hasattr(getattr(torch.ops, namespace), name)
 

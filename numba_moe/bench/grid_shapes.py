@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class Buffer:
-    """Random numbers on the device, of which every shape takes the first ones."""
+    """Random numbers on the device; every shape takes the first ones."""
 
     def __init__(self, device: str, seed: int) -> None:
         self._device, self._numbers = device, {torch.float32: torch.empty(0, dtype=torch.float32, device=device)}

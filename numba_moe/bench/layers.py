@@ -56,7 +56,7 @@ class Times(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What one layer took for so many tokens, by who multiplies."""
+    """The times of one layer for a number of tokens, by who multiplies."""
 
     layer: str
     routing: str
@@ -117,7 +117,7 @@ def contenders(weights: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Callable
 def measure(
     name: str, tokens: int, weights: tuple[torch.Tensor, torch.Tensor], routing: str, bytes_per_us: float
 ) -> Row:
-    """Compare, then time, one layer for so many tokens."""
+    """Compare, then time, one layer for a number of tokens."""
     layer = LAYERS[name]
     rng = np.random.default_rng(0)
     ids = testing.to_device(testing.random_ids(rng, tokens, layer.experts, layer.top_k, routing), "cuda")

@@ -82,7 +82,7 @@ def device_time(call: Callable[[], Any], enough_us: float = ENOUGH_US, replays: 
 def queued_time(call: Callable[[], Any]) -> float:
     """Return the device microseconds of a call whose launches do not go through torch, so that no graph captures them.
 
-    The device copies memory until the calls are queued behind it, so that it waits for none of them.
+    The device copies memory until all calls are queued, so that it waits for none of them.
     """
     host_us, calls = host_time(call), min(CALLS, _calls_together(call))
     source = torch.empty(1 << 26, dtype=torch.float32, device="cuda").normal_()
@@ -103,7 +103,7 @@ def queued_time(call: Callable[[], Any]) -> float:
 
 
 def host_time(call: Callable[[], Any]) -> float:
-    """Return the host microseconds of an eager call, the queue drained between batches, of which the best counts.
+    """Return the host microseconds of an eager call: the best of several batches, with the queue drained in between.
 
     What else the host does only ever adds to them.
     """

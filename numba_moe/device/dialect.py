@@ -16,7 +16,7 @@ _lock = threading.RLock()
 
 
 class Deferred:
-    """Stands for an object of a module that is not imported yet."""
+    """A placeholder for an object of a module that is not imported yet."""
 
     def __init__(self, module: str, name: str = "") -> None:
         self._module, self._name = module, name
@@ -55,7 +55,7 @@ class _DeferredCuda(Deferred):
 
 
 def resolve(namespace: dict[str, Any]) -> None:
-    """Replace the placeholders of a namespace by what they stand for."""
+    """Replace the placeholders of a namespace by their objects."""
     for name, value in list(namespace.items()):
         if isinstance(value, Deferred):
             namespace[name] = value.resolve()

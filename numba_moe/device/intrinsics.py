@@ -28,7 +28,7 @@ def _as_float32(builder: Any, dtype: Any, value: Any) -> Any:
 
 
 def _floats(builder: Any, dtype: Any, vector: Any, count: int) -> list[Any]:
-    """Convert a vector of words to as many float32."""
+    """Convert a vector of words to float32, one for each word."""
     elements = builder.bitcast(vector, ir.VectorType(ir.IntType(dtype.bitwidth), count))
     lanes = [builder.extract_element(elements, ir.Constant(ir.IntType(32), lane)) for lane in range(count)]
     return [_as_float32(builder, dtype, lane) for lane in lanes]
@@ -500,7 +500,7 @@ def floats_of(typingctx: Any, array: Any, words: Any) -> Any:
 
 @intrinsic
 def load_like(typingctx: Any, array: Any, index: Any, other: Any) -> Any:
-    """Read at once as many floats as 16 bytes of another array hold; the address as for `store_floats`."""
+    """Read at once the number of floats that 16 bytes of another array hold; the address is as for `store_floats`."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         dtype, count = signature.args[0].dtype, signature.return_type.count

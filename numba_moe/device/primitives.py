@@ -54,7 +54,7 @@ def fill(array, size, value, first, step):
 
 @cuda.jit(device=True)
 def fill_words(array, num_words, size, value, first, step):
-    """Write int32 array[:size], the first num_words words of 16 bytes as such, from the first of so many threads."""
+    """Write int32 array[:size], the first num_words 16-byte words whole; `step` threads share this."""
     index = int32(first)
     while index < num_words:
         store_words(array, int64(index) << 2, (value, value, value, value))

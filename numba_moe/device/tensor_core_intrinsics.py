@@ -172,7 +172,7 @@ class _Warp:
                 self.words[step][i] = _parts(builder, _ptx(builder, LOAD, "=r,=r,=r,=r,l", FOUR_INT32, [address]))
 
     def rows_of(self, step: int) -> list[list[Any]]:
-        """Return a step's words of each of the lane's rows, of which each holds two neighbours in depth."""
+        """Return a step's words of each of the lane's rows; a word holds two neighbours in depth."""
         words = self.words[step]
         if not self.tile.transposed:
             return words

@@ -21,7 +21,7 @@ class Tile(NamedTuple):
     tokens: int  # of one expert, a multiple of 8
     row_tiles: int  # tiles of 16 rows that a warp has
     along_rows: int  # warps beside each other
-    along_depth: int  # warps behind each other, which multiply different parts of a chunk
+    along_depth: int  # warps that multiply different parts of a chunk along its depth
     steps: int  # of 32 in depth that a warp loads at a time
     blocks: int  # that are to fit on a multiprocessor
     transposed: bool = False  # elements of a column of the matrix lie side by side, not those of a row

@@ -67,11 +67,11 @@ Batch = Annotated[int, CONSTANT, 1, 2, 3, 4, 5, 6, 7, 8]
 # Columns of one lane in the activation: eight are 16 bytes of a two-byte dtype.
 Run = Annotated[int, CONSTANT, 1, 8]
 
-# Experts of one lane in gating: each tier serves up to 32 times as many experts.
+# Experts of one lane in gating: with 32 lanes each tier serves up to 32 times this number of experts.
 COLUMNS = (1, 2, 4, 8, 16, 32)
 Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]
 
-# Experts of one lane where a token has as many lanes as pay.
+# Experts of one lane where 1 to 32 lanes serve a token.
 LANE_COLUMNS = (1, 4, 8, 16, 24, 32)
 LaneColumns = Annotated[int, CONSTANT, 1, 4, 8, 16, 24, 32]
 

@@ -66,7 +66,7 @@ def count(name: str, number: int = 1) -> None:
 
 
 def count_access(kind: str, size: int) -> None:
-    """Count a load or a store of so many bytes of device memory."""
+    """Count a load or a store of `size` bytes of device memory."""
     count(kind)
     count("bytes_moved", size)
 
@@ -132,7 +132,7 @@ def poisoned(array: np.ndarray) -> np.ndarray:
 
 
 def unwatched(array: Any) -> Any:
-    """Return the memory behind an array, whose accesses no other thread comes between."""
+    """Return the memory of an array, for accesses that no other thread interrupts."""
     return array._item if isinstance(array, WatchedArray) else array
 
 

@@ -31,7 +31,7 @@ def packed_ids(topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tens
 
 
 def local_slots(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """Return which slots have an id of 0 or more, and of an expert that the map has and sends to such a one."""
+    """Return which slots have a valid id: 0 or more, and with a map an expert that the map sends to 0 or more."""
     known = topk_ids >= 0
     if expert_map is not None:
         known &= topk_ids < len(expert_map)

@@ -20,8 +20,9 @@ Replacements = Mapping[str, Mapping[str, Any]]
 class Patch:
     """Functions of ours in the place of a package's own.
 
-    Whoever imported a function by its name holds it himself, under any name. So all loaded modules of the packages are
-    looked through, both ways; what is imported later comes from the defining module, where it is replaced too.
+    A module that imported a function by its name holds the function itself, under any name. So all loaded modules of
+    the packages are looked through, both ways; what is imported later comes from the defining module, where it is
+    replaced too.
 
     A function is replaced by one of ours that has all its parameters, at the same places. Where the installed release
     has others, which is a release that ours do not know, it keeps its own.
@@ -99,7 +100,7 @@ class Patch:
         return found
 
     def _for_one(self, ours: Any, original: Any) -> Any:
-        """Return a function of ours, or a copy if it stands for another original already: `undo` goes by ours."""
+        """Return our function, or a copy if it already replaces another original: `undo` finds originals by it."""
         if all(new is not ours or old is original for old, new in self._replaced.values()):
             return ours
         parts = (ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__)

@@ -138,8 +138,8 @@ def moe_fused_gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose groups and then experts by sigmoid scores and a bias, and renormalise.
 
-    The last `num_fused_shared_experts` of each token's `topk` are the shared experts, numbered behind the others. They
-    weigh ``1 / routed_scaling_factor``, or 1 where all weights are scaled by it.
+    The last `num_fused_shared_experts` of each token's `topk` are the shared experts, whose ids follow the other ids.
+    Each has weight ``1 / routed_scaling_factor``, or 1 where all weights are scaled by it.
     """
     found = numba_moe.select_experts(
         *(input_tensor, topk - num_fused_shared_experts),
@@ -207,7 +207,7 @@ def prepare_moe_input(
     """Write what a grouped GEMM of [tokens, k] by [k, 2n] and one of [tokens, n] by [n, k] read.
 
     `expert_offsets`: first rows of experts. `problem_sizes1` and 2: rows, columns and depth of each expert's GEMM.
-    `input_permutation`: the token of each row, `num_tokens` behind the last. `output_permutation`: the row of each
+    `input_permutation`: the token of each row, `num_tokens` for unused rows. `output_permutation`: the row of each
     slot, -1 for a skipped one. `blockscale_offsets`: first rows where each expert's are padded to 128.
     """
     maps = (input_permutation, output_permutation)

@@ -53,8 +53,8 @@ def moe_fused_gate(
     scoring_func : {"sigmoid", "sqrtsoftplus", "softmax"}
         How logits become scores.
     num_fused_shared_experts : int
-        The last slots of each token are those of shared experts, numbered behind the others. They weigh
-        ``1 / routed_scaling_factor``, or 1 where the others are multiplied by it.
+        The last slots of each token belong to shared experts, whose ids follow the other ids. Each has weight ``1 /
+        routed_scaling_factor``, or 1 where the others are multiplied by it.
     renormalize : bool
         Divide the weights of a token by their sum.
     routed_scaling_factor : float
@@ -66,8 +66,8 @@ def moe_fused_gate(
     num_expert_group, topk_group : int
         Groups of consecutive experts, and how many of them are chosen first, by the sum of their best two.
     bias_alt : tensor of any float dtype, shape [num_experts], optional
-        What stands for `bias` for tokens whose `input_ids` are `bias_alt_token_id`; without `input_ids` for none. A
-        second launch chooses by it, and torch picks between the two.
+        Replaces `bias` for tokens whose `input_ids` are `bias_alt_token_id`; without `input_ids` it is not used. A
+        second launch chooses by it, and torch picks between the two results.
     num_token_non_padded : tensor of int32 or int64, shape [] or [1], optional
         On the device: tokens from there on get ids -1 and weights 0.
     renormalize_epsilon : float
@@ -152,7 +152,7 @@ def align_with_bucket(
     num_tokens_post_pad: torch.Tensor,
     write_inactive_prefix_count: bool,
 ) -> None:
-    """Group slots by expert behind those of id -1, which `num_experts` counts as one more expert."""
+    """Group slots by expert after the slots of id -1, which `num_experts` counts as one more expert."""
     names = torch.arange(-1, num_experts - 1, dtype=torch.int32, device=topk_ids.device)
     counts = torch.empty_like(names) if write_inactive_prefix_count else None
     given = sorted_token_ids, expert_ids, num_tokens_post_pad[:1]
@@ -263,7 +263,7 @@ def cutlass_prepare_moe_input(
     """Write what a grouped GEMM of [tokens, k] by [k, 2n] and one of [tokens, n] by [n, k] read.
 
     `expert_offsets`: first rows of experts. `problem_sizes1` and 2: rows, columns and depth of each expert's GEMM, with
-    `transpose_problem_sizes` columns before rows. `input_permutation`: the token of each row, 0 behind the last.
+    `transpose_problem_sizes` columns before rows. `input_permutation`: the token of each row, 0 for unused rows.
     `output_permutation`: the row of each slot, -1 for a skipped one. `blockscale_offsets`: first rows where each
     expert's are padded to 128.
     """

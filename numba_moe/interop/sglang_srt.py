@@ -165,8 +165,8 @@ def biased_grouped_topk(
         True or False: SGLang compiles its own function or does not; ours is a kernel in either case.
     n_share_experts_fusion, num_fused_shared_experts : int
         Replicas of the shared expert, by its older and its newer name. The last slot is one of them, at random for each
-        token by torch's generator: expert ``num_experts`` or one behind. It weighs the sum of the others over
-        `routed_scaling_factor`.
+        token by torch's generator: expert ``num_experts`` or a later one. Its weight is the sum of the other weights
+        divided by `routed_scaling_factor`.
     routed_scaling_factor : float, optional
         See there, and `apply_routed_scaling_factor_on_output`.
     num_token_non_padded : int, or tensor of int32 or int64, shape [] or [1], optional
@@ -349,7 +349,7 @@ def _shared(older: int, newer: int) -> int:
 
 def _same_tokens(hidden_states: torch.Tensor, name: str, logits: torch.Tensor) -> None:
     tokens = hidden_states.shape[0]
-    checks.holds(name, f"of as many tokens as `hidden_states`, {tokens}", logits.shape[0] == tokens, logits.shape[0])
+    checks.holds(name, f"of {tokens} tokens, like `hidden_states`", logits.shape[0] == tokens, logits.shape[0])
 
 
 def _choose(logits: torch.Tensor, topk: int, rules: Rules, options: dict[str, Any]) -> Choice:
@@ -474,7 +474,7 @@ def pre_reorder_for_cutlass_moe(
     num_tokens: int,
     hidden_size: int,
 ) -> None:
-    """Write each token's row, over `a1_scales` if there is such a number, to the rows that `src2dst` has for its slots.
+    """Write each token's row, divided by `a1_scales` if that is given, to the rows that `src2dst` has for its slots.
 
     Slots of ids outside ``[0, num_local_experts)`` have none; rows of no slot keep what they hold. By torch alone, as
     `moe_permute` finds rows by itself.
@@ -548,7 +548,7 @@ def _check_sizes(rows: torch.Tensor, topk_ids: torch.Tensor, topk: int, num_toke
 
 
 class BumpAllocator(workspace.BumpAllocator):
-    """Hand out views of one buffer, one directly behind the other.
+    """Hand out views of one buffer, each directly after the previous one.
 
     Parameters
     ----------
@@ -629,7 +629,7 @@ class ExpertDistributionRecorder(recorder.ExpertDistributionRecorder):
         self._layer = checks.integer("layer", layer, 0, self.num_layers - 1, f"num_layers - 1 = {self.num_layers - 1}")
 
     def with_current_layer(self, layer_idx: int) -> Setting:
-        """Take hooks inside as those of a layer."""
+        """Let the hooks inside count for a layer."""
         return super().with_current_layer(layer_idx)
 
     def with_forward_pass(
@@ -684,7 +684,7 @@ class ExpertDistributionRecorder(recorder.ExpertDistributionRecorder):
 
 
 class NoRecorder:
-    """What stands for a recorder where there is none: hooks do nothing, and control says what is missing."""
+    """A recorder that records nothing: its hooks do nothing, and its control methods say what is missing."""
 
     recording = False
 

@@ -7,9 +7,9 @@ later::
     model = AutoModelForCausalLM.from_pretrained(..., experts_implementation="numba_moe")
     model.set_experts_implementation("numba_moe")
 
-Which of our activations stands for a model's own is found by trying them on some numbers, for each of its modules once
-and again whenever something of the module has changed. If none does, and in compiled or exported code, which sees the
-module's own as it is, that runs between our permutation and torch's GEMMs.
+Each module's own activation is compared with ours on some numbers, once and again whenever the module has changed. If
+one of ours gives the same results, it replaces the module's. Otherwise, and in compiled or exported code, the module's
+own activation runs between our permutation and torch's GEMMs.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from numba_moe.reference.activation import RULES
 
 NAME = "numba_moe"
 OLDEST = (5, 7)  # transformers whose models take any implementation that is registered
-# How near an activation's float32 results must be to the module's own to stand for them.
+# An activation replaces the module's own if their float32 results differ by at most this.
 SAME = 1e-5
 LARGEST_LIMIT = 1000
 # What is known of modules: the state in which each was, and the gate that was found then.
@@ -46,7 +46,7 @@ class Gate(NamedTuple):
 
 
 def _numbers(experts: torch.nn.Module) -> list[float]:
-    """Return the numbers among a module's attributes, of which some may be limits and factors."""
+    """Return the numbers among a module's attributes; some may be limits or factors."""
     values = vars(experts).values()
     return sorted({float(value) for value in values if type(value) in (int, float) and 0 < value <= LARGEST_LIMIT})
 

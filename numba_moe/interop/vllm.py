@@ -300,7 +300,7 @@ def moe_prepare_scatter(
 
 
 def _check_scratch(scratch: Any, n_expert: int, n_local_expert: int) -> None:
-    """Check that scratch is that of a layer with so many experts."""
+    """Check that scratch belongs to a layer with this number of experts."""
     for name, number in (("num_experts", n_expert), ("num_local_experts", n_local_expert)):
         given = getattr(scratch, name)
         checks.holds(f"scratch.{name}", f"that of the call, {number}", given == number, given)
@@ -333,7 +333,7 @@ def count_expert_num_tokens(
 
 def _same_tokens(hidden_states: torch.Tensor, gating_output: torch.Tensor) -> None:
     if hidden_states.shape[0] != gating_output.shape[0]:
-        rule = f"of as many tokens as `hidden_states`, {hidden_states.shape[0]}"
+        rule = f"of {hidden_states.shape[0]} tokens, like `hidden_states`"
         raise ValueError(f"`gating_output` must be {rule}, got {gating_output.shape[0]}")
 
 

@@ -18,7 +18,7 @@ from numba_moe.reference.align import max_sorted_slots
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
 
-# vLLM marks the tokens of an image by this many ids, the first of which is `image_sentinel_lo`.
+# vLLM marks the tokens of an image by this many ids, from `image_sentinel_lo` on.
 IMAGE_IDS = 5
 
 
@@ -429,7 +429,7 @@ def moe_unpermute(
 ) -> None:
     """Sum each token's rows, weighted, into the last argument; rows past the last offset are not in use."""
     index = inv_permuted_idx.view(-1, topk)
-    if expert_first_token_offset is not None:  # vLLM's own index has rows for slots of other ranks, behind all others
+    if expert_first_token_offset is not None:  # vLLM's own index has rows for slots of other ranks, after all others
         index = torch.where(index < expert_first_token_offset[-1], index, -1)
     into.moe_unpermute(hidden_states, permuted_hidden_states, topk_weights.contiguous(), index.contiguous())
 

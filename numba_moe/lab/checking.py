@@ -89,9 +89,9 @@ def check(
     Parameters
     ----------
     function : callable or kernel
-        It takes arguments of the op by their names, as many as it likes, and returns what the op does: an array, or a
-        tuple of arrays, of any library. Or it is a ``@cuda.jit`` kernel, which takes arguments of the op by their names
-        too, and the arrays of its result by theirs or in their order; those are made for it.
+        It takes any of the op's arguments by their names, and returns what the op returns: an array, or a tuple of
+        arrays, of any library. Or it is a ``@cuda.jit`` kernel, which takes arguments of the op by their names too, and
+        the arrays of its result by theirs or in their order; those are made for it.
     like : str
         The op that it is like: "topk_softmax", "moe_align_block_size" and so on.
     cases : str, or sequence of str and Case, optional
@@ -101,8 +101,8 @@ def check(
     library : str, optional
         Whose arrays it takes: "torch", "numpy", "numba" or "cupy". By default the first that it takes without an error.
     grid : tuple of int, or callable, optional
-        Of a kernel: blocks and threads, and where it likes a stream and bytes of shared memory. A callable returns such
-        a tuple, given arguments of the op by their names.
+        Of a kernel: blocks and threads, and where it likes a stream and bytes of shared memory. A callable returns this
+        tuple, given arguments of the op by their names.
     fill : float, optional
         Of a kernel: what its results hold before the launch. By default they are poisoned, so that what is not written
         shows; a kernel that adds to its results wants 0.

@@ -43,7 +43,7 @@ def use_simulator_without_gpu() -> bool:
 
     Notes
     -----
-    Whoever sets ``NUMBA_ENABLE_CUDASIM``, to 0 or 1, has decided already.
+    ``NUMBA_ENABLE_CUDASIM`` in the environment, 0 or 1, decides if it is set.
 
     Examples
     --------

@@ -90,7 +90,7 @@ class Roofline(NamedTuple):
     name: str
     shape: str
     bytes_needed: int  # each input read once, each result written once
-    least_us: float | None  # that a copy of so many bytes takes
+    least_us: float | None  # time that a copy of bytes_needed takes
     device_us: float | None
     bytes_moved: int | None  # that threads loaded and stored, counted in the simulator
 
@@ -135,8 +135,8 @@ def roofline(
     -------
     Roofline
         share : float. bytes_needed : int, each input read once and each result written once. least_us, device_us :
-        float, on a GPU the microseconds that a copy of so many bytes takes, and those of the call. bytes_moved : int,
-        in the simulator what threads loaded and stored.
+        float, on a GPU the times in microseconds of a copy of bytes_needed, and of the call. bytes_moved : int, in the
+        simulator what threads loaded and stored.
 
     Raises
     ------

@@ -236,7 +236,7 @@ def dispatch_ids(
     counts : array of int32 or int64, shape [num_physical], optional
         Written: 1 is added to the counter of each slot's physical id. Ids without a counter are not counted.
     out : array of the shape and dtype of `topk_ids`, optional
-        Written: takes the result. May be `topk_ids` itself.
+        Written: memory for the result. It may be `topk_ids` itself.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The feed-forward networks of the experts, over all tokens: permute, GEMM, activation, GEMM, unpermute.
+"""Run the experts on all tokens: permute, GEMM, activation, GEMM, unpermute.
 
 Where experts have few slots, tensor cores multiply at the speed of memory (`experts_by_tile.py`). Otherwise the GEMMs
 are torch's own: its grouped one, where a device has it without the host reading the offsets, or one for each expert.
@@ -80,28 +80,30 @@ def fused_experts(
         The first matrix of each expert of this rank; contiguous, or the transpose of a contiguous
         [num_experts, hidden, 2 * width].
     down_proj : array of the dtype of `hidden_states`, shape [num_experts, hidden, width]
-        The second; contiguous or transposed likewise.
+        The second matrix of each expert; contiguous, or a transpose like the first.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
         Contiguous.
     topk_ids : array of int32 or int64, shape [num_tokens, top_k]
-        Contiguous. Ids that are no expert's, -1 for instance, add nothing.
+        Contiguous. An id outside the experts, such as -1, adds nothing.
     activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai"}
-        What lies between the matrices, as in `moe_activation`.
+        The step between the matrices; see `moe_activation`.
     expert_map : array of int32 or int64, shape [experts of all ranks], optional
-        The place in the matrices of each expert of all ranks, -1 or any other number outside ``[0, num_experts)`` for
+        The index in the matrices of each expert of all ranks. -1 or any other number outside ``[0, num_experts)`` means
         an expert of another rank, which adds nothing.
     gate_up_bias : array of the dtype of `hidden_states`, shape [num_experts, 2 * width], optional
         Added after the first matrix.
     down_bias : array of the dtype of `hidden_states`, shape [num_experts, hidden], optional
         Added after the second.
     interleaved : bool, optional
-        Rows of the first matrix are gate, up, gate, up, ..., not all gates before all ups. By default for "swiglu_oai".
+        True if the rows of the first matrix are gate, up, gate, up, ..., False if all gates come before all ups. By
+        default True for "swiglu_oai" only.
     limit : float, optional
-        Gates are at most this, ups at most this in magnitude; 7 by default for "swiglu_oai", none for the others.
+        Upper bound of the gates, and bound of the magnitude of the ups. By default 7 for "swiglu_oai" and no limit for
+        the others.
     alpha : float, optional
-        Of "silu" and "swiglu_oai"; 1 and 1.702 by default.
+        The alpha of "silu" and "swiglu_oai", by default 1 and 1.702.
     out : array of the dtype of `hidden_states`, shape [num_tokens, hidden], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -110,19 +112,23 @@ def fused_experts(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, unknown activation, more slots than int32 counts.
+        A wrong shape or layout, mixed devices, an unknown activation, or more slots than int32 can count.
 
     Notes
     -----
-    For float16 and bfloat16 from compute capability 8.0 on, where experts have 40 slots each on average or fewer, sizes
-    being multiples of 8 and addresses of 16 bytes, tensor cores multiply at the speed at which the matrices in use are
-    read, and round after the activation and the second bias. With more slots, for bfloat16 on compute capability 9.x,
-    and 10.x without gradients, the GEMMs are torch's grouped ones. Both ways nothing synchronises, and CUDA graphs
-    capture. Elsewhere there is one GEMM for each expert, and the host reads where their rows begin. Results between the
-    steps have the dtype of `hidden_states`; steps compute in float32. Runs on the caller's current stream. All arrays
-    of floats have gradients, of first order.
+    There are three ways:
+
+    - Kernels for tensor cores, as fast as the matrices in use are read. They serve float16 and bfloat16 from compute
+      capability 8.0 on, with at most 40 slots per expert on average, sizes that are multiples of 8 and addresses that
+      are multiples of 16 bytes. They round after the activation and after the second bias.
+    - torch's grouped GEMM, for bfloat16 with more slots, on compute capability 9.x, and 10.x without gradients.
+    - One GEMM for each expert in all other cases. The host then reads where the rows of each expert begin.
+
+    The first two do not synchronise, and CUDA graphs can capture them. Results between the steps have the dtype of
+    `hidden_states`; each step computes in float32. The op runs on the caller's current stream. All float arrays have
+    first-order gradients.
 
     Examples
     --------

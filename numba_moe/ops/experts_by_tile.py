@@ -26,13 +26,13 @@ from numba_moe.runtime.launch import Launch
 from numba_moe.runtime.plans import Layout
 
 HALVES = (torch.float16, torch.bfloat16)
-# What moves 16 bytes at a time: so many elements.
+# Number of 16-bit elements in 16 bytes, which are moved at once.
 RUN = 8
-# The first with matrix instructions of bfloat16 and copies ahead.
+# The first compute capability with matrix instructions of bfloat16 and asynchronous copies.
 AMPERE = (8, 0)
 LARGEST_INT32 = 2**31 - 1
-# Tokens of a tile for a mean of so many slots an expert, at most. Measured on an H200, of Mixtral-8x7B, Qwen3-30B-A3B
-# and a quarter of DeepSeek-V3; with more slots torch's grouped GEMM takes less time.
+# (Mean slots of an expert, tokens of a tile) up to that mean. With more slots torch's grouped GEMM takes less time.
+# Measured on an H200 for Mixtral-8x7B, Qwen3-30B-A3B and a quarter of DeepSeek-V3.
 TOKENS_BY_MEAN = ((2, 8), (10, 16), (40, 32))
 # The tiles of each product, by tokens: the first is taken that keeps the device busy for so much of its time.
 FIRST = {8: (0, 1, 2), 16: (3, 4), 32: (5, 6)}
@@ -61,7 +61,7 @@ def _num_processors(device: torch.device) -> int:
 
 
 def serves(given: Any) -> bool:
-    """Whether tensor cores can multiply these arrays: of halves, in memory of which 16 bytes at a time can be read."""
+    """Whether tensor cores can multiply these arrays: 16-bit floats that can be read 16 bytes at a time."""
     hidden_states, device = given.hidden_states, given.hidden_states.device
     matrices = (given.gate_up_proj, given.down_proj)
     _, hidden, width = given.down_proj.shape
@@ -106,7 +106,7 @@ def _busiest(tiles: tuple[int, ...], matrices: Layout, blocks: float) -> int:
 
 
 def plan_tiles(given: Any, rule: Rule, num_experts: int, tiles: tuple[int, int]) -> TilePlan:
-    """Plan a call whose ids range over so many experts."""
+    """Plan a call with this number of experts."""
     hidden_states, topk_ids, expert_map = given.hidden_states, given.topk_ids, given.expert_map
     dtype, device = hidden_states.dtype, hidden_states.device
     num_tokens, top_k = topk_ids.shape

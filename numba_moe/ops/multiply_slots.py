@@ -106,7 +106,7 @@ def expert_of(block, blocks, chosen):
 
 @cuda.jit(device=True)
 def matrix_row(place, row_tile, rows, products, rule):
-    """Return which row of a matrix a row of a tile is: it has as many gates as ups, side by side or in halves."""
+    """Return the matrix row of a tile row; gates and ups of a tile are equal in number, interleaved or in halves."""
     if rule.kind == NONE or rule.interleaved:
         return int32(row_tile * rows + place)
     half = int32(rows >> 1)
@@ -152,7 +152,7 @@ def copy_tokens(factors, starts, tokens, step, stage, tile):
 
 @cuda.jit(device=True)
 def sum_parts(sums, at, factors, expert, row, tile):
-    """Add eight sums of the warps behind each other, and the bias."""
+    """Add eight sums of the warps that share rows along the depth, and the bias."""
     total = load_eight(sums, at)
     for part in range(1, of_tile(tile, "along_depth")):
         total = add_scaled(total, float32(1.0), load_eight(sums, at + part * of_tile(tile, "part")))

@@ -235,7 +235,7 @@ class Summed(NamedTuple):
 
     combined: FloatArray  # [num_tokens, hidden]
     hidden: Int32
-    lanes: Int32  # elements of a thread: 16 bytes of them, or one
+    lanes: Int32  # elements that a thread loads at a time: 16 bytes, or one element
     by_slot: Int32  # a rank has a row for each slot, which is weighted here; otherwise one for each token
     rows: Int64  # where in a buffer they are, [num_ranks, max_tokens, hidden] or [num_ranks, max_tokens, top_k, hidden]
 

@@ -126,7 +126,7 @@ def route(
     counts : array of int32 or int64, shape [any] or [rows, any], optional
         Written: 1 is added to the counter of each slot's returned id, if that id has a counter. Padding and zero
         experts are not counted. Token t adds to row ``t % rows``, and `rows` must be a power of two. With 32 rows fewer
-        threads add to the same counter at once, so many tokens are counted faster.
+        threads add to the same counter at once, which is faster for many tokens.
     counts_enabled : array of int32, shape [1], optional
         A switch on the device: nothing is counted while it holds 0.
     indices_dtype : {"int32", "int64", "int16"}

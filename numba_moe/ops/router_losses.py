@@ -1,4 +1,4 @@
-"""Losses of a router, of which a gradient goes to its logits: how even its scores are, and how large its logits.
+"""Losses of a router with a gradient by its logits: how even its scores are, and how large its logits are.
 
 A token's part of the load balancing loss is ``factor * sum_e counts[e] * share_e``: it needs the counts of its sequence
 and nothing of other tokens. So a warp reads its row once, forward, and keeps four numbers: the largest logit, the sum
@@ -48,7 +48,7 @@ from numba_moe.runtime.op import op
 
 # Scores that are at least 0, so that a part of them is one of a whole.
 SHARED_SCORING = SCORING[:3]
-# As many as an H200 runs at a time.
+# The number of warps that an H200 runs at a time.
 MOST_WARPS = 132 * 32
 COUNTED = (torch.int32, torch.float32)
 # What says which tokens take part, and in which sequence.
@@ -76,7 +76,7 @@ class Picks(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Counts to be added to."""
+    """The counters that a kernel adds to."""
 
     slot_counts: OptionalInt32Array  # [num_sequences, num_experts], absent where topk_ids are
     token_counts: Int32Array  # [num_sequences]
@@ -394,11 +394,11 @@ def count_by_sequence(
     sequence_ids : array of int32, shape [num_tokens], optional
         The sequence of each token; a token whose id is outside ``[0, num_sequences)`` is padding.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : array of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -408,13 +408,13 @@ def count_by_sequence(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, sequences that do not divide the tokens.
 
     Notes
     -----
-    One launch on the caller's current stream, without synchronising; captures into CUDA graphs.
+    The op is one launch on the caller's current stream without synchronising, and CUDA graphs can capture it.
 
     Examples
     --------
@@ -558,11 +558,11 @@ def router_losses(
     sequence_ids : array of int32, shape [num_tokens], optional
         The sequence of each token; a token whose id is outside ``[0, num_sequences)`` is padding.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : array of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     out : array of float32, shape [2], optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -572,14 +572,14 @@ def router_losses(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, unknown `scoring_func`, sequences that do not divide the tokens.
 
     Notes
     -----
-    Two launches on the caller's current stream, without synchronising, and one more where padding must be counted;
-    captures into CUDA graphs; the same bits at every run. The losses have a gradient by the logits, of first order,
+    The op is two launches on the caller's current stream without synchronising, and one more if it must count padding.
+    CUDA graphs can capture it, and every run gives the same bits. The losses have a first-order gradient by the logits,
     in one launch; counts have none. A NaN among the logits that count makes the losses NaN.
 
     Examples

@@ -69,8 +69,8 @@ class TokenDispatcher:
     dtype : torch.dtype
         Of the rows that are dispatched: float32, float16, bfloat16, uint8, int8 or float8.
     location : ExpertLocation, optional
-        Which slot of which rank holds which expert; consecutive experts on each rank by default. Any number of experts
-        and replicas will do.
+        The slots and ranks that hold each expert, with any number of replicas. By default each rank has consecutive
+        experts.
     transport : {"auto", "nvlink", "nccl", "gloo"}
         What carries the tokens. "nvlink": GPUs of one host read each other's memory. "nccl": GPUs of any hosts. "gloo":
         tensors on the CPU. "auto" goes by the device, and takes "nvlink" where all ranks reach each other.
@@ -108,7 +108,7 @@ class TokenDispatcher:
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
         Arguments that do not fit together, or differ from rank to rank.
 
@@ -331,7 +331,7 @@ class TokenDispatcher:
         ValueError
             Wrong shape, layout or device; more than max_tokens; slots dropped before, with `raise_on_drop`.
         RuntimeError
-            As many dispatches are under way as may be. `PeerTimeoutError`, which is one, where a rank is late or gone.
+            Too many dispatches are under way. `PeerTimeoutError`, a subclass, if a rank is late or gone.
         """
         self._check(hidden_states, topk_ids, topk_weights, scales)
         checks.choice("layout", layout, LAYOUTS)
@@ -425,7 +425,7 @@ class TokenDispatcher:
     def input(self, num_tokens: int) -> torch.Tensor:
         """Return memory for the rows of tokens, from which `dispatch` need not copy them with "nvlink".
 
-        What is there may be written once the `combine` before has been called.
+        The memory may be written after the previous `combine` has been called.
         """
         count = checks.integer("num_tokens", num_tokens, 0, self.max_tokens, f"max_tokens = {self.max_tokens}")
         if isinstance(self._end, PeerMemory):

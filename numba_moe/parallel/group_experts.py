@@ -153,7 +153,7 @@ def gather_experts(
 def shard_experts(
     tensors: Mapping[str, torch.Tensor], dispatcher: TokenDispatcher, layer: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Take what belongs to the experts of this rank, from what is there for all of them.
+    """Take what belongs to the experts of this rank, from the arrays of all experts.
 
     Parameters
     ----------

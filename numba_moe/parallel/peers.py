@@ -63,7 +63,7 @@ class Peers:
         self._told = ""
 
     def others(self) -> list[int]:
-        """Return the active ranks besides this one, beginning behind it, so that no rank is everyone's first."""
+        """Return the other active ranks, beginning after this one, so that no rank is the first for all."""
         after = [(self.rank + step) % self.size for step in range(1, self.size)]
         return [rank for rank in after if self.active[rank]]
 

@@ -1,4 +1,4 @@
-"""Where experts live: which slot of which rank holds which expert, and which should."""
+"""Where experts live: the slots and ranks that hold each expert, and those that should."""
 
 from numba_moe import lazy
 

@@ -18,15 +18,15 @@ class ExpertDispatch:
     Parameters
     ----------
     location : ExpertLocation
-        Where experts are.
+        Where the experts are.
     rank : int
-        The rank whose tokens are dispatched. Ranks that hold the same tokens have to agree: give them the same number.
+        The rank whose tokens are dispatched. Ranks that hold the same tokens must use the same number.
     device : torch.device or str
         Where to keep the tables.
     algorithm : {"static", "dynamic", "hash", "fake"}
-        "static": a slot of the rank itself if it has the expert, else one of its node, else any, so dealt that as many
-        ranks send to each as can be. "dynamic", "hash" and "fake" are those of `dispatch_ids`; the first two begin at
-        another of an expert's slots on each rank, and "fake" goes from rank to rank.
+        "static": a slot of the rank itself if it has the expert, else one of its node, else any; ranks are spread
+        equally over the slots. "dynamic", "hash" and "fake" are those of `dispatch_ids`. The first two begin at a
+        different slot on each rank, and "fake" goes from rank to rank.
     seed : int
         32 bits, the same on all ranks: "static" deals by it, "dynamic" draws by it and the rank.
 

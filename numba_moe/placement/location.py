@@ -1,4 +1,4 @@
-"""`ExpertLocation`: which slot of which rank holds which expert, and the files it is kept in."""
+"""`ExpertLocation`: the slots and ranks that hold each expert, and the files of such locations."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ MOST_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertLocation:
-    """Which slot of which rank holds which expert.
+    """The slots and ranks that hold each expert.
 
     Make one by `trivial`, `from_mapping`, `from_counts` or `load`. Arrays are int64 NumPy arrays that cannot be
     written; a change is a new location.
@@ -127,7 +127,7 @@ class ExpertLocation:
         num_experts : int, optional
             Experts of a layer (E); by default one more than the largest in the map.
         num_gpus, num_nodes : int
-            Ranks, and nodes of as many consecutive ranks as can be equal.
+            Number of ranks, and of nodes. Consecutive ranks form a node, and sizes of nodes differ by at most 1.
         slots_per_rank : array of int, shape [num_gpus], optional
             Slots of each rank, as equal as can be by default, larger ranks first.
 

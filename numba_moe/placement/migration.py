@@ -1,9 +1,9 @@
-"""Expert weights move to where a new location wants them, over `torch.distributed` point-to-point.
+"""Move expert weights to the slots of a new location, over `torch.distributed` point-to-point.
 
-Every rank derives the same plan from the two locations, so nothing is negotiated. Weights are bytes here. For each
-layer and tensor: what a rank needs goes into staging memory, local copies first, then what others send; when all of
-that is there and everything to be sent has gone, it is written into the slots. There are two staging buffers, so one
-tensor travels while the one before it is written.
+Every rank derives the same plan from the two locations, so ranks need not agree on anything. Weights are bytes here.
+For each layer and tensor, a rank collects its new weights in staging memory: local copies first, then those from other
+ranks. When all have arrived and all sends are complete, it writes them into the slots. There are two staging buffers,
+so one tensor travels while the one before it is written.
 """
 
 import hashlib
@@ -71,9 +71,9 @@ def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
     Parameters
     ----------
     old : ExpertLocation
-        Where experts are.
+        Where the experts are.
     new : ExpertLocation
-        Where they shall be: of the same sizes, ranks and nodes.
+        Where the experts will be: a location with the same sizes, ranks and nodes.
     layer : int
         Number of the layer.
 
@@ -329,7 +329,7 @@ def migrate_in_chunks(
     chunk_layers: int = 1,
     verify: bool = False,
 ) -> Iterator[list[int]]:
-    """Move expert weights to a new location some layers at a time, with time for other work in between.
+    """Move expert weights to a new location, some layers at a time, so that other work can run in between.
 
     Parameters
     ----------
@@ -337,42 +337,42 @@ def migrate_in_chunks(
         This rank's weights of each layer: tensors of any dtypes whose first dimension is the slots of this rank,
         contiguous in each slot, all on one device. They are written.
     old : ExpertLocation
-        Where experts are.
+        Where the experts are.
     new : ExpertLocation
-        Where they shall be: of the same sizes, ranks and nodes.
+        Where the experts will be: a location with the same sizes, ranks and nodes.
     group : ProcessGroup, optional
-        The processes, rank i of the group being rank i of the locations; by default all of them. A single rank needs
-        none.
+        The processes: rank i of the group is rank i of the locations. By default all processes. A single rank needs no
+        group.
     layers : iterable of int, optional
-        Distinct layers to move, in this order; all by default.
+        Distinct layers to move, in this order. By default all layers.
     chunk_layers : int
         Layers that move between two yields.
     verify : bool
-        Whether to compare checksums of what was sent and what the slots hold then. Every rank learns of a difference
-        at the end of the chunk.
+        Whether to compare the checksums of the sent weights and of the slots after the move. Every rank learns of a
+        difference at the end of the chunk.
 
     Returns
     -------
     iterator of list of int
-        The layers that have just moved; give them to ``location.update(new, layers)``. Nothing moves before the first
-        step, and what was not stepped through has not moved.
+        The layers that have just moved; pass them to ``location.update(new, layers)``. Nothing moves before the first
+        step, and layers that were not stepped through have not moved.
 
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
-        Locations of different sizes, ranks or nodes; tensors that are not of this rank's slots; a group of another
-        size; weights, locations or options that differ from rank to rank.
+        Locations of different sizes, ranks or nodes; tensors that do not have this rank's number of slots; a group of
+        another size; weights, locations or options that differ between ranks.
     RuntimeError
         A rank is gone or late: raised when stepping. Of the layers of this chunk a slot may hold the old or the new
         weights; the others are whole. `CorruptedWeightsError`, which is one, if `verify` finds a difference.
 
     Notes
     -----
-    Every rank of the group calls this and steps through it; which weights go where is `plan_migration`'s answer. A
-    slot whose expert stays is not touched, nor is one that shall hold none. A rank without experts in `new` still
-    sends, one without in `old` is never read.
+    Every rank of the group calls this and steps through it. `plan_migration` decides which weights go where. A slot
+    whose expert stays, or that will hold no expert, is not written. A rank without experts in `new` still sends, and a
+    rank without experts in `old` is never read.
 
     When called, ranks compare digests of their arguments (one all_gather); moving them takes sends and receives
     alone, and with `verify` one all_gather a chunk. Memory: two buffers, each as large as this rank's largest tensor.
@@ -432,16 +432,16 @@ def migrate(
         This rank's weights of each layer: tensors of any dtypes whose first dimension is the slots of this rank,
         contiguous in each slot, all on one device. They are written.
     old : ExpertLocation
-        Where experts are.
+        Where the experts are.
     new : ExpertLocation
-        Where they shall be: of the same sizes, ranks and nodes.
+        Where the experts will be: a location with the same sizes, ranks and nodes.
     group : ProcessGroup, optional
-        The processes, rank i of the group being rank i of the locations; by default all of them. A single rank needs
-        none.
+        The processes: rank i of the group is rank i of the locations. By default all processes. A single rank needs no
+        group.
     layers : iterable of int, optional
-        Distinct layers to move; all by default.
+        Distinct layers to move. By default all layers.
     verify : bool
-        Whether to compare checksums of what was sent and what the slots hold then.
+        Whether to compare the checksums of the sent weights and of the slots after the move.
 
     Returns
     -------
@@ -451,7 +451,7 @@ def migrate(
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
         Arguments that do not fit together, or differ from rank to rank.
     RuntimeError

@@ -76,7 +76,7 @@ def slots_of_experts(places: np.ndarray, num_experts: int) -> tuple[np.ndarray, 
 
 
 def in_threads(function: Callable[..., None], num_layers: int, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
-    """Call a compiled function for every layer, on as many threads as this process has CPUs."""
+    """Call a compiled function for every layer, on one thread for each CPU of this process."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_threads = min(cpus, num_layers)
     if num_threads == 1:

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bandwidth", type=float, default=BANDWIDTH, metavar="GB/s", help=text)
     add("--num-experts", type=int, metavar="N", help="of topk_ids or a .csv (default: largest id + 1)")
     add("--num-layers", type=int, metavar="N", help="of a .csv (default: largest layer + 1)")
-    add("--tokens-per-step", type=int, metavar="N", help="divide topk_ids into steps of so many tokens")
+    add("--tokens-per-step", type=int, metavar="N", help="divide topk_ids into steps of N tokens")
     add("--detail", action="store_true", help="print every layer and rank over time")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--out", type=Path, metavar="LOCATION", help="write the best location there: .json, .npz or .pt")

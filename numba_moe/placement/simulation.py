@@ -1,4 +1,4 @@
-"""Recorded loads replayed against ways of placing experts."""
+"""Replay recorded loads with several ways of placing experts."""
 
 import itertools
 import math
@@ -239,7 +239,7 @@ def simulate(
     bandwidth: float = BANDWIDTH,
     progress: bool = False,
 ) -> Simulation:
-    """Replay recorded loads against ways of placing experts.
+    """Replay recorded loads with several ways of placing experts.
 
     Parameters
     ----------
@@ -257,12 +257,12 @@ def simulate(
     algorithms : sequence of str
         Those of `rebalance_experts` to try.
     intervals : sequence of int
-        Steps between rebalances, each by the loads of the interval just over. 0 stands for one rebalance before the
-        first step by the loads of all steps: what it would bring if the loads came again.
+        Steps between rebalances; each rebalance uses the loads of the interval that just ended. 0 means one rebalance
+        before the first step, with the loads of all steps: the gain if the same loads came again.
     current : ExpertLocation, optional
         Where experts are at the beginning, on every rank; `ExpertLocation.trivial` by default.
     max_moves : int, optional
-        For "refined": most slots of a layer that may change at a time.
+        For "refined": the largest number of slots of a layer that one rebalance may change.
     bytes_per_expert : int, optional
         Bytes of the weights of one expert of one layer.
     step_ms : float, optional
@@ -301,7 +301,7 @@ def simulate(
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
         What `rebalance_experts` refuses; loads that are all 0; a `current` of other sizes; an interval that is not
         shorter than the trace.

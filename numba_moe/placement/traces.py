@@ -42,7 +42,7 @@ def load_trace(
     A file holds ``logical_count`` [steps, L, E] or [L, E], or records of counts as `ExpertLocation.load` takes them, or
     lines of a ``.csv``, whose sizes are `num_layers` and `num_experts`; or ``topk_ids`` [steps, L, T, K] or [L, T, K],
     and perhaps ``rank_of_token`` [steps, T] or [T]; or an array [T, K] of integers for each layer, in the order of the
-    file. `tokens_per_step` divides the tokens of a step into several steps, the last of which may be shorter.
+    file. `tokens_per_step` divides the tokens of a step into several steps; the last may be shorter.
     """
     content = dumps.read_file(path, num_layers, num_experts) if path.suffix in dumps.FORMATS else None
     content = content if isinstance(content, dict) else {}

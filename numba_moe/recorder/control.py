@@ -1,4 +1,4 @@
-"""`ExpertDistributionRecorder`: what its owner calls; `hooks` has what a model calls."""
+"""`ExpertDistributionRecorder`: the methods for its owner; `hooks` has the methods that a model calls."""
 
 import contextlib
 import time
@@ -35,46 +35,48 @@ class ExpertDistributionRecorder(Hooks):
     Parameters
     ----------
     num_layers, num_experts : int
-        MoE layers (L), experts of a layer (E).
+        Number of MoE layers (L), and of experts of a layer (E).
     mode : {None, "stat", "stat_approx", "per_pass", "per_token"}
-        None: nothing, at no cost. "stat": counts by layer and expert, which dumps sum over ranks. "stat_approx": the
-        same from counts that a dispatcher already has. "per_pass": counts, a record for each pass and rank.
-        "per_token": the ids and weights of every token.
+        None records nothing, at no cost. "stat" counts by layer and expert, and dumps sum the counts over ranks.
+        "stat_approx" does the same with counts that a dispatcher already has. "per_pass" keeps the counts of each pass
+        and rank. "per_token" keeps the ids and weights of every token.
     top_k : int, optional
-        Experts of a token, for "per_token"; by default that of the first call.
+        Number of experts of a token, for "per_token". By default that of the first call.
     buffer_size : int, optional
-        Passes to keep, the last ones; all by default.
+        Number of last passes to keep. By default all passes.
     device : torch.device or str, optional
-        Where ids are; by default the current CUDA device, or the CPU where there is none.
+        The device of the ids. By default the current CUDA device, or the CPU without CUDA.
     process_group : torch.distributed.ProcessGroup, optional
-        The ranks whose counts "stat" and "stat_approx" sum. Its order is that of ranks in the map.
+        The ranks whose counts "stat" and "stat_approx" sum, in the same order as in the map.
     physical_to_logical_map : ExpertLocation or array of int, shape [L, P], optional
-        The expert of each slot, where ids are physical; by default ids are experts. `set_physical_to_logical_map` says
-        what holds after a rebalance.
+        The expert of each slot if ids are physical. By default ids are experts. Call `set_physical_to_logical_map`
+        after a rebalance.
     num_gpus : int, optional
-        Ranks that share the P slots equally, for metrics; by default those of the group, or 1.
+        Number of ranks that share the P slots equally, for metrics. By default the ranks of the group, or 1.
     chunk_tokens : int
-        For "per_token": tokens that are moved together. Memory for five times as many is taken on the device and for
-        four times as many, pinned, on the host. A captured graph may have so many tokens at most.
+        For "per_token": number of tokens that move to the host together, and the most tokens of a captured graph. The
+        recorder takes memory for ``5 * chunk_tokens`` tokens on the device, and pinned memory for ``4 * chunk_tokens``
+        tokens on the host.
     spill_directory : path, optional
         For "per_token": keep tokens in unnamed files there and not in memory.
 
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
         An unknown mode, a number out of bounds, a map of other sizes.
 
     Notes
     -----
-    Hooks and passes do not synchronise: counters are int64 on the device, and a hook is one launch. Recording is
-    switched by a flag on the device, so a captured graph that contains hooks records, or does not, at each replay.
-    Hooks, passes and maps belong to one thread; control may come from others, and then takes effect between passes. A
-    dump is put together and written while passes go on; what they record is for the next dump.
+    Hooks and passes do not synchronise: counters are int64 on the device, and a hook is one launch. A flag on the
+    device switches recording, so each replay of a captured graph reads it. Hooks, passes and maps belong to one thread.
+    Other threads may call the control methods, which then take effect between passes. Passes go on while a dump is
+    written, and belong to the next dump.
 
-    An exception, a KeyboardInterrupt too, loses no counts but those of the call that it stops: a pass ends with what it
-    has, and what a dump did not give out is kept. In a forked child the recorder is empty, and of use on the CPU only.
+    An exception (also a KeyboardInterrupt) loses only the counts of the call that it stops. The pass ends with all
+    other counts, and a dump that fails keeps its counts. In a forked child the recorder is empty, and it works on the
+    CPU only.
 
     With "per_token" the recorder has a thread. It ends when the recorder is closed, which a ``with`` statement does as
     well, or when nothing refers to it.
@@ -95,7 +97,7 @@ class ExpertDistributionRecorder(Hooks):
 
     @property
     def recording(self) -> bool:
-        """Whether passes are recorded, from the next one on if one is open."""
+        """Whether passes are recorded. If a pass is open, this is the state from the next pass on."""
         return self._wanted
 
     def set_physical_to_logical_map(self, physical_to_logical_map: Any) -> None:
@@ -106,11 +108,11 @@ class ExpertDistributionRecorder(Hooks):
             self._maps.append(places)
 
     def start_record(self) -> None:
-        """Record from here on, or from the next pass on if one is open."""
+        """Start recording; if a pass is open, start with the next pass."""
         self._switch(True, "`start_record` changes nothing: recording is on already")
 
     def stop_record(self) -> None:
-        """Stop recording, at the end of the pass if one is open; what was recorded stays until a dump or reset."""
+        """Stop recording; if a pass is open, stop at its end. The records stay until a dump or a reset."""
         self._switch(False, "`stop_record` changes nothing: recording is off already")
 
     def _switch(self, on: bool, unchanged: str) -> None:
@@ -132,7 +134,7 @@ class ExpertDistributionRecorder(Hooks):
             self._note_work()
 
     def reset(self) -> None:
-        """Forget what was recorded; recording goes on if it was on. Of an open pass the counts are kept."""
+        """Forget all records, but not the counts of an open pass; recording goes on if it was on."""
         if self.mode is None:
             return
         with self._lock:
@@ -155,7 +157,7 @@ class ExpertDistributionRecorder(Hooks):
         return next((index for index, known in enumerate(self._maps) if known is places), 0)
 
     def close(self) -> None:
-        """Stop recording, forget what was recorded, and end the recorder's thread; it may start again.
+        """Stop recording, forget all records, and end the recorder's thread; the recorder may start again.
 
         Raises
         ------
@@ -182,7 +184,7 @@ class ExpertDistributionRecorder(Hooks):
     def dump_record(
         self, output_mode: str = "file", *, format: str = "npz", directory: Any = "."
     ) -> Path | Dump | None:
-        """Give out what was recorded in finished passes, and forget it.
+        """Return or write the records of finished passes, and forget them.
 
         Parameters
         ----------
@@ -201,14 +203,15 @@ class ExpertDistributionRecorder(Hooks):
         Raises
         ------
         OSError
-            The file could not be written: it is not there, and what was recorded is kept.
+            The file could not be written. No file is left, and the records are kept.
         ValueError
             An unknown output mode or format; ranks with different maps.
 
         Notes
         -----
-        Synchronises. "stat" and "stat_approx" with a process group: all ranks call it together, and passes of the
-        same id add up. Counts outside of passes make one of id -1. A pass that is open is left to the next dump.
+        The method synchronises. With "stat" or "stat_approx" and a process group all ranks call it together, and passes
+        with the same id are summed. Counts outside of passes form a pass with id -1. An open pass belongs to the next
+        dump.
         """
         checks.choice("output_mode", output_mode, ("file", "object"))
         checks.choice("format", format, FORMATS)
@@ -341,10 +344,10 @@ class ExpertDistributionRecorder(Hooks):
     def with_forward_pass(
         self, forward_pass_id: int, num_tokens: int | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """Take what is counted inside as one forward pass.
+        """Record everything inside as one forward pass.
 
-        `num_tokens`, if given, says how many tokens it has; further rows of `topk_ids` are padding, in replayed
-        graphs too. While a graph is captured there are no passes.
+        `num_tokens`, if given, is the number of real tokens; later rows of `topk_ids` are padding, also in replayed
+        graphs. There are no passes while a graph is captured.
         """
         if self.mode is None:
             return HERE

@@ -1,4 +1,4 @@
-"""What a model calls while it runs: the recorder's hooks, and their context."""
+"""The recorder's hooks, which a model calls while it runs, and their context."""
 
 import contextlib
 import os
@@ -22,8 +22,9 @@ from numba_moe.runtime.plans import layout
 
 MODES = ("stat", "stat_approx", "per_pass", "per_token")
 PRIMARY = "primary"
-# Counters of a layer's expert, whose sum is its count: gating adds in the launch that chooses, many tokens at once.
-# On an H200 with 4,096 tokens of 256 experts that takes 0.1 to 0.3 us with 16 rows or more, and 0.9 to 1.8 us with one.
+# Number of counters for each expert of a layer; their sum is its count. With several rows fewer threads add to the same
+# counter. H200, 4,096 tokens, 256 experts: counting in gating takes 0.1 to 0.3 us with 16 rows or more, and 0.9 to 1.8
+# us with one row.
 COUNTER_ROWS = 32
 
 
@@ -191,21 +192,21 @@ class Hooks:
             self._limited = False
 
     def with_current_layer(self, layer: int) -> Setting:
-        """Take hooks inside as those of a layer."""
+        """Let the hooks inside count for a layer."""
         last = self.num_layers - 1
         return Setting(self, "_layer", checks.integer("layer", layer, 0, last, f"num_layers - 1 = {last}"))
 
     def with_debug_name(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Keep what is recorded inside apart, as records of this name, in the modes that have records."""
+        """Keep the records inside separately, under this name, in the modes that have records."""
         return setting(self, "_name", name)
 
     def disable_this_region(self) -> contextlib.AbstractContextManager[None]:
-        """Let hooks inside do nothing, in a captured graph too."""
+        """Let the hooks inside do nothing, also in a captured graph."""
         return setting(self, "_disabled", True)
 
     @property
     def enabled(self) -> torch.Tensor:
-        """The flag on the device, int32 [1]: what adds to `layer_counts` by itself does so where it is not 0."""
+        """The flag on the device, int32 [1]: code that adds to `layer_counts` itself must check that it is not 0."""
         if self.mode is None:
             raise RuntimeError("`enabled` must be asked of a recorder with a mode, got None")
         return self._flags[0]
@@ -213,8 +214,8 @@ class Hooks:
     def layer_counts(self, layer: int | None = None) -> torch.Tensor:
         """Return the counters of a layer, the current one by default: int64 [rows, P] on the device; add to any row.
 
-        Who counts there must go by `enabled`, and must not call `on_select_experts` for the same slots. Gating does, in
-        its own launch, with ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
+        Code that counts there must obey `enabled`, and must not call `on_select_experts` for the same slots. Gating
+        counts in its own launch with ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
         """
         if self.mode not in MODES[:3]:
             raise RuntimeError(f"`layer_counts` must be asked of a mode that counts, got {self.mode!r}")
@@ -224,7 +225,7 @@ class Hooks:
         return self._counter(self._key()).layers[place]
 
     def on_select_experts(self, topk_ids: Any, topk_weights: Any = None) -> None:
-        """Record the experts of tokens, [num_tokens, top_k]; -1 is none. "stat_approx" has no use for it."""
+        """Record the experts of tokens, [num_tokens, top_k]; an id of -1 is no expert. "stat_approx" ignores this."""
         if self.mode is None or self.mode == "stat_approx" or self._disabled:
             return
         if arrays.is_traced():

@@ -25,7 +25,7 @@ class Metrics(NamedTuple):
     """What the last passes say, as tensors on the device."""
 
     utilization: torch.Tensor  # float64 [L], of the last pass
-    balancedness: dict[int, torch.Tensor]  # float64 [], by window: the mean over layers and so many last passes
+    balancedness: dict[int, torch.Tensor]  # float64 [], by window: the mean over layers and the last `window` passes
     entropy: torch.Tensor  # float64 [L], over all passes in the largest window
     hottest_experts: torch.Tensor  # int64 [L, up to 8], the busiest first, the lower of equals
     hottest_counts: torch.Tensor  # int64 [L, up to 8]

@@ -95,7 +95,7 @@ class Spill:
         self._rows = 0
 
     def add(self, *columns: np.ndarray) -> Stored:
-        """Write a part behind the others, over what a write that failed has left there."""
+        """Write a part after the others, over the remains of a failed write."""
         try:
             while len(self._files) < len(columns):
                 file: Any = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
@@ -121,7 +121,7 @@ class Spill:
 
 
 def gathered(parts: Sequence[Any], directory: Path | None, row_shape: tuple[int, ...], num_columns: int) -> Any:
-    """Return the ids, and perhaps weights, of parts one behind the other."""
+    """Concatenate the ids, and the weights if any, of parts."""
     nothing = [np.empty((0, *row_shape), kind) for kind in KINDS[:num_columns]]
     if directory is None:
         return [np.concatenate(column) for column in zip(nothing, *parts, strict=True)]

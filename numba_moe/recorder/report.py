@@ -41,7 +41,7 @@ class Rebalanced(NamedTuple):
 
 
 def rebalanced(dump: Dump, num_gpus: int, algorithm: str) -> Rebalanced:
-    """Place the experts of a dump anew, on as many slots."""
+    """Place the experts of a dump again, on the same number of slots."""
     total, places = dump.logical_count.sum(axis=0), dump.last_physical_to_logical_map
     placed = rebalance_experts(total, places.shape[1], 1, 1, num_gpus, algorithm=algorithm).physical_to_logical_map
     return Rebalanced(

@@ -72,7 +72,7 @@ def boolean(argument: str, value: Any) -> None:
 
 
 def number(argument: str, value: Any, infinite: bool = False) -> None:
-    """Check a number that kernels take as float32: no NaN, and infinity only where it stands for no limit."""
+    """Check a number that kernels take as float32: no NaN, and infinity only if it means no limit."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         _wrong_type(argument, "a number", type(value).__name__)
     if not (abs(value) <= LARGEST_FLOAT32 or (infinite and value in (math.inf, -math.inf))):
@@ -242,7 +242,7 @@ def aligned(argument: str, value: Layout) -> None:
 
 
 def writable(argument: str, value: Any) -> None:
-    """Check that NumPy arrays, in a tuple or alone, can be written in place: tensors cannot stand for the others."""
+    """Check that NumPy arrays, in a tuple or alone, can be written in place; others cannot become tensors."""
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, np.ndarray) and not (part.flags.writeable and part.flags.c_contiguous):
             _wrong_value(argument, "writable and contiguous", "an array that is read-only or strided")
@@ -261,7 +261,7 @@ class _Addresses:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first address of a tensor, and the one behind its last; 0 and 0 for one without readable memory."""
+    """Return the first address of a tensor and the end of its memory; 0 and 0 for a tensor without readable memory."""
     if isinstance(layout(tensor), Unreadable):
         return 0, 0
     begin = tensor.data_ptr()

@@ -221,7 +221,7 @@ def launch_bounds(
         (constant,) = (choice for field, choice in chosen(kernel, specialisation) if field.is_constant)
         found: tuple[int, int] = bounds[constant]
         return found
-    # Before Hopper a warp operation in a loop takes so many registers that some would be spilled to fit the blocks.
+    # Before Hopper a warp operation in a loop takes more registers, and some would be spilled to fit the blocks.
     return None if isinstance(bounds, tuple) and compute_capability < HOPPER else bounds
 
 

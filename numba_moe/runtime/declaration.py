@@ -196,7 +196,7 @@ class Declaration:
         return new_tuple(self.Given, [arguments.get(name, self.defaults[name]) for name in self.names])
 
     def _made(self, *key: Any) -> Planned:
-        """Check a call, of which the key has layouts of arrays, and plan it."""
+        """Check a call, whose key has the layouts of its arrays, and plan it."""
         given = new_tuple(self.Given, key)
         for name in self.arrays:
             checks.readable(name, getattr(given, name))

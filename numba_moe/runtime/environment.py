@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-# The dictionary behind os.environ, if there is one: what os.environ adds, to encode and decode, takes 0.7 us.
+# The dictionary inside os.environ, if it has one: encoding and decoding in os.environ takes 0.7 us.
 _held: Any = getattr(os.environ, "_data", os.environ)
 
 

@@ -136,7 +136,7 @@ def describe(kernel: Any, entry: cache.Entry) -> dict[str, Any]:
 
 @functools.cache
 def comments(owner: Any) -> dict[str, str]:
-    """Return the comments behind the fields of a record, or behind the parameters of a function; "" where is none."""
+    """Return the comments after the fields of a record, or after the parameters of a function; "" for no comment."""
     source = textwrap.dedent(inspect.getsource(owner))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     by_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}

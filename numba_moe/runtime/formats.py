@@ -187,7 +187,7 @@ def _read_safetensors(file: IO[bytes], _size: int) -> dict[str, np.ndarray]:
 
     data = file.read()
     (length,) = struct.unpack("<Q", data[:8])
-    parse_json(data[8 : 8 + length])  # a name twice, of which `load` would take the last
+    parse_json(data[8 : 8 + length])  # raises for a name that is there twice; `load` would take the last
     return {name: _to_numpy(tensor) for name, tensor in load(data).items()}
 
 
@@ -301,7 +301,7 @@ def write_pt(file: IO[bytes], content: Any) -> None:
     try:
         torch.save(_with_tensors(content), file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # of which torch's writer says that its position is unexpected
+        if isinstance(error.__context__, OSError):  # torch's writer reports it as an unexpected position
             raise error.__context__ from error
         raise
 

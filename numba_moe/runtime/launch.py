@@ -247,7 +247,7 @@ class Launch:
 
 
 def warps(count: int, per_block: int = 4) -> tuple[int, int]:
-    """Return blocks and threads for so many warps that each work for themselves; the last block may have more."""
+    """Return the blocks and threads for `count` independent warps; the last block may have more warps."""
     if simulator.ENABLED:
         per_block //= 4
     return -(-count // per_block), 32 * per_block

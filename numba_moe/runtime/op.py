@@ -146,7 +146,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _in_graph(declaration: Declaration, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answer a call of tensors of which a gradient is wanted."""
+    """Answer a call of tensors for which a gradient is wanted."""
     if declaration.composed is not None:
         return declaration.composed(*args, **kwargs)
     values, _ = declaration.bind(*args, **kwargs)

@@ -113,7 +113,7 @@ class _NotAKeyError(Exception):
 def planned(function: Callable[P, R]) -> Callable[P, R]:
     """Remember what a function of layouts and numbers returns for equal arguments of equal types.
 
-    Numbers are arguments of their own, not parts of a tuple: such a call is planned anew each time.
+    Numbers must be separate arguments: a call with a number inside a tuple is planned again each time.
     """
 
     @functools.wraps(function)

@@ -5,7 +5,7 @@ An op is registered where it is needed first, from its declaration; `numba_moe.i
 An op has the name, parameters and defaults of its function, but these. Where the function can write memory that it is
 given, the op leaves those parameters out, and another has them: `<name>_out`, whose result goes to what it is given,
 or `<name>_writing`, which returns new results as well. A result that a call has none of is an array of no elements.
-Dispatch tables come one by one, each behind `dispatch_`.
+Dispatch tables are separate parameters with the prefix `dispatch_`.
 
 For an op with a gradient torch asks Python at every call whether one is wanted, 6 us on the host (H200, torch 2.11).
 So it has an overload without, `torch.ops.numba_moe.<name>.without_gradient`, for compiled code that wants none.
@@ -114,7 +114,7 @@ def schema(declaration: Declaration, variant: Variant) -> str:
 
 
 def _given(declaration: Declaration, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the function that those of its op stand for."""
+    """Return the arguments of the function, given the arguments of its op."""
     given: dict[str, Any] = {}
     for name in declaration.names:
         if name in declaration.tables:

@@ -71,7 +71,7 @@ forward_ad: Any = torch.autograd.forward_ad if ALLOWED else None
 if not hasattr(forward_ad, "_current_level"):
     forward_ad = types.SimpleNamespace(_current_level=-1)
 
-# Whether a tensor stands for one that torch makes functional.
+# Whether torch's functionalisation made a tensor.
 is_functional = _private("_is_functional_tensor", lambda tensor: False)
 
 # The class of tensors without data by which torch traces.

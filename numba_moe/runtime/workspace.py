@@ -9,7 +9,7 @@ from numba_moe.runtime import checks
 
 
 class BumpAllocator:
-    """Hand out aligned views of one zeroed buffer, one behind the other.
+    """Hand out aligned views of one zeroed buffer, one after the other.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ class BumpAllocator:
     device : torch.device, str or int
         A CUDA device, an ordinal of one, or the CPU.
     alignment : int
-        Bytes of which the address of every view is a multiple: a power of two, at least the size of an element.
+        Alignment of the address of every view, in bytes: a power of two, at least the size of an element.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class BumpAllocator:
     Raises
     ------
     TypeError
-        Wrong kind of argument.
+        An argument of the wrong type.
     ValueError
         size below 1, an unknown dtype or device, an alignment that is no power of two or smaller than an element.
 
@@ -46,9 +46,9 @@ class BumpAllocator:
     Streams: the fill runs on the stream that is current at construction, and to torch's caching allocator the memory
     belongs to that stream. Work on another stream has to wait for the fill (``stream.wait_stream``). When the
     allocator and its last view are gone, the first stream's next allocation may get the memory at once; while another
-    stream still works on it, keep a reference or call ``allocator.buffer.record_stream(stream)`` before. After
-    `reset`, whoever writes a new view has to be ordered behind the readers of the old ones. `zero` fills on the
-    stream that is current when it is called. Threads that share an allocator need a lock of their own.
+    stream still works on it, keep a reference or call ``allocator.buffer.record_stream(stream)`` before. After `reset`,
+    writers of new views must wait for the readers of the old views. `zero` fills on the stream that is current when it
+    is called. Threads that share an allocator need a lock of their own.
 
     CUDA graphs: a graph records addresses and device work. `allocate` and `reset` take effect at capture, not at
     replay, so two graphs captured with a `reset` between them share memory and must not replay at the same time.
@@ -116,7 +116,7 @@ class BumpAllocator:
         TypeError
             n is neither an integer nor a tuple of them.
         ValueError
-            n is negative, or more than is left behind the alignment; nothing is handed out then.
+            n is negative, or larger than the rest of the buffer after alignment. Nothing is handed out then.
 
         Examples
         --------

@@ -28,7 +28,8 @@ def update_correction_bias(
     rate : float
         How far: 0.001 in DeepSeek-V3, and 0 at the end of its training.
     rule : {"sign", "proportional"}
-        ``rate * sign(mean - count)``, or ``rate * (mean - count) / mean``, of which far ones move further.
+        ``rate * sign(mean - count)``, or ``rate * (mean - count) / mean``, which moves biases further if counts are far
+        off.
     center : bool
         Take the mean over experts off the change, so that the mean of the biases stays.
     group : ProcessGroup, optional
@@ -42,7 +43,7 @@ def update_correction_bias(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, unknown `rule`.
 

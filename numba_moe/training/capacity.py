@@ -42,7 +42,7 @@ def apply_capacity(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, unknown `drop_policy`, a negative capacity.
 
@@ -50,7 +50,7 @@ def apply_capacity(
     -----
     The same slots at every run. The weights that are kept have their gradient. Nothing synchronises with the host. Rows
     padded to the capacity, as Megatron-LM has them, are what ``moe_permute_masked(..., max_m=capacity)`` makes of the
-    ids: every expert then has so many.
+    ids: every expert then has `capacity` rows.
 
     Examples
     --------
@@ -112,8 +112,8 @@ def expert_choice(
 
     Notes
     -----
-    The lower token wins a tie, so the same tokens are chosen at every run. The weights have a gradient. A token sees
-    others of its batch, later ones too: such a router is not causal.
+    The lower token wins a tie, so the same tokens are chosen at every run. The weights have a gradient. The choice of a
+    token depends on other tokens of its batch, also on later ones, so the router is not causal.
 
     Examples
     --------

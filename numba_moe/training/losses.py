@@ -64,7 +64,7 @@ def load_balancing_loss(
         ``E / (K * T**2) * sum_e c_e * sum_t q_te``, which is 1 where all is even, as Megatron-LM and TransformerEngine
         have it; or K times that, as transformers has it.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt"}
-        How logits become scores, of which q is their part in the sum of a token.
+        How logits become scores; q is a score divided by the sum of the token's scores.
     coefficient : float
         Multiplies the loss.
     num_sequences : int
@@ -73,7 +73,7 @@ def load_balancing_loss(
         The sequence of each token, for sequences that are packed, or where the batch is the inner dimension; a token
         whose id is outside ``[0, num_sequences)`` is padding.
     num_token_non_padded : tensor of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : tensor of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     attention_mask : tensor, num_tokens elements, optional
@@ -92,9 +92,9 @@ def load_balancing_loss(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, unknown names, as many layers of ids as of logits expected.
+        Wrong shape or layout, mixed devices, unknown names, or different numbers of layers of ids and of logits.
 
     Notes
     -----
@@ -146,7 +146,7 @@ def z_loss(
     coefficient : float
         Multiplies the loss.
     num_token_non_padded : tensor of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : tensor of bool, shape [num_tokens], optional
         Which tokens are padding, and take no part.
     attention_mask : tensor, num_tokens elements, optional
@@ -159,9 +159,9 @@ def z_loss(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices.
+        A wrong shape or layout, or mixed devices.
 
     Notes
     -----

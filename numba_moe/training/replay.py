@@ -24,7 +24,7 @@ WIRE_DTYPES = ("uint8", "uint16", "int16", "int32", "int64")
 
 
 def smallest_dtype(num_experts: int) -> torch.dtype:
-    """Return the smallest dtype that holds the ids of so many experts, and one for none: -1, or 255.
+    """Return the smallest dtype that holds the ids of all experts, and one more number for none: -1, or 255.
 
     >>> smallest_dtype(255), smallest_dtype(256), smallest_dtype(2**15 + 1)
     (torch.uint8, torch.int16, torch.int32)
@@ -64,7 +64,7 @@ class RoutingReplay:
     Raises
     ------
     TypeError
-        Not an integer.
+        A value that is not an integer.
     ValueError
         A size below 1.
 
@@ -241,7 +241,7 @@ class RoutingReplay:
         return np.concatenate([found, missing])
 
     def fill(self, requests: Sequence[Hashable | None], num_tokens: Sequence[int]) -> None:
-        """Lay out requests for a pass to replay, one behind another, each of so many tokens; None is padding."""
+        """Lay out requests for a pass to replay, one after another, each with its `num_tokens`; None is padding."""
         num_layers, most, top_k = self.ids.shape
         checks.holds("num_tokens", f"{most} at most together", sum(num_tokens) <= most, sum(num_tokens))
         self.clear()

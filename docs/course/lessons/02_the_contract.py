@@ -21,7 +21,7 @@ print(reference.count_tokens_per_expert(ids, num_experts=3))
 # padding, and for experts that live on another GPU.
 #
 # Alignment groups slots by expert and pads each group to whole blocks, as a grouped GEMM wants them. There are six
-# slots, so 6 is no slot, and stands for padding:
+# slots, so 6 is no slot and means padding:
 
 # %%
 blocks = reference.moe_align_block_size(ids, block_size=2, num_experts=3)

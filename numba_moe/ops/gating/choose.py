@@ -1,4 +1,4 @@
-"""The experts of each token, and how much each weighs: top-k by four kinds of scores, in groups or not."""
+"""Choose the experts of each token and compute their weights: top-k by four kinds of scores, with or without groups."""
 
 from typing import Any
 
@@ -49,13 +49,13 @@ def topk_softmax(
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     top_k : int
-        Experts per token, at most num_experts.
+        Number of experts per token, at most num_experts.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice alone; the weights stay the scores.
+        Added to the scores when experts are chosen. The weights do not contain it.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -66,16 +66,16 @@ def topk_softmax(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, top_k above num_experts.
+        A wrong shape or layout, mixed devices, or `top_k` above num_experts.
 
     Notes
     -----
-    The lower id wins a tie. Without a bias experts are compared by their logits, which no rounding of scores can
-    make equal. A row with NaN or +inf has scores 0 throughout. Runs on the caller's current stream without
-    synchronising, captures into CUDA graphs, allocates the results only. The weights have a gradient by logits that
-    require one, of first order; the bias has none.
+    The lower id wins a tie. Without a bias experts are compared by their logits, so rounding of scores causes no ties.
+    In a row with NaN or +inf all scores are 0. The op runs on the caller's current stream without synchronising, and
+    CUDA graphs can capture it. It allocates the results only. The weights have a first-order gradient by logits that
+    require one. The bias has no gradient.
 
     Examples
     --------
@@ -102,13 +102,13 @@ def topk_sigmoid(
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     top_k : int
-        Experts per token, at most num_experts.
+        Number of experts per token, at most num_experts.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice alone; the weights stay the scores.
+        Added to the scores when experts are chosen. The weights do not contain it.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -119,15 +119,15 @@ def topk_sigmoid(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, top_k above num_experts.
+        A wrong shape or layout, mixed devices, or `top_k` above num_experts.
 
     Notes
     -----
-    The lower id wins a tie. A NaN logit scores 0 and, without a bias, ranks last. Runs on the caller's current
-    stream without synchronising, captures into CUDA graphs, allocates the results only. The weights have a gradient
-    by logits that require one, of first order; the bias has none.
+    The lower id wins a tie. A NaN logit scores 0 and, without a bias, ranks last. The op runs on the caller's current
+    stream without synchronising, and CUDA graphs can capture it. It allocates the results only. The weights have a
+    first-order gradient by logits that require one. The bias has no gradient.
 
     Examples
     --------
@@ -154,13 +154,13 @@ def topk_softplus_sqrt(
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     top_k : int
-        Experts per token, at most num_experts.
+        Number of experts per token, at most num_experts.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice alone; the weights stay the scores.
+        Added to the scores when experts are chosen. The weights do not contain it.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -171,15 +171,15 @@ def topk_softplus_sqrt(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, top_k above num_experts.
+        A wrong shape or layout, mixed devices, or `top_k` above num_experts.
 
     Notes
     -----
-    The lower id wins a tie. A logit of NaN or +inf scores 0 and, without a bias, ranks last. Runs on the caller's
-    current stream without synchronising, captures into CUDA graphs, allocates the results only. The weights have a
-    gradient by logits that require one, of first order; the bias has none.
+    The lower id wins a tie. A logit of NaN or +inf scores 0 and, without a bias, ranks last. The op runs on the
+    caller's current stream without synchronising, and CUDA graphs can capture it. It allocates the results only. The
+    weights have a first-order gradient by logits that require one. The bias has no gradient.
 
     Examples
     --------
@@ -204,15 +204,15 @@ def topk_raw(
     Parameters
     ----------
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The scores, however the router made them; rows may be strided.
+        The scores; rows may be strided.
     top_k : int
-        Experts per token, at most num_experts.
+        Number of experts per token, at most num_experts.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice alone; the weights stay the scores.
+        Added to the scores when experts are chosen. The weights do not contain it.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -223,15 +223,15 @@ def topk_raw(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, top_k above num_experts.
+        A wrong shape or layout, mixed devices, or `top_k` above num_experts.
 
     Notes
     -----
-    The lower id wins a tie. A logit of NaN or infinity ranks last and weighs 0. Runs on the caller's current stream
-    without synchronising, captures into CUDA graphs, allocates the results only. The weights have a gradient by
-    logits that require one, of first order; the bias has none.
+    The lower id wins a tie. A logit of NaN or infinity ranks last and has weight 0. The op runs on the caller's current
+    stream without synchronising, and CUDA graphs can capture it. It allocates the results only. The weights have a
+    first-order gradient by logits that require one. The bias has no gradient.
 
     Examples
     --------
@@ -263,25 +263,25 @@ def grouped_topk(
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     top_k : int
-        Experts per token, at most those of `topk_group` groups.
+        Number of experts per token, at most the experts in `topk_group` groups.
     num_expert_group : int
-        Number of groups; consecutive experts form a group, all of one size.
+        Number of groups. Consecutive experts form a group, and all groups have the same size.
     topk_group : int
-        Groups per token.
+        Number of groups that each token chooses.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is 0).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
         How logits become scores.
     correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice of groups and experts alone; the weights stay the scores.
+        Added to the scores when groups and experts are chosen. The weights do not contain it.
     group_score : {"max", "top2_sum", "topk_sum"}, optional
-        "max": the best rank of the group; "top2_sum": the sum of its two best ``score + bias``; "topk_sum": of its
-        ``top_k // topk_group`` best, as Megatron does ("max" if that is one). By default "top2_sum" with a bias and
-        "max" without one, as vLLM and SGLang do.
+        The score of a group. "max" is its best rank. "top2_sum" is the sum of its two best ``score + bias``. "topk_sum"
+        sums its ``top_k // topk_group`` best, as in Megatron, and is "max" if that is 1. By default "top2_sum" with a
+        bias and "max" without one, as in vLLM and SGLang.
     routed_scaling_factor : float
-        Multiplies the weights, after renormalising.
+        Factor of the weights, applied after renormalising.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -292,17 +292,17 @@ def grouped_topk(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
-        than there are, unknown `scoring_func` or `group_score`.
+        A wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts than exist, or
+        an unknown `scoring_func` or `group_score`.
 
     Notes
     -----
-    The lower group and the lower expert win a tie. Runs on the caller's current stream without synchronising,
-    captures into CUDA graphs, allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum" of
-    more than two, also one float32 per token and group). The weights have a gradient by logits that require one, of
-    first order; the bias has none.
+    The lower group and the lower expert win a tie. The op runs on the caller's current stream without synchronising,
+    and CUDA graphs can capture it. It allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum"
+    of more than two, also one float32 per token and group). The weights have a first-order gradient by logits that
+    require one. The bias has no gradient.
 
     Examples
     --------

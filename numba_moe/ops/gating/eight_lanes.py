@@ -57,7 +57,7 @@ from numba_moe.ops.gating.token import count_slots, finish_token, scale_of, soft
 
 LANES = 8
 MOST_PICKS = 8
-# So many counters at most a block has of its own, to add its tokens at once to those that all blocks share.
+# A block has up to this many counters in shared memory, which it adds to the shared counters of all blocks at once.
 MOST_COUNTS_IN_BLOCK = 2048
 
 

@@ -1,4 +1,4 @@
-"""What gating can do besides choosing and weighing: counts, other logits, other ids, padding.
+"""The options of gating besides choosing and weighing: counts, adjusted logits, mapped ids, padding.
 
 The kernels of gating have calls that count where they are compiled for that role, and the others where they are
 compiled for every one; what a call has no use for is an absent array or a 0.
@@ -49,11 +49,11 @@ class Padding(NamedTuple):
 
 
 class ZeroExperts(NamedTuple):
-    """The experts from `num_real` on, which give a token back as it is."""
+    """The experts from `num_real` on, which return a token unchanged."""
 
     num_real: Int32
     zero_expert_id: Int32  # written in their place
-    identity_weights: OptionalFloat32Array  # [num_tokens], written: what those of a token weigh
+    identity_weights: OptionalFloat32Array  # [num_tokens], written: the sum of the weights of a token's zero experts
 
 
 class SharedExperts(NamedTuple):
@@ -64,7 +64,7 @@ class SharedExperts(NamedTuple):
 
 
 class Counting(NamedTuple):
-    """Counters of experts, of which token t takes row t % count_rows."""
+    """Counters of experts; token t adds to row t % count_rows."""
 
     counts: OptionalSizedArray  # [count_rows, num_counts], added to
     counts_enabled: OptionalInt32Array  # [1]
@@ -117,7 +117,7 @@ def adjusted(logit, expert, adjusting):
 
 @cuda.jit(device=True)
 def adjust(logits, columns, first, count, adjusting):
-    """Adjust the logits of experts first, first + 1, ..., of which `count` are there."""
+    """Adjust the logits of experts first, first + 1, ..., `count` in all."""
     if adjusting.softcap > float32(0.0) or present(adjusting.logit_bias):
         for column in range(columns):
             if column < count:

@@ -1,11 +1,11 @@
-"""Top-k of few experts, or of few picks: as many lanes as pay serve a token, from one to a warp.
+"""Top-k of few experts, or of few picks: 1 to 32 lanes serve a token.
 
-Lanes hold a token's row in their registers, eight neighbouring experts of every eight times as many as there are
-lanes, so that together they read 16 bytes each of memory that lies together. A pick is the best of each lane's own and
-then of what neighbours exchange; its lane strikes it out, and lane i of a token keeps pick i. That costs as much for a
-pick as all columns of a lane, and little beside: for many picks of many experts the other kernels take less.
+Lanes hold a token's row in their registers. Lane i takes the i-th eight experts of each stretch of 8 * lanes experts,
+so that the lanes read neighbouring 16 bytes. For a pick, each lane finds its own best expert, and neighbours exchange
+these. The lane of the best expert strikes it out, and lane i of a token keeps pick i. A pick costs a pass over all
+columns of a lane, so the other kernels are faster for many picks of many experts.
 
-Where each lane has one expert at most, nothing is struck out: an expert's slot is how many others come before it.
+If each lane has at most one expert, nothing is struck out: the slot of an expert is the number of experts before it.
 
 Experts rank by their logits, or by score + bias where there is a correction bias: by value, so that no two are
 confused, and by the lower id where they are equal.
@@ -43,7 +43,7 @@ from numba_moe.ops.gating.token import (
 )
 from numba_moe.ops.gating.warp_per_token import load_row
 
-# So many lanes at least find an expert's slot by counting.
+# The least number of lanes that find an expert's slot by counting.
 LEAST_TO_COUNT = 8
 # Large blocks pay where few of them serve all tokens: a small grid lets the next kernel start (see runtime.compile).
 MOST_WARPS_IN_BLOCK = 16
@@ -60,7 +60,7 @@ class LaneChoice(NamedTuple):
 
 @cuda.jit(device=True)
 def load_columns(source, first, count, lanes, columns, logits):
-    """Read the logits of a lane's columns, adjusted, of which the first is `count` experts before the row's end."""
+    """Read the adjusted logits of a lane's columns; the first column is `count` experts before the row's end."""
     if columns < 8:
         load_row(source.gating_output, source.row + first, count, columns == 4 and source.vector, columns, logits)
         if source.extended:

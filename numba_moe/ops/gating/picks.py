@@ -8,7 +8,7 @@ from numba_moe.ops.gating.scores import load_first, score_all
 
 @cuda.jit(device=True)
 def rank_eight(logits, expert, count, vector, scores, ranks):
-    """Write the ranks of eight experts, of which `count` are there, as integers of the same order.
+    """Write the ranks of eight experts, the first `count` of which exist, as integers of the same order.
 
     With a bias their scores take the place of the logits.
     """

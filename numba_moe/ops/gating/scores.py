@@ -147,7 +147,7 @@ def score_all(logits, count, scoring_func, peak, total, scores):
 def not_all_finite(logits, count):
     """Whether any logit is infinite or NaN: its product with 0 is NaN then, and so is the sum of these."""
     even = float32(0.0)
-    odd = float32(0.0)  # two sums, neither of which waits for the other
+    odd = float32(0.0)  # two sums, so that neither waits for the other
     for i in range(count):
         if i % 2 == 0:
             even = fma(logits[i], float32(0.0), even)
@@ -167,7 +167,7 @@ def has_no_softmax(logits, count):
 
 @cuda.jit(device=True)
 def lower_unscored(logits, count, scoring_func):
-    """Let NaN be -inf, by which it ranks, and so +inf where no score stands for it."""
+    """Replace NaN by -inf, by which it ranks, and also +inf if the scores have no value for it."""
     for i in range(count):
         if not logits[i] < float32(INFINITY) and (scoring_func > SIGMOID or logits[i] != float32(INFINITY)):
             logits[i] = float32(NEGATIVE_INFINITY)

@@ -1,4 +1,4 @@
-"""Gating with everything around it in its one launch: other logits, other ids, padding, counts; and given experts."""
+"""Gating with all options in one launch: capped logits, mapped ids, padding, counts; and weights of given experts."""
 
 import math
 from collections.abc import Callable
@@ -249,88 +249,90 @@ def select_experts(
     indices_dtype: Any = "int32",
     out: TopK | None = None,
 ) -> TopK:
-    """Choose the experts of each token, with every option of every kind of gating by its name.
+    """Choose the experts of each token; one function has the options of all kinds of gating.
 
     Parameters
     ----------
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     top_k : int
-        Experts per token, at most those of `topk_group` groups.
+        Number of experts per token, at most the experts in `topk_group` groups.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
         How logits become scores.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores for the choice of groups and experts alone; the weights stay the scores.
+        Added to the scores when groups and experts are chosen. The weights do not contain it.
     num_expert_group : int
-        Number of groups, of which `topk_group` are chosen first; consecutive experts form a group, all of one size.
+        Number of groups. Consecutive experts form a group, and all groups have the same size. The best `topk_group`
+        groups of a token are chosen first.
     topk_group : int
-        Groups per token.
+        Number of groups that each token chooses.
     group_score : {"max", "top2_sum", "topk_sum"}, optional
-        As in `grouped_topk`; without a meaning where there is one group.
+        How a group is scored, as in `grouped_topk`. It has no effect with one group.
     routed_scaling_factor : float
-        Multiplies the weights, after renormalising.
+        Factor of the weights, applied after renormalising.
     softcap : float
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
+        Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     bias_mode : {"choice", "logits"}
-        "choice": the correction bias moves the choice alone. "logits": it is added to the logits, after the cap, and so
-        is in the weights, as SGLang has it for softmax.
+        "choice": the correction bias changes which experts are chosen, not their weights. "logits": it is added to the
+        logits after the cap, so it changes the weights too, as in SGLang's softmax gating.
     num_fused_shared_experts : int
-        So many slots more for each token, behind the others, of experts num_real, num_real + 1, ..., where num_real is
-        num_experts less the zero experts. They weigh the sum of the token's scores, or 1 if renormalised.
+        Number of shared-expert slots appended to each token. Their ids are num_real, num_real + 1, ..., where num_real
+        is ``num_experts - num_zero_experts``. Each has the sum of the token's chosen scores as its weight, or 1 with
+        `renormalize`.
     apply_routed_scaling_factor_on_output : bool
-        Multiply the weights by the factor. Otherwise the caller multiplies what the layer computes by it, so shared
-        experts weigh their part divided by it.
+        Multiply the weights by `routed_scaling_factor`. Otherwise the caller scales the layer's output by it, and the
+        weights of shared experts are divided by it here.
     num_zero_experts : int
-        So many of the last experts give a token back as it is: their slots get `zero_expert_id` and weight 0.
+        Number of zero experts, the last ones. A zero expert returns a token unchanged. Its slots get the id
+        `zero_expert_id` and weight 0.
     zero_expert_id : int
-        What stands for them: -1, or an expert that is computed in vain, as vLLM has it with 0.
+        Id written for a zero expert: -1, or the id of a real expert, whose output then has weight 0 (vLLM writes 0).
     identity_weights : array of float32, shape [num_tokens], optional
-        Written: what the zero experts of each token weigh.
+        Written: the sum of the weights of each token's zero experts.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding, with ids -1 and weights 0.
+        Number of real tokens, on the device. The tokens after them are padding and get ids of -1 and weights of 0.
     is_padding : array of bool, shape [num_tokens], optional
-        Which tokens are padding.
+        True for each token that is padding.
     dispatch : DispatchTables, optional
-        Returned are physical ids: what `placement.dispatch_ids` makes of the ids with these arguments;
-        `ExpertDispatch.tables` has them for a layer. Zero experts have no place.
+        Return physical ids: the ids are mapped as `placement.dispatch_ids` maps them with these tables.
+        `ExpertDispatch.tables` makes them for a layer. Zero experts are not mapped.
     counts : array of int32 or int64, shape [any] or [rows, any], optional
-        Written: 1 is added for each slot at the id that is returned, if there is such a counter. Padding and zero
-        experts are not counted. Token t adds to row t % rows, of which there is a power of two: with 32 of them
-        counters are less busy, and many tokens are counted sooner.
+        Written: 1 is added to the counter of each slot's returned id, if that id has a counter. Padding and zero
+        experts are not counted. Token t adds to row ``t % rows``, and `rows` must be a power of two. With 32 rows fewer
+        threads add to the same counter at once, which is faster for many tokens.
     counts_enabled : array of int32, shape [1], optional
-        0 on the device: nothing is counted.
+        A switch on the device: nothing is counted while it holds 0.
     indices_dtype : {"int32", "int64", "int16"}
-        Of `topk_ids`; a dtype of that name will do. A physical id of `dispatch` that it cannot hold is an error on the
-        CPU, and -1, for no place, on the GPU, where nobody reads the map beforehand.
+        Dtype of `topk_ids`: its name, or a dtype object of that name. A physical id of `dispatch` that it cannot hold
+        is an error on the CPU, and -1, for no place, on the GPU, where nobody reads the map beforehand.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
     TopK
         topk_weights : float32 [num_tokens, top_k + num_fused_shared_experts], best first, then shared experts.
-        topk_ids : of the same shape, distinct in each row but for what stands for no expert.
+        topk_ids : of the same shape, distinct in each row except for ids that mean no expert.
 
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
-        Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts asked for
-        than there are, unknown names, ids that `indices_dtype` cannot hold, numbers past float32, `identity_weights`
-        where a gradient is wanted, arrays to be written that share memory with each other or
-        another argument.
+        Wrong shape or layout, mixed devices, experts not divisible by groups, more groups or experts than exist,
+        unknown names, ids that `indices_dtype` cannot hold, numbers past float32, `identity_weights` where a gradient
+        is wanted, arrays to be written that share memory with each other or another argument.
 
     Notes
     -----
-    The lower group and the lower expert win a tie. Capped logits, and those with a bias, are compared as float32. One
-    launch on the caller's current stream, without synchronising, that captures into CUDA graphs: padding, tables and
-    flags are read on the device. Allocates the results only (above 1024 experts or 32 groups, and for a "topk_sum" of
-    more than two, also one float32 per token and group). The weights have a gradient by logits that require one, of
-    first order, with every option, and by a bias that is added to logits; one that moves the choice has none.
-    A recorder's counts come along with ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
+    The lower group and the lower expert win a tie. Capped logits, and logits with a bias, are compared as float32. The
+    op is one launch on the caller's current stream without synchronising. CUDA graphs can capture it, and it reads
+    padding, tables and flags on the device. It allocates the results only (above 1024 experts or 32 groups, and for a
+    "topk_sum" of more than two, also one float32 per token and group). The weights have a gradient by logits that
+    require one, of first order, with every option, and by a bias that is added to logits; one that moves the choice has
+    none. To count for a recorder, pass ``counts=recorder.layer_counts(layer), counts_enabled=recorder.enabled``.
 
     Examples
     --------
@@ -461,51 +463,51 @@ def weigh_experts(
     indices_dtype: Any = "int32",
     out: TopK | None = None,
 ) -> TopK:
-    """Weigh experts that are chosen already: recorded ones, or those that a table has for a token's id.
+    """Weigh experts that were chosen before: recorded ones, or those that a table lists for each token id.
 
     Parameters
     ----------
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The router's logits; rows may be strided.
     topk_ids : array of int32, int64 or int16, shape [num_tokens, top_k]
-        The experts; ids outside ``[0, num_experts)`` become -1 and weigh 0.
+        The experts. Ids outside ``[0, num_experts)`` become -1 with weight 0.
     input_ids : array of int32 or int64, shape [num_tokens], optional
-        `topk_ids` is then a table [any, top_k] of which each token takes the row that is its id (hash routing). A token
-        whose row is not there has no experts.
+        The row of `topk_ids` that each token takes (hash routing). `topk_ids` is then a table [any, top_k]. A token
+        whose row is outside the table has no experts.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
         How logits become scores.
     renormalize : bool
-        Divide the weights of a token by their sum (by 1 if the sum is not positive).
+        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     routed_scaling_factor : float
-        Multiplies the weights, after renormalising.
+        Factor of the weights, applied after renormalising.
     softcap : float
-        Keeps finite logits x within it: ``softcap * tanh(x / softcap)``; 0 or infinity for none.
+        Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     logit_bias : array of float32, shape [num_experts], optional
         Added to the logits, after the cap.
     num_fused_shared_experts : int
         As in `select_experts`, and so are the parameters below.
     apply_routed_scaling_factor_on_output : bool
-        Whether weights are multiplied by the factor here.
+        Multiply the weights by `routed_scaling_factor`.
     num_zero_experts : int
-        So many of the last experts give a token back as it is.
+        Number of zero experts, the last ones. A zero expert returns a token unchanged.
     zero_expert_id : int
-        What stands for them.
+        Id written for a zero expert.
     identity_weights : array of float32, shape [num_tokens], optional
-        Written: what the zero experts of each token weigh.
+        Written: the sum of the weights of each token's zero experts.
     num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        On the device: tokens from there on are padding.
+        Number of real tokens, on the device. The tokens after them are padding.
     is_padding : array of bool, shape [num_tokens], optional
-        Which tokens are padding.
+        True for each token that is padding.
     dispatch : DispatchTables, optional
-        How ids become physical ids.
+        The tables that map ids to physical ids.
     counts : array of int32 or int64, shape [any] or [rows, any], optional
-        Written: 1 is added for each slot at the id that is returned, as by `select_experts`.
+        Written: 1 is added to the counter of each slot's returned id, as in `select_experts`.
     counts_enabled : array of int32, shape [1], optional
-        0 on the device: nothing is counted.
+        A switch on the device: nothing is counted while it holds 0.
     indices_dtype : {"int32", "int64", "int16"}
         Of the ids that are returned, as in `select_experts`.
     out : tuple of two arrays as in the result, optional
-        Written: takes the result.
+        Written: memory for the result.
 
     Returns
     -------
@@ -516,7 +518,7 @@ def weigh_experts(
     Raises
     ------
     TypeError
-        Wrong kind of array or dtype.
+        An array or a dtype of the wrong kind.
     ValueError
         Wrong shape or layout, mixed devices, unknown names, ids that `indices_dtype` cannot hold, numbers past float32,
         `identity_weights` where a gradient is wanted, arrays to be written that share memory with each other or another
@@ -524,8 +526,8 @@ def weigh_experts(
 
     Notes
     -----
-    One launch on the caller's current stream, without synchronising; captures into CUDA graphs; allocates the results
-    only.
+    The op is one launch on the caller's current stream without synchronising, and CUDA graphs can capture it. It
+    allocates the results only.
 
     Examples
     --------

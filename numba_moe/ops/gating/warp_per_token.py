@@ -119,7 +119,7 @@ def sum_exponentials(logits, columns):
 def in_chosen_group(rank, group, topk_group):
     """Whether the group of this lane is among the best; lanes of one group are neighbours with the same rank.
 
-    Lanes behind the last group have no experts, and so the lowest rank, below that of any group.
+    Lanes after the last group have no experts, and so the lowest rank, below that of any group.
     """
     chosen = False
     for _ in range(topk_group):

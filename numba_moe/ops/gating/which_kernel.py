@@ -1,4 +1,4 @@
-"""What a choice of experts needs beside its data: which kernel serves it, with what records."""
+"""Plan a choice of experts: which kernel serves a call, and with which records."""
 
 import contextlib
 import functools
@@ -20,18 +20,17 @@ from numba_moe.runtime.plans import Layout
 
 GROUP_SCORES = ("max", "top2_sum", "topk_sum")
 
-# From so many tokens on, and so many for each expert, eight lanes serve a token instead of 32. Measured on an H200 with
-# 64 to 1024 experts: eight lanes take longer for one token, and less for many; without groups half as many are many if
-# keys hold a whole rank, or if one row of counters is to be had for all, to which blocks then add what they counted.
+# Eight lanes instead of 32 serve a token from these numbers of tokens, and of tokens per expert, on (H200, 64 to 1024
+# experts). Without groups half of them is enough if keys hold a whole rank, or if all blocks share one row of counters.
 MANY_TOKENS = 2048
 MANY_TOKENS_PER_EXPERT = 32
-# From so many tokens on, blocks of eight warps take less time than blocks of four (1 to 7 %), and before more.
+# From this number of tokens on, blocks of eight warps take 1 to 7 % less time than blocks of four.
 TOKENS_FOR_EIGHT_WARPS = 256
 # What a row needs to rank and weigh its experts: their logits, all exponentials of a softmax, or all scores and biases.
-# Two neighbours are as unlike as experts or picks of which one has this power of two more.
+# One neighbour more counts like a difference of this power of two in experts or picks.
 LOGITS, SOFTMAX, BIASED = 0, 1, 2
 UNLIKE = 0.75
-# Fewer picks are so many times as unlike as more of them: lanes that serve them may be too few.
+# A line with fewer picks counts as this many times less alike: its lanes may be too few.
 FEWER_PICKS = 2.2
 
 
@@ -146,7 +145,7 @@ def lanes_for(num_tokens: int, num_experts: int, top_k: int, needs: int) -> tupl
 
 
 def columns_for(number: int, num_experts: int) -> int:
-    """Return how many experts each of so many lanes holds; with one they are counted, which takes some lanes."""
+    """Return the number of experts of each lane; with one expert, slots are counted, which needs some lanes."""
     choices = LANE_COLUMNS if number >= lanes.LEAST_TO_COUNT else LANE_COLUMNS[1:]
     return next(columns for columns in choices if columns * number >= num_experts)
 

@@ -1,8 +1,8 @@
 """The kernels that move rows, and how they are launched.
 
-A row is read where its token is, once, and written to each of its places; or read at each of its places and written
-once. A block serves a token, or a part of one where there are few, 16 bytes to a thread. Rows whose width, distance
-or address does not allow that are moved in smaller words and summed by elements.
+Permutation reads each token's row once and writes it to each of its places. Combination reads the row at each place and
+writes the sum once. A block serves a token, or a part of a token if tokens are few, and a thread moves 16 bytes at a
+time. Rows whose width, stride or address does not allow this are moved in smaller words and summed by elements.
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -48,33 +48,33 @@ from numba_moe.runtime.launch import Launch, block_threads
 from numba_moe.runtime.plans import Layout
 
 MOST_THREADS = 256
-# Threads of a block, and how many blocks are to fit on a multiprocessor. Told that, the compiler does not put off loads
-# to save registers: on an H200 one token's row is copied to eight places in 3.2 us instead of 3.4 (with the sort), its
-# eight rows are summed in 1.6 instead of 1.9.
+# (Threads of a block, blocks that must fit on a multiprocessor). With the latter the compiler does not delay loads to
+# save registers. H200, with and without: one token's row goes to eight places in 3.2 and 3.4 us (with the sort), and
+# its eight rows are summed in 1.6 and 1.9 us.
 GATHER_BOUNDS = (MOST_THREADS, 8)
 COMBINE_BOUNDS = (MOST_THREADS, 6)
 ADD_BOUNDS = (MOST_THREADS, 4)
-# Threads of a block where there are few words of 16 bytes of sums, for each of which there is a thread.
+# Threads of a block if sums have few 16-byte words; each word has its own thread.
 MOST_WORDS = 4 * BATCHES[-1]
 ADD_THREADS = 128
 WORDS_OF_FEW = 2**14
-# Blocks enough to use all of a GPU; with fewer tokens each is served by several.
+# This many blocks use all of a GPU. With fewer tokens several blocks serve a token.
 ENOUGH_BLOCKS = 1024
-# Parts of rows that a block has at least where there are more blocks than that: on an H200 eight rows of 14 KiB of each
-# of 512 tokens are summed in 17 us instead of 19 by four blocks to a token, not two, but two rows of 8 KiB are combined
-# in up to 8 % more by two, not one.
+# The least number of parts of rows for a block if more blocks share a token. H200, 512 tokens with eight rows of 14
+# KiB: 17 us with four blocks for a token, 19 us with two. Two rows of 8 KiB take up to 8 % more time with two blocks
+# than with one.
 ENOUGH_PARTS = 8
-# Blocks that the rows of few tokens are spread over at least, with fewer threads: before the bounds above, on an H200
-# one token's eight rows were summed in 1.9 us instead of 2.0.
+# The rows of few tokens are spread over at least this many blocks, with fewer threads: one token's eight rows take 5 %
+# less time on an H200.
 FEW_BLOCKS = 32
 WORDS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
-# Rows of a token that a thread has on their way at once, 16 bytes of each.
+# Number of rows of a token from which a thread loads 16 bytes at once.
 ROW_BATCH = 4
 ROW_BATCH_WORDS = 4 * ROW_BATCH
 
 
 class Tokens(NamedTuple):
-    """Rows of tokens, in words of whatever size allows it."""
+    """Rows of tokens, in the widest words that their layout allows."""
 
     hidden_states: Words  # [num_tokens, row_words], rows row_stride apart
     num_tokens: Int32
@@ -85,8 +85,8 @@ class Tokens(NamedTuple):
 class Index(NamedTuple):
     """Which slot has which row."""
 
-    permuted_idx: Int32Array  # [num_rows]; the slot of a row, num_slots where there is none
-    inv_permuted_idx: Int32Array  # [num_tokens, top_k]; the row of a slot, -1 for none
+    permuted_idx: Int32Array  # [num_rows]; the slot of a row, num_slots for a row without a slot
+    inv_permuted_idx: Int32Array  # [num_tokens, top_k]; the row of a slot, -1 for a slot without a row
     num_rows: Int32
     top_k: Int32
 
@@ -95,7 +95,7 @@ class RowNames(NamedTuple):
     """The expert of each row, if it is asked for."""
 
     block_experts: OptionalInt32Array  # [num_rows / alignment]
-    m_indices: OptionalInt32Array  # [num_rows]; written: the expert of a row, -1 where there is no slot
+    m_indices: OptionalInt32Array  # [num_rows]; written: the expert of a row, -1 for a row without a slot
     alignment: Int32
 
 
@@ -111,8 +111,8 @@ class Permuted(NamedTuple):
     """Rows in their places, and how the work is dealt."""
 
     permuted: Annotated[Any, LIKE, "hidden_states"]  # [num_rows, row_words]
-    zero_padding: Int32  # whether rows without a slot are zeros, and not what was in memory
-    parts: Int32  # blocks of threads that serve a token
+    zero_padding: Int32  # whether rows without a slot are written with zeros
+    parts: Int32  # thread blocks that serve a token
     share: Int32  # rows, at most 32, that each block looks at for those without a slot
 
 
@@ -199,7 +199,7 @@ class Source(NamedTuple):
     hidden: Int32
     row_stride: Int64
     token_stride: Int64  # 0 by index
-    lanes: Int32  # elements of a thread: 16 bytes of them, or one
+    lanes: Int32  # elements that a thread loads at a time: 16 bytes, or one element
 
 
 class Summands(NamedTuple):
@@ -215,8 +215,8 @@ class Combined(NamedTuple):
     """The sums, and how the work is dealt."""
 
     combined: FloatArray  # [num_tokens, hidden]
-    factor: Float32  # what sums are multiplied by
-    parts: Int32  # blocks of threads that serve a token
+    factor: Float32  # factor of the sums
+    parts: Int32  # thread blocks that serve a token
 
 
 @cuda.jit(launch_bounds=COMBINE_BOUNDS)
@@ -308,7 +308,7 @@ class Added(NamedTuple):
     """The sums, in the dtype of the rows, and 16 bytes of them to a thread."""
 
     combined: Annotated[Any, LIKE, "rows"]  # [num_tokens, hidden]
-    factor: Float32  # what sums are multiplied by
+    factor: Float32  # factor of the sums
     num_words: Int32  # words of 16 bytes of all sums
     reciprocal: Int64  # see `primitives.reciprocal_of`
     shift: Int32

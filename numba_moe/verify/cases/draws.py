@@ -80,7 +80,7 @@ def zeros(*shape: int, dtype: str = "int32") -> Draw:
 
 
 def lora_case(name: str, tokens: int, experts: int, top_k: int, block_size: int, max_loras: int) -> Case:
-    """Return the alignment of tokens of as many adapters, one of them disabled, and of none."""
+    """Return the alignment of tokens with `max_loras` adapters, one of them disabled, and of tokens without adapter."""
     arguments = given(
         topk_ids=ids(tokens, experts, top_k, "zipf"),
         token_lora_mapping=lambda rng: rng.integers(-1, max_loras, tokens),
@@ -131,7 +131,7 @@ def unpermute_case(name: str, tokens: int, top_k: int, hidden: int, dtype: str, 
 
 
 def activation_case(name: str, sizes: Any, width: int, dtype: str, spare: int = 0, **options: Any) -> Case:
-    """Return the activation of rows of so many for each expert, with a bias, and of some that are not in use."""
+    """Return the activation of rows, `sizes` for each expert, with a bias, and of some unused rows."""
     offset = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     columns = width if options.get("activation") == "none" else 2 * width
     rows = floats(int(offset[-1]) + spare, columns, dtype=dtype, scale=4.0)

@@ -9,7 +9,7 @@ from numba_moe import reference
 from numba_moe.runtime import checks, formats
 from numba_moe.verify.cases.draws import Case, floats, given
 
-TOP_K = 8  # of logits with as many experts
+TOP_K = 8  # of logits with this number of experts
 
 
 def input_cases(path: Path, num_experts: int | None, top_k: int | None, block_size: int) -> Iterator[Case]:

@@ -168,7 +168,7 @@ def trained_routing() -> Iterator[tuple[str, np.ndarray, int]]:
 
 
 def trained_cases(most_tokens: int) -> Iterator[Case]:
-    """Yield cases of the routing of a trained model, of so many tokens at most."""
+    """Yield cases of the routing of a trained model, of at most `most_tokens` tokens."""
     for label, routing, num_experts in trained_routing():
         chosen = routing[:most_tokens]
         for block_size in (16, 64):

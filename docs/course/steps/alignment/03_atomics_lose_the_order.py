@@ -1,8 +1,8 @@
 """Group the slots by expert, step 3: a thread serves a slot, and takes the next place of its expert.
 
 New: what atomics cannot do. An atomic gives every slot a place of its own, at once and by all threads, and which slot
-comes first is chance. Blocks hold the right slots in an order that changes from run to run, so sums of floats behind
-it change in their last bits. **This step fails the check, and is here for that.**
+comes first is chance. Blocks hold the right slots in an order that changes from run to run, so later sums of floats
+change in their last bits. **This step fails the check, and is here for that.**
 """
 
 from numba_moe import lab

@@ -1,7 +1,7 @@
 """Count the slots of each expert, step 7: what the library ships.
 
-New: all of the above at once, in `numba_moe/ops/count.py`: counters in shared memory, several slots to a thread, as
-many blocks as pay, and a launch that costs microseconds. It also checks its arguments, and takes a map of experts.
+New: all of the above at once, in `numba_moe/ops/count.py`: counters in shared memory, several slots to a thread, the
+best number of blocks, and a launch that costs microseconds. It also checks its arguments, and takes a map of experts.
 """
 
 from numba_moe import lab

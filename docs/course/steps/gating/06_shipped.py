@@ -1,8 +1,8 @@
 """Choose the experts of each token, step 6: what the library ships.
 
-New: a row is read once and stays in registers, as many lanes serve a token as a table of measurements says, the best
-key of a warp comes from one instruction (`redux`), and eight logits are loaded at a time. `numba_moe/ops/gating/` has
-it all.
+New: a row is read once and stays in registers, a table of measurements says how many lanes serve a token, the best key
+of a warp comes from one instruction (`redux`), and eight logits are loaded at a time. `numba_moe/ops/gating/` has it
+all.
 """
 
 from numba_moe import lab

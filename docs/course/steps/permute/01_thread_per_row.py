@@ -1,7 +1,7 @@
 """Copy each token's row once for each of its experts, step 1: a thread serves a row of the result.
 
 New: an indirection. `order.permuted_idx` says which slot stands in a row (the library's own sort made it); the slot's
-token is the slot over top_k. Rows behind the last one in use hold zeros.
+token is the slot over top_k. Rows after the last one in use hold zeros.
 """
 
 from numba_moe import lab

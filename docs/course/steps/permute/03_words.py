@@ -1,6 +1,6 @@
 """Copy each token's row once for each of its experts, step 3: 16 bytes to a thread.
 
-New: whoever copies need not know what. Seen as complex numbers of 16 bytes a row has a fourth of the elements, so
+New: a copy need not know what it copies. Seen as complex numbers of 16 bytes a row has a fourth of the elements, so
 there are a fourth of the loads and stores. Rows with gaps, or of other lengths, are copied by element.
 """
 

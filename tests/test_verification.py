@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import numba_moe
-from numba_moe import cli, placement, recorder, reference
+from numba_moe import cli, parallel, placement, recorder, reference, training
 from numba_moe.device import simulator
 from numba_moe.ops import dispatch
 from numba_moe.runtime import formats
@@ -280,9 +280,8 @@ def test_a_file_without_routing_is_refused(tmp_path):
 
 
 def test_reference_and_public_names_agree():
-    elsewhere = (
-        set(placement.__all__) | set(recorder.__all__) | {"DispatchLayout", "DispatchedTokens", "dispatch_layout"}
-    )
+    packages = (parallel, placement, recorder, training)
+    elsewhere = {name for package in packages for name in package.__all__} | {"DispatchLayout", "DispatchedTokens"}
     besides = {"BumpAllocator", "MoEBlock", "align_sizes", "set_log_level"}
     assert set(reference.__all__) - elsewhere | besides == set(numba_moe.__all__)
     assert set(cases.draws.DISPATCH) == set(dispatch.ALGORITHMS)

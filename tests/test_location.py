@@ -234,7 +234,7 @@ def test_records_that_make_no_counts(tmp_path):
         ExpertLocation.load(tmp_path / "dump.json", **SIZES)
     content = {"records": [{"global_physical_count": [[1, 2]]}], "last_physical_to_logical_map": [[0, 1, 1]]}
     (tmp_path / "dump.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"`global_physical_count` must be of shape that of `last_\w+` = \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"`global_physical_count` must be of shape `last_\w+`.shape = \(1, 3\)"):
         ExpertLocation.load(tmp_path / "dump.json", **SIZES)
     (tmp_path / "dump.safetensors").write_bytes(b"noise")
     with pytest.raises(

@@ -374,7 +374,7 @@ BAD = {
     "a list": (lambda: in_layer(started(), [[0]]), TypeError, "`topk_ids` must be a torch tensor"),
     "tokens outside of passes": (lambda: in_layer(started("per_token"), IDS), RuntimeError, "must be inside `with_forward_pass`"),
     "other top_k": (lambda: in_pass(started("per_token", top_k=3), IDS), ValueError, "`topk_ids` must be of top_k = 3 columns, got 2"),
-    "weights of another shape": (lambda: in_pass(started("per_token"), IDS, torch.ones(1)), ValueError, r"`topk_weights` must be of shape that of `topk_ids`"),
+    "weights of another shape": (lambda: in_pass(started("per_token"), IDS, torch.ones(1)), ValueError, r"`topk_weights` must be of shape `topk_ids`.shape"),
     "output mode": (lambda: make("stat").dump_record("text"), ValueError, "`output_mode` must be one of 'file', 'object', got 'text'"),
     "format": (lambda: make("stat").dump_record(format="xml"), ValueError, "`format` must be one of 'npz'"),
     "pass id": (lambda: in_pass(started(), IDS, number="1"), TypeError, "`forward_pass_id` must be an integer, got str"),

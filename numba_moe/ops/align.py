@@ -212,7 +212,7 @@ def _check_written(given: Any) -> None:
     like = ("topk_ids", given.topk_ids)
     if given.inv_sorted_idx is not None:
         checks.array("inv_sorted_idx", given.inv_sorted_idx, INT32, (1, 2), like=like)
-        checks.shape("inv_sorted_idx", given.inv_sorted_idx, tuple(given.topk_ids.shape), "that of `topk_ids`")
+        checks.shape("inv_sorted_idx", given.inv_sorted_idx, tuple(given.topk_ids.shape), "`topk_ids`.shape")
     if given.counts is not None:
         checks.array("counts", given.counts, INT32, (1,), like=like)
         checks.shape("counts", given.counts, (given.num_experts,), "(num_experts,)")

@@ -101,7 +101,7 @@ def move_correction_bias(
 def _(given: Any) -> Launch:
     checks.array("counts", given.counts, COUNTED, (1, 2))
     checks.array("correction_bias", given.correction_bias, (torch.float32,), (1, 2), like=("counts", given.counts))
-    checks.shape("correction_bias", given.correction_bias, tuple(given.counts.shape), "that of `counts`")
+    checks.shape("correction_bias", given.correction_bias, tuple(given.counts.shape), "`counts`.shape")
     checks.number("rate", given.rate)
     checks.choice("rule", given.rule, reference.BIAS_RULES)
     checks.boolean("center", given.center)

@@ -293,7 +293,7 @@ def _(given: Any) -> Launch:
         checks.fits_int32("counts", num_physical, "the number of counters")
     if given.out is not None:
         checks.array("out", given.out, (topk_ids.dtype,), (1, 2), like=here)
-        checks.shape("out", given.out, tuple(topk_ids.shape), "that of `topk_ids`")
+        checks.shape("out", given.out, tuple(topk_ids.shape), "`topk_ids`.shape")
     num_slots = topk_ids.shape.numel()
     threads = block_threads(min(MOST_THREADS, -(-num_slots // 32) * 32))
     blocks = min(-(-num_slots // threads) if num_slots else 0, MOST_BLOCKS)

@@ -192,7 +192,7 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     checks.routing(given.topk_ids, num_experts, given.expert_map, ndims=(2,), like=like)
     checks.array("topk_weights", given.topk_weights, checks.FLOATS, (2,), like=like)
     checks.shape("topk_ids", given.topk_ids, (num_tokens, given.topk_ids.shape[1]), "(num_tokens, top_k)")
-    checks.shape("topk_weights", given.topk_weights, tuple(given.topk_ids.shape), "that of `topk_ids`")
+    checks.shape("topk_weights", given.topk_weights, tuple(given.topk_ids.shape), "`topk_ids`.shape")
     kernel_rule = check_rule(given.activation, given.interleaved, given.limit, given.alpha)
     if serves(given) and (tiles := tiles_for(given, num_experts)) is not None:
         return plan_tiles(given, kernel_rule, num_experts, tiles)

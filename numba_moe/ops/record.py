@@ -230,7 +230,7 @@ def plan_store(
     checks.array("topk_ids", topk_ids, checks.IDS, (1, 2), like=("the recorder", staging))
     if topk_weights is not None:
         checks.array("topk_weights", topk_weights, checks.FLOATS, (1, 2), like=("topk_ids", topk_ids))
-        checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "that of `topk_ids`")
+        checks.shape("topk_weights", topk_weights, tuple(topk_ids.shape), "`topk_ids`.shape")
     blocks, threads = _grid(num_rows * top_k)
     weights = None if topk_weights is None else torch.float32
     routed = Routed(topk_ids, num_rows, top_k, first_row, num_experts)

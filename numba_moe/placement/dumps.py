@@ -71,7 +71,7 @@ def slots_of_record(record: dict[str, Any], last_map: Any) -> Slots:
     if counts is None:
         checks.holds("path", "a file with counts, or ids of tokens", ids is not None, "a record with neither")
         counts = count_slots(ids, *places.shape)
-    checks.host_shape("global_physical_count", counts, places.shape, f"that of `{source}`")
+    checks.host_shape("global_physical_count", counts, places.shape, f"`{source}`.shape")
     return Slots(places, counts, ids)
 
 

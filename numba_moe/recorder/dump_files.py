@@ -372,7 +372,7 @@ def _tokens_of(content: dict[str, Any], num_steps: int, num_layers: int, num_slo
     found["topk_ids"] = ids.astype(np.int32)
     if weights is not None:
         found["topk_weights"] = formats.array("topk_weights", weights, (3,), "float64", empty=True).astype(np.float32)
-        checks.host_shape("topk_weights", found["topk_weights"], ids.shape, "that of `topk_ids`")
+        checks.host_shape("topk_weights", found["topk_weights"], ids.shape, "`topk_ids`.shape")
     return found
 
 

@@ -259,7 +259,7 @@ def _(given: Any) -> Launch:
     if len(inv_permuted_idx.shape) == 1:
         checks.shape("inv_permuted_idx", inv_permuted_idx, (num_tokens * top_k,), "(num_tokens * top_k,)")
     else:
-        checks.shape("inv_permuted_idx", inv_permuted_idx, (num_tokens, top_k), "that of `topk_weights`")
+        checks.shape("inv_permuted_idx", inv_permuted_idx, (num_tokens, top_k), "`topk_weights`.shape")
     dtype = _check_combination(given, permuted)
     checks.fits_int32("permuted", permuted.shape[0], "the number of rows")
     slots = (num_tokens, top_k, topk_weights, inv_permuted_idx, True)

@@ -6,16 +6,19 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from numba_moe import __version__
 from numba_moe.device.switch import turn_on_without_gpu
 from numba_moe.runtime.text import counted
 
 WRONG = 2  # what was asked for cannot be done, as argparse says of options
 INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
 PIPE_CLOSED = 141
+OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, before)
 
 
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of a shell and return its exit status; a fault of our own shows its traceback, and is 70."""
+    try:
+        return main(arguments)
+    except Exception:
+        traceback.print_exc()
+        return OUR_FAULT
+
+
 def _run(given: list[str], interrupts: Sequence[int]) -> int:
     """Run a command: it reads and checks all that it is given, and then it works, unless an interrupt has come.
 
@@ -95,6 +107,7 @@ def _parser() -> Parser:
     from numba_moe.verify import verification
 
     parser = Parser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
+    parser.add_argument("--version", action="version", version=f"numba-moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     text = "compare the kernels with the reference"
     verify = commands.add_parser("verify", help=text, description=verification.__doc__)
@@ -236,4 +249,4 @@ def _info() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -2,7 +2,7 @@
 
 import sys
 
-from numba_moe.cli import main
+from numba_moe.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["verify", *sys.argv[1:]]))
+    sys.exit(run(["verify", *sys.argv[1:]]))

@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 
+import numba_moe
 from numba_moe import cli
 from numba_moe.placement import simulate_command
 from numba_moe.recorder import report
@@ -128,6 +129,115 @@ def test_options_that_do_not_parse_are_one_line(options, capsys):
     assert printed.out == ""
     assert printed.err.startswith("numba-moe")
     assert len(printed.err.splitlines()) == 1
+
+
+# Each is answered by one line and status 2, before any work. {0} is a folder with the files of `wrong`.
+WRONG = [
+    "verify --op nope",
+    "verify --input {0}/missing.npy",
+    "verify --input {0}/folder",
+    "verify --input {0}/empty.json",
+    "verify --input {0}/damaged.npz",
+    "verify --seed -1",
+    "verify --json {0}/folder",
+    "verify --json /nonexistent/x.json",
+    "verify --module {0}/missing.py:f --like topk_softmax",
+    "verify --module {0}/missing.py --like topk_softmax",
+    "verify --like topk_softmax",
+    "verify --input {0}/ids.npy --block-size 0",
+    "verify --input {0}/ids.npy --top-k 0",
+    "verify --input {0}/ids.npy --num-experts -3",
+    "bench --op nope",
+    "bench --json {0}/folder",
+    "bench --plot {0}/x.txt",
+    "bench --compare {0}/missing.json",
+    "bench --compare {0}/damaged.npz",
+    "bench --grid nope",
+    "bench --grid --shapes 0",
+    "bench --grid --seconds -1",
+    "bench --grid --seconds nan",
+    "bench --merge {0}/missing.json",
+    "bench --merge {0}/empty.json",
+    "bench --merge {0}/list.json",
+    "bench --merge {0}/object.json",
+    "rebalance {0}/missing.npz --gpus 2",
+    "rebalance {0}/folder --gpus 2",
+    "rebalance {0}/empty.json --gpus 2",
+    "rebalance {0}/list.json --gpus 2",
+    "rebalance {0}/damaged.npz --gpus 2",
+    "rebalance {0}/past_int64.npz --gpus 2",
+    "rebalance {0}/nan.npz --gpus 2",
+    "rebalance {0}/negative.csv --gpus 2",
+    "rebalance {0}/header.csv --gpus 2",
+    "rebalance {0}/large.csv --gpus 2",
+    "rebalance {0}/counts.npz --gpus 0",
+    "rebalance {0}/counts.npz --gpus 2 --json {0}/folder",
+    "rebalance {0}/counts.npz --gpus 2 --plot {0}/x.txt",
+    "report {0}/missing.npz",
+    "report {0}/folder",
+    "report {0}/negative.csv",
+    "report {0}/damaged.npz",
+    "report {0}/object.json",
+    "report {0}/past_int64.npz",
+    "report {0}/ids.npy",
+    "export {0}/ids.npy --arch sm_90",
+    "export /proc/x --arch sm_90",
+]
+
+
+@pytest.fixture
+def wrong(tmp_path):
+    """Return a folder with files that are not what a command expects."""
+    (tmp_path / "folder").mkdir()
+    np.save(tmp_path / "ids.npy", np.arange(16).reshape(8, 2) % 8)
+    np.savez(tmp_path / "counts.npz", logical_count=np.ones((3, 2, 8), np.int64))
+    np.savez(tmp_path / "past_int64.npz", logical_count=np.full((1, 1, 4), 2**62))
+    np.savez(tmp_path / "nan.npz", logical_count=np.full((1, 1, 4), np.nan))
+    texts = {
+        "empty.json": "",
+        "list.json": "[1,2",
+        "object.json": '{"a": 1}',
+        "damaged.npz": "PK\x03\x04",
+        "negative.csv": "layer_id,expert_id,count\n0,0,5\n0,1,-3\n",
+        "header.csv": "x,y\n1,2\n",
+        "large.csv": f"layer_id,expert_id,count\n0,0,{10**19}\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_what_is_wrong_is_one_line(command, wrong, capsys):
+    before = sorted(wrong.iterdir())
+    assert cli.main(command.format(wrong).split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"numba-moe {command.split()[0]}: ")
+    assert len(printed.err.splitlines()) == 1
+    assert "no CUDA device" not in printed.err
+    assert sorted(wrong.iterdir()) == before
+
+
+def test_counts_that_a_spreadsheet_wrote_as_floats_are_whole_numbers(tmp_path, capsys):
+    (tmp_path / "counts.csv").write_text("layer_id,expert_id,count\n0,0,5.0\n0,1,3.\n1,0,2\n1,1,7.00\n")
+    assert cli.main(["rebalance", str(tmp_path / "counts.csv"), "--gpus", "2"]) == 0
+    (tmp_path / "counts.csv").write_text("layer_id,expert_id,count\n0,0,5.5\n")
+    assert cli.main(["rebalance", str(tmp_path / "counts.csv"), "--gpus", "2"]) == 2
+    assert "'0,0,5.5' is not three whole numbers" in capsys.readouterr().err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"numba-moe {numba_moe.__version__}\n"
+
+
+def test_a_fault_of_our_own_is_70_with_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_run", lambda *_: 1 / 0)
+    assert cli.run(["info"]) == 70
+    assert capsys.readouterr().err.endswith("ZeroDivisionError: division by zero\n")
 
 
 @pytest.mark.parametrize("arch", ["sm_10", "sm_999", "sm_90,sm_62"])

@@ -508,7 +508,7 @@ CSV = {
     "negative": "0,0,-1\n",
     "a negative layer": "-1,0,1\n",
     "four numbers": "0,0,1,1\n",
-    "a point": "0,0,1.0\n",
+    "a fraction": "0,0,1.5",
     "underscores": "0,0,1_000\n",
     "another script": "0,0,\u0663\n",
     "bytes": b"0,0,\xff\n",

@@ -83,8 +83,6 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     chosen: Any = None
     if options.merge is None:
         chosen = select_cases(options) if options.grid is None else grid.select_shapes(options)
-        if not torch.cuda.is_available():
-            raise ValueError("no CUDA device here, and nothing to time without one")
     for name, suffixes in {"json": None, "plot": PICTURES}.items():
         if getattr(options, name) is not None:
             files.check_output(f"--{name}", getattr(options, name), suffixes)
@@ -95,6 +93,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
             return functools.partial(grid.report, options, *grid.merge(options.merge))
     with checks.under_names(path="--compare"):
         old = None if options.compare is None else ratios.read_report(options.compare)
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here, and nothing to time without one")
     try:
         peers = contenders.load_peers(options.peers, options.peer_lib, options.peer_tree)
     except (EOFError, lzma.LZMAError) as error:

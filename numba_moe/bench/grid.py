@@ -26,7 +26,7 @@ from numba_moe.bench import contenders, grid_shapes, grid_summary, measure, rati
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.grid_shapes import Buffer, Shape
 from numba_moe.bench.measure import Row
-from numba_moe.runtime import compile, launch
+from numba_moe.runtime import checks, compile, launch
 from numba_moe.verify import testing
 
 # Device time of a graph and its replays: of a shape that is one of many, with less care than of one that is listed.
@@ -60,6 +60,8 @@ def _part(text: str) -> tuple[int, int]:
 
 def select_shapes(options: argparse.Namespace) -> list[Shape]:
     """Return the shapes that the options ask for."""
+    checks.integer("--shapes", options.shapes, 1)
+    checks.holds("--seconds", "above 0", options.seconds > 0, options.seconds)
     ops = [op for op in grid_shapes.GRIDS if testing.matches(op, options.grid or None)]
     shapes = grid_shapes.draw_all(ops, options.shapes, options.seed, *options.part)
     if not shapes:

@@ -139,9 +139,9 @@ class _BadLineError(Exception):
 
 
 def _three_numbers(line: list[str]) -> list[int]:
-    if len(line) != 3 or not all(re.fullmatch(r"\s*-?[0-9]{1,20}\s*", part) for part in line):
+    if len(line) != 3 or not all(re.fullmatch(r"\s*-?[0-9]{1,20}(\.0*)?\s*", part) for part in line):
         raise _BadLineError(f"{','.join(line)!r} is not three whole numbers")
-    return [int(part) for part in line]
+    return [int(part.partition(".")[0]) for part in line]
 
 
 def _read_json(file: IO[bytes], _size: int) -> Any:

@@ -73,7 +73,7 @@ class TokenDispatcher:
         experts.
     transport : {"auto", "nvlink", "nccl", "gloo"}
         What carries the tokens. "nvlink": GPUs of one host read each other's memory. "nccl": GPUs of any hosts. "gloo":
-        tensors on the CPU. "auto" goes by the device, and takes "nvlink" where all ranks reach each other.
+        tensors on the CPU. "auto" is "nccl" for GPUs and "gloo" for the CPU.
     timeout : float
         Seconds that a rank waits for another.
     reduce : {"rank", "source"}
@@ -220,14 +220,14 @@ class TokenDispatcher:
         found = checks.device("device", device)
         if found.type == "cuda" and found.index is None:
             found = torch.device("cuda", torch.cuda.current_device())
-        if transport == "auto" and found.type == "cuda":
-            near = self.num_ranks > 1 and all_reach_each_other(self.group, found)
-            transport = "nvlink" if near else "nccl"
-        elif transport == "auto":
-            transport = "nvlink" if self._is_emulated else "gloo"
+        if transport == "auto":
+            transport = "nvlink" if self._is_emulated else "nccl" if found.type == "cuda" else "gloo"
         needed = "cpu" if transport == "gloo" else "cuda"
         right = found.type == needed or (self._is_emulated and transport == "nvlink")
         checks.holds("device", f"of type {needed!r}, for the transport {transport!r}", right, found)
+        if transport == "nvlink" and self.num_ranks > 1:
+            near = all_reach_each_other(self.group, found)
+            checks.holds("transport", "'nccl' or 'gloo' where GPUs do not reach each other's memory", near, "'nvlink'")
         if self.group is not None and not self._is_emulated:
             backends, backend = dist.get_backend_config(self.group), "gloo" if transport == "gloo" else "nccl"
             checks.holds("group", f"one with the backend {backend!r}", backend in backends, backends)

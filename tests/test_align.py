@@ -52,7 +52,8 @@ def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request)
         assert (allocator.buffer == 77).all(), "something beside the given memory was written"
 
 
-@pytest.mark.parametrize("num_experts", [60, *(pytest.param(n, marks=pytest.mark.slow) for n in (250, 500))])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_experts", [60, 250, 500])
 def test_counts_of_any_number_of_blocks(num_experts, device, monkeypatch, request):
     monkeypatch.setattr(counting_sort, "CLUSTERS", ())
     plans.forget()

@@ -182,6 +182,7 @@ def test_bytecode_without_sources_has_a_key_of_its_own(package_copy, run, folder
     assert run(package_copy, COMPILE_HERE) == ["1", "0"]
 
 
+@pytest.mark.slow
 def test_an_archive_is_not_cached(package_copy, run, folder):
     archive = package_copy.parent / "program.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -252,7 +253,7 @@ print(compile.statistics["compiled"], cache.folder(), *[cli.main([command]) for 
 """
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
+@pytest.mark.parametrize("value", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_without_a_home_there_is_no_cache_and_no_error(without_simulator, monkeypatch, tmp_path, value):
     monkeypatch.setenv("NUMBA_MOE_CACHE", value)
     monkeypatch.chdir(tmp_path)
@@ -486,6 +487,7 @@ print([cli.main(arguments.split()) for arguments in sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_warmup_and_info(folder, without_simulator):
     printed = without_simulator(COMMANDS, "warmup --arch sm_90", "warmup --arch sm_90,sm_100", "info", "warmup")
     lines = printed.splitlines()

@@ -81,6 +81,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, path,
     assert len(printed.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_output_that_fails_after_all_is_one_line(folder, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device")

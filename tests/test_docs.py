@@ -43,7 +43,10 @@ def peers():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("name", ["from-sglang.md", "parallel.md", "put-it-in.md", "training.md", "use.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["from-sglang.md", "parallel.md", "put-it-in.md", "training.md", pytest.param("use.md", marks=pytest.mark.slow)],
+)
 def test_examples_run(name, peers):
     pytest.importorskip("transformers")
     page = ROOT / "docs" / name

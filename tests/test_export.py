@@ -50,6 +50,7 @@ def exported(tmp_path_factory, without_simulator):
     return folder, manifest, json.loads(names)
 
 
+@pytest.mark.slow
 def test_the_folder_holds_what_the_manifest_lists(exported):
     folder, manifest, names = exported
     assert manifest["schema"] == 1
@@ -66,6 +67,7 @@ def test_the_folder_holds_what_the_manifest_lists(exported):
         assert hashlib.sha256((folder / kernel["file"]).read_bytes()).hexdigest() == kernel["sha256"]
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_cubin(exported):
     folder, manifest, names = exported
     for kernel in manifest["kernels"]:
@@ -86,6 +88,7 @@ def of_kernel(manifest, name):
     return [kernel for kernel in manifest["kernels"] if kernel["kernel"] == name]
 
 
+@pytest.mark.slow
 def test_constants_kinds_and_optional_arrays(exported):
     _, manifest, _ = exported
     for kernel in of_kernel(manifest, "count_slots"):
@@ -97,7 +100,7 @@ def test_constants_kinds_and_optional_arrays(exported):
         assert parameters["stride"]["record"] == "Counted"
         optional = {name for name, parameter in parameters.items() if parameter.get("optional")}
         assert optional == {"expert_map", "block_counts", "counts", "sorted_slots"}
-        assert kernel["doc"].startswith("Count the slots of each expert: ")
+        assert kernel["doc"].startswith("Count the slots of each expert; ")
     for kernel in of_kernel(manifest, "place_slots"):
         [chunk] = [parameter for parameter in kernel["parameters"] if parameter["name"] == "chunk"]
         assert (chunk["record"], chunk["doc"]) == (None, "experts that a block counts at a time")
@@ -110,6 +113,7 @@ def test_constants_kinds_and_optional_arrays(exported):
     assert of_logits == {"float16": 2, "bfloat16": 2}
 
 
+@pytest.mark.slow
 def test_resources(exported):
     _, manifest, _ = exported
     shared = {"count_slots": 4 * 1024, "scan_blocks": 0, "scan_experts": 8 * 32}  # int32 [1024], none, int64 [32]

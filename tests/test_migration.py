@@ -338,7 +338,8 @@ def run_processes(role, size, folder):
     return [process.returncode for process in processes], printed
 
 
-@pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.slow) if n > 2 else n for n in PAIRS])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", PAIRS)
 def test_random_pairs(size, tmp_path):
     assert run_processes("pairs", size, tmp_path)[0] == [0] * size
 

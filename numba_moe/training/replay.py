@@ -80,6 +80,7 @@ class RoutingReplay:
     >>> block = numba_moe.MoEBlock(8, 4, num_experts=4, top_k=2)
     >>> replay = RoutingReplay(1, 16, 2, 4)
     >>> replay.attach(block)
+    1
     >>> rows = torch.randn(5, 8)
     >>> with replay.recording():
     ...     sampled = block(rows)

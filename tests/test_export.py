@@ -103,7 +103,7 @@ def test_constants_kinds_and_optional_arrays(exported):
         assert kernel["doc"].startswith("Count the slots of each expert; ")
     for kernel in of_kernel(manifest, "place_slots"):
         [chunk] = [parameter for parameter in kernel["parameters"] if parameter["name"] == "chunk"]
-        assert (chunk["record"], chunk["doc"]) == (None, "experts that a block counts at a time")
+        assert (chunk["record"], chunk["doc"]) == (None, "number of experts that a block counts at a time")
     of_logits = {"float16": 0, "bfloat16": 0}
     for kernel in of_kernel(manifest, "choose_experts"):
         parameters = {parameter["name"]: parameter for parameter in kernel["parameters"]}

@@ -180,7 +180,7 @@ def _with_own_gate(
     ends = offset[1:].to(torch.int32)
     unused = torch.arange(topk_ids.numel(), dtype=torch.int64, device=offset.device).unsqueeze(1) >= offset[-1]
 
-    def by_expert(rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def by_expert(rows: torch.Tensor, weights: torch.Tensor, bias: Any) -> torch.Tensor:  # torch 2.9 traces no union
         rows = multiply(rows, weights, ends).masked_fill(unused, 0)
         return rows if bias is None else moe_activation(rows, offset, bias, activation="none")
 

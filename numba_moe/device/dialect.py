@@ -7,6 +7,7 @@ real things in their place, in the namespace of the kernel. In the simulator the
 
 import importlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from numba_moe.device import simulator
@@ -52,6 +53,16 @@ class _DeferredCuda(Deferred):
         if function is not None:
             return DeferredKernel(function, options)
         return lambda function: DeferredKernel(function, options)
+
+
+def either(twins: Any, intrinsics: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module of functions that have twins in Python for the simulator."""
+
+    def find(name: str) -> Any:
+        twin = getattr(twins, name)
+        return twin if simulator.ENABLED else Deferred(intrinsics, name)
+
+    return find
 
 
 def resolve(namespace: dict[str, Any]) -> None:

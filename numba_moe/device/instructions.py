@@ -2,10 +2,6 @@
 
 from typing import Any
 
-from numba_moe.device import simulator, twins
-from numba_moe.device.dialect import Deferred
+from numba_moe.device import dialect, twins
 
-
-def __getattr__(name: str) -> Any:
-    twin = getattr(twins, name)
-    return twin if simulator.ENABLED else Deferred("numba_moe.device.intrinsics", name)
+__getattr__: Any = dialect.either(twins, "numba_moe.device.intrinsics")

@@ -2,10 +2,6 @@
 
 from typing import Any
 
-from numba_moe.device import simulator, tensor_core_twins
-from numba_moe.device.dialect import Deferred
+from numba_moe.device import dialect, tensor_core_twins
 
-
-def __getattr__(name: str) -> Any:
-    twin = getattr(tensor_core_twins, name)
-    return twin if simulator.ENABLED else Deferred("numba_moe.device.tensor_core_intrinsics", name)
+__getattr__: Any = dialect.either(tensor_core_twins, "numba_moe.device.tensor_core_intrinsics")

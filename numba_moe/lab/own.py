@@ -157,7 +157,7 @@ class Own:
 
     def _found(self, library: str, arguments: Mapping[str, Any]) -> Any:
         """Return what it answers to the arrays of a library."""
-        given = {name: _each(lambda tensor: _in_library(tensor, library), value) for name, value in arguments.items()}
+        given = {name: arrays.each(lambda part: _in_library(part, library), value) for name, value in arguments.items()}
         with testing.poisoned_libraries():
             found = self._launched(arguments, given) if self.is_kernel else self.function(**given)
         if library == "numpy" and arguments[self.declaration.first].is_cuda:
@@ -241,14 +241,6 @@ def _new(spec: Any, device: torch.device) -> torch.Tensor:
     return testing.poison(torch.empty(spec.shape, dtype=spec.dtype, device=device))
 
 
-def _each(convert: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """Convert a tensor, and those in a tuple."""
-    if isinstance(value, tuple):
-        parts = [_each(convert, part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return convert(value) if isinstance(value, torch.Tensor) else value
-
-
 def _leaves(found: Any) -> list[Any]:
     """Return the arrays of a result, whatever tuples or lists they are in."""
     if isinstance(found, tuple | list):
@@ -256,10 +248,10 @@ def _leaves(found: Any) -> list[Any]:
     return [found]
 
 
-def _in_library(tensor: torch.Tensor, library: str) -> Any:
-    """Return a tensor's memory as an array of a library; NumPy's of a GPU is a copy."""
-    if library == "torch":
-        return tensor
+def _in_library(value: Any, library: str) -> Any:
+    """Return a tensor's memory as an array of a library; NumPy's of a GPU is a copy. Other values stay."""
+    if library == "torch" or not isinstance(value, torch.Tensor):
+        return value
     if library == "numba":
-        return as_device_array(tensor)
-    return arrays.in_library(tensor.detach().cpu() if library == "numpy" else tensor, library)
+        return as_device_array(value)
+    return arrays.in_library(value.detach().cpu() if library == "numpy" else value, library)

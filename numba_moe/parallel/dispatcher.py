@@ -202,6 +202,8 @@ class TokenDispatcher:
         self._end: Network | PeerMemory
         if self.transport == "nvlink":
             checks.holds("slots", "1 with the transport 'nvlink'", slots == 1, slots)
+            near = self.num_ranks == 1 or all_reach_each_other(self.group, self.device)
+            checks.holds("transport", "'nccl' where GPUs do not reach each other's memory", near, "'nvlink'")
             sizes = Sizes(self.max_tokens, self.top_k, self.hidden, self.dtype, self._scale_bytes)
             self._end = PeerMemory(group, self.rank, self.num_ranks, rank_of_slot, sizes, by_slot, float(timeout))
         else:
@@ -225,9 +227,6 @@ class TokenDispatcher:
         needed = "cpu" if transport == "gloo" else "cuda"
         right = found.type == needed or (self._is_emulated and transport == "nvlink")
         checks.holds("device", f"of type {needed!r}, for the transport {transport!r}", right, found)
-        if transport == "nvlink" and self.num_ranks > 1:
-            near = all_reach_each_other(self.group, found)
-            checks.holds("transport", "'nccl' or 'gloo' where GPUs do not reach each other's memory", near, "'nvlink'")
         if self.group is not None and not self._is_emulated:
             backends, backend = dist.get_backend_config(self.group), "gloo" if transport == "gloo" else "nccl"
             checks.holds("group", f"one with the backend {backend!r}", backend in backends, backends)

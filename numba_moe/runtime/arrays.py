@@ -143,12 +143,12 @@ def to_tensor(argument: str, array: Any) -> torch.Tensor:
         checks.unwrapped(argument, array, error)
 
 
-def _each(convert: Callable[[Any], Any], result: Any) -> Any:
+def each(convert: Callable[[Any], Any], result: Any) -> Any:
     """Convert a result, or each of the arrays in tuples of them; None stays."""
     if result is None:
         return None
     if isinstance(result, tuple):
-        parts = [_each(convert, part) for part in result]
+        parts = [each(convert, part) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
     return convert(result)
 
@@ -247,7 +247,7 @@ def _in_library(
     if not isinstance(tensor, torch.Tensor):
         return function(*positional, **named)
     with kind.calling(array, tensor), observe.range_of(name):
-        return _each(kind.unwrap, function(*positional, **named))
+        return each(kind.unwrap, function(*positional, **named))
 
 
 class Contiguous(NamedTuple):
@@ -285,4 +285,4 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
     result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})
-    return _each(torch.from_numpy, result)
+    return each(torch.from_numpy, result)

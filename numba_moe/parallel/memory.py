@@ -4,13 +4,13 @@
 on one, and in Numba's simulator.
 """
 
-import functools
 import logging
 import platform
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import greenlet
 import torch
 import torch.distributed as dist
 from cuda.bindings import driver
@@ -21,17 +21,46 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 
+class Abandoned(BaseException):
+    """Another rank of this process has failed, and this one ends with it."""
+
+
+class Turns:
+    """Which of the ranks of this process runs: one at a time, each in a thread of its own, in order of rank."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._changed = threading.Condition()
+        self._running = list(range(num_ranks))
+        self._holder, self._failed = 0, False
+
+    def wait(self, rank: int) -> None:
+        """Wait for a rank's turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._holder == rank)
+            if self._failed:
+                raise Abandoned
+
+    def end(self, rank: int, *, ended: bool = False, failed: bool = False) -> None:
+        """End a rank's turn: the next one goes on, unless this one failed, which ends all."""
+        with self._changed:
+            self._failed |= failed
+            after = [other for other in self._running if other > rank]
+            self._holder = (after or self._running)[0]
+            if ended:
+                self._running.remove(rank)
+            self._changed.notify_all()
+
+
 class EmulatedRank:
     """One of the ranks of this process, in the place of a process group."""
 
-    def __init__(self, rank: int, buffers: list[list[torch.Tensor]]) -> None:
-        self.rank, self.size, self.buffers = rank, len(buffers), buffers
+    def __init__(self, rank: int, buffers: list[list[torch.Tensor]], turns: Turns) -> None:
+        self.rank, self.size, self.buffers, self._turns = rank, len(buffers), buffers, turns
 
     def turn(self) -> None:
         """Let the other ranks go on until they wait for this one."""
-        enabled = torch.is_grad_enabled()  # which is of the thread, and not of a rank
-        greenlet.getcurrent().parent.switch()
-        torch.set_grad_enabled(enabled)
+        self._turns.end(self.rank)
+        self._turns.wait(self.rank)
 
 
 def emulate(num_ranks: int, program: Callable[[EmulatedRank], R]) -> list[R]:
@@ -55,22 +84,28 @@ def emulate(num_ranks: int, program: Callable[[EmulatedRank], R]) -> list[R]:
     [0, 1]
     """
     buffers: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
-    found: dict[int, R] = {}
-    enabled = torch.is_grad_enabled()
+    turns, enabled = Turns(num_ranks), torch.is_grad_enabled()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
-    def of(rank: int) -> None:
-        torch.set_grad_enabled(enabled)
-        found[rank] = program(EmulatedRank(rank, buffers))
+    def of(rank: int) -> R:
+        failed = True
+        # A backward pass stays in this thread: torch's own for a GPU would serve all ranks, and wait for one.
+        with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+            try:
+                turns.wait(rank)
+                with torch.set_grad_enabled(enabled):
+                    found = program(EmulatedRank(rank, buffers, turns))
+                failed = False
+                return found
+            finally:
+                turns.end(rank, ended=True, failed=failed)
 
-    ranks = [greenlet.greenlet(functools.partial(of, rank)) for rank in range(num_ranks)]
-    try:
-        while not all(one.dead for one in ranks):
-            for one in ranks:
-                if not one.dead:
-                    one.switch()
-    finally:
-        torch.set_grad_enabled(enabled)
-    return [found[rank] for rank in range(num_ranks)]
+    with ThreadPoolExecutor(num_ranks) as threads:
+        ranks = [threads.submit(of, rank) for rank in range(num_ranks)]
+    errors = [one.exception() for one in ranks]
+    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, Abandoned)):
+        raise error
+    return [one.result() for one in ranks]
 
 
 class SharedMemory:

@@ -27,7 +27,8 @@ def surface() -> dict[str, Any]:
     """Return what others build on, as JSON can hold it."""
     from numba_moe.interop import torch_ops  # noqa: F401 (which registers all)
     from numba_moe.recorder.dump_files import FORMATS
-    from numba_moe.runtime import export
+    from numba_moe.runtime import export, torch_library
+    from numba_moe.runtime.declaration import DECLARATIONS
 
     names = {}
     for package in map(importlib.import_module, PACKAGES):
@@ -35,7 +36,9 @@ def surface() -> dict[str, Any]:
             found = getattr(package, name)
             fields = getattr(found, "_fields", None)
             names[f"{package.__name__}.{name}"] = list(fields) if fields else parameters(found)
-    schemas = sorted(str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("numba_moe::"))
+    variants = [one for declared in DECLARATIONS.values() for one in torch_library.variants(declared).values()]
+    ours = {f"numba_moe::{variant.name}" for variant in variants}  # and no example's, which torch keeps for good
+    schemas = sorted(str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name in ours)
     return {
         "names": names,
         "schemas": schemas,

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -233,6 +234,7 @@ def test_opcheck():
 
 
 def of_rank(rank, ranks, store):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     group = torch.distributed.group.WORLD
     logits, ids = tensors(*drawn())

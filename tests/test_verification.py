@@ -2,6 +2,8 @@
 
 import collections
 import functools
+import importlib
+import inspect
 import json
 
 import numpy as np
@@ -56,6 +58,13 @@ def test_a_wrong_kernel_is_caught(fault):
         failed = next((outcome for outcome in outcomes if not outcome.passed), None)
     assert failed, fault
     assert not failed.message.startswith(("AttributeError", "NameError", "TypeError")), "the fault itself is wrong"
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_a_fault_is_of_the_text_that_the_kernel_has(fault):
+    module, function, old, new = faults.FAULTS[fault]
+    assert old != new
+    assert old in inspect.getsource(getattr(importlib.import_module(f"numba_moe.{module}"), function).py_func)
 
 
 def test_an_input_that_a_kernel_writes_is_caught(monkeypatch):

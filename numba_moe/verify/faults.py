@@ -143,7 +143,7 @@ FAULTS = {
         "rule, row, column",
         "rule, row * 0, column",
     ),
-    "no shift": ("ops.activation.activate_rows", "activate_rows", "(y + rule.shift)", "y"),
+    "no shift": ("ops.activation.activate_rows", "activation_of", "(up + rule.shift)", "up"),
     "unused rows left": ("ops.activation.activate_rows", "activate_rows", "store_run(", "if used: store_run("),
     "padding miscounted": (
         "ops.sort.count_and_place",
@@ -154,6 +154,7 @@ FAULTS = {
 }
 # Device functions, and the kernel that calls each.
 KERNEL_OF = {
+    "activation_of": "activate_rows",
     "choose_by_turns": "choose_by_lanes",
     "place_of": "choose_by_lanes",
     "choose_for_token": "choose_experts",

@@ -1,7 +1,7 @@
 """The step between the two matrices of an expert: bias, gate, activation."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -219,3 +219,45 @@ def sum_rows(rows: np.ndarray, expert_first_token_offset: np.ndarray) -> np.ndar
     for expert in range(num_experts):
         sums[expert] = rows[slice(*expert_first_token_offset[expert : expert + 2])].sum(axis=0, dtype=np.float64)
     return sums.astype(rows.dtype)
+
+
+def weighted_activation_backward(
+    gate_up: np.ndarray,
+    grad: np.ndarray,
+    topk_weights: np.ndarray,
+    inv_permuted_idx: np.ndarray,
+    expert_first_token_offset: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Differentiate activated rows that are multiplied by the weights of their slots.
+
+    Parameters
+    ----------
+    gate_up, expert_first_token_offset, bias, **options
+        As in `moe_activation`.
+    grad
+        float [num_rows, width], the gradient of a loss by the weighted rows.
+    topk_weights, inv_permuted_idx
+        float and int32 [num_tokens, top_k], the weight and the row of each slot; a row has at most one slot.
+
+    Returns
+    -------
+    tuple of np.ndarray
+        The gradient by `gate_up`, the weighted rows, and the gradient by the weights. Rows without a slot are zeros.
+
+    Examples
+    --------
+    >>> rows, weights, places = np.array([[0.0, 10.0]]), np.array([[0.5, 2.0]]), np.array([[-1, 0]])
+    >>> weighted_activation_backward(rows, np.array([[1.0]]), weights, places)
+    (array([[10.,  0.]]), array([[0.]]), array([[0., 0.]]))
+    """
+    activated = moe_activation(gate_up, expert_first_token_offset, bias, **options).astype(np.float64)
+    weight_of_row = np.zeros((len(gate_up), 1))
+    present = (inv_permuted_idx >= 0) & (inv_permuted_idx < len(gate_up))
+    weight_of_row[inv_permuted_idx[present], 0] = topk_weights[present]
+    of_weighted = np.where(weight_of_row == 0, 0.0, weight_of_row * grad)
+    by_rows = moe_activation_backward(gate_up, of_weighted, expert_first_token_offset, bias, **options)
+    by_weights = np.zeros(topk_weights.shape)
+    by_weights[present] = (activated * grad).sum(1)[inv_permuted_idx[present]]
+    return by_rows, (weight_of_row * activated).astype(gate_up.dtype), by_weights.astype(topk_weights.dtype)

@@ -355,6 +355,21 @@ def unpermute_backward(
     return grad_rows.astype(permuted.dtype), grad_weights.astype(topk_weights.dtype)
 
 
+def spread_rows(rows: np.ndarray, inv_permuted_idx: np.ndarray) -> np.ndarray:
+    """Copy the row of each token to the rows of its slots; rows without a slot are zeros.
+
+    >>> spread_rows(np.array([[10.0], [20.0]]), np.array([[2, 0], [-1, 1]]))
+    array([[10.],
+           [20.],
+           [10.],
+           [ 0.]])
+    """
+    spread = np.zeros((inv_permuted_idx.size, rows.shape[1]), rows.dtype)
+    for places in inv_permuted_idx.T:
+        spread[places[places >= 0]] = rows[places >= 0]
+    return spread
+
+
 def moe_sum(
     hidden_states: np.ndarray,
     topk_ids: np.ndarray | None = None,

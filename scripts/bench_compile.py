@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 import numba_moe
 from numba_moe.bench.contenders import is_registered, load_peers
-from numba_moe.ops.experts import product_by_expert
+from numba_moe.ops.grouped_products import product_by_expert
 from numba_moe.verify import testing
 
 CALLS = 50

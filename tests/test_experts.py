@@ -8,7 +8,7 @@ import torch
 
 import numba_moe as moe
 from numba_moe.device import simulator
-from numba_moe.ops import experts
+from numba_moe.ops import grouped_products
 from numba_moe.runtime import plans
 from numba_moe.verify import testing
 
@@ -172,8 +172,8 @@ def assert_places_past_the_matrices_add_nothing(bias, dtype=torch.float32):
 @pytest.mark.parametrize("grouped", [False, pytest.param(True, marks=pytest.mark.skipif(ON_GPU, reason="below"))])
 def test_places_past_the_matrices_add_nothing(grouped, bias, monkeypatch, request):
     if grouped:
-        monkeypatch.setattr(experts, "_grouped_mm", grouped_with_undefined_rows)
-        monkeypatch.setattr(experts, "has_grouped", lambda *_: True)
+        monkeypatch.setattr(grouped_products, "_grouped_mm", grouped_with_undefined_rows)
+        monkeypatch.setattr(grouped_products, "has_grouped", lambda *_: True)
         plans.forget()
         request.addfinalizer(plans.forget)
     assert_places_past_the_matrices_add_nothing(bias)
@@ -259,7 +259,7 @@ def test_grouped_gemms_by_torch_on_the_gpu(activation, transposed, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_graph_captures():
-    if torch.cuda.get_device_capability()[0] not in experts.GROUPED_ARCHITECTURES:
+    if torch.cuda.get_device_capability()[0] not in grouped_products.GROUPED_ARCHITECTURES:
         pytest.skip("torch's grouped GEMM reads the offsets here")
     arguments, ids = drawn(64, 16, 4, 256, 128, bias=False, dtype=torch.bfloat16)
     arguments = {name: tensor.detach() for name, tensor in arguments.items()}

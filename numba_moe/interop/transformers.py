@@ -23,7 +23,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from numba_moe.ops.activation.activate import moe_activation
-from numba_moe.ops.experts import fused_experts, multiply
+from numba_moe.ops.experts import fused_experts
+from numba_moe.ops.grouped_products import multiply_by_expert
 from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.reference.activation import RULES
 
@@ -181,7 +182,7 @@ def _with_own_gate(
     unused = torch.arange(topk_ids.numel(), dtype=torch.int64, device=offset.device).unsqueeze(1) >= offset[-1]
 
     def by_expert(rows: torch.Tensor, weights: torch.Tensor, bias: Any) -> torch.Tensor:  # torch 2.9 traces no union
-        rows = multiply(rows, weights, ends).masked_fill(unused, 0)
+        rows = multiply_by_expert(rows, weights, ends).masked_fill(unused, 0)
         return rows if bias is None else moe_activation(rows, offset, bias, activation="none")
 
     rows = by_expert(permuted.permuted_hidden_states, up, up_bias)

@@ -4,53 +4,33 @@ Where experts have few slots, tensor cores multiply at the speed of memory (`exp
 are torch's own: its grouped one, where a device has it without the host reading the offsets, or one for each expert.
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.ops.activation.activate import check_rule, moe_activation, plan_activation
+from numba_moe.ops.activation.activate import activation_backward, check_rule, moe_activation, plan_activation
 from numba_moe.ops.activation.activate_rows import KINDS
+from numba_moe.ops.activation.weighted import weighted_activation_backward
 from numba_moe.ops.experts_by_tile import TilePlan, plan_tiles, run_tiles, serves, tiles_for
+from numba_moe.ops.grouped_products import is_grouped, multiply_by_expert, outer_by_expert, product_by_expert
 from numba_moe.ops.permute.move_rows import Gather, gather, plan_combine, plan_gather
 from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
+from numba_moe.ops.permute.row_gradients import permute_backward, spread_rows, unpermute_backward
 from numba_moe.ops.sort import counting_sort
 from numba_moe.reference import experts as reference
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.arrays import Array, Contiguous, contiguous, is_traced
+from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.launch import Launch
 from numba_moe.runtime.op import op
-from numba_moe.runtime.plans import Layout, is_plain
-from numba_moe.runtime.torch_private import is_transformed
+from numba_moe.runtime.plans import Layout
 
-# torch.nn.functional has it from 2.10 on.
-_grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-GROUPED_ARCHITECTURES = (9, 10)
-# There the gradient of a matrix without rows is not zero (torch 2.10).
-WRONG_EMPTY_GRADIENTS = 10
-ALIGNMENT = 16
+RULE = ("activation", "interleaved", "limit", "alpha")
 
 
 def _is_matrix_by_matrix(weights: Layout) -> bool:
     """Whether an array of matrices is contiguous, or the transpose of one that is."""
     _, height, width = weights.shape
     return weights.strides is None or weights.strides == (height * width, 1, height)
-
-
-def has_grouped(dtype: torch.dtype, device: torch.device, differentiable: bool) -> bool:
-    """Whether the device has a grouped GEMM for which the host need not read where the rows of experts begin."""
-    if _grouped_mm is None or device.type != "cuda" or dtype != torch.bfloat16:
-        return False
-    major = torch.cuda.get_device_capability(device)[0]
-    return major in GROUPED_ARCHITECTURES and not (differentiable and major == WRONG_EMPTY_GRADIENTS)
-
-
-def is_grouped(hidden_states: Layout, gate_up_proj: Layout, down_proj: Layout, topk_ids: Layout) -> bool:
-    """Whether one grouped GEMM serves all experts, where no gradient is wanted."""
-    _, hidden, width = down_proj.shape
-    aligned = all(size * hidden_states.dtype.itemsize % ALIGNMENT == 0 for size in (hidden, width))
-    aligned = aligned and gate_up_proj.address == down_proj.address == 0 and 0 not in (*topk_ids.shape, hidden, width)
-    return aligned and has_grouped(hidden_states.dtype, hidden_states.device, False)
 
 
 @op(reference.fused_experts)
@@ -212,13 +192,14 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     between, last = (new(dtype, num_slots, columns) for columns in (2 * width, hidden))
     places = new(torch.int32, num_tokens, top_k)
     act = moe_activation.declaration.given_of
-    options = {name: getattr(given, name) for name in ("activation", "interleaved", "limit", "alpha")}
+    options = {name: getattr(given, name) for name in RULE}
     first = {"gate_up": between, "expert_first_token_offset": offset, "bias": given.gate_up_bias, **options}
     second = {"gate_up": last, "expert_first_token_offset": offset, "bias": given.down_bias, "activation": "none"}
     written = ("position_of_slot", "offset")
     return ExpertsPlan(
         num_experts,
-        is_grouped(given.hidden_states, given.gate_up_proj, given.down_proj, given.topk_ids),
+        is_grouped(False, new(dtype, num_slots, hidden), given.gate_up_proj)
+        and is_grouped(False, new(dtype, num_slots, width), given.down_proj),
         indices,
         counting_sort.plan_sort(
             *(given.topk_ids, num_experts, num_slots),
@@ -263,6 +244,146 @@ def _(plan: ExpertsPlan | TilePlan, given: Any, combined: torch.Tensor) -> None:
     plan.combine(rows=rows, topk_weights=given.topk_weights, places=inv_permuted_idx, combined=combined)
 
 
+class KeptExperts(NamedTuple):
+    """The result of the experts, and what its gradients need of the steps."""
+
+    combined: Any
+    gate_up: Any
+    expert_first_token_offset: Any
+    inv_permuted_idx: Any
+
+
+@op()
+def fused_experts_keeping(
+    hidden_states: Array,
+    gate_up_proj: Array,
+    down_proj: Array,
+    topk_weights: Array,
+    topk_ids: Array,
+    expert_map: Array | None,
+    gate_up_bias: Array | None,
+    down_bias: Array | None,
+    activation: str,
+    interleaved: bool | None,
+    limit: float | None,
+    alpha: float | None,
+) -> KeptExperts:
+    """Do what `fused_experts` does, for which a gradient is wanted, and keep the results of the first matrix.
+
+    Between the passes that is all of the size of the slots: the gradients gather the tokens again and compute the
+    activation again, and those of the weights need no results of the second matrix. With row r of slot s of token t,
+
+        grad_weight[s] = dot(grad[t], down[r]) = dot(activated[r], grad[t] @ down_proj) + dot(grad[t], bias)
+
+    as SonicMoE (arXiv 2512.14080) has it.
+
+    Parameters
+    ----------
+    hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids : array
+        As in `fused_experts`, as are the others.
+    expert_map, gate_up_bias, down_bias : array, optional
+        A place past the matrices is -1 here.
+    activation : str
+        The step between the matrices.
+    interleaved : bool, optional
+        How gates and ups lie.
+    limit, alpha : float, optional
+        The numbers of its rule.
+
+    Returns
+    -------
+    KeptExperts
+        combined : the result of `fused_experts`. gate_up : [num_slots, 2 * width], the rows of the first matrix in
+        expert order, without bias. expert_first_token_offset : int64 [num_experts + 1]. inv_permuted_idx : int32
+        [num_tokens, top_k], the row of each slot.
+    """
+
+
+@fused_experts_keeping.outputs
+def _(given: Any) -> KeptExperts:
+    num_local, columns, _ = given.gate_up_proj.shape
+    num_tokens, top_k = given.topk_ids.shape
+    return KeptExperts(
+        contiguous(given.hidden_states.dtype, *given.hidden_states.shape),
+        contiguous(given.hidden_states.dtype, num_tokens * top_k, columns),
+        contiguous(torch.int64, num_local + 1),
+        contiguous(torch.int32, num_tokens, top_k),
+    )
+
+
+@fused_experts_keeping.plan
+def _(given: Any) -> Any:
+    plan = fused_experts.declaration.plan
+    assert plan is not None
+    options = {name: getattr(given, name) for name in given._fields}
+    return plan(fused_experts.declaration.given_of(options))  # which checks the arguments
+
+
+@fused_experts_keeping.compute
+def _(_plan: Any, given: Any) -> KeptExperts:
+    num_local = given.down_proj.shape[0]
+    num_experts = num_local if given.expert_map is None else given.expert_map.shape[0]
+    permuted = moe_permute(given.hidden_states, given.topk_ids, num_experts, given.expert_map, zero_padding=False)
+    offset, places = permuted.expert_first_token_offset[: num_local + 1], permuted.inv_permuted_idx
+    ends = offset[1:].to(torch.int32)
+    gate_up = multiply_by_expert(permuted.permuted_hidden_states, given.gate_up_proj, ends)
+    rows = moe_activation(gate_up, offset, given.gate_up_bias, **{name: getattr(given, name) for name in RULE})
+    rows = multiply_by_expert(rows, given.down_proj, ends)
+    if given.down_bias is not None:
+        rows = moe_activation(rows, offset, given.down_bias, activation="none")
+    return KeptExperts(moe_unpermute(rows, given.topk_weights, places), gate_up, offset.contiguous(), places)
+
+
+@fused_experts_keeping.saves
+def _(ctx: Any, given: Any, _combined: Any, *kept: Any) -> None:
+    matrices = (given.gate_up_proj, given.down_proj, given.gate_up_bias, given.down_bias)
+    routing = (given.topk_weights, given.topk_ids if given.down_bias is not None else None, given.expert_map)
+    ctx.save_for_backward(given.hidden_states, *matrices, *routing, *kept)
+    ctx.rule = tuple(getattr(given, name) for name in RULE)
+
+
+@fused_experts_keeping.backward
+def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
+    hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, *rest = ctx.saved_tensors
+    topk_weights, topk_ids, expert_map, gate_up, offset, places = rest
+    by_tokens, by_gate_up, by_down, by_topk, _, _, by_gate_up_bias, by_down_bias, *_ = ctx.needs_input_grad
+    ends = offset[1:].to(torch.int32)
+    slopes = spread_rows(grad, places)  # of the rows of the second matrix, without weights
+    by_activated = multiply_by_expert(slopes, down_proj.transpose(1, 2), ends)
+    of_first = weighted_activation_backward(
+        *(gate_up, by_activated, topk_weights, places, offset, gate_up_bias, *ctx.rule, by_gate_up_bias)
+    )
+    grads = {"topk_weights": of_first.weights, "gate_up_bias": of_first.bias}
+    if by_topk and down_bias is not None:
+        grads["topk_weights"] = of_first.weights + _through_bias(grad, down_bias, topk_ids, expert_map, topk_weights)
+    if by_down:
+        grads["down_proj"] = outer_by_expert(slopes, of_first.weighted, ends)
+    if by_down_bias:
+        weighted = unpermute_backward(slopes, topk_weights, places, grad, 1.0, True, False).rows
+        none = ("none", None, None, None, True)
+        grads["down_bias"] = activation_backward(weighted, weighted, offset, down_bias, *none).bias
+    if by_gate_up:
+        grads["gate_up_proj"] = outer_by_expert(of_first.rows, spread_rows(hidden_states, places), ends)
+    if by_tokens:
+        rows = multiply_by_expert(of_first.rows, gate_up_proj.transpose(1, 2), ends)
+        grads["hidden_states"] = permute_backward(places, rows)
+    return grads
+
+
+def _through_bias(
+    grad: torch.Tensor, bias: torch.Tensor, topk_ids: torch.Tensor, expert_map: Any, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the part of the weights' gradient that comes from the second bias."""
+    num_experts = len(bias) if expert_map is None else len(expert_map)
+    known = (topk_ids >= 0) & (topk_ids < num_experts)
+    experts = torch.where(known, topk_ids, 0).long()
+    if expert_map is not None:
+        experts = expert_map[experts].long()
+        known = known & (experts >= 0) & (experts < len(bias))
+    dots = torch.mm(grad.float(), bias.float().T).gather(1, torch.where(known, experts, 0))
+    return torch.where(known, dots, 0.0).to(topk_weights.dtype)
+
+
 @fused_experts.composed
 def compose(
     hidden_states: Any,
@@ -274,22 +395,20 @@ def compose(
     expert_map: Any = None,
     gate_up_bias: Any = None,
     down_bias: Any = None,
+    activation: str = "silu",
+    interleaved: bool | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
     out: Any = None,
-    **options: Any,
 ) -> torch.Tensor:
-    """Compose `fused_experts` of ops that have gradients; each checks its own arguments when it runs."""
+    """Answer a call of `fused_experts` for which a gradient is wanted."""
     checks.holds("out", "None where a gradient is wanted", out is None, "memory to write")
     num_local = down_proj.shape[0]
-    num_experts = num_local if expert_map is None else expert_map.shape[0]
-    if num_local < num_experts:  # a place past the matrices is none: no GEMM computes its rows
-        expert_map = torch.where(expert_map < num_local, expert_map, -1)
-    permuted = moe_permute(hidden_states, topk_ids, num_experts, expert_map, zero_padding=False)
-    offset = permuted.expert_first_token_offset
-    if num_local < num_experts:
-        offset = offset[: num_local + 1]
-    matrices = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    rows = feed_forward(permuted.permuted_hidden_states, offset, *matrices, **options)
-    return moe_unpermute(rows, topk_weights, permuted.inv_permuted_idx)
+    if expert_map is not None and num_local < expert_map.shape[0]:
+        expert_map = torch.where(expert_map < num_local, expert_map, -1)  # no GEMM computes rows of other places
+    arguments = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, expert_map, gate_up_bias, down_bias)
+    found: torch.Tensor = fused_experts_keeping(*arguments, activation, interleaved, limit, alpha).combined
+    return found
 
 
 def feed_forward(
@@ -303,137 +422,7 @@ def feed_forward(
 ) -> torch.Tensor:
     """Return what experts make of rows in expert order, those of expert e from ``offset[e]`` on, with gradients."""
     ends = offset[1:].to(torch.int32)
-    rows = multiply(rows, gate_up_proj, ends)
+    rows = multiply_by_expert(rows, gate_up_proj, ends)
     rows = moe_activation(rows, offset, gate_up_bias, **options)
-    rows = multiply(rows, down_proj, ends)
+    rows = multiply_by_expert(rows, down_proj, ends)
     return rows if down_bias is None else moe_activation(rows, offset, down_bias, activation="none")
-
-
-def multiply(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Multiply rows by the matrices of their experts: by torch's grouped GEMM, where it serves, or by an op of ours."""
-    _, *sizes = weights.shape
-    if not is_transformed() and all(type(size) is int for size in sizes) and weights.numel() and rows.shape[0] > 0:
-        aligned = all(size * weights.dtype.itemsize % ALIGNMENT == 0 for size in sizes)
-        if not is_traced() and is_plain(weights):
-            aligned = aligned and weights.data_ptr() % ALIGNMENT == 0
-        if aligned and _device_has_grouped(rows.dtype, rows.device, torch.is_grad_enabled()):
-            return _grouped_mm(rows, weights.transpose(1, 2), offs=ends)
-    return multiply_by_expert(rows, weights, ends)
-
-
-@torch.compiler.assume_constant_result
-def _device_has_grouped(dtype: torch.dtype, device: torch.device, differentiable: bool) -> bool:
-    return has_grouped(dtype, device, differentiable)
-
-
-def product_by_expert(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, grouped: bool) -> torch.Tensor:
-    """Return rows times the transposed matrices of their experts, in one GEMM or one for each expert."""
-    if grouped:
-        return _grouped_mm(rows, weights.transpose(1, 2), offs=ends)
-    last = ends.tolist()
-    sizes = [end - begin for begin, end in zip([0, *last], [*last, rows.shape[0]], strict=True)]
-    *parts, unused = rows.split(sizes)
-    products = [torch.mm(part, weight.T) for part, weight in zip(parts, weights.unbind(), strict=True)]
-    return torch.cat([*products, unused.new_zeros(sizes[-1], weights.shape[1])])
-
-
-def _is_grouped(differentiable: bool, *matrices: Layout) -> bool:
-    """Whether one grouped GEMM takes these matrices."""
-    first = matrices[0]
-    aligned = all(
-        matrix.address % ALIGNMENT == 0
-        and all(size * matrix.dtype.itemsize % ALIGNMENT == 0 for size in matrix.shape[-2:])
-        for matrix in matrices
-        if len(matrix.shape) == 3
-    )
-    wide = all(
-        matrix.shape.numel() and matrix.shape[-1] * matrix.dtype.itemsize % ALIGNMENT == 0 for matrix in matrices
-    )
-    return aligned and wide and has_grouped(first.dtype, first.device, differentiable)
-
-
-@op()
-def multiply_by_expert(rows: Array, weights: Array, ends: Array) -> Any:
-    """Multiply rows up to ``ends[0]`` by ``weights[0].T``, and so on; what becomes of rows past the last is undefined.
-
-    Parameters
-    ----------
-    rows : array, shape [num_rows, columns]
-        Rows in expert order.
-    weights : array, shape [num_experts, width, columns]
-        The matrix of each expert.
-    ends : array of int32, shape [num_experts]
-        Where the rows of each expert end. The host reads it unless one grouped GEMM serves.
-
-    Returns
-    -------
-    array of the dtype of `rows`, shape [num_rows, width]
-    """
-
-
-@multiply_by_expert.outputs
-def _(given: Any) -> Contiguous:
-    return contiguous(given.rows.dtype, given.rows.shape[0], given.weights.shape[1])
-
-
-@multiply_by_expert.plan
-def _(given: Any) -> bool:
-    return _is_grouped(False, given.rows, given.weights)
-
-
-@multiply_by_expert.compute
-def _(grouped: bool, given: Any) -> torch.Tensor:
-    return product_by_expert(given.rows, given.weights, given.ends, grouped)
-
-
-@multiply_by_expert.saves
-def _(ctx: Any, given: Any, _product: Any) -> None:
-    ctx.save_for_backward(given.rows, given.weights, given.ends)
-
-
-@multiply_by_expert.backward
-def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
-    rows, weights, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    by_rows, by_weights = ctx.needs_input_grad[:2]
-    return {
-        "rows": multiply_by_expert(grad, weights.transpose(1, 2), ends) if by_rows else None,
-        "weights": outer_by_expert(grad, rows, ends) if by_weights else None,
-    }
-
-
-@op(is_gradient=True)
-def outer_by_expert(grad: Array, rows: Array, ends: Array) -> Any:
-    """Return the gradient of the weights of `multiply_by_expert`: ``grad[begin:end].T @ rows[begin:end]`` of each.
-
-    Parameters
-    ----------
-    grad : array, shape [num_rows, width]
-        The gradient by the products.
-    rows : array, shape [num_rows, columns]
-        What was multiplied.
-    ends : array of int32, shape [num_experts]
-        Where the rows of each expert end. The host reads it unless one grouped GEMM serves.
-
-    Returns
-    -------
-    array of the dtype of `rows`, shape [num_experts, width, columns]
-    """
-
-
-@outer_by_expert.outputs
-def _(given: Any) -> Contiguous:
-    return contiguous(given.rows.dtype, given.ends.shape[0], given.grad.shape[1], given.rows.shape[1])
-
-
-@outer_by_expert.plan
-def _(given: Any) -> bool:
-    return _is_grouped(True, given.grad, given.rows)
-
-
-@outer_by_expert.compute
-def _(grouped: bool, given: Any) -> torch.Tensor:
-    if grouped:
-        return _grouped_mm(given.grad.T, given.rows, offs=given.ends)
-    pairs = itertools.pairwise([0, *given.ends.tolist()])
-    return torch.stack([torch.mm(given.grad[begin:end].T, given.rows[begin:end]) for begin, end in pairs])

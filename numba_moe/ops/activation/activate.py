@@ -117,7 +117,7 @@ def check_rule(
     return activate_rows.Rule(KINDS.index(activation), int(rule.interleaved), most, rule.alpha, rule.shift)
 
 
-def _check(given: Any) -> Activation:
+def check_rows(given: Any) -> Activation:
     """Check the arguments of `moe_activation`, and return how its passes go over the rows."""
     gate_up, offset, bias, activation = given.gate_up, given.expert_first_token_offset, given.bias, given.activation
     checks.array("gate_up", gate_up, checks.FLOATS, (2,))
@@ -151,7 +151,7 @@ def _check(given: Any) -> Activation:
 @moe_activation.plan
 def plan_activation(given: Any) -> Launch:
     """Check the arguments of `moe_activation`, and plan it."""
-    where, items, records = _check(given)
+    where, items, records = check_rows(given)
     return Launch(activate_rows.activate_rows, *where, *records, given.gate_up.dtype, items=items)
 
 
@@ -234,18 +234,21 @@ def _(given: Any) -> ActivationGradients:
 @activation_backward.plan
 def _(given: Any) -> tuple[Launch, Launch | None]:
     """Return the launches: the pass over the rows, and the sum of the rows of each expert."""
-    where, items, records = _check(given)
-    gate_up, sum_rows = given.gate_up, None
-    dtype, (num_rows, row_width) = gate_up.dtype, gate_up.shape
-    if given.of_bias and given.bias is not None:
-        num_experts = given.bias.shape[0]
-        wide = RUN if row_width % RUN == 0 else 1
-        segments = -(-row_width // (WARP * wide))
-        sums = activate_rows.Sums(dtype, torch.int64, dtype, num_rows=num_rows, width=row_width, segments=segments)
-        place = (gate_up.device, num_experts * segments, block_threads(SUM_THREADS))
-        sum_rows = Launch(activate_rows.sum_expert_rows, *place, sums, items=wide)
-    slopes = activate_rows.Slopes(dtype, dtype)
-    return Launch(activate_rows.differentiate_activation, *where, *records, slopes, items=items), sum_rows
+    where, items, records = check_rows(given)
+    slopes = activate_rows.Slopes(given.gate_up.dtype, given.gate_up.dtype)
+    return Launch(activate_rows.differentiate_activation, *where, *records, slopes, items=items), plan_sums(given)
+
+
+def plan_sums(given: Any) -> Launch | None:
+    """Plan the sums of the rows of each expert, which are the gradient by the bias, if it is asked for."""
+    if not given.of_bias or given.bias is None:
+        return None
+    dtype, (num_rows, row_width) = given.gate_up.dtype, given.gate_up.shape
+    wide = RUN if row_width % RUN == 0 else 1
+    segments = -(-row_width // (WARP * wide))
+    sums = activate_rows.Sums(dtype, torch.int64, dtype, num_rows=num_rows, width=row_width, segments=segments)
+    place = (given.gate_up.device, given.bias.shape[0] * segments, block_threads(SUM_THREADS))
+    return Launch(activate_rows.sum_expert_rows, *place, sums, items=wide)
 
 
 @activation_backward.on_cpu

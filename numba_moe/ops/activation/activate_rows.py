@@ -113,6 +113,27 @@ def slope_of(gate, share, rule):
 
 
 @cuda.jit(device=True)
+def slopes_of(gate, up, grad, rule):
+    """Return the gradients by a gate and by its up, given the gradient by their activation."""
+    through_gate = grad
+    through_up = grad
+    if gate > rule.limit:
+        gate = float32(rule.limit)
+        through_gate = float32(0.0)
+    if up > rule.limit:
+        up = float32(rule.limit)
+        through_up = float32(0.0)
+    elif up < -rule.limit:
+        up = float32(-rule.limit)
+        through_up = float32(0.0)
+    if rule.kind != NONE:
+        share = share_of(gate, rule)
+        through_gate = through_gate * slope_of(gate, share, rule) * (up + rule.shift)
+        through_up = through_up * gate * share
+    return through_gate, through_up
+
+
+@cuda.jit(device=True)
 def add_eight(values, eight):
     """Add eight numbers without a loop: the compiler unrolls an outer loop only if it has no loop inside."""
     values[0] += eight[0]
@@ -247,25 +268,7 @@ def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: S
     if used:
         add_run(slopes.grad_activated, int64(row) * rows.width + column, grad, items)
     for item in range(items):
-        x = gate[item]
-        y = up[item]
-        through_gate = grad[item]
-        through_up = grad[item]
-        if x > rule.limit:
-            x = float32(rule.limit)
-            through_gate = float32(0.0)
-        if y > rule.limit:
-            y = float32(rule.limit)
-            through_up = float32(0.0)
-        elif y < -rule.limit:
-            y = float32(-rule.limit)
-            through_up = float32(0.0)
-        if rule.kind != NONE:
-            share = share_of(x, rule)
-            through_gate = through_gate * slope_of(x, share, rule) * (y + rule.shift)
-            through_up = through_up * x * share
-        gate[item] = through_gate
-        up[item] = through_up
+        gate[item], up[item] = slopes_of(gate[item], up[item], grad[item], rule)
     first = row * width_of_row(rows.width, rule)
     store_gate_up(slopes.grad_gate_up, first, column, rows.width, rule, gate, up, items)
 

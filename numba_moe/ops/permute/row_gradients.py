@@ -36,7 +36,7 @@ from numba_moe.device.types import (
     OptionalFloat32Array,
     OptionalInt32Array,
 )
-from numba_moe.ops.permute.move_rows import plan_combine, stride_of
+from numba_moe.ops.permute.move_rows import Gather, gather, plan_combine, plan_gather, stride_of
 from numba_moe.reference import permute as reference
 from numba_moe.runtime import arrays
 from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
@@ -325,3 +325,46 @@ def _(given: Any) -> torch.Tensor:
 @permute_backward.run
 def _(combine: Launch, given: Any, found: torch.Tensor) -> None:
     combine(rows=_rows_of(given.grad), places=given.inv_permuted_idx, combined=found)
+
+
+@op(is_gradient=True)
+def spread_rows(rows: Array, inv_permuted_idx: Array) -> Any:
+    """Copy the row of each token to the rows of its slots, as `moe_permute` did; others are undefined.
+
+    Parameters
+    ----------
+    rows : array of float32, float16 or bfloat16, shape [num_tokens, hidden]
+        A row for each token.
+    inv_permuted_idx : array of int32, shape [num_tokens, top_k]
+        The row of each slot, as `moe_permute` returned it.
+
+    Returns
+    -------
+    array of the dtype of `rows`, shape [num_tokens * top_k, hidden]
+    """
+
+
+@spread_rows.outputs
+def _(given: Any) -> Contiguous:
+    return contiguous(given.rows.dtype, given.inv_permuted_idx.shape.numel(), given.rows.shape[1])
+
+
+@spread_rows.plan
+def _(given: Any) -> Gather:
+    rows = given.rows
+    if rows.strides is not None and rows.strides[-1] != 1:
+        rows = rows._replace(strides=None, address=0)
+    num_slots = given.inv_permuted_idx.shape.numel()
+    return plan_gather(rows, given.inv_permuted_idx.shape[1], num_slots, zero_padding=False)
+
+
+@spread_rows.on_cpu
+def _(given: Any) -> torch.Tensor:
+    found: torch.Tensor = by_reference(reference.spread_rows, in_rows(given.rows), given.inv_permuted_idx)
+    return found
+
+
+@spread_rows.run
+def _(plan: Gather, given: Any, found: torch.Tensor) -> None:
+    places = given.inv_permuted_idx
+    gather(plan, in_rows(given.rows), found, places, places)  # which slot a row has matters to padding alone

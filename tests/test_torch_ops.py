@@ -306,7 +306,7 @@ def test_experts_are_one_op_unless_a_gradient_is_wanted():
             torch.testing.assert_close(torch.compile(layer, backend=counter, fullgraph=True)(rows), layer(rows))
         found.append({node.target for graph in counter.graphs for node in graph.graph.nodes})
     assert [OPS.fused_experts.without_gradient in targets for targets in found] == [True, False]
-    assert [OPS.moe_unpermute.default in targets for targets in found] == [False, True]
+    assert [OPS.fused_experts_keeping.default in targets for targets in found] == [False, True]
     assert [OPS.select_experts.without_gradient in targets for targets in found] == [True, False]
     assert [OPS.select_experts.default in targets for targets in found] == [False, True]
     parameter = torch.nn.Parameter(torch.ones(EXPERTS, 16, 16))

@@ -260,13 +260,13 @@ def fused_experts_keeping(
     down_proj: Array,
     topk_weights: Array,
     topk_ids: Array,
-    expert_map: Array | None,
-    gate_up_bias: Array | None,
-    down_bias: Array | None,
-    activation: str,
-    interleaved: bool | None,
-    limit: float | None,
-    alpha: float | None,
+    expert_map: Array | None = None,
+    gate_up_bias: Array | None = None,
+    down_bias: Array | None = None,
+    activation: str = "silu",
+    interleaved: bool | None = None,
+    limit: float | None = None,
+    alpha: float | None = None,
 ) -> KeptExperts:
     """Do what `fused_experts` does, for which a gradient is wanted, and keep the results of the first matrix.
 
@@ -342,38 +342,44 @@ def _(ctx: Any, given: Any, _combined: Any, *kept: Any) -> None:
     ctx.rule = tuple(getattr(given, name) for name in RULE)
 
 
+TENSORS = tuple(fused_experts_keeping.declaration.arrays)
+
+
 @fused_experts_keeping.backward
 def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
     hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, *rest = ctx.saved_tensors
     topk_weights, topk_ids, expert_map, gate_up, offset, places = rest
-    by_tokens, by_gate_up, by_down, by_topk, _, _, by_gate_up_bias, by_down_bias, *_ = ctx.needs_input_grad
+    wanted = {name for name, needed in zip(TENSORS, ctx.needs_input_grad, strict=False) if needed}
     ends = offset[1:].to(torch.int32)
     slopes = spread_rows(grad, places)  # of the rows of the second matrix, without weights
     by_activated = multiply_by_expert(slopes, down_proj.transpose(1, 2), ends)
     of_first = weighted_activation_backward(
-        *(gate_up, by_activated, topk_weights, places, offset, gate_up_bias, *ctx.rule, by_gate_up_bias)
+        *(gate_up, by_activated, topk_weights, places, offset, gate_up_bias, *ctx.rule, "gate_up_bias" in wanted)
     )
-    grads = {"topk_weights": of_first.weights, "gate_up_bias": of_first.bias}
-    if by_topk and down_bias is not None:
-        grads["topk_weights"] = of_first.weights + _through_bias(grad, down_bias, topk_ids, expert_map, topk_weights)
-    if by_down:
+    grads = {}
+    if "gate_up_bias" in wanted:
+        grads["gate_up_bias"] = of_first.bias
+    if "topk_weights" in wanted:
+        grads["topk_weights"] = of_first.weights
+        if down_bias is not None:
+            through = _through_bias(grad, down_bias, topk_ids, expert_map)
+            grads["topk_weights"] = of_first.weights + through.to(topk_weights.dtype)
+    if "down_proj" in wanted:
         grads["down_proj"] = outer_by_expert(slopes, of_first.weighted, ends)
-    if by_down_bias:
+    if "down_bias" in wanted:
         weighted = unpermute_backward(slopes, topk_weights, places, grad, 1.0, True, False).rows
         none = ("none", None, None, None, True)
         grads["down_bias"] = activation_backward(weighted, weighted, offset, down_bias, *none).bias
-    if by_gate_up:
+    if "gate_up_proj" in wanted:
         grads["gate_up_proj"] = outer_by_expert(of_first.rows, spread_rows(hidden_states, places), ends)
-    if by_tokens:
+    if "hidden_states" in wanted:
         rows = multiply_by_expert(of_first.rows, gate_up_proj.transpose(1, 2), ends)
         grads["hidden_states"] = permute_backward(places, rows)
     return grads
 
 
-def _through_bias(
-    grad: torch.Tensor, bias: torch.Tensor, topk_ids: torch.Tensor, expert_map: Any, topk_weights: torch.Tensor
-) -> torch.Tensor:
-    """Return the part of the weights' gradient that comes from the second bias."""
+def _through_bias(grad: torch.Tensor, bias: torch.Tensor, topk_ids: torch.Tensor, expert_map: Any) -> torch.Tensor:
+    """Return the part of the weights' gradient that comes from the second bias, in float32."""
     num_experts = len(bias) if expert_map is None else len(expert_map)
     known = (topk_ids >= 0) & (topk_ids < num_experts)
     experts = torch.where(known, topk_ids, 0).long()
@@ -381,7 +387,7 @@ def _through_bias(
         experts = expert_map[experts].long()
         known = known & (experts >= 0) & (experts < len(bias))
     dots = torch.mm(grad.float(), bias.float().T).gather(1, torch.where(known, experts, 0))
-    return torch.where(known, dots, 0.0).to(topk_weights.dtype)
+    return torch.where(known, dots, 0.0)
 
 
 @fused_experts.composed

@@ -43,6 +43,7 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
         "count_slots",
         "differentiate_activation",
         "differentiate_rows",
+        "differentiate_weighted",
         "differentiate_weights",
         "fetch_rows",
         "fill_batches",

@@ -5,14 +5,14 @@ gradient of the weight is a dot product of rows as wide as the experts, and the 
 both matrices need.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
 from numba_moe.device.instructions import load_float, store_float, wait_for_earlier
 from numba_moe.device.primitives import WARP, warp_index, warp_sum
-from numba_moe.device.types import FloatArray, Int32, Int32Array, Run
+from numba_moe.device.types import LIKE, FloatArray, Int32, Int32Array, Run
 from numba_moe.ops.activation.activate import check_rows, plan_sums
 from numba_moe.ops.activation.activate_rows import (
     Experts,
@@ -47,7 +47,7 @@ class WeightedSlopes(NamedTuple):
     grad: LikeRows  # [num_rows, width]
     grad_gate_up: LikeRows  # as gate_up
     weighted: LikeRows  # [num_rows, width]
-    grad_weights: FloatArray  # [num_slots]
+    grad_weights: Annotated[Any, LIKE, "topk_weights"]  # [num_slots]
 
 
 @cuda.jit

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.ops.activation.activate import check_rule, moe_activation, plan_activation
-from numba_moe.ops.activation.activate_rows import KINDS
+from numba_moe.ops.activation.activate import check_rule, moe_activation, options_of, plan_activation
 from numba_moe.ops.experts_by_tile import TilePlan, plan_tiles, run_tiles, serves, tiles_for
 from numba_moe.ops.permute.move_rows import Gather, gather, plan_combine, plan_gather
 from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.ops.sort import counting_sort
 from numba_moe.reference import experts as reference
+from numba_moe.reference.activation import ACTIVATIONS, OPTIONS
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.arrays import Array, Contiguous, contiguous, is_traced
 from numba_moe.runtime.launch import Launch
@@ -68,6 +68,8 @@ def fused_experts(
     interleaved: bool | None = None,
     limit: float | None = None,
     alpha: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
     out: Array | None = None,
 ) -> Any:
     """Send each token through its experts and sum what they return, weighted.
@@ -78,30 +80,27 @@ def fused_experts(
         Rows may be strided.
     gate_up_proj : array of the dtype of `hidden_states`, shape [num_experts, 2 * width, hidden]
         The first matrix of each expert of this rank; contiguous, or the transpose of a contiguous
-        [num_experts, hidden, 2 * width].
+        [num_experts, hidden, 2 * width]. For an activation whose name ends in "_no_mul" it has `width` rows.
     down_proj : array of the dtype of `hidden_states`, shape [num_experts, hidden, width]
         The second matrix of each expert; contiguous, or a transpose like the first.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
         Contiguous.
     topk_ids : array of int32 or int64, shape [num_tokens, top_k]
         Contiguous. An id outside the experts, such as -1, adds nothing.
-    activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai"}
-        The step between the matrices; see `moe_activation`.
+    activation : str
+        The step between the matrices, any of `moe_activation` but "none".
     expert_map : array of int32 or int64, shape [experts of all ranks], optional
         The index in the matrices of each expert of all ranks. -1 or any other number outside ``[0, num_experts)`` means
         an expert of another rank, which adds nothing.
-    gate_up_bias : array of the dtype of `hidden_states`, shape [num_experts, 2 * width], optional
+    gate_up_bias : array of the dtype of `hidden_states`, shape [num_experts, rows of `gate_up_proj`], optional
         Added after the first matrix.
     down_bias : array of the dtype of `hidden_states`, shape [num_experts, hidden], optional
         Added after the second.
     interleaved : bool, optional
         True if the rows of the first matrix are gate, up, gate, up, ..., False if all gates come before all ups. By
         default True for "swiglu_oai" only.
-    limit : float, optional
-        Upper bound of the gates, and bound of the magnitude of the ups. By default 7 for "swiglu_oai" and no limit for
-        the others.
-    alpha : float, optional
-        The alpha of "silu" and "swiglu_oai", by default 1 and 1.702.
+    limit, alpha, beta, linear_beta : float, optional
+        The numbers of the activation, as in `moe_activation`.
     out : array of the dtype of `hidden_states`, shape [num_tokens, hidden], optional
         Written: memory for the result.
 
@@ -114,7 +113,8 @@ def fused_experts(
     TypeError
         An array or a dtype of the wrong kind.
     ValueError
-        A wrong shape or layout, mixed devices, an unknown activation, or more slots than int32 can count.
+        A wrong shape or layout, mixed devices, an unknown activation, a number that it does not have, or more slots
+        than int32 can count.
 
     Notes
     -----
@@ -165,7 +165,8 @@ class ExpertsPlan(NamedTuple):
 @fused_experts.plan
 def _(given: Any) -> ExpertsPlan | TilePlan:
     checks.array("hidden_states", given.hidden_states, checks.FLOATS, (2,), rows=True)
-    checks.choice("activation", given.activation, KINDS[:-1])
+    checks.choice("activation", given.activation, ACTIVATIONS)
+    kernel_rule = check_rule(given)
     like = ("hidden_states", given.hidden_states)
     num_tokens, hidden = given.hidden_states.shape
     for name, weights in (("gate_up_proj", given.gate_up_proj), ("down_proj", given.down_proj)):
@@ -176,9 +177,11 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     num_local, _, width = given.down_proj.shape
     checks.integer("num_experts (of `down_proj`)", num_local, 1)
     checks.shape("down_proj", given.down_proj, (num_local, hidden, width), "(num_experts, hidden, width)")
-    checks.shape("gate_up_proj", given.gate_up_proj, (num_local, 2 * width, hidden), "(num_experts, 2 * width, hidden)")
+    rows = kernel_rule.halves * width
+    named = "(num_experts, 2 * width, hidden)" if kernel_rule.halves == 2 else "(num_experts, width, hidden)"
+    checks.shape("gate_up_proj", given.gate_up_proj, (num_local, rows, hidden), named)
     for name, bias, columns in (
-        ("gate_up_bias", given.gate_up_bias, 2 * width),
+        ("gate_up_bias", given.gate_up_bias, rows),
         ("down_bias", given.down_bias, hidden),
     ):
         if bias is not None:
@@ -193,7 +196,6 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     checks.array("topk_weights", given.topk_weights, checks.FLOATS, (2,), like=like)
     checks.shape("topk_ids", given.topk_ids, (num_tokens, given.topk_ids.shape[1]), "(num_tokens, top_k)")
     checks.shape("topk_weights", given.topk_weights, tuple(given.topk_ids.shape), "`topk_ids`.shape")
-    kernel_rule = check_rule(given.activation, given.interleaved, given.limit, given.alpha)
     if serves(given) and (tiles := tiles_for(given, num_experts)) is not None:
         return plan_tiles(given, kernel_rule, num_experts, tiles)
     num_slots, top_k = given.topk_ids.shape.numel(), given.topk_ids.shape[1]
@@ -209,12 +211,13 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     )
     dtype = given.hidden_states.dtype
     offset = new(torch.int64, num_local + 1)  # of the experts of this rank, which are the first
-    between, last = (new(dtype, num_slots, columns) for columns in (2 * width, hidden))
+    between, last = (new(dtype, num_slots, columns) for columns in (rows, hidden))
     places = new(torch.int32, num_tokens, top_k)
     act = moe_activation.declaration.given_of
-    options = {name: getattr(given, name) for name in ("activation", "interleaved", "limit", "alpha")}
+    options = {"activation": given.activation, **options_of(given)}
     first = {"gate_up": between, "expert_first_token_offset": offset, "bias": given.gate_up_bias, **options}
     second = {"gate_up": last, "expert_first_token_offset": offset, "bias": given.down_bias, "activation": "none"}
+    second |= dict.fromkeys(OPTIONS)
     written = ("position_of_slot", "offset")
     return ExpertsPlan(
         num_experts,

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import linear
 
 from numba_moe.ops.activation.activate import moe_activation
-from numba_moe.ops.activation.activate_rows import KINDS
 from numba_moe.ops.experts import fused_experts
 from numba_moe.ops.gating.select import select_experts, weigh_experts
+from numba_moe.reference.activation import ACTIVATIONS, OPTIONS, RULES
 from numba_moe.reference.capacity import DROP_POLICIES, expert_capacity
 from numba_moe.reference.gating import SCORING, TopK
 from numba_moe.runtime import checks
@@ -189,8 +189,10 @@ class MoEBlock(torch.nn.Module):
         Experts in all.
     top_k : int
         Experts of each token.
-    activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai"}
+    activation : str
         As in `fused_experts`.
+    activation_options : dict, optional
+        Its numbers and layout by name, for instance ``{"beta": 4.0, "linear_beta": 25.0}`` for "situ".
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
         How experts are chosen and weighted: this and the next five as in `select_experts`.
     renormalize : bool
@@ -245,8 +247,9 @@ class MoEBlock(torch.nn.Module):
 
     Notes
     -----
-    Parameters are named ``router.weight`` [num_experts, hidden], ``gate_up_proj`` [num_experts, 2 * width, hidden],
-    ``down_proj`` [num_experts, hidden, width], ``gate_up_bias``, ``down_bias``, ``shared_gate_up`` and ``shared_down``.
+    Parameters are named ``router.weight`` [num_experts, hidden], ``gate_up_proj`` [num_experts, 2 * width, hidden] (of
+    `width` rows for an activation without ups), ``down_proj`` [num_experts, hidden, width], ``gate_up_bias``,
+    ``down_bias``, ``shared_gate_up`` and ``shared_down``.
     With a dispatcher their first dimension is that of its slots, and the rest is on every rank; with the same seed on
     all ranks an expert has the weights that it has on one. `numba_moe.parallel` has state dicts of all experts.
     A forward hook on ``router`` sees which experts are chosen. Groups that are whole nodes limit how many nodes a token
@@ -271,6 +274,7 @@ class MoEBlock(torch.nn.Module):
         top_k: int,
         *,
         activation: str = "silu",
+        activation_options: dict[str, Any] | None = None,
         scoring_func: str = "softmax",
         renormalize: bool = False,
         num_expert_group: int = 1,
@@ -299,7 +303,9 @@ class MoEBlock(torch.nn.Module):
         experts = checks.integer("num_experts", num_experts, 1)
         top_k = checks.integer("top_k", top_k, 1, experts, f"num_experts = {experts}")
         shared = checks.integer("shared_size", shared_size, 0)
-        checks.choice("activation", activation, KINDS[:-1])
+        checks.choice("activation", activation, ACTIVATIONS)
+        for name in activation_options or {}:
+            checks.choice("activation_options", name, OPTIONS)
         checks.choice("scoring_func", scoring_func, tuple(SCORING))
         checks.number("routed_scaling_factor", routed_scaling_factor)
         if router_dtype is not None:
@@ -325,18 +331,19 @@ class MoEBlock(torch.nn.Module):
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.hidden_size, self.intermediate_size, self.shared_size = hidden, width, shared
         self.num_experts = experts
-        self.activation = activation
+        self.activation, self.activation_options = activation, dict(activation_options or {})
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.return_router_logits = return_router_logits
         self.dispatcher, self.layer = dispatcher, layer
         self._local = None if dispatcher is None else self._slots(top_k)
         num_local = experts if self._local is None else len(self._local)
         self.router = Router(hidden, experts, top_k, correction_bias, options, numerics, **kind)
-        self.gate_up_proj = _parameter(num_local, 2 * width, hidden, **kind)
+        halves = RULES[activation].halves
+        self.gate_up_proj = _parameter(num_local, halves * width, hidden, **kind)
         self.down_proj = _parameter(num_local, hidden, width, **kind)
-        self.gate_up_bias = _parameter(num_local, 2 * width, **kind) if bias else None
+        self.gate_up_bias = _parameter(num_local, halves * width, **kind) if bias else None
         self.down_bias = _parameter(num_local, hidden, **kind) if bias else None
-        self.shared_gate_up = _parameter(2 * shared, hidden, **kind) if shared else None
+        self.shared_gate_up = _parameter(halves * shared, hidden, **kind) if shared else None
         self.shared_down = _parameter(hidden, shared, **kind) if shared else None
         self._reset_experts()
 
@@ -378,6 +385,8 @@ class MoEBlock(torch.nn.Module):
         shared = f", shared_size={self.shared_size}" if self.shared_size else ""
         names = ("apply_router_weight_on_input", "return_router_logits")
         told = "".join(f", {name}=True" for name in names if getattr(self, name))
+        if self.activation_options:
+            told = f", activation_options={self.activation_options}{told}"
         return f"{sizes}, {experts}{bias}{shared}{told}"
 
     def forward(self, hidden_states: torch.Tensor, return_router_logits: bool | None = None) -> Any:
@@ -409,11 +418,13 @@ class MoEBlock(torch.nn.Module):
             activation=self.activation,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
+            **self.activation_options,
         )
         if self.apply_router_weight_on_input:
             combined = combined.view(*weights.shape, -1).sum(1)
         if self.shared_gate_up is not None and self.shared_down is not None:
-            shared = moe_activation(linear(rows, self.shared_gate_up), activation=self.activation)
+            shared = linear(rows, self.shared_gate_up)
+            shared = moe_activation(shared, activation=self.activation, **self.activation_options)
             combined = combined + linear(shared, self.shared_down)
         combined = combined.reshape(hidden_states.shape)
         return (combined, *logits) if with_logits else combined

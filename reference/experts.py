@@ -53,6 +53,8 @@ def fused_experts(
     interleaved: bool | None = None,
     limit: float | None = None,
     alpha: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
 ) -> np.ndarray:
     """Send each token through its experts and sum their weighted results.
 
@@ -63,20 +65,21 @@ def fused_experts(
     hidden_states
         float32 or float16 [num_tokens, hidden].
     gate_up_proj
-        float [num_experts, 2 * width, hidden], the first matrix of each expert of this rank.
+        float [num_experts, 2 * width, hidden], the first matrix of each expert of this rank. For an activation whose
+        name ends in "_no_mul" it has `width` rows.
     down_proj
         float [num_experts, hidden, width], the second matrix of each expert.
     topk_weights
         float [num_tokens, top_k].
     topk_ids
         int32 or int64 [num_tokens, top_k], the experts of each token. An id outside the experts adds nothing.
-    activation, interleaved, limit, alpha
+    activation, interleaved, limit, alpha, beta, linear_beta
         The step between the matrices; see `moe_activation`.
     expert_map
         int32 or int64 [experts of all ranks]: the index of each expert in the matrices. -1 or any other number outside
         ``[0, num_experts)`` means an expert of another rank, which adds nothing.
     gate_up_bias
-        float [num_experts, 2 * width], added after the first matrix.
+        float [num_experts, rows of `gate_up_proj`], added after the first matrix.
     down_bias
         float [num_experts, hidden], added after the second.
 
@@ -96,7 +99,8 @@ def fused_experts(
     array([[600.],
            [  0.]], dtype=float32)
     """
-    options = {"activation": activation, "interleaved": interleaved, "limit": limit, "alpha": alpha}
+    options: dict[str, Any] = {"activation": activation, "interleaved": interleaved, "limit": limit, "alpha": alpha}
+    options |= {"beta": beta, "linear_beta": linear_beta}
     rows, offset, places = first_half(hidden_states, gate_up_proj, topk_ids, expert_map, gate_up_bias, **options)
     rows = moe_activation(multiply_by_expert(rows, down_proj, offset), offset, down_bias, activation="none")
     return moe_unpermute(rows, topk_weights, places)

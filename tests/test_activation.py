@@ -27,6 +27,20 @@ OPTIONS = {
     "swiglu_oai": {"activation": "swiglu_oai"},
     "swiglu_oai limit": {"activation": "swiglu_oai", "limit": 0.75, "interleaved": False},
     "none": {"activation": "none"},
+    "silu beta": {"activation": "silu", "beta": -0.5, "limit": 1.0},
+    "swiglu_oai beta": {"activation": "swiglu_oai", "beta": 0.25},
+    "swiglu_step": {"activation": "swiglu_step", "limit": 0.75},
+    "swiglu_step interleaved": {"activation": "swiglu_step", "limit": 1.0, "alpha": 0.5, "interleaved": True},
+    "relu2": {"activation": "relu2"},
+    "relu2 limit": {"activation": "relu2", "limit": 1.0, "interleaved": True},
+    "situ": {"activation": "situ"},
+    "situ linear": {"activation": "situ", "beta": 0.5, "linear_beta": 0.75},
+    "situ limit": {"activation": "situ", "beta": 1.5, "linear_beta": 25.0, "limit": 1.0, "interleaved": True},
+    "silu_no_mul": {"activation": "silu_no_mul"},
+    "silu_no_mul limit": {"activation": "silu_no_mul", "alpha": 0.5, "limit": 1.0, "interleaved": False},
+    "gelu_no_mul": {"activation": "gelu_no_mul"},
+    "gelu_tanh_no_mul": {"activation": "gelu_tanh_no_mul"},
+    "relu2_no_mul": {"activation": "relu2_no_mul"},
 }
 SIZES = np.array([3, 0, 6, 1, 0])
 OFFSET = np.concatenate([[0], np.cumsum(SIZES)])
@@ -37,17 +51,31 @@ def running():
     return simulator.running() if simulator.ENABLED else contextlib.nullcontext()
 
 
-def by_torch(rows, activation, interleaved=None, limit=None, alpha=None):
+def by_torch(rows, activation, interleaved=None, limit=None, alpha=None, beta=None, linear_beta=None):
     """Return the activation of rows as a graph of torch's own functions."""
-    oai = activation == "swiglu_oai"
+    oai, step = activation == "swiglu_oai", activation == "swiglu_step"
     if activation == "none":
         return rows
-    gate, up = (rows[:, ::2], rows[:, 1::2]) if (oai if interleaved is None else interleaved) else rows.chunk(2, dim=1)
-    limit = (7.0 if oai else math.inf) if limit is None else limit
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    limit = (7.0 if oai or step else math.inf) if limit is None else limit
+    if activation.endswith("_no_mul"):
+        gate, up = rows, torch.ones_like(rows)
+    else:
+        interleaved = oai if interleaved is None else interleaved
+        gate, up = (rows[:, ::2], rows[:, 1::2]) if interleaved else rows.chunk(2, dim=1)
+        up = up.clamp(-limit, limit)
+    gate = gate if step else gate.clamp(max=limit)
     if activation.startswith("gelu"):
-        return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
-    return gate * torch.sigmoid((alpha or (1.702 if oai else 1.0)) * gate) * (up + oai)
+        return torch.nn.functional.gelu(gate, approximate="tanh" if "tanh" in activation else "none") * up
+    if activation.startswith("relu2"):
+        return gate.relu().square() * up
+    if activation == "situ":
+        beta = beta or 4.0
+        up = linear_beta * torch.tanh(up / linear_beta) if linear_beta else up
+        return beta * torch.tanh(gate / beta) * torch.sigmoid(gate) * up
+    gate = gate * torch.sigmoid((alpha or (1.702 if oai else 1.0)) * gate)
+    if step:
+        gate = gate.clamp(max=limit)
+    return gate * (up + (beta if beta is not None else oai))
 
 
 def drawn(width, dtype="float32", seed=0):
@@ -76,6 +104,19 @@ def test_reference_by_torch(name):
     np.testing.assert_allclose(grad_rows[:used], exact.grad.numpy(), rtol=1e-12, atol=1e-15)
     assert not grad_rows[used:].any()
     np.testing.assert_allclose(sum_rows(grad_rows, OFFSET), biases.grad.numpy(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_gradients_by_finite_differences(name):
+    rows, _, rng = drawn(3)
+    rows, step = rows[: OFFSET[-1]].astype(np.float64), 1e-5
+    grad = rng.standard_normal(reference.moe_activation(rows, **OPTIONS[name]).shape)
+    found = moe_activation_backward(rows, grad, **OPTIONS[name])
+    for column in range(rows.shape[1]):
+        moved = step * (np.arange(rows.shape[1]) == column)
+        up, down = (reference.moe_activation(rows + sign * moved, **OPTIONS[name]) for sign in (1, -1))
+        by_differences = ((up - down) / (2 * step) * grad).sum(1)
+        np.testing.assert_allclose(found[:, column], by_differences, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["silu", "silu alpha", "gelu_tanh", "swiglu_oai"])
@@ -252,5 +293,6 @@ def test_options_go_by_their_names(compiled):
         torch.testing.assert_close(result[1], *torch.autograd.grad(wanted.square().sum(), rows, retain_graph=True))
     with running():
         arrays = (rows.detach(), torch.ones_like(wanted), None, None)
+        given |= {"beta": None, "linear_beta": None}
         one = activation_backward(*arrays, of_bias=False, **given).rows
         assert torch.equal(one, activation_backward(*arrays, of_bias=False, **dict(reversed(given.items()))).rows)

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from numba_moe.reference.activation import ACTIVATIONS, RULES
 
 import numba_moe as moe
 from numba_moe.device import simulator
@@ -24,13 +25,18 @@ def activated(gate_up, activation):
     if activation == "swiglu_oai":
         gate, up = gate_up[:, ::2].clamp(max=7), gate_up[:, 1::2].clamp(-7, 7)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-    gate, up = gate_up.chunk(2, dim=1)
     functions = {
         "silu": torch.nn.functional.silu,
         "gelu": torch.nn.functional.gelu,
         "gelu_tanh": lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
+        "swiglu_step": lambda gate: torch.nn.functional.silu(gate).clamp(max=7),
+        "relu2": lambda gate: gate.relu().square(),
+        "situ": lambda gate: 4 * torch.tanh(gate / 4) * torch.sigmoid(gate),
     }
-    return functions[activation](gate) * up
+    if activation.endswith("_no_mul"):
+        return functions[activation.removesuffix("_no_mul")](gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    return functions[activation](gate) * (up.clamp(-7, 7) if activation == "swiglu_step" else up)
 
 
 def by_torch(rows, gate_up_proj, down_proj, weights, ids, activation="silu", gate_up_bias=None, down_bias=None):
@@ -48,18 +54,19 @@ def by_torch(rows, gate_up_proj, down_proj, weights, ids, activation="silu", gat
     return combined
 
 
-def drawn(tokens, num_experts, top_k, hidden, width, bias, device=DEVICE, dtype=torch.float32):
+def drawn(tokens, num_experts, top_k, hidden, width, bias, device=DEVICE, dtype=torch.float32, halves=2):
     """Draw the arguments of a call; one expert gets nothing, and some ids are no expert's."""
     torch.manual_seed(0)
     ids = torch.rand(tokens, num_experts - 1).topk(top_k).indices.int()
     ids[torch.rand(ids.shape) < 0.1] = -1
     found = {
         "hidden_states": torch.randn(tokens, hidden),
-        "gate_up_proj": torch.randn(num_experts, 2 * width, hidden) / hidden**0.5,
+        "gate_up_proj": torch.randn(num_experts, halves * width, hidden) / hidden**0.5,
         "down_proj": torch.randn(num_experts, hidden, width) / width**0.5,
     }
     if bias:
-        found |= {"gate_up_bias": torch.randn(num_experts, 2 * width), "down_bias": torch.randn(num_experts, hidden)}
+        found["gate_up_bias"] = torch.randn(num_experts, halves * width)
+        found["down_bias"] = torch.randn(num_experts, hidden)
     found = {name: tensor.to(device, dtype).requires_grad_() for name, tensor in found.items()}
     return {**found, "topk_weights": torch.rand(tokens, top_k, device=device).requires_grad_()}, ids.to(device)
 
@@ -88,9 +95,9 @@ def assert_as_torch(arguments, ids, tolerance, **options):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_oai"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_by_torch(activation, bias):
-    arguments, ids = drawn(9, 4, 2, 16, 8, bias)
+    arguments, ids = drawn(9, 4, 2, 16, 8, bias, halves=RULES[activation].halves)
     with running():
         assert_as_torch(arguments, ids, 2e-6, activation=activation)
 
@@ -201,6 +208,8 @@ BLOCKS = {
     "renormalised": {"renormalize": True, "shared_size": 12},
     "grouped sigmoid": {"scoring_func": "sigmoid", "num_expert_group": 4, "topk_group": 2, "correction_bias": True},
     "gpt-oss": {"activation": "swiglu_oai", "bias": True, "renormalize": True},
+    "Nemotron": {"activation": "relu2_no_mul", "scoring_func": "sigmoid", "bias": True, "shared_size": 4},
+    "Kimi-K3": {"activation": "situ", "activation_options": {"beta": 2.0, "linear_beta": 5.0}, "shared_size": 4},
 }
 
 

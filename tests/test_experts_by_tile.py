@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from numba_moe.reference.activation import RULES
 
 import numba_moe as moe
 from numba_moe.device import simulator
@@ -31,7 +32,7 @@ def transposed(matrices):
     return matrices.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def drawn(tokens, num_experts, top_k, hidden, width, dtype=torch.bfloat16, local=None, bias=False):
+def drawn(tokens, num_experts, top_k, hidden, width, dtype=torch.bfloat16, local=None, bias=False, halves=2):
     """Draw the arguments of a call, some of whose ids are no expert's."""
     torch.manual_seed(tokens + hidden)
     local = local or num_experts
@@ -39,11 +40,11 @@ def drawn(tokens, num_experts, top_k, hidden, width, dtype=torch.bfloat16, local
     ids[torch.rand(ids.shape) < 0.15] = -1
     found = {
         "hidden_states": torch.randn(tokens, hidden),
-        "gate_up_proj": torch.randn(local, 2 * width, hidden) / hidden**0.5,
+        "gate_up_proj": torch.randn(local, halves * width, hidden) / hidden**0.5,
         "down_proj": torch.randn(local, hidden, width) / width**0.5,
     }
     if bias:
-        found |= {"gate_up_bias": torch.randn(local, 2 * width), "down_bias": torch.randn(local, hidden)}
+        found |= {"gate_up_bias": torch.randn(local, halves * width), "down_bias": torch.randn(local, hidden)}
     found = {name: tensor.to(DEVICE, dtype) for name, tensor in found.items()}
     return {**found, "topk_weights": torch.rand(tokens, top_k, device=DEVICE), "topk_ids": ids.to(DEVICE)}
 
@@ -109,6 +110,32 @@ def test_gates_and_ups_lie_either_way(interleaved, swapped, with_tiles):
         given["gate_up_proj"] = transposed(given["gate_up_proj"])
     with running():
         assert_close(moe.fused_experts(**given, **options), wanted)
+
+
+OTHERS = {
+    "swiglu_step": {"limit": 0.75},
+    "situ": {"beta": 0.5, "linear_beta": 0.75},
+    "situ interleaved": {"interleaved": True},
+    "relu2": {"limit": 1.0},
+    "silu_no_mul": {"alpha": 1.25},
+    "gelu_no_mul": {},
+    "gelu_tanh_no_mul": {},
+    "relu2_no_mul": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tiles_have_every_activation(name, swapped, with_tiles):
+    """Also of matrices without ups, whose width no tile divides."""
+    activation, dtype = name.split()[0], (torch.float16, torch.bfloat16)[len(name) % 2]
+    given = drawn(9, 2, 1, 48, 40, dtype, bias=True, halves=RULES[activation].halves)
+    wanted = exact(given, activation=activation, **OTHERS[name])
+    if swapped:
+        given["gate_up_proj"] = transposed(given["gate_up_proj"])
+    with_tiles(7 if swapped else 1, 1)
+    with running(), testing.poisoned_memory():
+        assert_close(moe.fused_experts(**given, activation=activation, **OTHERS[name]), wanted)
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])

@@ -22,6 +22,8 @@ OPTIONS = {
     "gelu": {"activation": "gelu", "limit": 0.7},
     "swiglu_oai": {"activation": "swiglu_oai"},
     "interleaved": {"activation": "gelu_tanh", "interleaved": True},
+    "situ": {"activation": "situ", "linear_beta": 2.0},
+    "no ups": {"activation": "relu2_no_mul"},
 }
 
 
@@ -29,18 +31,21 @@ def running():
     return simulator.running() if simulator.ENABLED else contextlib.nullcontext()
 
 
-def drawn(seed, width):
+def drawn(seed, width, name="silu"):
     """Draw nine rows of three experts, of which seven are in use, for five tokens of two slots each."""
+    halves = 1 if name == "no ups" else 2
     rng = np.random.default_rng(seed)
     places = np.full(10, -1, np.int32)
     places[rng.permutation(10)[:7]] = rng.permutation(7)
-    gate_up, grad, bias = (rng.standard_normal(shape) for shape in ((9, 2 * width), (9, width), (3, 2 * width)))
+    gate_up, grad, bias = (
+        rng.standard_normal(shape) for shape in ((9, halves * width), (9, width), (3, halves * width))
+    )
     return gate_up, grad, rng.random((5, 2)) + 0.1, places.reshape(5, 2), bias
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_twin_by_finite_differences(name):
-    gate_up, grad, weights, places, bias = drawn(0, 4)
+    gate_up, grad, weights, places, bias = drawn(0, 4, name)
 
     def loss(gate_up, weights, bias):
         rows, total = moe_activation(gate_up, OFFSET, bias, **OPTIONS[name]), 0.0
@@ -69,11 +74,11 @@ def test_twin_by_finite_differences(name):
 @pytest.mark.parametrize("width", [5, 8, 40])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_kernel_by_the_twin(name, width, dtype):
-    gate_up, grad, weights, places, bias = drawn(width, width)
+    gate_up, grad, weights, places, bias = drawn(width, width, name)
     arrays = [torch.from_numpy(part).to(dtype).to(DEVICE) for part in (gate_up, grad, bias)]
     slots = torch.from_numpy(weights).float().to(DEVICE), torch.from_numpy(places).to(DEVICE)
     arrays[0][7:] = torch.nan
-    options = {"interleaved": None, "limit": None, "alpha": None, **OPTIONS[name]}
+    options = {**dict.fromkeys(("interleaved", "limit", "alpha", "beta", "linear_beta")), **OPTIONS[name]}
     with running(), testing.poisoned_memory():
         found = op(*arrays[:2], *slots, torch.from_numpy(OFFSET).to(DEVICE), arrays[2], **options, of_bias=True)
     exact = [testing.to_numpy(part).astype(np.float64) for part in (*arrays[:2], slots[0])]

@@ -117,6 +117,9 @@ def calls(tokens, device):
     yield OPS.moe_activation, (rows[:, :6].contiguous(),), {}
     bias = torch.ones(2, 6, device=device, requires_grad=True)
     yield OPS.moe_activation, (rows[:, :6].clone().requires_grad_(), offset, bias), options
+    bent = {"activation": "situ", "beta": 2.0, "linear_beta": 5.0}
+    yield OPS.moe_activation, (rows[:, :6].clone().requires_grad_(), offset, bias), bent
+    yield OPS.moe_activation, (rows[:, :5].clone().requires_grad_(),), {"activation": "relu2_no_mul"}
     up, down = torch.ones(EXPERTS, 6, HIDDEN, device=device), torch.ones(EXPERTS, HIDDEN, 3, device=device)
     yield OPS.fused_experts, (wide(rows), up, down, weights.detach(), chosen), {}
     biases = {"gate_up_bias": up[:, :, 0].contiguous(), "down_bias": down[:, :, 0].contiguous()}

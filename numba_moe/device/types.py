@@ -67,6 +67,10 @@ Batch = Annotated[int, CONSTANT, 1, 2, 3, 4, 5, 6, 7, 8]
 # Columns of one lane in the activation: eight are 16 bytes of a two-byte dtype.
 Run = Annotated[int, CONSTANT, 1, 8]
 
+# Activations: those that are the factor of a sigmoid or of gelu, and others, whose code would slow these down.
+PRODUCTS, OTHERS = 0, 1
+Family = Annotated[int, CONSTANT, 0, 1]
+
 # Experts of one lane in gating: with 32 lanes each tier serves up to 32 times this number of experts.
 COLUMNS = (1, 2, 4, 8, 16, 32)
 Columns = Annotated[int, CONSTANT, 1, 2, 4, 8, 16, 32]

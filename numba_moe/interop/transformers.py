@@ -26,24 +26,27 @@ from numba_moe.ops.activation.activate import moe_activation
 from numba_moe.ops.experts import fused_experts
 from numba_moe.ops.grouped_products import multiply_by_expert
 from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
-from numba_moe.reference.activation import RULES
+from numba_moe.reference.activation import ACTIVATIONS, RULES
 
 NAME = "numba_moe"
 OLDEST = (5, 7)  # transformers whose models take any implementation that is registered
 # An activation replaces the module's own if their float32 results differ by at most this.
 SAME = 1e-5
+WITH_ALPHA = tuple(name for name, rule in RULES.items() if rule.alpha is not None)
 LARGEST_LIMIT = 1000
 # What is known of modules: the state in which each was, and the gate that was found then.
 _gates: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Any, "Gate | None"]] = weakref.WeakKeyDictionary()
 
 
 class Gate(NamedTuple):
-    """Arguments of `fused_experts` that do what a module's own gate does."""
+    """Arguments of `fused_experts` that do what a module's own gate or activation does."""
 
     activation: str
     interleaved: bool
     limit: float | None
     alpha: float | None
+    beta: float | None = None
+    linear_beta: float | None = None
 
 
 def _numbers(experts: torch.nn.Module) -> list[float]:
@@ -52,10 +55,17 @@ def _numbers(experts: torch.nn.Module) -> list[float]:
     return sorted({float(value) for value in values if type(value) in (int, float) and 0 < value <= LARGEST_LIMIT})
 
 
-def _candidates(numbers: list[float]) -> Iterator[Gate]:
-    kinds = (name for name in RULES if name != "none")
-    for choice in itertools.product(kinds, (False, True), (math.inf, None, *numbers), (None, *numbers)):
-        yield Gate(*choice)
+def _candidates(numbers: list[float], has_gate: bool) -> Iterator[Gate]:
+    """Yield gates; those of "silu" have no other beta than the default."""
+    for name in ACTIVATIONS:
+        rule = RULES[name]
+        if rule.halves != (2 if has_gate else 1):
+            continue
+        alphas, betas = ((None, *numbers) if name in names else (None,) for names in (WITH_ALPHA, ("situ",)))
+        layouts = (False, True) if has_gate else (False,)
+        limits = (math.inf, *(() if rule.limit == math.inf else (None,)), *(() if name == "situ" else numbers))
+        for choice in itertools.product(layouts, limits, alphas, betas, betas):
+            yield Gate(name, *choice)
 
 
 def find_gate(experts: torch.nn.Module) -> Gate | None:
@@ -64,7 +74,7 @@ def find_gate(experts: torch.nn.Module) -> Gate | None:
     They are tried on the CPU, so nothing waits for a device; a module whose gate reads tensors of its own, which may
     change, or has hooks, keeps it.
     """
-    if not experts.has_gate or any(map(_has_hooks, _activation_modules(experts))):
+    if any(map(_has_hooks, _activation_modules(experts))):
         return None
     # A thread of its own knows nothing of the caller's default device, autocast, inference or fake tensor mode.
     with ThreadPoolExecutor(1) as pool:
@@ -77,7 +87,7 @@ def _search(experts: torch.nn.Module) -> Gate | None:
     spread = torch.linspace(-6, 6, 96, dtype=torch.float32, device="cpu").reshape(12, 8)
     spread = spread * torch.tensor([1, -0.7, 0.3, 0.9, -0.1, 1.1, 0.5, -1], dtype=torch.float32, device="cpu")
     rows = torch.cat([spread, spread * max([1.0, *numbers])])  # past every limit, on both sides
-    own: Any = experts._apply_gate
+    own: Any = experts._apply_gate if experts.has_gate else experts.act_fn
     try:
         with torch.random.fork_rng(devices=[]), _Reading(experts) as reading:  # the caller's generator draws as before
             wanted = own(rows).float()
@@ -85,7 +95,7 @@ def _search(experts: torch.nn.Module) -> Gate | None:
         return None
     if reading.has_read:
         return None
-    for gate in _candidates(numbers):
+    for gate in _candidates(numbers, bool(experts.has_gate)):
         found = moe_activation(rows, **gate._asdict())
         if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=SAME, atol=SAME):
             return gate

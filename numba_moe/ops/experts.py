@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from numba_moe.ops.activation.activate import activation_backward, check_rule, moe_activation, plan_activation
-from numba_moe.ops.activation.activate_rows import KINDS
+from numba_moe.ops.activation.activate import (
+    activation_backward,
+    check_rule,
+    moe_activation,
+    options_of,
+    plan_activation,
+)
 from numba_moe.ops.activation.weighted import weighted_activation_backward
 from numba_moe.ops.experts_by_tile import TilePlan, plan_tiles, run_tiles, serves, tiles_for
 from numba_moe.ops.grouped_products import is_grouped, multiply_by_expert, outer_by_expert, product_by_expert
@@ -18,13 +23,12 @@ from numba_moe.ops.permute.permutation import moe_permute, moe_unpermute
 from numba_moe.ops.permute.row_gradients import permute_backward, spread_rows, unpermute_backward
 from numba_moe.ops.sort import counting_sort
 from numba_moe.reference import experts as reference
+from numba_moe.reference.activation import ACTIVATIONS, OPTIONS
 from numba_moe.runtime import arrays, checks
 from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.launch import Launch
 from numba_moe.runtime.op import op
 from numba_moe.runtime.plans import Layout
-
-RULE = ("activation", "interleaved", "limit", "alpha")
 
 
 def _is_matrix_by_matrix(weights: Layout) -> bool:
@@ -48,6 +52,8 @@ def fused_experts(
     interleaved: bool | None = None,
     limit: float | None = None,
     alpha: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
     out: Array | None = None,
 ) -> Any:
     """Send each token through its experts and sum what they return, weighted.
@@ -58,30 +64,27 @@ def fused_experts(
         Rows may be strided.
     gate_up_proj : array of the dtype of `hidden_states`, shape [num_experts, 2 * width, hidden]
         The first matrix of each expert of this rank; contiguous, or the transpose of a contiguous
-        [num_experts, hidden, 2 * width].
+        [num_experts, hidden, 2 * width]. For an activation whose name ends in "_no_mul" it has `width` rows.
     down_proj : array of the dtype of `hidden_states`, shape [num_experts, hidden, width]
         The second matrix of each expert; contiguous, or a transpose like the first.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
         Contiguous.
     topk_ids : array of int32 or int64, shape [num_tokens, top_k]
         Contiguous. An id outside the experts, such as -1, adds nothing.
-    activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai"}
-        The step between the matrices; see `moe_activation`.
+    activation : str
+        The step between the matrices, any of `moe_activation` but "none".
     expert_map : array of int32 or int64, shape [experts of all ranks], optional
         The index in the matrices of each expert of all ranks. -1 or any other number outside ``[0, num_experts)`` means
         an expert of another rank, which adds nothing.
-    gate_up_bias : array of the dtype of `hidden_states`, shape [num_experts, 2 * width], optional
+    gate_up_bias : array of the dtype of `hidden_states`, shape [num_experts, rows of `gate_up_proj`], optional
         Added after the first matrix.
     down_bias : array of the dtype of `hidden_states`, shape [num_experts, hidden], optional
         Added after the second.
     interleaved : bool, optional
         True if the rows of the first matrix are gate, up, gate, up, ..., False if all gates come before all ups. By
         default True for "swiglu_oai" only.
-    limit : float, optional
-        Upper bound of the gates, and bound of the magnitude of the ups. By default 7 for "swiglu_oai" and no limit for
-        the others.
-    alpha : float, optional
-        The alpha of "silu" and "swiglu_oai", by default 1 and 1.702.
+    limit, alpha, beta, linear_beta : float, optional
+        The numbers of the activation, as in `moe_activation`.
     out : array of the dtype of `hidden_states`, shape [num_tokens, hidden], optional
         Written: memory for the result.
 
@@ -94,7 +97,8 @@ def fused_experts(
     TypeError
         An array or a dtype of the wrong kind.
     ValueError
-        A wrong shape or layout, mixed devices, an unknown activation, or more slots than int32 can count.
+        A wrong shape or layout, mixed devices, an unknown activation, a number that it does not have, or more slots
+        than int32 can count.
 
     Notes
     -----
@@ -145,7 +149,8 @@ class ExpertsPlan(NamedTuple):
 @fused_experts.plan
 def _(given: Any) -> ExpertsPlan | TilePlan:
     checks.array("hidden_states", given.hidden_states, checks.FLOATS, (2,), rows=True)
-    checks.choice("activation", given.activation, KINDS[:-1])
+    checks.choice("activation", given.activation, ACTIVATIONS)
+    kernel_rule = check_rule(given)
     like = ("hidden_states", given.hidden_states)
     num_tokens, hidden = given.hidden_states.shape
     for name, weights in (("gate_up_proj", given.gate_up_proj), ("down_proj", given.down_proj)):
@@ -156,9 +161,11 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     num_local, _, width = given.down_proj.shape
     checks.integer("num_experts (of `down_proj`)", num_local, 1)
     checks.shape("down_proj", given.down_proj, (num_local, hidden, width), "(num_experts, hidden, width)")
-    checks.shape("gate_up_proj", given.gate_up_proj, (num_local, 2 * width, hidden), "(num_experts, 2 * width, hidden)")
+    rows = kernel_rule.halves * width
+    named = "(num_experts, 2 * width, hidden)" if kernel_rule.halves == 2 else "(num_experts, width, hidden)"
+    checks.shape("gate_up_proj", given.gate_up_proj, (num_local, rows, hidden), named)
     for name, bias, columns in (
-        ("gate_up_bias", given.gate_up_bias, 2 * width),
+        ("gate_up_bias", given.gate_up_bias, rows),
         ("down_bias", given.down_bias, hidden),
     ):
         if bias is not None:
@@ -173,7 +180,6 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     checks.array("topk_weights", given.topk_weights, checks.FLOATS, (2,), like=like)
     checks.shape("topk_ids", given.topk_ids, (num_tokens, given.topk_ids.shape[1]), "(num_tokens, top_k)")
     checks.shape("topk_weights", given.topk_weights, tuple(given.topk_ids.shape), "`topk_ids`.shape")
-    kernel_rule = check_rule(given.activation, given.interleaved, given.limit, given.alpha)
     if serves(given) and (tiles := tiles_for(given, num_experts)) is not None:
         return plan_tiles(given, kernel_rule, num_experts, tiles)
     num_slots, top_k = given.topk_ids.shape.numel(), given.topk_ids.shape[1]
@@ -189,12 +195,13 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     )
     dtype = given.hidden_states.dtype
     offset = new(torch.int64, num_local + 1)  # of the experts of this rank, which are the first
-    between, last = (new(dtype, num_slots, columns) for columns in (2 * width, hidden))
+    between, last = (new(dtype, num_slots, columns) for columns in (rows, hidden))
     places = new(torch.int32, num_tokens, top_k)
     act = moe_activation.declaration.given_of
-    options = {name: getattr(given, name) for name in RULE}
+    options = {"activation": given.activation, **options_of(given)}
     first = {"gate_up": between, "expert_first_token_offset": offset, "bias": given.gate_up_bias, **options}
     second = {"gate_up": last, "expert_first_token_offset": offset, "bias": given.down_bias, "activation": "none"}
+    second |= dict.fromkeys(OPTIONS)
     written = ("position_of_slot", "offset")
     return ExpertsPlan(
         num_experts,
@@ -267,6 +274,8 @@ def fused_experts_keeping(
     interleaved: bool | None = None,
     limit: float | None = None,
     alpha: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
 ) -> KeptExperts:
     """Do what `fused_experts` does, for which a gradient is wanted, and keep the results of the first matrix.
 
@@ -287,13 +296,13 @@ def fused_experts_keeping(
         The step between the matrices.
     interleaved : bool, optional
         How gates and ups lie.
-    limit, alpha : float, optional
+    limit, alpha, beta, linear_beta : float, optional
         The numbers of its rule.
 
     Returns
     -------
     KeptExperts
-        combined : the result of `fused_experts`. gate_up : [num_slots, 2 * width], the rows of the first matrix in
+        combined : the result of `fused_experts`. gate_up : [num_slots, columns], the rows of the first matrix in
         expert order, without bias. expert_first_token_offset : int64 [num_experts + 1]. inv_permuted_idx : int32
         [num_tokens, top_k], the row of each slot.
     """
@@ -327,7 +336,7 @@ def _(_plan: Any, given: Any) -> KeptExperts:
     offset, places = permuted.expert_first_token_offset[: num_local + 1], permuted.inv_permuted_idx
     ends = offset[1:].to(torch.int32)
     gate_up = multiply_by_expert(permuted.permuted_hidden_states, given.gate_up_proj, ends)
-    rows = moe_activation(gate_up, offset, given.gate_up_bias, **{name: getattr(given, name) for name in RULE})
+    rows = moe_activation(gate_up, offset, given.gate_up_bias, activation=given.activation, **options_of(given))
     rows = multiply_by_expert(rows, given.down_proj, ends)
     if given.down_bias is not None:
         rows = moe_activation(rows, offset, given.down_bias, activation="none")
@@ -339,7 +348,7 @@ def _(ctx: Any, given: Any, _combined: Any, *kept: Any) -> None:
     matrices = (given.gate_up_proj, given.down_proj, given.gate_up_bias, given.down_bias)
     routing = (given.topk_weights, given.topk_ids if given.down_bias is not None else None, given.expert_map)
     ctx.save_for_backward(given.hidden_states, *matrices, *routing, *kept)
-    ctx.rule = tuple(getattr(given, name) for name in RULE)
+    ctx.activation, ctx.options = given.activation, options_of(given)
 
 
 TENSORS = tuple(fused_experts_keeping.declaration.arrays)
@@ -354,7 +363,9 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
     slopes = spread_rows(grad, places)  # of the rows of the second matrix, without weights
     by_activated = multiply_by_expert(slopes, down_proj.transpose(1, 2), ends)
     of_first = weighted_activation_backward(
-        *(gate_up, by_activated, topk_weights, places, offset, gate_up_bias, *ctx.rule, "gate_up_bias" in wanted)
+        *(gate_up, by_activated, topk_weights, places, offset, gate_up_bias, ctx.activation),
+        of_bias="gate_up_bias" in wanted,
+        **ctx.options,
     )
     grads = {}
     if "gate_up_bias" in wanted:
@@ -368,8 +379,8 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
         grads["down_proj"] = outer_by_expert(slopes, of_first.weighted, ends)
     if "down_bias" in wanted:
         weighted = unpermute_backward(slopes, topk_weights, places, grad, 1.0, True, False).rows
-        none = ("none", None, None, None, True)
-        grads["down_bias"] = activation_backward(weighted, weighted, offset, down_bias, *none).bias
+        options: dict[str, Any] = {**dict.fromkeys(OPTIONS), "activation": "none", "of_bias": True}
+        grads["down_bias"] = activation_backward(weighted, weighted, offset, down_bias, **options).bias
     if "gate_up_proj" in wanted:
         grads["gate_up_proj"] = outer_by_expert(of_first.rows, spread_rows(hidden_states, places), ends)
     if "hidden_states" in wanted:
@@ -401,11 +412,8 @@ def compose(
     expert_map: Any = None,
     gate_up_bias: Any = None,
     down_bias: Any = None,
-    activation: str = "silu",
-    interleaved: bool | None = None,
-    limit: float | None = None,
-    alpha: float | None = None,
     out: Any = None,
+    **options: Any,
 ) -> torch.Tensor:
     """Answer a call of `fused_experts` for which a gradient is wanted."""
     checks.holds("out", "None where a gradient is wanted", out is None, "memory to write")
@@ -413,7 +421,7 @@ def compose(
     if expert_map is not None and num_local < expert_map.shape[0]:
         expert_map = torch.where(expert_map < num_local, expert_map, -1)  # no GEMM computes rows of other places
     arguments = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, expert_map, gate_up_bias, down_bias)
-    found: torch.Tensor = fused_experts_keeping(*arguments, activation, interleaved, limit, alpha).combined
+    found: torch.Tensor = fused_experts_keeping(*arguments, **options).combined
     return found
 
 

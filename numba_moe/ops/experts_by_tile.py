@@ -14,7 +14,8 @@ import torch
 
 from numba_moe.device import simulator
 from numba_moe.device.tiles import TILES
-from numba_moe.ops.activation.activate_rows import KINDS, Rule
+from numba_moe.device.types import PRODUCTS
+from numba_moe.ops.activation.activate_rows import NONE, Rule, family_of
 from numba_moe.ops.gating.which_kernel import sized
 from numba_moe.ops.multiply_slots import Blocks, Chosen, Factors, Products, multiply_slots
 from numba_moe.ops.permute.move_rows import plan_combine, stride_of
@@ -133,18 +134,19 @@ def plan_tiles(given: Any, rule: Rule, num_experts: int, tiles: tuple[int, int])
         blocks = Blocks(torch.int32, torch.int32, torch.int32, num_slots)
         chosen = Chosen(None, None, None, *sizes)
     where = (device, num_blocks, blocks, chosen)
-    first = Factors(dtype, dtype, given.gate_up_bias, stride_of(hidden_states), hidden, 2 * width, top_k)
+    columns = given.gate_up_proj.shape[1]
+    first = Factors(dtype, dtype, given.gate_up_bias, stride_of(hidden_states), hidden, columns, top_k)
     second = Factors(dtype, dtype, given.down_bias, width, width, hidden, 1)
-    plain = Rule(KINDS.index("none"), 0, rule.limit, rule.alpha, rule.shift)
+    plain = rule._replace(kind=NONE, halves=1, interleaved=0)
     rows = Layout(torch.Size((num_tokens, top_k, hidden)), dtype, device, None, 0)
     places = Layout(torch.Size((num_tokens, top_k)), torch.int32, device, None, 0)
     return TilePlan(
         sort,
         indices,
         placed,
-        _launch(*where, first, rule, width, tiles[0]),
+        _launch(*where, first, rule, width, tiles[0], family_of(given.activation), False),
         contiguous(dtype, num_slots, width),
-        _launch(*where, second, plain, hidden, tiles[1]),
+        _launch(*where, second, plain, hidden, tiles[1], PRODUCTS, True),
         contiguous(dtype, num_tokens, top_k, hidden),
         plan_combine(rows, num_tokens, top_k, given.topk_weights, places, False, 1.0, dtype),
     )
@@ -159,18 +161,20 @@ def _launch(
     rule: Rule,
     width: int,
     tile: int,
+    family: int,
+    is_second: bool,
 ) -> Launch:
     shape = TILES[tile]
     row_tiles = -(-factors.columns // shape.rows)
-    is_second = int(factors.columns == width)
     if is_second:
         chosen = chosen._replace(placed=None)
     grid = min(num_blocks * row_tiles, _num_processors(device) * shape.blocks)
-    products = Products(factors.matrices, width, row_tiles, is_second)
+    products = Products(factors.matrices, width, row_tiles, int(is_second))
     return Launch(
         *(multiply_slots, device, grid, shape.threads, factors, blocks, chosen, rule, products),
         shared_bytes=shape.shared_bytes,
         tile=tile,
+        family=family,
     )
 
 

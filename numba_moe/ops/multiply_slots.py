@@ -35,8 +35,8 @@ from numba_moe.device.tensor_cores import (
     wait_for_copies,
 )
 from numba_moe.device.tiles import BOUNDS, MOST_TOKENS, STAGES, TileNumber
-from numba_moe.device.types import LIKE, Int32, Int64, OptionalInt32Array, OptionalSizedArray
-from numba_moe.ops.activation.activate_rows import NONE, Rule, activation_of
+from numba_moe.device.types import LIKE, OTHERS, Family, Int32, Int64, OptionalInt32Array, OptionalSizedArray
+from numba_moe.ops.activation.activate_rows import Rule, activation_of
 
 AHEAD = STAGES - 1
 RUN = 8
@@ -84,7 +84,7 @@ class Products(NamedTuple):
     """What is written, and how."""
 
     products: LikeRows  # [num_slots, width]
-    width: Int32  # columns, or half of them
+    width: Int32  # columns, or half of them: gates alone
     row_tiles: Int32  # tiles that an expert's matrix has
     is_second: Int32  # the rows are written by the kernel ahead, the matrices and blocks before it
 
@@ -107,7 +107,7 @@ def expert_of(block, blocks, chosen):
 @cuda.jit(device=True)
 def matrix_row(place, row_tile, rows, products, rule):
     """Return the matrix row of a tile row; gates and ups of a tile are equal in number, interleaved or in halves."""
-    if rule.kind == NONE or rule.interleaved:
+    if rule.halves == 1 or rule.interleaved:
         return int32(row_tile * rows + place)
     half = int32(rows >> 1)
     if place < half:
@@ -162,18 +162,24 @@ def sum_parts(sums, at, factors, expert, row, tile):
 
 
 @cuda.jit(device=True)
-def activated(gate, up, rule):
+def activated(gate, up, rule, family):
     """Return the activation of eight gates and ups."""
     return (
-        activation_of(gate[0], up[0], rule),
-        activation_of(gate[1], up[1], rule),
-        activation_of(gate[2], up[2], rule),
-        activation_of(gate[3], up[3], rule),
-        activation_of(gate[4], up[4], rule),
-        activation_of(gate[5], up[5], rule),
-        activation_of(gate[6], up[6], rule),
-        activation_of(gate[7], up[7], rule),
+        activation_of(gate[0], up[0], rule, family),
+        activation_of(gate[1], up[1], rule, family),
+        activation_of(gate[2], up[2], rule, family),
+        activation_of(gate[3], up[3], rule, family),
+        activation_of(gate[4], up[4], rule, family),
+        activation_of(gate[5], up[5], rule, family),
+        activation_of(gate[6], up[6], rule, family),
+        activation_of(gate[7], up[7], rule, family),
     )
+
+
+@cuda.jit(device=True)
+def no_ups():
+    zero = float32(0.0)
+    return (zero, zero, zero, zero, zero, zero, zero, zero)
 
 
 @cuda.jit(device=True)
@@ -185,10 +191,10 @@ def separated(low, high):
 
 
 @cuda.jit(device=True)
-def write_products(sums, slots, factors, blocks, expert, row_tile, rule, products, tile):
+def write_products(sums, slots, factors, blocks, expert, row_tile, rule, products, tile, family):
     """Write the products of an item, eight columns of a slot to a thread at a time."""
     rows = of_tile(tile, "rows")
-    gated = rule.kind != NONE
+    gated = rule.halves == 2
     columns = int32(rows >> 1) if gated else rows
     runs = int32(columns >> 3)
     unit = int32(cuda.threadIdx.x)
@@ -210,13 +216,23 @@ def write_products(sums, slots, factors, blocks, expert, row_tile, rule, product
                 others = sum_parts(sums, first + second, factors, expert, row, tile)
                 if rule.interleaved:
                     values, others = separated(values, others)
-                values = activated(values, others, rule)
+                values = activated(values, others, rule, family)
+            elif family == OTHERS:
+                values = activated(values, no_ups(), rule, family)
             store_eight(products.products, int64(slot) * products.width + column, values)
         unit = int32(unit + of_tile(tile, "threads"))
 
 
 @cuda.jit(launch_bounds=BOUNDS)
-def multiply_slots(factors: Factors, blocks: Blocks, chosen: Chosen, rule: Rule, products: Products, tile: TileNumber):
+def multiply_slots(
+    factors: Factors,
+    blocks: Blocks,
+    chosen: Chosen,
+    rule: Rule,
+    products: Products,
+    tile: TileNumber,
+    family: Family,
+):
     """Write a row of products for each slot; a block takes an item after another, any grid covers them.
 
     It waits for the kernel ahead where its results are read, and not before.
@@ -298,7 +314,7 @@ def multiply_slots(factors: Factors, blocks: Blocks, chosen: Chosen, rule: Rule,
             cuda.syncthreads()
             store_sums(tile, totals, sums, first_sum)
             cuda.syncthreads()
-            write_products(sums, slots, factors, blocks, expert, row_tile, rule, products, tile)
+            write_products(sums, slots, factors, blocks, expert, row_tile, rule, products, tile, family)
     wait_for_earlier()
     if products.is_second:
         let_next_start()

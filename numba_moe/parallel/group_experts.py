@@ -24,6 +24,8 @@ def fused_experts(
     interleaved: bool | None = None,
     limit: float | None = None,
     alpha: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -36,7 +38,8 @@ def fused_experts(
     hidden_states : tensor of the dtype of the dispatcher, shape [num_tokens, hidden]
         Rows of this rank's tokens.
     gate_up_proj : tensor, shape [num_local_experts, 2 * width, hidden]
-        The first matrix of each expert of this rank, in order of its slots.
+        The first matrix of each expert of this rank, in order of its slots; of `width` rows for an activation without
+        ups.
     down_proj : tensor, shape [num_local_experts, hidden, width]
         The second.
     topk_weights : tensor of float32, float16 or bfloat16, shape [num_tokens, top_k]
@@ -47,9 +50,9 @@ def fused_experts(
         The way to the other ranks.
     layer : int
         The layer of the dispatcher's location.
-    activation, interleaved, limit, alpha : optional
+    activation, interleaved, limit, alpha, beta, linear_beta : optional
         What lies between the matrices, as in `numba_moe.fused_experts`.
-    gate_up_bias : tensor, shape [num_local_experts, 2 * width], optional
+    gate_up_bias : tensor, shape [num_local_experts, rows of `gate_up_proj`], optional
         Added after the first matrix.
     down_bias : tensor, shape [num_local_experts, hidden], optional
         Added after the second.
@@ -92,6 +95,8 @@ def fused_experts(
         interleaved=interleaved,
         limit=limit,
         alpha=alpha,
+        beta=beta,
+        linear_beta=linear_beta,
     )
     return dispatcher.combine(rows, sent)
 

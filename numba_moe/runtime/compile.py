@@ -214,11 +214,11 @@ def launch_bounds(
 ) -> int | tuple[int, int] | None:
     """Return the most threads of a block that a kernel is compiled for, maybe with how many blocks are to fit.
 
-    A kernel may have a mapping of these, by the value of its constant.
+    A kernel may have a mapping of these, by the value of its first constant.
     """
     bounds: Any = kernel.targetoptions.get("launch_bounds")
     if isinstance(bounds, Mapping):
-        (constant,) = (choice for field, choice in chosen(kernel, specialisation) if field.is_constant)
+        constant = next(choice for field, choice in chosen(kernel, specialisation) if field.is_constant)
         found: tuple[int, int] = bounds[constant]
         return found
     # Before Hopper a warp operation in a loop takes more registers, and some would be spilled to fit the blocks.

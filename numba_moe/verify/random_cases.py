@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from numba_moe import align_sizes
+from numba_moe.reference.activation import ACTIVATIONS, RULES
 from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import Case
@@ -387,11 +388,25 @@ def decode(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     }
 
 
+def activation_options(rng: np.random.Generator, names: tuple[str, ...]) -> dict[str, Any]:
+    """Draw an activation, and the numbers that it has."""
+    name = str(rng.choice(names))
+    rule = RULES[name]
+    drawn: dict[str, Any] = {"activation": name}
+    if rule.halves == 2 and flag(rng):
+        drawn["interleaved"] = bool(flag(rng))
+    choices = {"limit": [0.5, 7], "alpha": [0.5, 1.702], "beta": [0.5, 4], "linear_beta": [0.5, 25]}
+    for option, values in choices.items():
+        if getattr(rule, option) is not None and flag(rng):
+            drawn[option] = float(rng.choice(values))
+    return drawn
+
+
 def activation(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     sizes = np.append(rows(rng, limits._replace(slots=limits.slots // 16)), 1)
     offset = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    kind = str(rng.choice(["silu", "gelu", "gelu_tanh", "swiglu_oai", "none"]))
-    columns = number(rng, 0, 100) * int(rng.choice([1, 8])) * (1 if kind == "none" else 2)
+    options = activation_options(rng, tuple(RULES))
+    columns = number(rng, 0, 100) * int(rng.choice([1, 8])) * RULES[options["activation"]].halves
     drawn = (3 * rng.standard_normal((offset[-1] + number(rng, 0, 9), columns))).astype(
         rng.choice(["float32", "float16"])
     )
@@ -400,10 +415,7 @@ def activation(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
         "gate_up": drawn,
         "expert_first_token_offset": offset,
         "bias": rng.standard_normal((len(sizes), columns)).astype(drawn.dtype) if flag(rng) else None,
-        "activation": kind,
-        "interleaved": bool(flag(rng)) if flag(rng) else None,
-        "limit": float(rng.choice([0.5, 7])) if flag(rng) else None,
-        "alpha": float(rng.choice([0.5, 1.702])) if flag(rng) else None,
+        **options,
     }
 
 
@@ -426,16 +438,17 @@ def experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     def normal(*shape: int) -> np.ndarray:
         return (rng.standard_normal(shape) / max(1, shape[-1]) ** 0.5).astype(kind)
 
+    options = activation_options(rng, ACTIVATIONS)
+    rows = RULES[options["activation"]].halves * width
     drawn |= {
         "hidden_states": (rng.standard_normal((len(ids), hidden))).astype(kind),
-        "gate_up_proj": normal(local, 2 * width, hidden),
+        "gate_up_proj": normal(local, rows, hidden),
         "down_proj": normal(local, hidden, width),
         "topk_weights": rng.random(ids.shape, np.float32),
-        "activation": str(rng.choice(["silu", "gelu", "gelu_tanh", "swiglu_oai"])),
-        "limit": float(rng.choice([0.5, 7])) if flag(rng) else None,
+        **options,
     }
     if flag(rng) and not few:
-        drawn |= {"gate_up_bias": normal(local, 2 * width), "down_bias": normal(local, hidden)}
+        drawn |= {"gate_up_bias": normal(local, rows), "down_bias": normal(local, hidden)}
     return drawn
 
 

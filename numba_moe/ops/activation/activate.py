@@ -2,20 +2,22 @@
 
 The pass adds the bias, clamps, applies the activation to the gates, and multiplies by the ups. A warp takes a run of
 columns of one row; a lane takes 16 bytes or more where rows are aligned. A binary search of the offsets finds the row's
-expert. silu, the tanh form of gelu and swiglu_oai all have the form ``gate * sigmoid(gate * something)``. The
-backward pass has the same structure, and then sums rows for the bias of each expert.
+expert. silu, the tanh form of gelu and swiglu_oai all have the form ``gate * sigmoid(gate * something)``. For the
+other activations the kernels are compiled once more. The backward pass has the same structure, and then sums rows for
+the bias of each expert.
 """
 
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from numba_moe.device.primitives import WARP
 from numba_moe.ops.activation import activate_rows
-from numba_moe.ops.activation.activate_rows import KINDS, RUN, SUM_THREADS
+from numba_moe.ops.activation.activate_rows import KINDS, RUN, SUM_THREADS, family_of
 from numba_moe.reference import activation as reference
-from numba_moe.reference.activation import rule_of
+from numba_moe.reference.activation import OPTIONS, RULES, rule_of
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import Array, Contiguous, by_reference, contiguous
 from numba_moe.runtime.launch import Launch, block_threads, warps
@@ -32,6 +34,8 @@ def moe_activation(
     interleaved: bool | None = None,
     limit: float | None = None,
     alpha: float | None = None,
+    beta: float | None = None,
+    linear_beta: float | None = None,
     out: Array | None = None,
 ) -> Any:
     """Add the bias of each row's expert, apply the activation to the gates, and multiply by the ups.
@@ -39,38 +43,45 @@ def moe_activation(
     Parameters
     ----------
     gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
-        Contiguous; rows in expert order.
+        Contiguous; rows in expert order. An activation whose name ends in "_no_mul" has no ups, so its rows are
+        [num_rows, width], and those of "none" too.
     expert_first_token_offset : array of int64, shape [num_experts + 1], optional
         Expert e has the rows from ``offset[e]`` up to ``offset[e + 1]``, and the first offset counts as 0. Rows from
         the last offset on are unused. Without offsets all rows are in use.
-    bias : array of the dtype of `gate_up`, shape [num_experts, 2 * width], optional
+    bias : array of the dtype of `gate_up`, shape [num_experts, columns of `gate_up`], optional
         Bias of each expert, added first. It requires offsets.
-    activation : {"silu", "gelu", "gelu_tanh", "swiglu_oai", "none"}
-        "silu" is ``gate * sigmoid(alpha * gate)``. "gelu" uses the error function, and "gelu_tanh" its tanh
-        approximation. "swiglu_oai" is like silu, multiplied by the up plus 1. "none" only adds the bias; its rows have
-        no gates and ups.
+    activation : str
+        What is multiplied by the ups. "silu" is ``gate * sigmoid(alpha * gate)``. "gelu" uses the error function, and
+        "gelu_tanh" its tanh approximation. "swiglu_oai" is silu with other defaults. "swiglu_step" is silu whose result
+        has an upper bound. "relu2" is ``max(gate, 0) ** 2``. "situ" is ``beta * tanh(gate / beta) * sigmoid(gate)``.
+        "silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul" and "relu2_no_mul" multiply nothing. "none" only adds the bias.
     interleaved : bool, optional
         True if a row holds gate, up, gate, up, ..., False if it holds all gates before all ups. By default True for
         "swiglu_oai" only.
     limit : float, optional
         Upper bound of the gates, and bound of the magnitude of the ups. By default 7 for "swiglu_oai" and no limit for
-        the others.
+        the others. "swiglu_step" bounds what silu returns instead of the gates, by default by 7.
     alpha : float, optional
-        The alpha of "silu" and "swiglu_oai", by default 1 and 1.702.
+        The alpha of silu, by default 1.702 for "swiglu_oai" and 1 for the others.
+    beta : float, optional
+        Added to the ups of "silu" and "swiglu_oai", by default 0 and 1. The beta of "situ", by default 4.
+    linear_beta : float, optional
+        With it, "situ" multiplies by ``linear_beta * tanh(up / linear_beta)`` instead of the up.
     out : array of the dtype of `gate_up`, shape [num_rows, width], optional
         Written: memory for the result.
 
     Returns
     -------
     array of the dtype of `gate_up`, shape [num_rows, width]
-        For "none" the result is as wide as `gate_up`. Unused rows are zeros.
+        Unused rows are zeros.
 
     Raises
     ------
     TypeError
         An array or a dtype of the wrong kind.
     ValueError
-        A wrong shape or layout, mixed devices, an unknown activation, or a bias without offsets.
+        A wrong shape or layout, mixed devices, an unknown activation, a number that it does not have, or a bias without
+        offsets.
 
     Notes
     -----
@@ -88,8 +99,9 @@ def moe_activation(
 
 @moe_activation.outputs
 def _(given: Any) -> Contiguous:
+    checks.choice("activation", given.activation, KINDS)
     rows, columns = given.gate_up.shape
-    return contiguous(given.gate_up.dtype, rows, columns if given.activation == "none" else columns // 2)
+    return contiguous(given.gate_up.dtype, rows, columns // RULES[given.activation].halves)
 
 
 class Activation(NamedTuple):
@@ -100,28 +112,49 @@ class Activation(NamedTuple):
     records: tuple[Any, ...]
 
 
-def check_rule(
-    activation: str, interleaved: bool | None, limit: float | None, alpha: float | None
-) -> activate_rows.Rule:
-    """Check what an activation is told, and return what kernels are."""
+def options_of(given: Any) -> dict[str, Any]:
+    """Return what a call says of its activation beside the name."""
+    return {name: getattr(given, name) for name in OPTIONS}
+
+
+def check_rule(given: Any) -> activate_rows.Rule:
+    """Check what a call says of its activation, and return what kernels are told."""
+    activation, options = given.activation, options_of(given)
     checks.choice("activation", activation, KINDS)
+    known = RULES[activation]
+    for name in ("limit", "alpha", "beta", "linear_beta"):
+        if options[name] is not None:
+            checks.number(name, options[name], infinite=name == "limit")
+            checks.holds(name, f"None for {activation!r}", getattr(known, name) is not None, options[name])
+    interleaved = options["interleaved"]
     if interleaved is not None:
         checks.boolean("interleaved", interleaved)
-    if limit is not None:
-        checks.number("limit", limit, infinite=True)
-    if alpha is not None:
-        checks.number("alpha", alpha)
-    rule = rule_of(activation, interleaved, limit, alpha)
-    checks.holds("limit", "above 0", rule.limit > 0, rule.limit)
-    most = math.inf if activation == "none" else rule.limit
-    return activate_rows.Rule(KINDS.index(activation), int(rule.interleaved), most, rule.alpha, rule.shift)
+        gated = known.halves == 2 or not interleaved
+        checks.holds("interleaved", f"None or False for {activation!r}, which has no ups", gated, interleaved)
+    rule = rule_of(activation, **options)
+    positive = {"limit": rule.limit, "linear_beta": rule.linear_beta}
+    if activation == "situ":
+        positive["beta"] = rule.beta
+    for name, value in positive.items():
+        checks.holds(name, "above 0", value is None or np.float32(value) > 0, value)
+    numbers = {
+        "limit": math.inf if rule.limit is None else rule.limit,
+        "alpha": 1.0 if rule.alpha is None else rule.alpha,
+        "shift": 0.0 if rule.beta is None or activation == "situ" else rule.beta,
+        "beta": 1.0 if rule.beta is None else rule.beta,
+        "linear_beta": math.inf if rule.linear_beta is None else rule.linear_beta,
+    }
+    if rule.halves == 1:
+        numbers["shift"] = 1.0
+    kind = KINDS.index(activation.removesuffix(activate_rows.UNGATED))
+    return activate_rows.Rule(kind=kind, halves=rule.halves, interleaved=int(rule.interleaved), **numbers)
 
 
 def check_rows(given: Any) -> Activation:
     """Check the arguments of `moe_activation`, and return how its passes go over the rows."""
-    gate_up, offset, bias, activation = given.gate_up, given.expert_first_token_offset, given.bias, given.activation
+    gate_up, offset, bias = given.gate_up, given.expert_first_token_offset, given.bias
     checks.array("gate_up", gate_up, checks.FLOATS, (2,))
-    rule = check_rule(activation, given.interleaved, given.limit, given.alpha)
+    rule = check_rule(given)
     num_rows, row_width = gate_up.shape
     like = ("gate_up", gate_up)
     num_experts = 0
@@ -133,9 +166,8 @@ def check_rows(given: Any) -> Activation:
         checks.holds("bias", "None without `expert_first_token_offset`", num_experts > 0, "an array")
         checks.array("bias", bias, (gate_up.dtype,), (2,), like=like)
         checks.shape("bias", bias, (num_experts, row_width), "(num_experts, columns of `gate_up`)")
-    if activation != "none":
-        checks.holds("gate_up", "of an even number of columns", row_width % 2 == 0, row_width)
-    width = row_width if activation == "none" else row_width // 2
+    checks.holds("gate_up", "of an even number of columns", row_width % rule.halves == 0, row_width)
+    width = row_width // rule.halves
     aligned = width % RUN == 0 and gate_up.address == 0 and (bias is None or bias.address == 0)
     items = RUN if aligned else 1
     segments = -(-width // (WARP * items))
@@ -152,7 +184,8 @@ def check_rows(given: Any) -> Activation:
 def plan_activation(given: Any) -> Launch:
     """Check the arguments of `moe_activation`, and plan it."""
     where, items, records = check_rows(given)
-    return Launch(activate_rows.activate_rows, *where, *records, given.gate_up.dtype, items=items)
+    family = family_of(given.activation)
+    return Launch(activate_rows.activate_rows, *where, *records, given.gate_up.dtype, items=items, family=family)
 
 
 @moe_activation.run
@@ -164,16 +197,15 @@ def _(activate: Launch, given: Any, activated: torch.Tensor) -> None:
 @moe_activation.saves
 def _(ctx: Any, given: Any, _activated: Any) -> None:
     ctx.save_for_backward(given.gate_up, given.expert_first_token_offset, given.bias)
-    ctx.options = (given.activation, given.interleaved, given.limit, given.alpha)
+    ctx.options = (given.activation, options_of(given))
     ctx.of_bias = given.bias is not None and ctx.needs_input_grad[2]
 
 
 @moe_activation.backward
 def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
     gate_up, offset, bias = ctx.saved_tensors
-    activation, interleaved, limit, alpha = ctx.options
-    options = (activation, interleaved, limit, alpha, ctx.of_bias)
-    by_rows, by_bias = activation_backward(gate_up, grad, offset, bias, *options)
+    activation, options = ctx.options
+    by_rows, by_bias = activation_backward(gate_up, grad, offset, bias, activation, of_bias=ctx.of_bias, **options)
     return {"gate_up": by_rows, "bias": by_bias if ctx.of_bias else None}
 
 
@@ -194,25 +226,27 @@ def activation_backward(
     interleaved: bool | None,
     limit: float | None,
     alpha: float | None,
+    beta: float | None,
+    linear_beta: float | None,
     of_bias: bool,
 ) -> ActivationGradients:
     """Return the gradient by the rows, and on request by the bias, given the gradient by the result.
 
     Parameters
     ----------
-    gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
+    gate_up : array of float32, float16 or bfloat16, shape [num_rows, columns]
         The argument of `moe_activation`, as are all parameters except `grad_activated` and `of_bias`.
     grad_activated : array of the dtype of `gate_up`, shape [num_rows, width]
         The gradient by the result.
     expert_first_token_offset : array of int64, shape [num_experts + 1], optional
         Where the rows of experts begin.
-    bias : array of the dtype of `gate_up`, shape [num_experts, 2 * width], optional
+    bias : array of the dtype of `gate_up`, shape [num_experts, columns], optional
         The bias of each expert.
     activation : str
         Which one.
     interleaved : bool, optional
         How gates and ups lie.
-    limit, alpha : float, optional
+    limit, alpha, beta, linear_beta : float, optional
         The numbers of its rule.
     of_bias : bool
         Whether to compute the gradient by the bias.
@@ -236,7 +270,8 @@ def _(given: Any) -> tuple[Launch, Launch | None]:
     """Return the launches: the pass over the rows, and the sum of the rows of each expert."""
     where, items, records = check_rows(given)
     slopes = activate_rows.Slopes(given.gate_up.dtype, given.gate_up.dtype)
-    return Launch(activate_rows.differentiate_activation, *where, *records, slopes, items=items), plan_sums(given)
+    constants: dict[str, Any] = {"items": items, "family": family_of(given.activation)}
+    return Launch(activate_rows.differentiate_activation, *where, *records, slopes, **constants), plan_sums(given)
 
 
 def plan_sums(given: Any) -> Launch | None:
@@ -253,9 +288,9 @@ def plan_sums(given: Any) -> Launch | None:
 
 @activation_backward.on_cpu
 def _(given: Any) -> ActivationGradients:
-    options = {name: getattr(given, name) for name in ("activation", "interleaved", "limit", "alpha")}
     offset = given.expert_first_token_offset
     arrays = (given.gate_up, given.grad_activated, offset, given.bias)
+    options = {"activation": given.activation, **options_of(given)}
     grad_gate_up = by_reference(reference.moe_activation_backward, *arrays, **options)
     of_bias = given.of_bias and given.bias is not None
     return ActivationGradients(

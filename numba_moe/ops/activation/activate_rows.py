@@ -4,6 +4,7 @@ from typing import Annotated, Any, NamedTuple
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
 from numba_moe.device.instructions import (
+    divide,
     erfc,
     flat,
     load_eight,
@@ -13,16 +14,31 @@ from numba_moe.device.instructions import (
     reciprocal,
     store_eight,
     store_float,
+    tanh,
     wait_for_earlier,
 )
-from numba_moe.device.primitives import WARP, exp, first_above, warp_index
-from numba_moe.device.types import LIKE, Float32, FloatArray, Int32, Int64Array, OptionalInt64Array, Run
+from numba_moe.device.primitives import INFINITY, WARP, exp, first_above, warp_index
+from numba_moe.device.types import (
+    LIKE,
+    OTHERS,
+    PRODUCTS,
+    Family,
+    Float32,
+    FloatArray,
+    Int32,
+    Int64Array,
+    OptionalInt64Array,
+    Run,
+)
 from numba_moe.reference.activation import RULES
 
 LikeRows = Annotated[Any, LIKE, "gate_up"]
 OptionalLikeRows = Annotated[Any, LIKE, "gate_up", None]
 KINDS = tuple(RULES)
-SILU, GELU, GELU_TANH, SWIGLU_OAI, NONE = range(len(KINDS))
+GELU, GELU_TANH, NONE, SWIGLU_STEP, RELU2, SITU = map(
+    KINDS.index, ("gelu", "gelu_tanh", "none", "swiglu_step", "relu2", "situ")
+)
+UNGATED = "_no_mul"
 # gelu by tanh is gate * sigmoid(gate * (TANH_ALPHA + TANH_CUBIC * gate^2)).
 TANH_ALPHA = 1.5957691216057308
 TANH_CUBIC = 0.07135481282553884
@@ -36,7 +52,7 @@ SUM_FLOATS = SUM_THREADS * RUN
 class Rows(NamedTuple):
     """Rows in expert order, and how warps share them."""
 
-    gate_up: FloatArray  # [num_rows, 2 * width], or [num_rows, width] for NONE
+    gate_up: FloatArray  # [num_rows, halves * width]
     num_rows: Int32
     width: Int32
     segments: Int32  # warps that serve a row: one for 32 * items columns
@@ -51,13 +67,16 @@ class Experts(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The formula for gates and ups; see `moe_activation`."""
+    """The formula for gates and ups; see `moe_activation`. Where a row has no ups, they are 0 and the shift is 1."""
 
-    kind: Int32  # its index in KINDS
+    kind: Int32  # its index in KINDS, without "_no_mul"
+    halves: Int32
     interleaved: Int32
     limit: Float32
     alpha: Float32
     shift: Float32  # added to ups
+    beta: Float32
+    linear_beta: Float32
 
 
 class Slopes(NamedTuple):
@@ -78,6 +97,11 @@ class Sums(NamedTuple):
     segments: Int32  # blocks that serve an expert: one for 32 * items columns
 
 
+def family_of(activation: str) -> int:
+    """Return the family of an activation."""
+    return PRODUCTS if activation in ("silu", "gelu", "gelu_tanh", "swiglu_oai", "none") else OTHERS
+
+
 @cuda.jit(device=True)
 def share_of(gate, rule):
     """Return the factor of the gate in its activation, activation(gate) / gate."""
@@ -90,8 +114,10 @@ def share_of(gate, rule):
 
 
 @cuda.jit(device=True)
-def activation_of(gate, up, rule):
+def activation_of(gate, up, rule, family):
     """Return the activation of a gate times its up."""
+    if family == OTHERS:
+        return other_activation_of(gate, up, rule)
     if gate > rule.limit:
         gate = float32(rule.limit)
     if up > rule.limit:
@@ -113,24 +139,51 @@ def slope_of(gate, share, rule):
 
 
 @cuda.jit(device=True)
-def slopes_of(gate, up, grad, rule):
-    """Return the gradients by a gate and by its up, given the gradient by their activation."""
-    through_gate = grad
-    through_up = grad
-    if gate > rule.limit:
+def of_gate(gate, rule):
+    """Return what the up of a gate is multiplied by, and its derivative, for any activation."""
+    kept = float32(1.0)
+    if gate > rule.limit and rule.kind != SWIGLU_STEP:
         gate = float32(rule.limit)
-        through_gate = float32(0.0)
+        kept = float32(0.0)
+    if rule.kind == RELU2:
+        if gate < float32(0.0):
+            gate = float32(0.0)
+        return gate * gate, kept * float32(2.0) * gate
+    share = share_of(gate, rule)
+    if rule.kind == SITU:
+        bent = tanh(divide(gate, rule.beta))
+        value = rule.beta * bent
+        slope = (float32(1.0) - bent * bent) * share + value * share * (float32(1.0) - share)
+        return value * share, kept * slope
+    value = gate * share
+    if value > rule.limit and rule.kind == SWIGLU_STEP:
+        value = float32(rule.limit)
+        kept = float32(0.0)
+    return value, kept * slope_of(gate, share, rule)
+
+
+@cuda.jit(device=True)
+def of_up(up, rule):
+    """Return what the activation of a gate is multiplied by, and its derivative."""
+    kept = float32(1.0)
     if up > rule.limit:
         up = float32(rule.limit)
-        through_up = float32(0.0)
+        kept = float32(0.0)
     elif up < -rule.limit:
         up = float32(-rule.limit)
-        through_up = float32(0.0)
-    if rule.kind != NONE:
-        share = share_of(gate, rule)
-        through_gate = through_gate * slope_of(gate, share, rule) * (up + rule.shift)
-        through_up = through_up * gate * share
-    return through_gate, through_up
+        kept = float32(0.0)
+    if rule.linear_beta < float32(INFINITY):
+        bent = tanh(divide(up, rule.linear_beta))
+        return rule.linear_beta * bent, kept * (float32(1.0) - bent * bent)
+    return up + rule.shift, kept
+
+
+@cuda.jit(device=True)
+def other_activation_of(gate, up, rule):
+    """Return the activation of a gate times its up, for any activation."""
+    value, _ = of_gate(gate, rule)
+    factor, _ = of_up(up, rule)
+    return value * factor
 
 
 @cuda.jit(device=True)
@@ -166,8 +219,8 @@ def store_run(array, first, values, items):
 
 @cuda.jit(device=True)
 def add_gate_up(array, row, column, width, rule, gate, up, items):
-    """Add the gates and ups in some columns of a row to sums; for NONE a row has no ups."""
-    if rule.kind == NONE:
+    """Add the gates and ups in some columns of a row to sums; a row may have no ups."""
+    if rule.halves == 1:
         add_run(array, row + column, gate, items)
     elif rule.interleaved and items == RUN:
         low = load_eight(array, row + 2 * column)
@@ -185,7 +238,7 @@ def add_gate_up(array, row, column, width, rule, gate, up, items):
 @cuda.jit(device=True)
 def store_gate_up(array, row, column, width, rule, gate, up, items):
     """Write gates and ups to the columns that `add_gate_up` reads."""
-    if rule.kind == NONE:
+    if rule.halves == 1:
         store_run(array, row + column, gate, items)
     elif rule.interleaved and items == RUN:
         first = row + 2 * column
@@ -210,8 +263,8 @@ def place_of(segments, items):
 
 @cuda.jit(device=True)
 def width_of_row(width, rule):
-    """Return the number of columns of a row of `gate_up`: gates and ups, or `width` columns for NONE."""
-    return int64(width) if rule.kind == NONE else 2 * int64(width)
+    """Return the number of columns of a row of `gate_up`: gates and ups, or `width` columns without ups."""
+    return int64(width) if rule.halves == 1 else 2 * int64(width)
 
 
 @cuda.jit(device=True)
@@ -237,6 +290,7 @@ def activate_rows(
     rule: Rule,
     activated: LikeRows,  # [num_rows, width]
     items: Run,
+    family: Family,
 ):
     """Write the activation of each row; the grid has `segments` independent warps for each row."""
     wait_for_earlier()
@@ -248,12 +302,37 @@ def activate_rows(
     used = load_biased(rows, experts, rule, row, column, gate, up, items)
     if used and rule.kind != NONE:
         for item in range(items):
-            gate[item] = activation_of(gate[item], up[item], rule)
+            gate[item] = activation_of(gate[item], up[item], rule, family)
     store_run(activated, int64(row) * rows.width + column, gate, items)
 
 
+@cuda.jit(device=True)
+def slopes_of(x, y, grad, rule, family):
+    """Return the gradients by a gate and its up, given that by the result."""
+    if family == OTHERS:
+        value, slope = of_gate(x, rule)
+        factor, slope_of_factor = of_up(y, rule)
+        return grad * slope * factor, grad * value * slope_of_factor
+    through_gate = grad
+    through_up = grad
+    if x > rule.limit:
+        x = float32(rule.limit)
+        through_gate = float32(0.0)
+    if y > rule.limit:
+        y = float32(rule.limit)
+        through_up = float32(0.0)
+    elif y < -rule.limit:
+        y = float32(-rule.limit)
+        through_up = float32(0.0)
+    if rule.kind != NONE:
+        share = share_of(x, rule)
+        through_gate = through_gate * slope_of(x, share, rule) * (y + rule.shift)
+        through_up = through_up * x * share
+    return through_gate, through_up
+
+
 @cuda.jit
-def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: Slopes, items: Run):
+def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: Slopes, items: Run, family: Family):
     """Write the gradient by the rows; the grid has `segments` independent warps for each row."""
     wait_for_earlier()
     row, column = place_of(rows.segments, items)
@@ -268,7 +347,9 @@ def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: S
     if used:
         add_run(slopes.grad_activated, int64(row) * rows.width + column, grad, items)
     for item in range(items):
-        gate[item], up[item] = slopes_of(gate[item], up[item], grad[item], rule)
+        through_gate, through_up = slopes_of(gate[item], up[item], grad[item], rule, family)
+        gate[item] = through_gate
+        up[item] = through_up
     first = row * width_of_row(rows.width, rule)
     store_gate_up(slopes.grad_gate_up, first, column, rows.width, rule, gate, up, items)
 

@@ -12,8 +12,8 @@ import torch
 from numba_moe.device.dialect import cuda, float32, int32, int64
 from numba_moe.device.instructions import load_float, store_float, wait_for_earlier
 from numba_moe.device.primitives import WARP, warp_index, warp_sum
-from numba_moe.device.types import LIKE, FloatArray, Int32, Int32Array, Run
-from numba_moe.ops.activation.activate import check_rows, plan_sums
+from numba_moe.device.types import LIKE, Family, FloatArray, Int32, Int32Array, Run
+from numba_moe.ops.activation.activate import check_rows, options_of, plan_sums
 from numba_moe.ops.activation.activate_rows import (
     Experts,
     LikeRows,
@@ -21,6 +21,7 @@ from numba_moe.ops.activation.activate_rows import (
     Rule,
     activation_of,
     add_run,
+    family_of,
     load_biased,
     slopes_of,
     store_gate_up,
@@ -51,7 +52,9 @@ class WeightedSlopes(NamedTuple):
 
 
 @cuda.jit
-def differentiate_weighted(rows: Rows, experts: Experts, rule: Rule, slots: Slots, slopes: WeightedSlopes, items: Run):
+def differentiate_weighted(
+    rows: Rows, experts: Experts, rule: Rule, slots: Slots, slopes: WeightedSlopes, items: Run, family: Family
+):
     """Write the gradients of the rows of slots; a warp takes a slot, and the columns of its row in `segments` turns."""
     wait_for_earlier()
     slot = warp_index()
@@ -72,9 +75,9 @@ def differentiate_weighted(rows: Rows, experts: Experts, rule: Rule, slots: Slot
                     grad[item] = float32(0.0)
                 add_run(slopes.grad, row * rows.width + column, grad, items)
                 for item in range(items):
-                    activated = activation_of(gate[item], up[item], rule)
+                    activated = activation_of(gate[item], up[item], rule, family)
                     total += activated * grad[item]
-                    gate[item], up[item] = slopes_of(gate[item], up[item], weight * grad[item], rule)
+                    gate[item], up[item] = slopes_of(gate[item], up[item], weight * grad[item], rule, family)
                     grad[item] = weight * activated
                 first = row * width_of_row(rows.width, rule)
                 store_gate_up(slopes.grad_gate_up, first, column, rows.width, rule, gate, up, items)
@@ -105,14 +108,16 @@ def weighted_activation_backward(
     interleaved: bool | None,
     limit: float | None,
     alpha: float | None,
+    beta: float | None,
+    linear_beta: float | None,
     of_bias: bool,
 ) -> WeightedGradients:
     """Differentiate activated rows that are multiplied by the weights of their slots.
 
     Parameters
     ----------
-    gate_up : array of float32, float16 or bfloat16, shape [num_rows, 2 * width]
-        The argument of `moe_activation`, as are `expert_first_token_offset`, `bias`, and the four after that.
+    gate_up : array of float32, float16 or bfloat16, shape [num_rows, columns]
+        The argument of `moe_activation`, as are `expert_first_token_offset`, `bias`, and the six after that.
     grad : array of the dtype of `gate_up`, shape [num_rows, width]
         The gradient by the weighted rows.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
@@ -121,13 +126,13 @@ def weighted_activation_backward(
         The row of each slot. Each row must belong to at most one slot.
     expert_first_token_offset : array of int64, shape [num_experts + 1], optional
         Where the rows of experts begin.
-    bias : array of the dtype of `gate_up`, shape [num_experts, 2 * width], optional
+    bias : array of the dtype of `gate_up`, shape [num_experts, columns], optional
         The bias of each expert.
     activation : str
         Which one.
     interleaved : bool, optional
         How gates and ups lie.
-    limit, alpha : float, optional
+    limit, alpha, beta, linear_beta : float, optional
         The numbers of its rule.
     of_bias : bool
         Whether to compute the gradient by the bias.
@@ -160,12 +165,13 @@ def _(given: Any) -> tuple[Launch, Launch | None]:
     slots = Slots(given.topk_weights, given.inv_permuted_idx, num_slots)
     slopes = WeightedSlopes(dtype, dtype, dtype, given.topk_weights.dtype)
     where = (device, *warps(num_slots))
-    return Launch(differentiate_weighted, *where, *records, slots, slopes, items=items), plan_sums(given)
+    constants: dict[str, Any] = {"items": items, "family": family_of(given.activation)}
+    return Launch(differentiate_weighted, *where, *records, slots, slopes, **constants), plan_sums(given)
 
 
 @weighted_activation_backward.on_cpu
 def _(given: Any) -> WeightedGradients:
-    options = {name: getattr(given, name) for name in ("activation", "interleaved", "limit", "alpha")}
+    options = {"activation": given.activation, **options_of(given)}
     offset = given.expert_first_token_offset
     arguments = (given.gate_up, given.grad, given.topk_weights, given.inv_permuted_idx, offset, given.bias)
     rows, weighted, weights = by_reference(reference.weighted_activation_backward, *arguments, **options)

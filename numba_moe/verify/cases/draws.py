@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numba_moe import reference
+from numba_moe.reference.activation import RULES
 from numba_moe.reference.align import max_sorted_slots
 from numba_moe.verify import testing
 
@@ -133,7 +134,7 @@ def unpermute_case(name: str, tokens: int, top_k: int, hidden: int, dtype: str, 
 def activation_case(name: str, sizes: Any, width: int, dtype: str, spare: int = 0, **options: Any) -> Case:
     """Return the activation of rows, `sizes` for each expert, with a bias, and of some unused rows."""
     offset = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    columns = width if options.get("activation") == "none" else 2 * width
+    columns = RULES[options.get("activation", "silu")].halves * width
     rows = floats(int(offset[-1]) + spare, columns, dtype=dtype, scale=4.0)
     biased = {"expert_first_token_offset": offset, "bias": floats(len(sizes), columns, dtype=dtype)}
     return Case("moe_activation", name, given(gate_up=rows, **{**biased, **options}), dtype)
@@ -144,10 +145,11 @@ def experts_case(
 ) -> Case:
     """Return the feed-forward of tokens with ids of [num_tokens, top_k], or drawn so, through `local` experts."""
     tokens, top_k = chosen.shape if isinstance(chosen, np.ndarray) else chosen[:2]
-    biases = {"gate_up_bias": (local, 2 * width), "down_bias": (local, hidden)} if bias else {}
+    rows = RULES[options.get("activation", "silu")].halves * width
+    biases = {"gate_up_bias": (local, rows), "down_bias": (local, hidden)} if bias else {}
     arguments = given(
         hidden_states=floats(tokens, hidden, dtype=dtype),
-        gate_up_proj=floats(local, 2 * width, hidden, dtype=dtype, scale=2.0 ** -(hidden.bit_length() // 2)),
+        gate_up_proj=floats(local, rows, hidden, dtype=dtype, scale=2.0 ** -(hidden.bit_length() // 2)),
         down_proj=floats(local, hidden, width, dtype=dtype, scale=2.0 ** -(width.bit_length() // 2)),
         topk_weights=uniform(tokens, top_k),
         topk_ids=chosen if isinstance(chosen, np.ndarray) else chosen[2],

@@ -103,6 +103,14 @@ def _expert_edges() -> Iterator[Case]:
         "gelu_tanh": {"activation": "gelu_tanh"},
         "swiglu_oai": {"activation": "swiglu_oai"},
         "swiglu_oai in halves": {"activation": "swiglu_oai", "interleaved": False, "limit": 3, "alpha": 1.5},
+        "silu beta": {"beta": -0.5, "limit": 10.0, "alpha": 1.25},
+        "swiglu_step": {"activation": "swiglu_step", "limit": 2.0},
+        "situ": {"activation": "situ"},
+        "situ linear_beta": {"activation": "situ", "beta": 1.5, "linear_beta": 3.0, "limit": 5.0},
+        "situ interleaved": {"activation": "situ", "interleaved": True, "linear_beta": 25.0},
+        "relu2": {"activation": "relu2", "limit": 4.0},
+        **{f"{name}_no_mul": {"activation": f"{name}_no_mul"} for name in ("silu", "gelu", "gelu_tanh", "relu2")},
+        "silu_no_mul limit": {"activation": "silu_no_mul", "limit": 1.5, "alpha": 0.5},
     }
     sizes = np.array([2, 0, 5, 0, 0, 1, 3, 0])
     plain: dict[str, Any] = {"bias": None, "expert_first_token_offset": None}

@@ -70,7 +70,7 @@ def test_other_methods_do_nothing(method, tmp_path):
     assert [answer.status_code, *(other.status_code for other in answers)] == [405] * 4
     assert answer.headers["allow"] == "POST"
     if method != "HEAD":
-        assert answer.json() == {"error": f"{method} does nothing here, but POST"}
+        assert answer.json() == {"error": f"{method} does nothing here; send POST"}
     assert recorder.recording
     assert list(tmp_path.iterdir()) == []
     assert recorder.dump_record(output_mode="object").logical_count.tolist() == [[[1, 0, 2]]]
@@ -279,7 +279,7 @@ WRONG = {
     "large": ({"content": b" " * 70000}, 413, "the body must have at most 65536 bytes"),
     "no path": ({"path": "/nothing"}, 404, "Not Found"),
     "a slash": ({"path": DUMP + "/"}, 404, "Not Found"),
-    "a method": ({"method": "PUT"}, 405, "PUT does nothing here, but POST"),
+    "a method": ({"method": "PUT"}, 405, "PUT does nothing here; send POST"),
 }
 
 

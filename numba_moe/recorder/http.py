@@ -135,7 +135,7 @@ def make_app(
         """Answer for paths and methods that are not there."""
         assert isinstance(error, HTTPException)
         allowed = (error.headers or {}).get("Allow")
-        text = f"{request.method} does nothing here, but {allowed}" if allowed else str(error.detail)
+        text = f"{request.method} does nothing here; send {allowed}" if allowed else str(error.detail)
         return _line(error.status_code, {"error": text}, error.headers)
 
     async def fail(_request: Request, error: Exception) -> Response:

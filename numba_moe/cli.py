@@ -100,6 +100,7 @@ def _refuse(command: str, error: Exception) -> int:
 
 
 def _parser() -> Parser:
+    from numba_moe import serve_demo
     from numba_moe.bench import command as bench
     from numba_moe.lab import own_kernels
     from numba_moe.placement import simulate_command as rebalancing
@@ -126,6 +127,10 @@ def _parser() -> Parser:
     drawing = commands.add_parser("report", help=text, description=report.__doc__)
     report.add_arguments(drawing)
     drawing.set_defaults(prepare=report.prepare)
+    text = "control a recorder on a tiny model over HTTP, to try it"
+    serving = commands.add_parser("serve-demo", help=text, description=serve_demo.__doc__)
+    serve_demo.add_arguments(serving)
+    serving.set_defaults(prepare=serve_demo.prepare)
     text = "compile every kernel ahead of its first use, also on a machine without a GPU"
     warmup = commands.add_parser("warmup", help=text, description=f"{text.capitalize()}.")
     text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"

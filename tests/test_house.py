@@ -16,7 +16,7 @@ FLOORS = [
     {"runtime"},
     {"ops"},
     {"block", "tiny", "training", "placement", "parallel", "recorder", "interop"},
-    {"verify", "bench"},
+    {"verify", "bench", "serve_demo"},
     {"lab"},
     {"cli"},
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("cupy", "httpx", "jax", "matplotlib", "numpydoc", "starlette", "transformers")
+OPTIONAL = ("cupy", "httpx", "jax", "matplotlib", "numpydoc", "starlette", "transformers", "uvicorn")
 PROGRAM = f"""
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))  # as if they were not installed

@@ -40,7 +40,7 @@ def ask(app, *paths, method="POST", at_once=False):
 @pytest.mark.parametrize("format", ["npz", "csv"])
 def test_record_and_dump(method, format, tmp_path):
     recorder = make()
-    app = make_app(recorder, tmp_path)
+    app = make_app(recorder, tmp_path, allow_get=method == "GET")
     (answer,) = ask(app, "/start_expert_distribution_record", method=method)
     assert (answer.status_code, answer.json()) == (200, {"recording": True})
     count(recorder)
@@ -56,7 +56,7 @@ def test_record_and_dump(method, format, tmp_path):
     assert answers[2].json() == {"file": None}
 
 
-@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"])
 def test_other_methods_do_nothing(method, tmp_path):
     """A health probe or the preview of a link asks with HEAD."""
     recorder = make()
@@ -68,7 +68,9 @@ def test_other_methods_do_nothing(method, tmp_path):
     count(recorder)
     answers = ask(app, *[f"/{name}_expert_distribution_record" for name in names], method=method)
     assert [answer.status_code, *(other.status_code for other in answers)] == [405] * 4
-    assert set(answer.headers["allow"].split(", ")) == {"GET", "POST"}
+    assert answer.headers["allow"] == "POST"
+    if method != "HEAD":
+        assert answer.json() == {"error": f"{method} does nothing here; send POST"}
     assert recorder.recording
     assert list(tmp_path.iterdir()) == []
     assert recorder.dump_record(output_mode="object").logical_count.tolist() == [[[1, 0, 2]]]
@@ -170,7 +172,9 @@ def test_warnings_that_are_errors_are_no_errors_of_the_server(mode, tmp_path):
     answers = ask(app, *[f"/{name}_expert_distribution_record" for name in names])
     on = mode is not None
     expected = [{"recording": False}, {"file": None}, {"recording": on}, {"recording": on}, {"file": None}]
-    assert [answer.status_code for answer in answers] == [200] * 6
+    if not on:
+        expected[2:4] = [{"error": "nothing is recorded: the recorder's mode is None"}] * 2
+    assert [answer.status_code for answer in answers] == [200, 200, *[200 if on else 409] * 2, 200, 200]
     assert [answer.json() for answer in answers] == [*expected, {"recording": False}]
     if on:
         recorder.start_record()
@@ -203,7 +207,171 @@ def test_the_directory_must_be_there(tmp_path):
         make_app(make(), tmp_path / "gone")
 
 
+DUMP, STATUS = "/dump_expert_distribution_record", "/status_expert_distribution_record"
+
+
+def test_the_status(tmp_path):
+    recorder = make()
+    app = make_app(recorder, tmp_path)
+    before, head = (ask(app, STATUS, method=method)[0] for method in ("GET", "HEAD"))
+    assert (head.status_code, head.text) == (200, "")
+    of_rank = {"rank": 0, "mode": "stat", "recording": False, "passes": 0, "last_pass": None}
+    expected = {"recording": False, "mode": "stat", "ranks": [{**of_rank, "in_pass": False, "pending": []}]}
+    assert before.json() == expected
+    recorder.start_record()
+    count(recorder, 7)
+    with recorder.with_forward_pass(8):
+        (answer,) = ask(app, STATUS, method="GET")
+    about = {**of_rank, "recording": True, "passes": 1, "last_pass": 8, "in_pass": True, "pending": []}
+    assert answer.json() == {**expected, "recording": True, "ranks": [about]}
+    assert ask(app, STATUS, method="POST")[0].status_code == 405
+
+
+def send(app, path=DUMP, method="POST", **request):
+    async def talk():
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://recorder") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(talk())
+
+
+def test_parameters_are_in_a_body_too(tmp_path):
+    recorder = make()
+    app = make_app(recorder, tmp_path)
+    recorder.start_record()
+    for request in ({"json": {"format": "csv"}}, {"params": {"format": "csv", "partial": "true"}}):
+        count(recorder)
+        answer = send(app, **request)
+        assert answer.json()["file"].endswith(".csv")
+    count(recorder)
+    typed = {"content-type": "Application/JSON; charset=utf-8"}
+    assert send(app, content=b'{"format": "json", "partial": false}', headers=typed).json()["file"].endswith(".json")
+    for empty in ({}, {"json": {}}, {"content": b" \n"}, {"content": b"", "headers": {"content-type": "text/plain"}}):
+        assert send(app, **empty).json() == {"file": None}
+
+
+WRONG = {
+    "unknown": ({"params": {"forma": "csv"}}, 400, "the parameter 'forma' is unknown; known are format, partial"),
+    "unknown in JSON": ({"json": {"path": "x"}}, 400, "the parameter 'path' is unknown; known are format, partial"),
+    "none known": (
+        {"path": STATUS, "method": "GET", "params": {"x": ""}},
+        400,
+        "the parameter 'x' is unknown; none is",
+    ),
+    "twice": ({"params": [("format", "npz"), ("format", "csv")]}, 400, "the parameter 'format' is there twice"),
+    "twice in JSON": ({"content": b'{"format": "npz", "format": "csv"}'}, 400, "the key 'format' is there twice"),
+    "in both": ({"params": {"format": "npz"}, "json": {"format": "npz"}}, 400, "the parameter 'format' is there twice"),
+    "value": ({"json": {"format": "txt"}}, 400, "`format` must be one of npz, safetensors, json, csv, pt, got"),
+    "type": ({"json": {"format": 7}}, 400, "`format` must be one of npz, "),
+    "a number": ({"json": {"partial": 1}}, 400, "`partial` must be one of false, true, got 1"),
+    "a word": ({"params": {"partial": "yes"}}, 400, "`partial` must be one of false, true, got"),
+    "null": ({"json": {"format": None}}, 400, "`format` must be one of npz, "),
+    "a list": ({"json": ["format"]}, 400, "the body must be a JSON object, got list"),
+    "not JSON": ({"content": b"format=npz"}, 400, "the body must be JSON: "),
+    "not text": ({"content": b"\xff\xfe{}"}, 400, "the body must be JSON: "),
+    "deep": ({"content": b"[" * 60000}, 400, "the body must be JSON: "),
+    "a form": (
+        {"data": {"format": "npz"}},
+        415,
+        "the body must be application/json, got application/x-www-form-urlenc",
+    ),
+    "large": ({"content": b" " * 70000}, 413, "the body must have at most 65536 bytes"),
+    "no path": ({"path": "/nothing"}, 404, "Not Found"),
+    "a slash": ({"path": DUMP + "/"}, 404, "Not Found"),
+    "a method": ({"method": "PUT"}, 405, "PUT does nothing here; send POST"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_a_line_of_json(name, tmp_path):
+    request, status, message = WRONG[name]
+    recorder = make()
+    recorder.start_record()
+    count(recorder)
+    answer = send(make_app(recorder, tmp_path), **request)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/json"
+    assert message in answer.json()["error"]
+    assert answer.text.endswith("\n")
+    assert len(answer.text.splitlines()) == 1
+    assert len(recorder.dump_record(output_mode="object").forward_pass_id) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_ours_is_a_line_of_json_and_an_exception(tmp_path, monkeypatch):
+    app = make_app(make(), tmp_path)
+    monkeypatch.setattr(ExpertDistributionRecorder, "_finished", lambda _: [][0])
+    answer = send(app)
+    assert (answer.status_code, answer.json()) == (500, {"error": "IndexError: list index out of range"})
+
+    async def talk():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://recorder") as client:
+            await client.post(DUMP)
+
+    with pytest.raises(IndexError):
+        asyncio.run(talk())
+
+
+@pytest.mark.parametrize("token", ["secret", "se cret", "gehe\u00edm"])
+def test_a_token_is_asked_for(token, tmp_path):
+    recorder = make()
+    app = make_app(recorder, tmp_path, token=token)
+    wrong = ["", "Bearer", "Bearer ", "Bearer secre", f"Bearer {token} ", f"Basic {token}", f"Bearer {token}x", token]
+    wrong = [[("authorization", value.encode())] for value in wrong]
+    wrong += [[], [("authorization", f"Bearer {token}".encode())] * 2]
+    for path, method in ((DUMP.replace("dump", "start"), "POST"), (STATUS, "GET")):
+        for headers in wrong:
+            answer = send(app, path, method, headers=headers)
+            assert answer.status_code == 401, headers
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert token not in answer.text
+        assert not recorder.recording
+        for kind in ("Bearer", "bearer"):
+            right = [("authorization", f"{kind} {token}".encode())]
+            assert send(app, path, method, headers=right).status_code == 200
+        recorder.stop_record()
+
+
+def test_two_commands_do_not_mix(tmp_path):
+    recorder = make()
+    app = make_app(recorder, tmp_path, timeout=0.2)
+    with recorder._member.ranks._leading:
+        answer = send(app)
+    assert (answer.status_code, answer.json()) == (503, {"error": "another command is at work for more than 0.2 s"})
+    with recorder._dumping:
+        answer = send(app)
+    assert (answer.status_code, answer.json()["missing"]) == (504, [0])
+    assert "is writing another dump" in answer.json()["error"]
+    assert send(app).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"timeout": 0}, ValueError, "`timeout` must be positive, got 0"),
+        ({"timeout": float("nan")}, ValueError, "`timeout` must be a finite number"),
+        ({"timeout": "1"}, TypeError, "`timeout` must be a number, got str"),
+        ({"allow_get": 1}, TypeError, "`allow_get` must be"),
+        ({"token": ""}, ValueError, "`token` must be"),
+        ({"token": "two\nlines"}, ValueError, "`token` must be"),
+        ({"token": b"secret"}, TypeError, "`token` must be a str or None, got bytes"),
+    ],
+)
+def test_wrong_options(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        make_app(make(), tmp_path, **options)
+
+
+def test_two_apps_of_a_recorder_are_of_one_mind(tmp_path):
+    recorder = make()
+    one, other = (make_app(recorder, tmp_path) for _ in range(2))
+    ask(one, "/start_expert_distribution_record")
+    count(recorder)
+    assert send(other, STATUS, "GET").json()["ranks"][0]["passes"] == 1
+    assert len(load(tmp_path / send(other).json()["file"]).forward_pass_id) == 1
+
+
 def test_no_mode_is_an_answer(tmp_path):
-    with pytest.warns(RuntimeWarning, match="mode is None"):
-        (answer,) = ask(make_app(make(None), tmp_path), "/start_expert_distribution_record")
-    assert answer.json() == {"recording": False}
+    (answer,) = ask(make_app(make(None), tmp_path), "/start_expert_distribution_record")
+    assert (answer.status_code, answer.json()) == (409, {"error": "nothing is recorded: the recorder's mode is None"})

@@ -6,8 +6,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     {
         "ops.record": "add_expert_counts",
+        "recorder.all_ranks": "follow",
         "recorder.control": "ExpertDistributionRecorder",
         "recorder.dump_files": "Dump load",
+        "recorder.http": "make_app",
         "recorder.metrics": "Metrics coactivation expert_entropy logical_counts traffic_matrix utilization",
     },
 )

@@ -274,7 +274,8 @@ class ExpertDistributionRecorder(Hooks):
                 self._maps = [*taken.maps[:first], *self._maps]
                 self._records = deque([*taken.records, *self._records], maxlen=self._size)
 
-    def _dump_of(self, taken: Taken) -> Dump:
+    def _dump_of(self, taken: Taken, alone: bool = False) -> Dump:
+        """Return a dump of what was taken; with the counts of all ranks where they are summed, unless alone."""
         records, maps = taken.records, taken.maps
         index_of = {id(places): index for index, places in enumerate(maps)}
         tokens, num_tokens = None, None
@@ -299,7 +300,7 @@ class ExpertDistributionRecorder(Hooks):
         if self.mode == "per_token":
             return dump.with_counts_of_tokens(self.num_slots)
         counts = self._counts_of(records)
-        if self.mode == "per_pass" or self.process_group is None:
+        if alone or self.mode == "per_pass" or self.process_group is None:
             return dump.with_counts(counts.cpu().numpy())
         return over_ranks(dump, counts, self.process_group)
 
@@ -372,6 +373,8 @@ class ExpertDistributionRecorder(Hooks):
             raise
 
     def _begin_pass(self, opened: OpenPass) -> None:
+        if self._member is not None and opened.names is None and self._pass is None:
+            self._member.before_pass(opened.number)
         with self._lock:
             if self._pass is not None:
                 raise RuntimeError("`with_forward_pass` must not be inside another")
@@ -395,6 +398,8 @@ class ExpertDistributionRecorder(Hooks):
                 finally:
                     self._settle(opened)  # without its counts, if an error comes twice
                 raise
+        if self._member is not None and opened.names is None and self._pass is None:
+            self._member.after_pass()
 
     def _end_pass(self, opened: OpenPass) -> None:
         if self._pass is opened and opened.recorded:

@@ -130,6 +130,7 @@ class Hooks:
         self._name, self._disabled = PRIMARY, False
         self._pass: OpenPass | None = None
         self._rows_of: dict[tuple[str, int], int] | None = None  # rows of this pass so far, by name and layer
+        self._member: Any = None  # what commands to all ranks reach this one by
         self._lock = threading.RLock()  # what follows is read and changed under it
         self._dumping = threading.RLock()  # held by one dump, while it writes
         self._records: deque[Record] = deque(maxlen=self._size)
@@ -162,6 +163,7 @@ class Hooks:
     def _start_over(self) -> None:
         """In a forked child, forget what the parent recorded, and its threads with whatever locks they held."""
         self._lock, self._dumping = threading.RLock(), threading.RLock()
+        self._member = None
         self._executor = self._spill = self._changed = None
         self._records = deque(maxlen=self._size)
         if self._pass is not None and self._pass.thread != threading.get_ident():

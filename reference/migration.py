@@ -4,7 +4,6 @@ A location here is any object with these maps of an `ExpertLocation`: `physical_
 [P] and `node_of_slot` [P].
 """
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -157,7 +156,7 @@ def pair_ranks(size: np.ndarray) -> np.ndarray:
     rounds = np.full(size.shape, -1)
     taken: list[set[int]] = [set() for _ in range(num_ranks)]
     for one, other in zip(low[order], high[order], strict=True):
-        number = next(n for n in itertools.count() if n not in taken[one] | taken[other])
+        number = next(n for n in range(2 * num_ranks) if n not in taken[one] | taken[other])
         taken[one].add(number)
         taken[other].add(number)
         rounds[one, other] = rounds[other, one] = number

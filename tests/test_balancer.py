@@ -129,7 +129,8 @@ def test_layers_are_worth_what_they_gain_for_what_they_cost():
             )
             gain = before[layer].max() - after[layer].max()
             was, will = old.physical_to_logical_map[layer], new.physical_to_logical_map[layer]
-            filled = [np.sum((was != will)[old.rank_of_slot == r] & (will[old.rank_of_slot == r] >= 0)) for r in range(old.num_gpus)]  # fmt: skip
+            changed = (was != will) & (will >= 0)
+            filled = [np.sum(changed[old.rank_of_slot == rank]) for rank in range(old.num_gpus)]
             if gain > move_cost * max(filled) and gain >= min_gain * before[layer].max():
                 net[layer] = gain - move_cost * max(filled)
         assert found.tolist() == sorted(net, key=lambda layer: (-net[layer], layer))
@@ -155,10 +156,9 @@ class Model:
     def __init__(self, rank, size, timeout=30.0, num_spare=1, **options):
         rng = np.random.default_rng(3)
         self.rank, self.num_experts = rank, 8 * size
-        slots = [list(range(self.num_experts)) + list(range(num_spare * size))] * NUM_LAYERS
-        slots = [np.reshape(row[: 8 * size], (size, 8)).tolist() for row in slots]
-        places = [sum(([*mine, *([mine[0]] * num_spare)] for mine in row), []) for row in slots]
-        self.start = ExpertLocation.from_mapping(places, self.num_experts, size)
+        of_rank = np.arange(self.num_experts).reshape(size, 8)
+        places = np.concatenate([of_rank, np.roll(of_rank, 1, axis=0)[:, :num_spare]], axis=1)
+        self.start = ExpertLocation.from_mapping([places.ravel()] * NUM_LAYERS, self.num_experts, size)
         self.matrices = [
             {
                 "up": rng.standard_normal((self.num_experts, 2 * WIDTH, HIDDEN), np.float32),
@@ -205,9 +205,10 @@ class Model:
         return self.dispatcher.combine(torch.from_numpy(made), sent).numpy()
 
 
-def drifting(rank, size, kind="slides", num_passes=120):
+def drifting(rank, size, kind="slides", **options):
     """Compare balancedness with a balancer, without it, and with an oracle that knows the next passes."""
-    model = Model(rank, size, chunk_layers=2)
+    num_passes = 60 if size == 2 else 200
+    model = Model(rank, size, chunk_layers=2, **options)
     balancer, every = model.balancer, 10
     places, moved = [], collections.Counter()
     for number in range(num_passes):
@@ -246,9 +247,9 @@ def drifting(rank, size, kind="slides", num_passes=120):
     kept, filled = (sum(getattr(look, name) for look in balancer.looks) for name in ("num_kept", "num_filled"))
     if rank == 0:
         figures = f"without {without:.3f}, live {live:.3f}, oracle {oracle:.3f}"
-        print(f"{size} ranks, a load that {kind}: {figures}; {filled} slots filled, {kept} kept", flush=True)
+        print(f"{size} ranks, a load that {kind}, {options}: {figures}; {filled} filled, {kept} saved", flush=True)
     assert without + 0.1 < live < oracle
-    assert kept > 0
+    assert kept > 0 or options
     assert all(look.expected >= look.balancedness for look in balancer.looks)
 
 
@@ -256,19 +257,25 @@ def jumping(rank, size):
     drifting(rank, size, "jumps")
 
 
+def refined(rank, size):
+    drifting(rank, size, algorithm="refined", max_moves=4)
+    drifting(rank, size, "jumps", algorithm="refined", max_moves=4)
+
+
 def moving(rank, size):
     """Move the experts of blocks of a model whose recorder is given slots, in one step, and with captured tables."""
-    start = ExpertLocation.trivial(2, 4, 4 * size, num_gpus=size)
-    sizes = {"num_experts": 4, "top_k": 2, "hidden": 8, "max_tokens": 16, "dtype": torch.float32}
+    experts = 4 * size
+    start = ExpertLocation.trivial(2, experts, 5 * size, num_gpus=size)
+    sizes = {"num_experts": experts, "top_k": 2, "hidden": 8, "max_tokens": 16, "dtype": torch.float32}
     dispatcher = TokenDispatcher(**sizes, location=start)
     torch.manual_seed(0)
-    blocks = [MoEBlock(8, 4, num_experts=4, top_k=2, dispatcher=dispatcher, layer=layer) for layer in range(2)]
+    blocks = [MoEBlock(8, 4, num_experts=experts, top_k=2, dispatcher=dispatcher, layer=layer) for layer in range(2)]
     model = torch.nn.Sequential(*blocks)
     torch.manual_seed(0)
-    whole = torch.nn.Sequential(*(MoEBlock(8, 4, num_experts=4, top_k=2) for _ in range(2)))
+    whole = torch.nn.Sequential(*(MoEBlock(8, 4, num_experts=experts, top_k=2) for _ in range(2)))
     tables = ExpertDispatch(start, rank, "cpu")
     recorder = ExpertDistributionRecorder(
-        2, 4, mode="stat", device="cpu", physical_to_logical_map=start.physical_to_logical_map
+        2, experts, mode="stat", device="cpu", physical_to_logical_map=start.physical_to_logical_map
     )
     recorder.start_record()
 
@@ -325,7 +332,8 @@ def noise(rank, size):
             for _ in range(steps):
                 it.step()
             it.finish()
-            assert [look.num_passes for look in it.looks] == list(range(4, steps + 1, 4))
+            assert it.looks[0].num_passes == 4
+            assert all(look.num_passes % 4 == 0 for look in it.looks)
             model.balancer.close()
             return list(it.looks)
 
@@ -354,7 +362,7 @@ def window(rank, size):
     balancer = Balancer(model.weights, lambda: next(numbers) * ones, model.dispatcher, **options)
     seen = []
     plan = balancer._plan
-    balancer._plan = lambda halves: (seen.append(halves[:, 0, 0].tolist()), plan(halves))[1]
+    balancer._plan = lambda halves, *given: (seen.append(halves[:, 0, 0].tolist()), plan(halves, *given))[1]
     for _ in range(15):
         balancer.step()
     balancer.finish()
@@ -363,55 +371,53 @@ def window(rank, size):
     balancer.close()
 
 
+def run(model, numbers):
+    for number in numbers:
+        model.run(number)
+
+
 def agreement(rank, size):
-    """Check errors of one rank that all get."""
+    """Check errors of one rank that all get, while the model goes on with the old location."""
     model = Model(rank, size, timeout=5.0)
     for name, value in {"min_gain": 0.5, "every": 7, "overlap": 2}.items():
+        options = {name: value} if rank == 1 else {}
         with pytest.raises(ValueError, match=r"`every` must be the same on every rank, got others on ranks \[1\] than"):
-            Balancer(model.weights, model.recorder, model.dispatcher, **{name: value} if rank == 1 else {})
-    with pytest.raises(ValueError, match="`weights` must be the same on every rank, got others on ranks .1. than on"):
-        weights = [{"up": layer["up"].double()} if rank == 1 else {"up": layer["up"]} for layer in model.weights]
+            Balancer(model.weights, model.recorder, model.dispatcher, **options)
+    weights = [{"up": layer["up"].double() if rank == 1 else layer["up"]} for layer in model.weights]
+    with pytest.raises(
+        ValueError, match=r"`weights` must be the same on every rank, got others on ranks \[1\] than on"
+    ):
         Balancer(weights, model.recorder, model.dispatcher)
 
-    def run_until_error(error, match, **options):
-        model = Model(rank, size, timeout=5.0, **options)
-        if rank == 1:
-            place = model.balancer._place
-            model.balancer._place = lambda weight: place(weight[:, ::-1] if "verify" not in options else weight)
+    def fail(model, error, match):
         before = [{name: part.clone() for name, part in layer.items()} for layer in model.weights]
-        if "verify" in options and rank == 1:
-            stage = migration.Migration.stage
-
-            def damaging(self, layers):
-                arrivals = stage(self, layers)
-                arrivals[0].bytes[3] ^= 16
-                return arrivals
-
-            model.balancer._stage = types.MethodType(
-                lambda self, moving, *given: Balancer._stage(self, with_stage(moving, damaging), *given), model.balancer
-            )
         with pytest.raises(error, match=match):
-            for number in range(30):
-                model.run(number)
+            run(model, range(30))
         assert model.balancer.location == model.start
         for found, wanted in zip(model.weights, before, strict=True):
             assert all(torch.equal(found[name], wanted[name]) for name in wanted), "nothing was written"
         with pytest.raises(RuntimeError, match="`step` must be called of a balancer without an error before"):
-            model.balancer.step()
-        for number in range(30, 33):  # the model goes on
-            with pytest.raises(RuntimeError, match="without an error before"):
-                model.run(number)
+            model.run(30)
 
-    run_until_error(ValueError, "`location` must be the same on every rank, got others on ranks .1. than on rank 0")
+    model = Model(rank, size, timeout=5.0)
+    place = model.balancer._place
+    if rank == 1:
+        model.balancer._place = lambda weight: place(weight[:, ::-1])
+    fail(model, ValueError, r"`location` must be the same on every rank, got others on ranks \[\d.*\] than on rank 0")
+
+    stage = migration.Migration.stage
+
+    def damaging(self, layers):
+        arrivals = stage(self, layers)
+        arrivals[0].bytes[3] ^= 16
+        return arrivals
+
+    if rank == 1:
+        migration.Migration.stage = damaging
     text = (
         "rank 1 received other weights for slot" if rank == 1 else r"ranks \[1\] received other weights than were sent"
     )
-    run_until_error(CorruptedWeightsError, text, verify=True)
-
-
-def with_stage(moving, stage):
-    moving.stage = types.MethodType(stage, moving)
-    return moving
+    fail(Model(rank, size, timeout=5.0, verify=True), CorruptedWeightsError, text)
 
 
 def goes_on(model, size, lost):
@@ -458,20 +464,24 @@ def lose(rank, size, until):
         else:
             together = balancer._together
             balancer._together = lambda phase, work: die() if phase == "arrival" else together(phase, work)
-    begin, moved = 0.0, []
-    with pytest.raises(PeerTimeoutError, match="1") as found:
-        for number in range(60):
-            begin = time.monotonic()
-            try:
-                moved += model.run(number)
-            except PeerTimeoutError as error:
-                if error.phase in ("dispatch", "combine"):  # who is gone is missed there first: serve without it
-                    model.dispatcher.active_ranks = [other != last for other in range(size)]
-                    moved += balancer.finish()
-                raise
+    moved, numbers = [], itertools.count()
+    error = None
+    while error is None:
+        begin = time.monotonic()
+        try:
+            moved += model.run(next(numbers))
+        except PeerTimeoutError as caught:
+            error = caught
+    phases = [error.phase]
+    if error.phase in ("dispatch", "combine"):  # who is gone is missed there first, if there is a pass in between
+        with pytest.raises(PeerTimeoutError) as found:
+            balancer.finish()
+        phases.append(found.value.phase)
+        assert found.value.rank == last, found.value
     seconds = time.monotonic() - begin
-    assert found.value.rank == last, found.value
-    assert seconds < 2.5 * timeout + 2, seconds
+    assert error.rank == last, error
+    assert seconds < 1.5 * timeout * len(phases) + 3, seconds
+    assert phases[-1] == {"look": "look", "way": "arrival", "arrival": "arrival"}[until]
     location = goes_on(model, size, last)
     assert (location != model.start) == bool(moved)
     assert len(set(moved)) == (1 if until == "way" else 0)
@@ -501,19 +511,19 @@ def late(rank, size):
             return together(phase, work)
 
         model.balancer._together = slowly
-    with pytest.raises((PeerTimeoutError, RuntimeError)) as found:
-        for number in range(60):
-            model.run(number)
-    assert rank == 1 or (found.value.rank, found.value.phase) == (1, "arrival")
+    with pytest.raises(PeerTimeoutError) as found:
+        run(model, range(60))
+    assert found.value.phase == "arrival"
+    assert found.value.rank == (1 if rank != 1 else 0)
     assert model.balancer.location == model.start
     dist.barrier()
-    for number in range(number + 1, number + 4):
+    for number in range(60, 63):  # the model goes on, with all ranks
         with pytest.raises(RuntimeError, match="without an error before"):
             model.run(number)
 
 
 LOST = (lost_at_the_look, lost_on_the_way, lost_at_the_arrival)
-ROLES = {role.__name__: role for role in (drifting, jumping, moving, noise, window, agreement, late, *LOST)}
+ROLES = {role.__name__: role for role in (drifting, jumping, refined, moving, noise, window, agreement, late, *LOST)}
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
@@ -554,8 +564,9 @@ def test_experts_follow_a_load_that_drifts(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_experts_follow_a_load_that_jumps(size):
-    assert run_ranks("jumping", size) == [0] * size
+@pytest.mark.parametrize("role", ["jumping", "refined"])
+def test_experts_follow_other_loads_and_algorithms(role, size):
+    assert run_ranks(role, size) == [0] * size
 
 
 @pytest.mark.parametrize("size", QUICK_AND_SLOW)
@@ -628,8 +639,8 @@ def test_bad_arguments_of_the_planners():
         preserve_intragpu_slots(ONE, TWO)
     with pytest.raises(ValueError, match=r"`weight` must be of shape \(num_layers, num_experts\) = \(1, 3\), got"):
         layers_worth_moving(np.ones((2, 3)), ONE, ONE)
+    balancer = Balancer(WEIGHTS, lambda: np.ones((1, 4), int), TABLES, every=1)
     with pytest.raises(ValueError, match="`recorder` must be what returns counts of"):
-        balancer = Balancer(WEIGHTS, lambda: np.ones((1, 4), int), TABLES, every=1)
         balancer.step()
     with pytest.raises(ValueError, match=r"`physical_to_logical_map` must be of shape \(L, P\) = \(1, 3\), got"):
         ONE.with_places([[0, 1]])

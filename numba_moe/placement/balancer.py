@@ -399,7 +399,7 @@ class Balancer:
         halves = self._sum_counts()
         if not halves.any():
             return
-        planned = self._thread.submit(self._plan, halves)
+        planned = self._thread.submit(self._plan, halves, self.num_passes)
         for _ in range(self._overlap):
             yield []
         plan = planned.result()
@@ -457,12 +457,12 @@ class Balancer:
     def _keeping_slots(self, found: ExpertLocation) -> ExpertLocation:
         return migration.preserve_intragpu_slots(self.location, found) if self._preserve else found
 
-    def _plan(self, halves: np.ndarray) -> Plan:
+    def _plan(self, halves: np.ndarray, num_passes: int) -> Plan:
         """Find the location to move to, and the layers that it is worth for."""
         old, total = self.location, halves.sum(axis=0)
         before = self._balancedness(total, old)
         if self._threshold is not None and before >= self._threshold:
-            return Plan(old, BalancerLook(self.num_passes, before, before, [], 0, 0))
+            return Plan(old, BalancerLook(num_passes, before, before, [], 0, 0))
         found = self._place(total)
         new = self._keeping_slots(found)
         gains = {"min_gain": self._min_gain, "move_cost": self._move_cost}
@@ -476,7 +476,7 @@ class Balancer:
         filled, otherwise = (
             int((place.physical_to_logical_map != old.physical_to_logical_map)[layers].sum()) for place in (new, found)
         )
-        return Plan(new, BalancerLook(self.num_passes, before, after, layers, filled, otherwise - filled))
+        return Plan(new, BalancerLook(num_passes, before, after, layers, filled, otherwise - filled))
 
     def _balancedness(self, weight: np.ndarray, location: ExpertLocation) -> float:
         places, sizes = location.physical_to_logical_map, location.slots_per_rank

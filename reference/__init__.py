@@ -1,14 +1,15 @@
 """Mixture-of-Experts routing in NumPy: what every op of numba_moe computes, written to be read.
 
 Start with `counting`, then `align`, `gating` and `permute`; `batched`, `lora` and `ragged` are kinds of alignment;
-where experts live is in `deepseek`, `refine`, `rebalance` and `migration`, and `dispatch` sends tokens there,
-which `parallel` follows through all ranks.
+where experts live is in `deepseek`, `refine`, `rebalance`, `balancer` and `migration`, and `dispatch` sends tokens
+there, which `parallel` follows through all ranks.
 `recorder` says what counts of chosen experts mean; `training` has losses, `capacity` what experts take.
 README.md beside this file has the contract.
 """
 
 from numba_moe.reference.activation import moe_activation
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
+from numba_moe.reference.balancer import layers_worth_moving
 from numba_moe.reference.batched import batched_moe_align_block_size
 from numba_moe.reference.capacity import ExpertChoice, apply_capacity, expert_capacity, expert_choice
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
@@ -24,7 +25,7 @@ from numba_moe.reference.gating import (
 )
 from numba_moe.reference.lora import moe_lora_align_block_size
 from numba_moe.reference.maps import make_expert_map
-from numba_moe.reference.migration import plan_migration
+from numba_moe.reference.migration import pair_ranks, plan_migration, preserve_intragpu_slots
 from numba_moe.reference.parallel import DispatchedTokens, DispatchLayout, dispatch_layout
 from numba_moe.reference.permute import (
     MaskedTokens,
@@ -86,6 +87,7 @@ __all__ = [
     "expert_offsets",
     "fused_experts",
     "grouped_topk",
+    "layers_worth_moving",
     "load_balancing_loss",
     "logical_counts",
     "make_expert_map",
@@ -98,7 +100,9 @@ __all__ = [
     "moe_reorder",
     "moe_sum",
     "moe_unpermute",
+    "pair_ranks",
     "plan_migration",
+    "preserve_intragpu_slots",
     "rank_loads",
     "rebalance_experts",
     "route",

@@ -1,4 +1,4 @@
-"""Choose the source of each slot's weights when experts move.
+"""Choose the source of each slot's weights when experts move, and who exchanges weights with whom at a time.
 
 A location here is any object with these maps of an `ExpertLocation`: `physical_to_logical_map` [L, P], `rank_of_slot`
 [P] and `node_of_slot` [P].
@@ -72,3 +72,92 @@ def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
             source_for[rank, expert] = chosen
         source[slot] = source_for[rank, expert]
     return source
+
+
+def preserve_intragpu_slots(old: Any, new: Any) -> np.ndarray:
+    """Put the experts of each rank into its slots so that those which stay on it stay in their slots.
+
+    Parameters
+    ----------
+    old, new
+        Where the experts are, and on which ranks they will be.
+
+    Returns
+    -------
+    np.ndarray
+        int64 [L, P], the expert of each slot: each rank has the experts that it has in `new`.
+
+    Notes
+    -----
+    Slots are served in order; the experts that are new to a rank keep their order.
+
+    Examples
+    --------
+    The second rank keeps expert 3 in its last slot:
+
+    >>> class Location:
+    ...     rank_of_slot = np.array([0, 0, 1, 1])
+    ...     def __init__(self, places):
+    ...         self.physical_to_logical_map = np.array(places)
+    >>> preserve_intragpu_slots(Location([[0, 1, 2, 3]]), Location([[2, 1, 3, 0]]))
+    array([[2, 1, 0, 3]])
+    """
+    places = new.physical_to_logical_map.copy()
+    first_of_rank = np.flatnonzero(np.diff(old.rank_of_slot)) + 1
+    for layer, before in enumerate(old.physical_to_logical_map):
+        for slots in np.split(np.arange(len(before)), first_of_rank):
+            slots = slots[before[slots] != places[layer, slots]]
+            coming, free = places[layer, slots].tolist(), []
+            for slot in slots:
+                if before[slot] in coming:
+                    coming.remove(before[slot])
+                    places[layer, slot] = before[slot]
+                else:
+                    free.append(slot)
+            places[layer, free] = coming
+    return places
+
+
+def pair_ranks(size: np.ndarray) -> np.ndarray:
+    """Divide what ranks send each other into rounds, in which each rank has one peer at most.
+
+    Parameters
+    ----------
+    size
+        int [R, R], what goes from each rank to each rank, in bytes or any other unit.
+
+    Returns
+    -------
+    np.ndarray
+        int64 [R, R], symmetric: the round in which two ranks exchange all that they have for each other, -1 for none.
+
+    Notes
+    -----
+    Pairs take the first round in which both ranks are free, those with most to send in one direction first. Equal ones
+    go by the turns of a round-robin tournament: if all ranks have equally much for all others, there are as few rounds
+    as there can be. Where no rank has more than n peers, there are at most 2 n - 1 rounds.
+
+    Examples
+    --------
+    Ranks 0 and 1 have most for each other. Ranks 2 and 3 exchange in the same round:
+
+    >>> pair_ranks(np.array([[0, 9, 0, 1], [0, 0, 1, 0], [0, 0, 0, 4], [1, 0, 0, 0]]))
+    array([[-1,  0, -1,  1],
+           [ 0, -1,  1, -1],
+           [-1,  1, -1,  0],
+           [ 1, -1,  0, -1]])
+    """
+    num_ranks = len(size)
+    most = np.triu(np.maximum(size, size.T), 1)
+    low, high = np.nonzero(most)
+    num_turns = num_ranks - 1 + num_ranks % 2
+    turn = np.where(high == num_turns, 2 * low, low + high) % num_turns
+    order = np.lexsort((low, turn, -most[low, high]))
+    rounds = np.full(size.shape, -1)
+    taken: list[set[int]] = [set() for _ in range(num_ranks)]
+    for one, other in zip(low[order], high[order], strict=True):
+        number = next(n for n in range(2 * num_ranks) if n not in taken[one] | taken[other])
+        taken[one].add(number)
+        taken[other].add(number)
+        rounds[one, other] = rounds[other, one] = number
+    return rounds

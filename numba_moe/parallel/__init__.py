@@ -10,7 +10,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "parallel.group_experts": "fused_experts gather_experts shard_experts",
         "parallel.memory": "emulate",
         "parallel.peers": "PeerTimeoutError",
-        "parallel.state_dicts": "expert_parameters gather_state_dict load_gathered_state_dict sum_gradients",
+        "parallel.state_dicts": "expert_parameters expert_weights gather_state_dict load_gathered_state_dict "
+        "sum_gradients",
         "reference.parallel": "DispatchLayout DispatchedTokens",
     },
 )

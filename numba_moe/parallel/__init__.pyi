@@ -7,6 +7,7 @@ from numba_moe.parallel.group_experts import shard_experts as shard_experts
 from numba_moe.parallel.memory import emulate as emulate
 from numba_moe.parallel.peers import PeerTimeoutError as PeerTimeoutError
 from numba_moe.parallel.state_dicts import expert_parameters as expert_parameters
+from numba_moe.parallel.state_dicts import expert_weights as expert_weights
 from numba_moe.parallel.state_dicts import gather_state_dict as gather_state_dict
 from numba_moe.parallel.state_dicts import load_gathered_state_dict as load_gathered_state_dict
 from numba_moe.parallel.state_dicts import sum_gradients as sum_gradients

@@ -29,9 +29,9 @@ class PeerTimeoutError(RuntimeError):
     rank : int
         The rank that was waited for, in the group; the first of them if there are more.
     phase : str
-        "dispatch" or "combine", or the gradient of one.
+        "dispatch" or "combine", or the gradient of one; of a `Balancer` what it did together.
     step : int
-        The number of the dispatch.
+        The number of the dispatch, or of the phase.
     """
 
     def __init__(self, message: str, rank: int, phase: str, step: int) -> None:
@@ -60,7 +60,7 @@ class Peers:
         self._store: Any = None
         if group is not None:
             self._store = dist.PrefixStore(name, torch_private.group_store(group))  # type: ignore[attr-defined]
-        self._told = ""
+        self._told = self._decided = ""
 
     def others(self) -> list[int]:
         """Return the other active ranks, beginning after this one, so that no rank is the first for all."""
@@ -118,6 +118,15 @@ class Peers:
         except RuntimeError:  # the store went with the rank that kept it
             return others
         return late or others
+
+    def decide(self, name: str, mine: str) -> str:
+        """Return what the first rank that came here gave, after all told each other that they would."""
+        if self._store is None:
+            return mine
+        if self._decided and self.rank == 0:  # all ranks have told something since
+            self._store.delete_key(self._decided)
+        self._decided = name
+        return self._store.compare_set(name, "", mine).decode()
 
     def exchange(
         self,

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from numba_moe.parallel.group_experts import gather_experts, local_experts, shard_experts
+from numba_moe.runtime import checks
 
 EXPERT_TENSORS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 
@@ -38,6 +39,40 @@ def expert_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     []
     """
     return [parameter for _, _, held in _spread(module) for parameter in held.values()]
+
+
+def expert_weights(module: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Return the tensors of this rank's experts by layer, as `placement.migrate` and `placement.Balancer` take them.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        What holds a `MoEBlock` with a dispatcher for each layer of its location.
+
+    Returns
+    -------
+    list of dict of str to torch.Tensor
+        The memory of the parameters; their first dimension is the slots of this rank.
+
+    Raises
+    ------
+    ValueError
+        A layer of the location without a block, or with two.
+
+    Examples
+    --------
+    >>> from numba_moe import MoEBlock
+    >>> from numba_moe.parallel import TokenDispatcher
+    >>> dispatcher = TokenDispatcher(num_experts=4, top_k=2, hidden=8, max_tokens=16, dtype=torch.float32)
+    >>> [sorted(layer) for layer in expert_weights(MoEBlock(8, 6, num_experts=4, top_k=2, dispatcher=dispatcher))]
+    [['down_proj', 'gate_up_proj']]
+    """
+    found = {block.layer: held for _, block, held in _spread(module)}
+    layers = sorted(block.layer for _, block, _ in _spread(module))
+    num_layers = max((block.dispatcher.location.num_layers for _, block, _ in _spread(module)), default=0)
+    rule = f"what has one block with a dispatcher for each of {num_layers} layers"
+    checks.holds("module", rule, layers == list(range(num_layers)) and bool(layers), f"blocks of the layers {layers}")
+    return [{name: tensor.detach() for name, tensor in found[layer].items()} for layer in layers]
 
 
 def gather_state_dict(module: torch.nn.Module) -> dict[str, torch.Tensor]:

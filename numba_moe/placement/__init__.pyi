@@ -1,11 +1,16 @@
 from numba_moe.ops.dispatch import dispatch_ids as dispatch_ids
+from numba_moe.placement.balancer import Balancer as Balancer
+from numba_moe.placement.balancer import BalancerLook as BalancerLook
+from numba_moe.placement.balancer import layers_worth_moving as layers_worth_moving
 from numba_moe.placement.expert_dispatch import ExpertDispatch as ExpertDispatch
 from numba_moe.placement.location import ExpertLocation as ExpertLocation
 from numba_moe.placement.maps import make_expert_map as make_expert_map
 from numba_moe.placement.migration import CorruptedWeightsError as CorruptedWeightsError
 from numba_moe.placement.migration import migrate as migrate
 from numba_moe.placement.migration import migrate_in_chunks as migrate_in_chunks
+from numba_moe.placement.migration import pair_ranks as pair_ranks
 from numba_moe.placement.migration import plan_migration as plan_migration
+from numba_moe.placement.migration import preserve_intragpu_slots as preserve_intragpu_slots
 from numba_moe.placement.rebalance import balancedness as balancedness
 from numba_moe.placement.rebalance import rank_loads as rank_loads
 from numba_moe.placement.rebalance import rebalance_experts as rebalance_experts

@@ -405,6 +405,34 @@ class ExpertLocation:
             changed[name][indices] = getattr(other, name)[indices]
         return dataclasses.replace(self, **changed)
 
+    def with_places(self, physical_to_logical_map: Any) -> "ExpertLocation":
+        """Return a location with the same ranks and nodes, and other experts in the slots.
+
+        Parameters
+        ----------
+        physical_to_logical_map : array of int, shape [L, P]
+            The expert of each slot, -1 throughout a rank without experts.
+
+        Raises
+        ------
+        TypeError
+            An array or a dtype of the wrong kind.
+        ValueError
+            Another shape, an expert without a slot, a rank with some empty slots.
+
+        Examples
+        --------
+        >>> old = ExpertLocation.from_mapping([[0, 1, 2, 2]], num_gpus=2)
+        >>> old.with_places([[0, 1, 2, 0]])
+        ExpertLocation(1 layer, 3 experts in 4 slots of 2 ranks on 1 node)
+        """
+        places = checks.host_array("physical_to_logical_map", physical_to_logical_map, "int64", (2,))
+        shape = self.physical_to_logical_map.shape
+        checks.host_shape("physical_to_logical_map", places, shape, "(L, P)")
+        experts = self.num_logical_experts
+        check_map("physical_to_logical_map", places, experts, self.rank_of_slot)
+        return ExpertLocation(places, *slots_of_experts(places, experts), self.rank_of_slot, self.node_of_slot)
+
 
 def check_location(argument: str, value: Any) -> None:
     if not isinstance(value, ExpertLocation):

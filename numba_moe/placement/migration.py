@@ -1,9 +1,9 @@
 """Move expert weights to the slots of a new location, over `torch.distributed` point-to-point.
 
 Every rank derives the same plan from the two locations, so ranks need not agree on anything. Weights are bytes here.
-For each layer and tensor, a rank collects its new weights in staging memory: local copies first, then those from other
-ranks. When all have arrived and all sends are complete, it writes them into the slots. There are two staging buffers,
-so one tensor travels while the one before it is written.
+A rank collects the new weights of a layer in memory of their own: local copies first, then those from other ranks, one
+rank after the other, in rounds in which each rank has one peer. When all have arrived and all sends are complete, it
+writes them into the slots.
 """
 
 import hashlib
@@ -44,25 +44,13 @@ class Rows(NamedTuple):
     bytes: torch.Tensor  # uint8 [local slots, bytes of an expert]
 
 
-class Checksums(NamedTuple):
-    """The checksum of a slot's weights where they came from, and here."""
+class Arrival(NamedTuple):
+    """One expert's part of a tensor that is here, and not in its slots yet."""
 
     rows: Rows
     copy: Copy
-    slot: int
-    expected: torch.Tensor  # int64 [1]
-    found: torch.Tensor  # int64 [1]
-
-
-class Transfer(NamedTuple):
-    """A tensor whose bytes are on their way."""
-
-    rows: Rows
-    copies: list[Copy]  # what this rank receives
-    staged: torch.Tensor  # uint8 [copies, bytes of an expert]
-    expected: torch.Tensor  # int64 [copies], checksums
-    works: list[Any]
-    held: list[torch.Tensor]  # what is being sent
+    bytes: torch.Tensor  # uint8 [bytes of an expert]
+    expected: torch.Tensor  # int64 [1], the checksum where it came from, if that is asked for
 
 
 def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
@@ -111,6 +99,89 @@ def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
     return reference.plan_migration(old, new, layer)
 
 
+def preserve_intragpu_slots(old: Any, new: Any) -> ExpertLocation:
+    """Put the experts of each rank into its slots so that those which stay on it stay in their slots.
+
+    Parameters
+    ----------
+    old : ExpertLocation
+        Where the experts are.
+    new : ExpertLocation
+        On which ranks they will be: a location with the same sizes, ranks and nodes.
+
+    Returns
+    -------
+    ExpertLocation
+        Each rank has the experts that it has in `new`, so loads of ranks are the same, and fewer slots to fill.
+
+    Raises
+    ------
+    TypeError
+        No locations.
+    ValueError
+        Locations of different sizes, ranks or nodes.
+
+    Notes
+    -----
+    Slots are served in order; the experts that are new to a rank keep their order. The "refined" algorithm of
+    `rebalance_experts` does this by itself where `current` is given.
+
+    Examples
+    --------
+    The second rank keeps expert 3 in its last slot:
+
+    >>> old = ExpertLocation.from_mapping([[0, 1, 2, 3]], num_gpus=2)
+    >>> new = ExpertLocation.from_mapping([[2, 1, 3, 0]], num_gpus=2)
+    >>> preserve_intragpu_slots(old, new).physical_to_logical_map
+    array([[2, 1, 0, 3]])
+    """
+    check_location("old", old)
+    check_alike("new", new, old)
+    return new.with_places(reference.preserve_intragpu_slots(old, new))
+
+
+def pair_ranks(size: Any) -> np.ndarray:
+    """Divide what ranks send each other into rounds, in which each rank has one peer at most.
+
+    Parameters
+    ----------
+    size : array of int, shape [R, R]
+        What goes from each rank to each rank, in bytes or any other unit. The diagonal is ignored.
+
+    Returns
+    -------
+    np.ndarray
+        int64 [R, R], symmetric: the round in which two ranks exchange all that they have for each other, -1 for none.
+
+    Raises
+    ------
+    TypeError
+        An array or a dtype of the wrong kind.
+    ValueError
+        An array that is not square, or has numbers below 0.
+
+    Notes
+    -----
+    Pairs take the first round in which both ranks are free, those with most to send in one direction first. Equal ones
+    go by the turns of a round-robin tournament: if all ranks have equally much for all others, there are as few rounds
+    as there can be. Where no rank has more than n peers, there are at most 2 n - 1 rounds.
+
+    Examples
+    --------
+    Ranks 0 and 1 have most for each other. Ranks 2 and 3 exchange in the same round:
+
+    >>> pair_ranks([[0, 9, 0, 1], [0, 0, 1, 0], [0, 0, 0, 4], [1, 0, 0, 0]])
+    array([[-1,  0, -1,  1],
+           [ 0, -1,  1, -1],
+           [-1,  1, -1,  0],
+           [ 1, -1,  0, -1]])
+    """
+    given = checks.host_array("size", size, "int64", (2,))
+    checks.host_shape("size", given, (len(given), len(given)), "(num_ranks, num_ranks)")
+    checks.every("size", "at least 0", given >= 0, given, ("sender", "receiver"))
+    return reference.pair_ranks(given)
+
+
 def copies_of(source: np.ndarray, rank_of_slot: np.ndarray) -> list[Copy]:
     """Return what a plan has to move, in order of the first slot that gets it; a rank gets an expert once."""
     found: dict[tuple[int, int], Copy] = {}
@@ -130,34 +201,25 @@ def checksum(row: torch.Tensor) -> torch.Tensor:
     return (words * factors).sum().reshape(1)
 
 
-class _Migration:
-    """What one rank does; `move` takes layers of it at a time."""
+class Migration:
+    """What one rank does: `stage` brings weights of some layers to it, and `write` puts them into the slots."""
 
     def __init__(
         self, tensors: list[list[Rows]], old: ExpertLocation, new: ExpertLocation, group: Any, rank: int, verify: bool
     ) -> None:
         self.tensors, self.old, self.new, self.group, self.rank, self.verify = tensors, old, new, group, rank, verify
         self.first_slot = int(np.searchsorted(old.rank_of_slot, rank))
-        every = [rows.bytes for layer in tensors for rows in layer]
-        self.device = every[0].device if every else torch.device("cpu")
-        largest = max((tensor.numel() for tensor in every), default=0)
-        self.staging = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self.num_started = 0
-        self.checksums: list[Checksums] = []
+        self.device = device_of(tensors)
+        self.peer: int | None = None  # the rank that this one exchanges with
 
     def move(self, layers: list[int]) -> None:
-        """Move the weights of some layers, and check that they arrived if that is asked for."""
-        started: Transfer | None = None
+        """Move the weights of some layers, one after the other, and check that they arrived if that is asked for."""
         try:
             for layer in layers:
-                source = reference.plan_migration(self.old, self.new, layer)
-                copies = [c for c in copies_of(source, self.old.rank_of_slot) if self.rank in (c.sender, c.receiver)]
-                for rows in self.tensors[layer] if copies else ():
-                    before, started = started, self._start(rows, copies)
-                    self._finish(before)
-            self._finish(started)
-            if self.verify:
-                self._compare(layers)
+                arrivals = self.stage([layer])
+                if self.verify:
+                    self._compare(arrivals, layer)
+                self.write(arrivals)
         except CorruptedWeightsError:
             raise
         except RuntimeError as error:
@@ -166,75 +228,104 @@ class _Migration:
                 "of these layers may hold the old or the new weights, other layers are whole"
             ) from error
 
+    def stage(self, layers: list[int]) -> list[Arrival]:
+        """Bring the weights of some layers that this rank is to hold to where nobody reads them yet."""
+        num_ranks = self.old.num_gpus
+        size = np.zeros((num_ranks, num_ranks), np.int64)
+        exchanged: dict[int, list[tuple[Any, torch.Tensor]]] = {}
+        arrivals = []
+        for layer in layers:
+            copies = copies_of(reference.plan_migration(self.old, self.new, layer), self.old.rank_of_slot)
+            for copy in copies:
+                size[copy.sender, copy.receiver] += sum(rows.bytes.shape[1] for rows in self.tensors[layer])
+            mine = [copy for copy in copies if self.rank in (copy.sender, copy.receiver)]
+            for rows in self.tensors[layer]:
+                arrivals += self._begin(rows, mine, exchanged)
+        rounds = reference.pair_ranks(size)[self.rank]
+        for peer in sorted(exchanged, key=rounds.__getitem__):
+            self.peer = peer
+            self._exchange(exchanged[peer], peer)
+        self.peer = None
+        return arrivals
+
     def _row(self, rows: Rows, slot: int) -> torch.Tensor:
         return rows.bytes[slot - self.first_slot]
 
-    def _start(self, rows: Rows, copies: list[Copy]) -> Transfer:
+    def _begin(
+        self, rows: Rows, copies: list[Copy], exchanged: dict[int, list[tuple[Any, torch.Tensor]]]
+    ) -> list[Arrival]:
+        """Copy what is here already, and add what is to be exchanged with each rank."""
         received = [copy for copy in copies if copy.receiver == self.rank]
-        sent = [copy for copy in copies if copy.receiver != self.rank]
-        num_bytes = rows.bytes.shape[1]
-        staged = self.staging[self.num_started % 2][: len(received) * num_bytes].view(len(received), num_bytes)
-        self.num_started += 1
+        staged = rows.bytes.new_empty(len(received), rows.bytes.shape[1])
         expected = torch.zeros(len(received), dtype=torch.int64, device=staged.device)
-        exchanged: list[tuple[Any, torch.Tensor, int]] = []
-        for index, copy in enumerate(received):
-            if copy.sender == self.rank:
-                row = self._row(rows, copy.source)
-                staged[index].copy_(row)
-                if self.verify:
-                    expected[index : index + 1] = checksum(row)
-            else:
-                exchanged.append((dist.irecv, staged[index], copy.sender))
-                if self.verify:
-                    exchanged.append((dist.irecv, expected[index : index + 1], copy.sender))
-        for copy in sent:
-            row = self._row(rows, copy.source)
-            exchanged.append((dist.isend, row, copy.receiver))
+        arrivals = [
+            Arrival(rows, copy, staged[index], expected[index : index + 1]) for index, copy in enumerate(received)
+        ]
+        for arrival in arrivals:
+            sender = arrival.copy.sender
+            if sender != self.rank:
+                parts = [arrival.bytes, arrival.expected][: 1 + self.verify]
+                exchanged.setdefault(sender, []).extend((dist.irecv, part) for part in parts)
+                continue
+            row = self._row(rows, arrival.copy.source)
+            arrival.bytes.copy_(row)
             if self.verify:
-                exchanged.append((dist.isend, checksum(row), copy.receiver))
-        works: list[Any] = []
-        if exchanged:
-            group: Any = dist.group.WORLD if self.group is None else self.group
-            operations = [
-                dist.P2POp(operation, tensor, dist.get_global_rank(group, peer), group)
-                for operation, tensor, peer in exchanged
-            ]
-            works = dist.batch_isend_irecv(operations)
-        return Transfer(rows, received, staged, expected, works, [tensor for _, tensor, _ in exchanged])
+                arrival.expected.copy_(checksum(row))
+        for copy in copies:
+            if copy.receiver != self.rank:
+                row = self._row(rows, copy.source)
+                parts = [row, checksum(row)] if self.verify else [row]
+                exchanged.setdefault(copy.receiver, []).extend((dist.isend, part) for part in parts)
+        return arrivals
 
-    def _finish(self, transfer: Transfer | None) -> None:
-        """Wait until everything has come and gone, then write the slots."""
-        if transfer is None:
-            return
-        for work in transfer.works:
+    def _exchange(self, parts: list[tuple[Any, torch.Tensor]], peer: int) -> None:
+        """Send one rank all that there is for it, and take what it has."""
+        group: Any = dist.group.WORLD if self.group is None else self.group
+        there = dist.get_global_rank(group, peer)
+        operations = [dist.P2POp(operation, tensor, there, group) for operation, tensor in parts]
+        for work in dist.batch_isend_irecv(operations):
             work.wait()
-        for index, copy in enumerate(transfer.copies):
-            for slot in copy.slots:
-                row = self._row(transfer.rows, slot)
-                row.copy_(transfer.staged[index])
-                if self.verify:
-                    expected = transfer.expected[index : index + 1]
-                    self.checksums.append(Checksums(transfer.rows, copy, slot, expected, checksum(row)))
 
-    def _compare(self, layers: list[int]) -> None:
-        """Compare checksums, and tell all ranks; the only place that waits for a GPU."""
-        checked, self.checksums = self.checksums, []
-        wrong: list[Checksums] = []
-        if checked:
-            expected, found = (torch.cat([getattr(c, field) for c in checked]) for field in ("expected", "found"))
-            wrong = [checked[index] for index in (expected != found).nonzero().flatten().tolist()]
+    def write(self, arrivals: list[Arrival]) -> None:
+        """Write what has arrived into its slots."""
+        for arrival in arrivals:
+            for slot in arrival.copy.slots:
+                self._row(arrival.rows, slot).copy_(arrival.bytes)
+
+    def damaged(self, arrivals: list[Arrival]) -> list[Arrival]:
+        """Return what differs from what was sent; this waits for a GPU."""
+        if not arrivals:
+            return []
+        expected = torch.cat([arrival.expected for arrival in arrivals])
+        found = torch.cat([checksum(arrival.bytes) for arrival in arrivals])
+        return [arrivals[index] for index in (expected != found).nonzero().flatten().tolist()]
+
+    def _compare(self, arrivals: list[Arrival], layer: int) -> None:
+        """Compare checksums before anything is written, and tell all ranks."""
+        wrong = self.damaged(arrivals)
         counts = [len(wrong)]
         if self.old.num_gpus > 1:
             counts = [count for [count] in gather(counts, self.group, self.device)]
         if wrong:
-            rows, copy, slot = wrong[0][:3]
             raise CorruptedWeightsError(
-                f"slot {slot} of rank {self.rank} holds other weights than slot {copy.source} of rank {copy.sender} "
-                f"sent, in {rows.name} of layer {rows.layer}; {len(wrong)} of {len(checked)} checksums differ there"
+                f"{self.difference(wrong[0])}; {len(wrong)} of {len(arrivals)} checksums differ"
             )
         if any(counts):
             ranks = [rank for rank, count in enumerate(counts) if count]
-            raise CorruptedWeightsError(f"ranks {ranks} received other weights than were sent, in layers {layers}")
+            raise CorruptedWeightsError(f"ranks {ranks} received other weights than were sent, in layer {layer}")
+
+    def difference(self, arrival: Arrival) -> str:
+        """Say what differs."""
+        copy, rows = arrival.copy, arrival.rows
+        return (
+            f"rank {self.rank} received other weights for slot {copy.slots[0]} than slot {copy.source} of rank "
+            f"{copy.sender} sent, in {rows.name} of layer {rows.layer}"
+        )
+
+
+def device_of(tensors: list[list[Rows]]) -> torch.device:
+    """Return where the weights are."""
+    return next((rows.bytes.device for layer in tensors for rows in layer), torch.device("cpu"))
 
 
 def gather(values: list[int], group: Any, device: torch.device) -> list[list[int]]:
@@ -249,12 +340,12 @@ def digest(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def check_weights(weights: Any, location: ExpertLocation, rank: int) -> list[list[Rows]]:
+def check_weights(weights: Any, location: ExpertLocation, rank: int, those_of: str = "old") -> list[list[Rows]]:
     """Return the tensors of each layer as rows of bytes."""
     if not isinstance(weights, Sequence):
         raise TypeError(f"`weights` must be a sequence with the tensors of each layer, got {type(weights).__name__}")
     layers = location.num_layers
-    checks.holds("weights", f"of {layers} layers, those of `old`", len(weights) == layers, len(weights))
+    checks.holds("weights", f"of {layers} layers, those of `{those_of}`", len(weights) == layers, len(weights))
     num_slots = int(location.slots_per_rank[rank])
     found: list[list[Rows]] = []
     device: torch.device | None = None
@@ -282,7 +373,7 @@ def check_weights(weights: Any, location: ExpertLocation, rank: int) -> list[lis
     return found
 
 
-def check_group(group: Any, location: ExpertLocation) -> int:
+def check_group(group: Any, location: ExpertLocation, those_of: str = "old") -> int:
     """Return this process's rank."""
     ready = dist.is_available() and dist.is_initialized()
     if location.num_gpus == 1 and not ready:
@@ -290,7 +381,8 @@ def check_group(group: Any, location: ExpertLocation) -> int:
     checks.holds("group", "a process group, or None after init_process_group", ready, group)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     checks.holds("group", "a group that this process is in", rank >= 0, f"rank {rank}")
-    checks.holds("group", f"of {location.num_gpus} processes, the ranks of `old`", size == location.num_gpus, size)
+    rule = f"of {location.num_gpus} processes, the ranks of `{those_of}`"
+    checks.holds("group", rule, size == location.num_gpus, size)
     return rank
 
 
@@ -348,8 +440,8 @@ def migrate_in_chunks(
     chunk_layers : int
         Layers that move between two yields.
     verify : bool
-        Whether to compare the checksums of the sent weights and of the slots after the move. Every rank learns of a
-        difference at the end of the chunk.
+        Whether to compare the checksums of the weights that were sent and that arrived. If they differ on one rank, no
+        rank writes the layer.
 
     Returns
     -------
@@ -375,8 +467,9 @@ def migrate_in_chunks(
     rank without experts in `old` is never read.
 
     When called, ranks compare digests of their arguments (one all_gather); moving them takes sends and receives
-    alone, and with `verify` one all_gather a chunk. Memory: two buffers, each as large as this rank's largest tensor.
-    On GPUs the work is queued on the current stream, and nothing but `verify` waits for it.
+    alone, and with `verify` one all_gather a layer. A rank exchanges with one other at a time (`pair_ranks`), all that
+    they have for each other of a layer in one batch. Memory: what a rank receives of a layer. On GPUs the work is
+    queued on the current stream, and nothing but `verify` waits for it. `Balancer` moves weights while a model runs.
 
     How long a rank waits for another is the timeout of the group (``new_group(timeout=...)``, ``init_process_group``).
     gloo reports a process that died as soon as its connection closes, and one that hangs when the timeout is over.
@@ -402,7 +495,7 @@ def migrate_in_chunks(
     checks.boolean("verify", verify)
     rank = check_group(group, old)
     tensors = check_weights(weights, old, rank)
-    migration = _Migration(tensors, old, new, group, rank, verify)
+    migration = Migration(tensors, old, new, group, rank, verify)
     if old.num_gpus > 1:
         check_agreement(tensors, (old, new), (chosen, chunk_layers, verify), group, migration.device)
     chunks = [chosen[first : first + chunk_layers] for first in range(0, len(chosen), chunk_layers)]
@@ -441,7 +534,7 @@ def migrate(
     layers : iterable of int, optional
         Distinct layers to move. By default all layers.
     verify : bool
-        Whether to compare the checksums of the sent weights and of the slots after the move.
+        Whether to compare the checksums of the weights that were sent and that arrived.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """Mixture-of-Experts routing in NumPy: what every op of numba_moe computes, written to be read.
 
 Start with `counting`, then `align`, `gating` and `permute`; `batched`, `lora` and `ragged` are kinds of alignment;
-where experts live is in `deepseek`, `refine`, `rebalance`, `balancer` and `migration`, and `dispatch` sends tokens
-there, which `parallel` follows through all ranks.
+where experts live is in `deepseek`, `refine`, `forecast`, `rebalance`, `balancer` and `migration`, and `dispatch` sends
+tokens there, which `parallel` follows through all ranks.
 `recorder` says what counts of chosen experts mean; `training` has losses, `capacity` what experts take.
 README.md beside this file has the contract.
 """

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba_moe.reference.deepseek import deepseek
+from numba_moe.reference.forecast import forecast
 from numba_moe.reference.refine import Machine, refine
 
 
@@ -64,7 +65,7 @@ def rebalance_experts(
     Parameters
     ----------
     weight
-        Loads of experts, [L, E]; or [steps, L, E], which "refined" balances step by step.
+        Loads of experts, [L, E]; or [steps, L, E], in the order of time. From steps, "refined" makes a `forecast`.
     num_replicas
         Number of slots of a layer, P.
     num_groups
@@ -132,10 +133,11 @@ def rebalance_experts(
             np.ones(num_gpus, bool) if active_ranks is None else np.asarray(active_ranks),
             np.repeat(np.arange(num_groups), even_sizes(num_experts, num_groups)),
         )
+        loads = forecast(steps, num_replicas, num_gpus)
         layers = []
         for layer in range(num_layers):
             now = None if current is None else np.asarray(current)[layer]
-            layers.append(refine(steps[:, layer], machine, now, max_moves))
+            layers.append(refine(loads.weight[:, layer], loads.risk[:, layer], machine, now, max_moves))
     places = np.stack(layers)
     return RebalancedExperts(places, *slots_of_experts(places, num_experts))
 

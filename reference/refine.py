@@ -5,7 +5,8 @@
    expert if the slot's own expert has more slots. Make the change that leaves the lowest load of the busiest rank.
 3. Repeat step 2 until that load is close to the mean, or until no change helps.
 
-With several steps of loads, the algorithm lowers the sum over steps of the load of the step's busiest rank.
+With several kinds of steps, the algorithm lowers the sum over kinds of the load of the busiest rank. The load of an
+expert is shared by its replicas, and so is its risk, which is a variance: by the square of their number.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,8 @@ class Machine(NamedTuple):
 class Layer(NamedTuple):
     """The loads of one layer, and the domains: a rank may hold only experts of its own domain."""
 
-    weight: np.ndarray  # [S, E]
+    weight: np.ndarray  # [K, E], of each kind of steps
+    risk: np.ndarray  # [K, E]
     machine: Machine
     domain_of_rank: np.ndarray  # -1 if inactive
     domain_of_expert: np.ndarray
@@ -55,9 +57,10 @@ def count_replicas(place: np.ndarray, num_experts: int) -> np.ndarray:
     return np.bincount(place[place >= 0], minlength=num_experts)
 
 
-def loads_of(place: np.ndarray, weight: np.ndarray, machine: Machine) -> np.ndarray:
-    """Return the load of each rank in each step [S, R]."""
-    share = weight / np.maximum(count_replicas(place, weight.shape[1]), 1)
+def loads_of(place: np.ndarray, weight: np.ndarray, risk: np.ndarray, machine: Machine) -> np.ndarray:
+    """Return the load of each rank in each kind of steps [K, R]."""
+    count = np.maximum(count_replicas(place, weight.shape[1]), 1)
+    share = weight / count + risk / (count * count)
     experts, ranks = place[place >= 0], machine.rank_of_slot[place >= 0]
     return np.stack([np.bincount(ranks, weights=row[experts], minlength=len(machine.active)) for row in share])
 
@@ -69,7 +72,7 @@ def busiest(load: np.ndarray) -> float:
 
 def outcome(layer: Layer, before: np.ndarray, place: np.ndarray, hot: int | None = None) -> Outcome:
     """Compare a placement with the loads before it; the change concerns `hot` and all ranks whose load differs."""
-    after = loads_of(place, layer.weight, layer.machine)
+    after = loads_of(place, layer.weight, layer.risk, layer.machine)
     concerned = after != before
     if hot is not None:
         concerned[:, hot] = True
@@ -170,7 +173,7 @@ def changed(place: np.ndarray, slot: int, expert: int) -> np.ndarray:
 
 def fill(layer: Layer, place: np.ndarray, slots: Iterable[int], experts: Iterable[int]) -> np.ndarray:
     """Give one of the slots to one of the experts so that the load is lowest; change nothing if that is not allowed."""
-    before = loads_of(place, layer.weight, layer.machine)
+    before = loads_of(place, layer.weight, layer.risk, layer.machine)
     options = [
         changed(place, slot, expert)
         for slot in slots
@@ -233,10 +236,10 @@ def good_enough(layer: Layer, load: np.ndarray) -> float:
 def improve(layer: Layer, place: np.ndarray, current: np.ndarray, most_changed: int, goal: float) -> np.ndarray | None:
     """Return the placement after the best change that takes load off a busiest rank, None if there is none.
 
-    With several steps several ranks can be the busiest. The heat of a rank is the sum of its loads in the steps in
-    which it is the busiest, and the hottest rank that a change can help is served.
+    With several kinds of steps several ranks can be the busiest. The heat of a rank is the sum of its loads in the
+    kinds in which it is the busiest, and the hottest rank that a change can help is served.
     """
-    load = loads_of(place, layer.weight, layer.machine)
+    load = loads_of(place, layer.weight, layer.risk, layer.machine)
     now = busiest(load)
     if now <= min(good_enough(layer, load), goal):
         return None
@@ -275,7 +278,9 @@ def arrange(place: np.ndarray, current: np.ndarray, machine: Machine) -> np.ndar
     return place
 
 
-def refine(weight: np.ndarray, machine: Machine, current: np.ndarray | None, max_moves: int | None) -> np.ndarray:
+def refine(
+    weight: np.ndarray, risk: np.ndarray, machine: Machine, current: np.ndarray | None, max_moves: int | None
+) -> np.ndarray:
     """Return the expert of each slot of one layer.
 
     The search starts from the current placement, from `deepseek` and from `spread`; with `max_moves` from the current
@@ -289,7 +294,7 @@ def refine(weight: np.ndarray, machine: Machine, current: np.ndarray | None, max
     total = np.cumsum(weight, axis=0)[-1]
     starts, as_they_were = [], []
     if current is not None:
-        layer = Layer(weight, machine, *domains(home_nodes(now, machine), machine))
+        layer = Layer(weight, risk, machine, *domains(home_nodes(now, machine), machine))
         start = complete(layer, now)
         missing = np.count_nonzero(start != now)
         if missing > most_changed:
@@ -301,13 +306,13 @@ def refine(weight: np.ndarray, machine: Machine, current: np.ndarray | None, max
         if machine.regular:
             num_groups, num_nodes = machine.group_of_expert.max() + 1, machine.node_of_rank.max() + 1
             start = deepseek(total, num_slots, num_groups, num_nodes, len(machine.active))
-            starts.append((Layer(weight, machine, *domains(home_nodes(start, machine), machine)), start))
+            starts.append((Layer(weight, risk, machine, *domains(home_nodes(start, machine), machine)), start))
             as_they_were.append(start)
-        layer = Layer(weight, machine, *domains(groups_to_nodes(total, machine), machine))
+        layer = Layer(weight, risk, machine, *domains(groups_to_nodes(total, machine), machine))
         starts.append((layer, spread(layer)))
 
     def peak(place: np.ndarray) -> float:
-        return busiest(loads_of(place, weight, machine))
+        return busiest(loads_of(place, weight, risk, machine))
 
     goal = min(map(peak, as_they_were), default=np.inf)
     apart = [(layer, separate(layer, start, now, most_changed)) for layer, start in starts]

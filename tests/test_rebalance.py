@@ -287,22 +287,72 @@ def test_ranks_that_leave_and_come_back():
     assert ((back != few) & (rank_of_slot != 3)).sum() == 0
 
 
-def test_steps_are_balanced_each():
-    # Experts 0 and 1 are busy in the first step, 2 and 3 in the second; the sums are all the same.
-    weight = np.array([[[9.0, 9.0, 1.0, 1.0]], [[1.0, 1.0, 9.0, 9.0]]])
+def test_kinds_of_steps_are_balanced_each():
+    # Experts 0 and 1 are busy in every other step, 2 and 3 in the others; the sums are all the same.
+    weight = np.array([[[9.0, 9.0, 1.0, 1.0]], [[1.0, 1.0, 9.0, 9.0]]] * 4)
     together = rebalance_experts(weight, 4, 1, 1, 2).physical_to_logical_map
-    assert rank_loads(weight, together, 2).max(axis=-1).ravel().tolist() == [10, 10]  # ties, by luck
+    assert rank_loads(weight, together, 2).max(axis=-1).ravel().tolist() == [10] * 8  # ties, by luck
     weight = weight[..., [0, 2, 1, 3]]
     together = rebalance_experts(weight, 4, 1, 1, 2).physical_to_logical_map
-    assert rank_loads(weight, together, 2).max(axis=-1).ravel().tolist() == [18, 18]
+    assert rank_loads(weight, together, 2).max(axis=-1).ravel().tolist() == [18] * 8
     each = rebalance_experts(weight, 4, 1, 1, 2, algorithm="refined").physical_to_logical_map
-    assert rank_loads(weight, each, 2).max(axis=-1).ravel().tolist() == [10, 10]
+    assert rank_loads(weight, each, 2).max(axis=-1).ravel().tolist() == [10] * 8
 
-    weight = np.random.default_rng(11).pareto(1.2, (6, 10, 32))
+
+def test_few_steps_count_by_their_sum():
+    weight = np.random.default_rng(11).pareto(1.2, (7, 10, 32))
     by_sum = rebalance_experts(weight.sum(axis=0), 48, 1, 1, 8, algorithm="refined").physical_to_logical_map
     by_step = rebalance_experts(weight, 48, 1, 1, 8, algorithm="refined").physical_to_logical_map
-    assert peaks(weight, by_step, 8).mean() < 0.95 * peaks(weight, by_sum, 8).mean()
-    assert (peaks(weight, by_step, 8) <= peaks(weight, rebalance_experts(weight, 48, 1, 1, 8)[0], 8)).all()
+    assert by_step.tolist() == by_sum.tolist()
+
+
+def next_steps(kind, rng, num_steps, shape):
+    """Return steps of some law: noise around a mean, drifting, changed after a third, or of two kinds."""
+    time = np.arange(num_steps)[:, None, None]
+    change = {
+        "noise": lambda: 1,
+        "drift": lambda: np.exp(np.cumsum(rng.normal(0, 0.1, (num_steps, *shape)), axis=0)),
+        "jump": lambda: np.where(time < num_steps // 3, *rng.lognormal(0, 0.7, (2, *shape))),
+        "kinds": lambda: rng.lognormal(0, 0.7, (2, *shape))[rng.integers(0, 2, num_steps)],
+        "counts": lambda: 1,
+    }[kind]()
+    loads = rng.lognormal(0, 1, shape) * change
+    if kind == "counts":
+        return rng.poisson(20 * np.broadcast_to(loads, (num_steps, *shape))).astype(float)
+    return loads * rng.lognormal(0, 0.4, (num_steps, *shape))
+
+
+@pytest.mark.parametrize(
+    ("kind", "at_most"), [("noise", 1.0), ("counts", 1.0), ("drift", 0.99), ("jump", 0.92), ("kinds", 0.95)]
+)
+def test_refined_is_better_than_deepseek_on_the_next_steps(kind, at_most):
+    """Both see the first half of the steps; the busiest rank of each step of the second half is compared."""
+    ratios = []
+    for num_experts, *sizes in ((64, 80, 4, 2, 8), (128, 128, 1, 1, 8), (128, 160, 1, 1, 32)):
+        for seed in range(6):
+            loads = next_steps(kind, np.random.default_rng(seed), 40, (3, num_experts))
+            found = [
+                peaks(loads[20:], rebalance_experts(loads[:20], *sizes, algorithm=name)[0], sizes[-1]).mean()
+                for name in ("refined", "deepseek")
+            ]
+            ratios.append(found[0] / found[1])
+    assert np.exp(np.mean(np.log(ratios))) <= at_most
+
+
+def test_refined_is_its_twin_with_many_steps():
+    several = 0
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        weight = next_steps(("kinds", "drift", "kinds", "noise")[seed % 4], rng, 16, (4, 12))[:, :2]
+        several += len(reference.forecast.forecast(weight, 16, 4).weight) > 1
+        options = {"algorithm": "refined"}
+        if seed % 2:
+            current = rebalance_experts(weight[0], 16, 1, 1, 4)[0]
+            options |= {"current": current, "max_moves": 4}
+        found = rebalance_experts(weight, 16, 1, 1, 4, **options)
+        expected = reference.rebalance_experts(weight, 16, 1, 1, 4, **options)
+        assert found.physical_to_logical_map.tolist() == expected.physical_to_logical_map.tolist()
+    assert several >= 2
 
 
 def test_balancedness_by_hand():

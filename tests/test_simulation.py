@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from numba_moe.cli import main
-from numba_moe.placement import ExpertLocation, balancedness, plan_migration, rank_loads, simulate
-from numba_moe.placement.simulate_command import over_time, verdict
+from numba_moe.placement import ExpertLocation, balancedness, plan_migration, rank_loads, rebalance_experts, simulate
+from numba_moe.placement.simulate_command import lines_of, over_time, verdict
 from numba_moe.placement.simulation import count_moves, replay, steps_to_pay
 from numba_moe.placement.traces import load_trace
 
@@ -139,10 +139,12 @@ def test_scenarios_by_hand():
     assert stay.location == ExpertLocation.trivial(1, 4, num_gpus=2, num_nodes=2)
     for scenario in (once, every, late):
         assert replay(PAIR, scenario.location).busiest.tolist() == [6, 6, 6]
-    assert (
-        verdict(found, 3)
-        == "Best: refined, 4 slots, once, 1.000 times the time of perfect balance. It pays after 3 steps."
-    )
+    assert [s.held_out for s in found.scenarios] == [2, 1, 1, 1.5], "of the last two steps"
+    assert {s.bytes_per_rank for s in found.scenarios} == {2 * 10**9}
+    assert verdict(found, 3).splitlines() == [
+        "Best: refined, 4 slots, once, 1.000 times the time of perfect balance in hindsight. It pays after 3 steps.",
+        "On steps that it is not fitted to it takes 1.000, and staying 2.000.",
+    ]
 
 
 def test_a_move_that_costs_more_than_it_saves():
@@ -210,6 +212,91 @@ def test_scenarios_are_what_public_functions_say(algorithm):
         before = sum(rank_loads(w, old.physical_to_logical_map, 4).max(axis=1).sum() for w in loads[steps])
         assert rebalance.saved_ms == pytest.approx((before - peaks[1, steps].sum()) * ms)
     assert scenario.bytes_moved == 3 * 10**6 * sum(r.num_moved for r in scenario.rebalances)
+
+
+def test_one_rebalance_and_then_staying():
+    loads = np.concatenate([PAIR, PAIR[..., ::-1]])  # experts 0 and 1 are busy for three steps, then 2 and 3
+    options = {"algorithms": ["deepseek"], "intervals": [2], "bytes_per_expert": 10**9, "step_ms": 15.0}
+    _, every, once = simulate(loads, 4, 1, 1, 2, once_after=[2], **options).scenarios
+    assert (once.then_stays, once.interval, once.name) == (True, 2, "deepseek, 4 slots, once after 2 steps")
+    assert [r.step for r in once.rebalances] == [2]
+    assert [r.step for r in every.rebalances] == [2, 4]
+    placed = ExpertLocation.from_counts(loads[:2].sum(axis=0), 4, 1, 1, 2)
+    assert once.location.physical_to_logical_map.tolist() == placed.physical_to_logical_map.tolist()
+    assert once.step_time.tolist() == [2, 2, 1, 1, 1, 1]
+    assert once.held_out == 1
+    with pytest.raises(ValueError, match="`once_after` must be at most the number of steps - 1 = 5, got 6"):
+        simulate(loads, 4, 1, 1, 2, once_after=[6])
+    with pytest.raises(ValueError, match="`once_after` must be at least 1, got 0"):
+        simulate(loads, 4, 1, 1, 2, once_after=[0])
+
+
+@pytest.mark.parametrize("algorithm", ["deepseek", "refined"])
+def test_held_out_is_what_public_functions_say(algorithm):
+    rng = np.random.default_rng(4)
+    loads = rng.pareto(1, (20, 2, 16)) + 0.1
+    stay, once = simulate(loads, 20, 1, 1, 4, algorithms=[algorithm]).scenarios
+    options = {"current": ExpertLocation.trivial(2, 16, 20, num_gpus=4)} if algorithm == "refined" else {}
+    mean = loads[10:].sum() / 4
+    for scenario, weight in ((stay, None), (once, loads[:10])):
+        places = ExpertLocation.trivial(2, 16, 20, num_gpus=4).physical_to_logical_map
+        if weight is not None:
+            places = rebalance_experts(weight, 20, 1, 1, 4, algorithm=algorithm, **options).physical_to_logical_map
+        assert scenario.held_out == pytest.approx(rank_loads(loads[10:], places, 4).max(axis=2).sum() / mean)
+    assert simulate(loads[:1], 20, 1, 1, 4).best.held_out is None
+
+
+def test_the_verdict_says_what_more_slots_cost():
+    loads = np.tile([1.0, 1.0, 9.0, 1.0], (4, 1, 1))
+    found = simulate(loads, [4, 6], 1, 1, 2, algorithms=["deepseek"], bytes_per_expert=10**9, step_ms=1000.0)
+    best, held_out, memory = verdict(found, 4).splitlines()
+    assert best.startswith("Best: deepseek, 6 slots, once, 1.167 times")
+    assert held_out == "On steps that it is not fitted to it takes 1.167, and staying 1.667."
+    assert memory == (
+        "It needs 2 more slots of a layer than 4, 1.00 GB on each GPU; without them the best is stay, 4 slots, with 1.667."
+    )
+
+
+def test_the_verdict_says_if_deepseek_is_no_worse():
+    found = simulate(PAIR, 4, 1, 1, 2)
+    refined = found._replace(best=found.scenarios[2])
+    assert verdict(refined, 3).splitlines()[-1] == "Deepseek is no worse: 1.000."
+    one = simulate(PAIR[:1], 4, 1, 1, 2)
+    assert verdict(one, 1).splitlines()[-1] == "There are no other steps to try it on: record more than one."
+
+
+def test_a_picture_has_room_for_few_lines():
+    loads = np.random.default_rng(5).pareto(1, (16, 1, 8)) + 0.1
+    found = simulate(loads, [8, 12, 16], 1, 1, 4, intervals=[1, 2, 4], once_after=[4])
+    drawn = lines_of(found)
+    assert len(drawn) == 6 < len(found.scenarios)
+    assert drawn == [scenario for scenario in found.scenarios if any(scenario is other for other in drawn)]
+    assert any(scenario is found.best for scenario in drawn)
+    left = [s.held_out for s in found.scenarios if all(s is not other for other in drawn)]
+    assert max(s.held_out for s in drawn[1:] if s.interval is not None) <= min(left)
+
+
+def test_the_bar_counts_layers(monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.total, self.done = None, 0
+            bars.append(self)
+
+        def reset(self, total):
+            self.total = total
+
+        def update(self):
+            self.done += 1
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("numba_moe.placement.simulation.tqdm", Bar)
+    loads = np.random.default_rng(6).pareto(1, (9, 3, 8)) + 0.1
+    simulate(loads, [8, 12], 1, 1, 4, intervals=[0, 2], once_after=[3], progress=True)
+    assert bars[0].done == bars[0].total == 2 * 2 * 3 * (2 + 5 + 1)
 
 
 def test_every_number_of_slots_is_compared_with_staying():
@@ -331,43 +418,19 @@ def test_command(dump, tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]
     assert printed.startswith("dump.npz: 3 steps, 1 layer, 4 experts\n")
-    assert ["stay", "4", "-", "0.500", "0.500", "2.000", "50.0", "50.0", "0", "0", "0.00", "0.0", "0.0", "-"] in rows
-    assert [
-        "refined",
-        "4",
-        "once",
-        "1.000",
-        "1.000",
-        "1.000",
-        "50.0",
-        "50.0",
-        "1",
-        "2",
-        "2.00",
-        "20.0",
-        "45.0",
-        "2",
-    ] in rows
-    assert [
-        "refined",
-        "4",
-        "1",
-        "0.833",
-        "0.833",
-        "1.333",
-        "50.0",
-        "50.0",
-        "2",
-        "2",
-        "2.00",
-        "20.0",
-        "30.0",
-        "2",
-    ] in rows
+    for row in (
+        "stay 4 - 0.500 0.500 2.000 50.0 50.0 0 0 0.00 0.0 0.0 - 2.000 2.00",
+        "refined 4 once 1.000 1.000 1.000 50.0 50.0 1 2 2.00 20.0 45.0 2 1.000 2.00",
+        "refined 4 1 0.833 0.833 1.333 50.0 50.0 2 2 2.00 20.0 30.0 2 1.000 2.00",
+    ):
+        assert row.split() in rows
+    assert "(mean/max)     (mean/max)    (x perfect)" in printed
     assert ["refined,", "4", "slots,", "every", "1", "step", "0.500", "1.000", "1.000"] in rows
     assert ["rank", "0", "2.000", "2.000", "2.000"] in rows
     assert ["rank", "0", "1.000", "1.000", "1.000"] in rows
-    assert printed.endswith("once, 1.000 times the time of perfect balance. It pays after 2 steps.\n")
+    *_, best, held_out = printed.splitlines()
+    assert best.endswith("once, 1.000 times the time of perfect balance in hindsight. It pays after 2 steps.")
+    assert held_out == "On steps that it is not fitted to it takes 1.000, and staying 2.000."
     location = ExpertLocation.load(out)
     assert (location.num_gpus, location.num_nodes) == (2, 2)
     assert rank_loads(PAIR[0], location.physical_to_logical_map, 2).tolist() == [[6, 6]]
@@ -402,6 +465,17 @@ def test_command_searches(dump, capsys):
     for row in (["stay", "4", "-"], ["deepseek", "6", "1"], ["deepseek", "8", "1"]):
         assert row in rows
     assert not any(row[2:] == ["once"] for row in rows)
+
+
+def test_command_takes_whole_floats_and_one_rebalance(tmp_path, capsys):
+    np.savez(tmp_path / "floats.npz", logical_count=PAIR)
+    assert main(["rebalance", str(tmp_path / "floats.npz"), "--gpus", "2", "--once-after", "1"]) == 0
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
+    assert ["deepseek", "4", "once", "after", "1"] in rows
+    assert not any(row[2:4] == ["once", "1.000"] for row in rows)
+    np.savez(tmp_path / "halves.npz", logical_count=PAIR + 0.5)
+    assert main(["rebalance", str(tmp_path / "halves.npz"), "--gpus", "2"]) == 2
+    assert "`logical_count` must be whole numbers, got [6.5]" in capsys.readouterr().err
 
 
 def test_command_draws(dump, tmp_path, capsys):

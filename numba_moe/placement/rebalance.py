@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from numba_moe.reference import rebalance as reference
+from numba_moe.reference.forecast import forecast
 from numba_moe.reference.rebalance import RebalancedExperts
 from numba_moe.runtime import checks
 
 ALGORITHMS = ("deepseek", "refined")
+OPTIONS = ("max_moves", "current", "active_ranks", "slots_per_rank")  # of "refined"
+Tick = Callable[[], object]  # called when a layer is placed
 
 
 def even_sizes(total: int, num_parts: int) -> np.ndarray:
@@ -75,23 +78,24 @@ def slots_of_experts(places: np.ndarray, num_experts: int) -> tuple[np.ndarray, 
     return slots, count
 
 
-def in_threads(function: Callable[..., None], num_layers: int, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
-    """Call a compiled function for every layer, on one thread for each CPU of this process."""
+def in_threads(
+    function: Callable[..., None], num_layers: int, before: tuple[Any, ...], after: tuple[Any, ...], tick: Tick
+) -> None:
+    """Call a compiled function for every layer, on one thread for each CPU of this process; tick for each layer."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = min(cpus, num_layers)
-    if num_threads == 1:
-        function(*before, 0, 1, *after)
-        return
-    with ThreadPoolExecutor(num_threads) as pool:
-        for done in [pool.submit(function, *before, first, num_threads, *after) for first in range(num_threads)]:
+    with ThreadPoolExecutor(min(cpus, num_layers)) as pool:
+        for done in [pool.submit(function, *before, layer, *after) for layer in range(num_layers)]:
             done.result()
+            tick()
 
 
-def _deepseek(weight: np.ndarray, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> np.ndarray:
+def _deepseek(
+    weight: np.ndarray, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, tick: Tick
+) -> np.ndarray:
     from numba_moe.placement import search
 
     places = np.empty((len(weight), num_replicas), np.int64)
-    in_threads(search.deepseek_layers, len(weight), (weight, num_groups, num_nodes, num_gpus), (places,))
+    in_threads(search.deepseek_layer, len(weight), (weight, num_groups, num_nodes, num_gpus), (places,), tick)
     return places
 
 
@@ -103,6 +107,7 @@ def _refined(
     active: np.ndarray,
     current: np.ndarray | None,
     max_moves: int | None,
+    tick: Tick,
 ) -> np.ndarray:
     from numba_moe.placement import search
 
@@ -124,8 +129,9 @@ def _refined(
     limit = -1 if max_moves is None else max_moves
     places = np.empty((num_layers, num_slots), np.int64)
     missing = np.zeros(num_layers, np.int64)
-    loads = steps.transpose(1, 0, 2).copy()
-    in_threads(search.refine_layers, num_layers, (loads, machine, regular, now, limit), (places, missing))
+    loads, risk = (part.transpose(1, 0, 2).copy() for part in forecast(steps, num_slots, num_gpus))
+    before = (loads, risk, machine, regular, now, limit)
+    in_threads(search.refine_layer, num_layers, before, (places, missing), tick)
     if missing.any():
         rule = f"at least {missing[missing > 0][0]}, the slots that have to change"
         checks.holds("max_moves", rule, False, max_moves)
@@ -150,8 +156,8 @@ def rebalance_experts(
     Parameters
     ----------
     weight : array of numbers, shape [L, E] or [steps, L, E]
-        Load of each expert of each layer, in tokens or any other unit; none negative. With steps, "refined" balances
-        each step and "deepseek" their sum.
+        Load of each expert of each layer, in tokens or any other unit; none negative. From steps, in the order of
+        time, "refined" makes a forecast of the next ones; "deepseek" takes their sum.
     num_replicas : int
         Slots of a layer (P), at least one for each expert.
     num_groups : int
@@ -194,8 +200,11 @@ def rebalance_experts(
     A replica has an equal share of its expert's load. "deepseek" is the algorithm of deepseek-ai/EPLB in float64 with
     ties defined: the lower expert, group or rank wins.
 
-    "refined" lowers the load of the busiest rank, with steps the sum over steps of the busiest rank's. It is never
-    above that of "deepseek" where that applies, nor above that of `current` with `max_moves`. A rank holds an expert
+    "refined" lowers the load of the busiest rank. It is never above that of "deepseek" where that applies, nor above
+    that of `current` with `max_moves`. Fewer than 8 steps count by their sum. From more, it forecasts the mean of each
+    expert, recent steps counting more if the loads drift, the cost of its variance, and up to 3 kinds of steps if
+    there are any (`reference.forecast`): its placement is for the next steps, and others fit the recorded ones
+    better. "Never above" is then said of the forecast. A rank holds an expert
     twice only if it has more slots than there are experts for it, if `max_moves` leaves no choice, or where all that
     was found without is less balanced than the placement of "deepseek" or `current` that does. Groups stay on nodes
     if each node has the slots for its share of them; with `max_moves`, if they are on one node in `current`.
@@ -227,6 +236,22 @@ def rebalance_experts(
     >>> placed.physical_to_logical_map, rank_loads(weight, placed.physical_to_logical_map, 2)
     (array([[1, 2, 0, 2]]), array([[10., 10.]]))
     """
+    options = {"max_moves": max_moves, "current": current}
+    options |= {"active_ranks": active_ranks, "slots_per_rank": slots_per_rank}
+    return place(weight, num_replicas, num_groups, num_nodes, num_gpus, algorithm, options)
+
+
+def place(
+    weight: Any,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    algorithm: str,
+    options: dict[str, Any],
+    tick: Tick = lambda: None,
+) -> RebalancedExperts:
+    """Do the work of `rebalance_experts`, and tick for each layer."""
     checks.choice("algorithm", algorithm, ALGORITHMS)
     loads = check_loads("weight", weight)
     num_layers, num_experts = loads.shape[-2:]
@@ -240,15 +265,15 @@ def rebalance_experts(
     steps = loads.reshape(-1, num_layers, num_experts)
 
     if algorithm == "deepseek":
-        options = {"max_moves": max_moves, "current": current, "active_ranks": active_ranks}
-        for name, value in {**options, "slots_per_rank": slots_per_rank}.items():
+        for name, value in options.items():
             checks.holds(name, "None with the algorithm 'deepseek'", value is None, type(value).__name__)
         checks.divides("num_gpus", num_gpus, "num_replicas", num_replicas)
         checks.divides("num_nodes", num_nodes, "num_gpus", num_gpus)
         checks.divides("num_groups", num_groups, "num_experts", num_experts)
         total = np.cumsum(steps, axis=0)[-1].copy()
-        places = _deepseek(total, num_replicas, num_groups, num_nodes, num_gpus)
+        places = _deepseek(total, num_replicas, num_groups, num_nodes, num_gpus, tick)
     else:
+        max_moves, current, active_ranks, slots_per_rank = (options.get(name) for name in OPTIONS)
         sizes = check_slots_per_rank(slots_per_rank, num_replicas, num_gpus)
         rank_of_slot = np.repeat(np.arange(num_gpus), sizes)
         active = np.ones(num_gpus, bool)
@@ -265,7 +290,7 @@ def rebalance_experts(
             current = checks.host_array("current", current, "int64", (2,))
             checks.host_shape("current", current, (num_layers, num_replicas), "(num_layers, num_replicas)")
             check_map("current", current, num_experts, rank_of_slot)
-        places = _refined(steps, sizes, num_groups, num_nodes, active, current, max_moves)
+        places = _refined(steps, sizes, num_groups, num_nodes, active, current, max_moves, tick)
     return RebalancedExperts(places, *slots_of_experts(places, num_experts))
 
 

@@ -61,6 +61,7 @@ class State(NamedTuple):
 
     place: Any  # [P], the expert of each slot, -1 for none
     weight: Any  # [S, E]
+    risk: Any  # [S, E]
     count: Any  # [E], replicas
     holds: Any  # [R, E], replicas on a rank
     share: Any  # [S, E], load of one replica
@@ -146,10 +147,9 @@ def deepseek(weight, num_groups, num_nodes, num_gpus, place):
 
 
 @compiled
-def deepseek_layers(weight, num_groups, num_nodes, num_gpus, first, stride, place):
+def deepseek_layer(weight, num_groups, num_nodes, num_gpus, layer, place):
     # weight [L, E], place [L, P]
-    for layer in range(first, len(weight), stride):
-        deepseek(weight[layer], num_groups, num_nodes, num_gpus, place[layer])
+    deepseek(weight[layer], num_groups, num_nodes, num_gpus, place[layer])
 
 
 @compiled
@@ -268,6 +268,12 @@ def spread(weight, machine, domain_of_rank, domain_of_expert, place):
 
 
 @compiled
+def share_of(weight, risk, count):
+    """Return the load of one of the replicas: what is uncertain about it counts by its variance."""
+    return weight / count + risk / (count * count)
+
+
+@compiled
 def load_of_rank(place, share, machine, rank):
     load = 0.0
     for slot in range(machine.first_slot[rank], machine.first_slot[rank + 1]):
@@ -277,7 +283,7 @@ def load_of_rank(place, share, machine, rank):
 
 
 @compiled
-def peak_of(place, weight, machine):
+def peak_of(place, weight, risk, machine):
     """Return the sum over steps of the load of the busiest rank."""
     count = np.zeros(weight.shape[1], np.int64)
     for slot in range(len(place)):
@@ -285,7 +291,7 @@ def peak_of(place, weight, machine):
             count[place[slot]] += 1
     peak = 0.0
     for step in range(len(weight)):
-        share = weight[step] / np.maximum(count, 1)
+        share = share_of(weight[step], risk[step], np.maximum(count, 1))
         top = 0.0
         for rank in range(len(machine.active)):
             top = max(top, load_of_rank(place, share, machine, rank))
@@ -294,12 +300,13 @@ def peak_of(place, weight, machine):
 
 
 @compiled
-def new_state(place, weight, machine):
+def new_state(place, weight, risk, machine):
     num_steps, num_experts = weight.shape
     num_ranks = len(machine.active)
     state = State(
         place,
         weight,
+        risk,
         np.zeros(num_experts, np.int64),
         np.zeros((num_ranks, num_experts), np.int32),
         np.empty((num_steps, num_experts)),
@@ -321,7 +328,8 @@ def new_state(place, weight, machine):
 def refresh(state, machine):
     for step in range(len(state.weight)):
         for expert in range(len(state.count)):
-            state.share[step, expert] = state.weight[step, expert] / max(state.count[expert], 1)
+            count = max(state.count[expert], 1)
+            state.share[step, expert] = share_of(state.weight[step, expert], state.risk[step, expert], count)
         for rank in range(len(machine.active)):
             load = load_of_rank(state.place, state.share[step], machine, rank)
             before = rank
@@ -397,7 +405,7 @@ def outcome_of_swap(state, machine, hot, slot, other, worst):
 @compiled
 def set_share(state, machine, expert, count, touched):
     for step in range(len(state.weight)):
-        state.share[step, expert] = state.weight[step, expert] / max(count, 1)
+        state.share[step, expert] = share_of(state.weight[step, expert], state.risk[step, expert], max(count, 1))
     for member in range(state.first_member[expert], state.first_member[expert + 1]):
         state.touched[machine.rank_of_slot[state.members[member]]] = touched
 
@@ -527,6 +535,49 @@ def exceeds(load, change, limit):
 
 
 @compiled
+def swap_exceeds(state, hot, rank, give, take, limit):
+    """Whether a swap of experts of two ranks leaves a peak, summed over kinds of steps, past a limit for certain."""
+    peak = 0.0
+    for kind in range(len(state.weight)):
+        load, extra = state.load[kind], state.share[kind, take] - state.share[kind, give]
+        top = max(load[hot] + extra, load[rank] - extra)
+        for other in state.by_load[kind, :3]:
+            if other not in (hot, rank):
+                top = max(top, load[other])
+                break
+        peak += top
+        if peak > limit:
+            return True
+    return False
+
+
+@compiled
+def replacement_exceeds(state, machine, hot, slot, expert, limit):
+    """Whether another expert in a slot leaves a peak, summed over kinds of steps, past a limit for certain."""
+    rank, old = machine.rank_of_slot[slot], state.place[slot]
+    count, holds = state.count, state.holds
+    peak = 0.0
+    for kind in range(len(state.weight)):
+        load, share, weight, risk = state.load[kind], state.share[kind], state.weight[kind], state.risk[kind]
+        new = share_of(weight[expert], risk[expert], count[expert] + 1)
+        rise = share_of(weight[old], risk[old], count[old] - 1) - share[old]
+        top = load[rank] + new - share[old] + rise * (holds[rank, old] - 1)
+        for other in (hot, state.by_load[kind, 0], state.by_load[kind, min(1, len(load) - 1)]):
+            if other != rank:
+                change = rise * holds[other, old] + (new - share[expert]) * holds[other, expert]
+                top = max(top, load[other] + change)
+        for member in range(state.first_member[old], state.first_member[old + 1]):
+            other = machine.rank_of_slot[state.members[member]]
+            if other != rank:
+                change = rise * holds[other, old] + (new - share[expert]) * holds[other, expert]
+                top = max(top, load[other] + change)
+        peak += top
+        if peak > limit:
+            return True
+    return False
+
+
+@compiled
 def better(result, best, peak):
     """Whether a change takes load off the busiest rank, and more than the best so far."""
     after, local, before = result
@@ -537,7 +588,7 @@ def better(result, best, peak):
 def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current, max_moves):
     """Make the best change that takes load off a rank; False if there is none."""
     place, holds, count = state.place, state.holds, state.count
-    load, share, weight = state.load[0], state.share[0], state.weight[0]
+    load, share, weight, risk = state.load[0], state.share[0], state.weight[0], state.risk[0]
     single = len(state.weight) == 1
     second = state.by_load[0, min(1, len(load) - 1)]
     moved = moves(place, current)
@@ -563,7 +614,10 @@ def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current
             change += np.int64(take != current[slot]) - np.int64(give != current[slot])
             if moved + change > max_moves:
                 continue
-            result = outcome_of_swap(state, machine, hot, slot, other, min(peak, best[0]))
+            limit = min(peak, best[0])
+            if not single and swap_exceeds(state, hot, rank, give, take, limit * MARGIN):
+                continue
+            result = outcome_of_swap(state, machine, hot, slot, other, limit)
             if better(result, best, peak):
                 best = result[:2]
                 best_slot, best_other = slot, other
@@ -571,12 +625,12 @@ def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current
 
     on_hot = np.unique(place[first:after])
     everything = np.arange(len(count))
-    grown = weight / (count + 1)
+    grown = share_of(weight, risk, count + 1)
     for slot in range(len(place)):
         rank, old = machine.rank_of_slot[slot], place[slot]
         if domain_of_rank[rank] != domain_of_rank[hot] or count[old] < 2:
             continue
-        rise = weight[old] / (count[old] - 1) - share[old]
+        rise = share_of(weight[old], risk[old], count[old] - 1) - share[old]
         # A rank that cannot take the rise, unless it has the expert whose share falls.
         full = np.int64(-1)
         for member in range(state.first_member[old], state.first_member[old + 1]):
@@ -608,7 +662,10 @@ def improve(state, machine, hot, peak, domain_of_rank, domain_of_expert, current
                     continue
             if moved + np.int64(expert != current[slot]) - np.int64(old != current[slot]) > max_moves:
                 continue
-            result = outcome_of_replacement(state, machine, hot, slot, expert, min(peak, best[0]))
+            limit = min(peak, best[0])
+            if not single and replacement_exceeds(state, machine, hot, slot, expert, limit * MARGIN):
+                continue
+            result = outcome_of_replacement(state, machine, hot, slot, expert, limit)
             if better(result, best, peak):
                 best = result[:2]
                 best_slot, best_other, best_expert = slot, np.int64(-1), expert
@@ -660,7 +717,7 @@ def arrange(place, machine, current):
 
 
 @compiled
-def refine(weight, machine, regular, current, max_moves, place):
+def refine(weight, risk, machine, regular, current, max_moves, place):
     """Place one layer; return the number of slots that have to change if that is more than `max_moves`, else 0.
 
     weight [S, E]; current [P], -1 throughout for none; max_moves, -1 for no limit; place [P], the result.
@@ -698,26 +755,26 @@ def refine(weight, machine, regular, current, max_moves, place):
         domain_of_rank[kind], domain_of_expert[kind] = domains(node_of_group, machine)
         if kind == 2:
             spread(total, machine, domain_of_rank[kind], domain_of_expert[kind], start)
-        state = new_state(start, weight, machine)
+        state = new_state(start, weight, risk, machine)
         missing = 0
         if kind == 0:
             complete(state, machine, domain_of_rank[kind], domain_of_expert[kind])
             missing = moves(start, now)
             if missing > limit:
                 return missing
-        if kind < 2 and missing == 0 and peak_of(start, weight, machine) < goal:
-            goal = peak_of(start, weight, machine)
+        if kind < 2 and missing == 0 and peak_of(start, weight, risk, machine) < goal:
+            goal = peak_of(start, weight, risk, machine)
             as_it_was[:] = start
         separate(state, machine, domain_of_rank[kind], domain_of_expert[kind], now, limit)
-        peaks[kind] = peak_of(start, weight, machine)
+        peaks[kind] = peak_of(start, weight, risk, machine)
 
     best_peak = np.inf
     for kind in np.argsort(peaks, kind="mergesort"):
         if peaks[kind] < np.inf and (best_peak == np.inf or best_peak > goal):
-            state = new_state(starts[kind], weight, machine)
+            state = new_state(starts[kind], weight, risk, machine)
             descend(state, machine, domain_of_rank[kind], domain_of_expert[kind], now, limit, goal)
             arrange(state.place, machine, now)
-            peak = peak_of(state.place, weight, machine)
+            peak = peak_of(state.place, weight, risk, machine)
             if peak < best_peak:
                 best_peak = peak
                 place[:] = state.place
@@ -727,7 +784,6 @@ def refine(weight, machine, regular, current, max_moves, place):
 
 
 @compiled
-def refine_layers(weight, machine, regular, current, max_moves, first, stride, place, missing):
-    # weight [L, S, E], current [L, P], place [L, P], missing [L]
-    for layer in range(first, len(weight), stride):
-        missing[layer] = refine(weight[layer], machine, regular, current[layer], max_moves, place[layer])
+def refine_layer(weight, risk, machine, regular, current, max_moves, layer, place, missing):
+    # weight, risk [L, K, E], current [L, P], place [L, P], missing [L]
+    missing[layer] = refine(weight[layer], risk[layer], machine, regular, current[layer], max_moves, place[layer])

@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,37 @@ from numba_moe.runtime.text import counted
 PICTURES = (".png", ".svg", ".pdf")
 # What the command calls the arguments of `simulate`, and of what that calls.
 NAMES = {"num_gpus": "--gpus", "num_nodes": "--nodes", "num_groups": "--groups", "num_replicas": "--replicas"}
-NAMES |= {"algorithms": "--algorithm", "intervals": "--interval", "current": "--location", "max_moves": "--max-moves"}
+NAMES |= {
+    "algorithms": "--algorithm",
+    "intervals": "--interval",
+    "once_after": "--once-after",
+    "current": "--location",
+    "max_moves": "--max-moves",
+}
 NAMES |= {"bytes_per_expert": "--bytes-per-expert", "step_ms": "--step-ms", "bandwidth": "--bandwidth"}
 PERIODS = 8  # columns of the tables over time
+DRAWN = 6  # lines that a picture has room for
+COLUMNS = {  # what the columns say, and how numbers are written
+    "algorithm": "",
+    "slots": "",
+    "rebalance\n(steps)": "",
+    "balance\n(mean/max)": ".3f",
+    "worst layer\n(mean/max)": ".3f",
+    "time\n(x perfect)": ".3f",
+    "off GPU\n(%)": ".1f",
+    "off node\n(%)": ".1f",
+    "rebalances": "",
+    "experts\nmoved": "",
+    "moved\n(GB)": ".2f",
+    "moves\n(ms)": ".1f",
+    "saved\n(ms)": ".1f",
+    "pays after\n(steps)": "",
+    "time, not fitted\n(x perfect)": ".3f",
+    "weights\n(GB/GPU)": ".2f",
+}
+NOTES = """\
+balance: mean load of GPUs over that of the busiest. time: of the busiest GPUs, over that of perfect balance; once is in
+hindsight. time, not fitted: of the second half of the steps, placed by steps before."""
 
 
 def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -63,6 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--algorithm", type=listed(str), default=list(ALGORITHMS), metavar="LIST", help=text)
     text = "steps between rebalances, comma-separated; once: one rebalance by the whole dump, in hindsight (default)"
     add("--interval", type=listed(interval), metavar="LIST", help=text)
+    text = "steps after which experts move once, by the loads of these steps, and then stay; comma-separated"
+    add("--once-after", type=listed(int), default=[], metavar="LIST", help=text)
     add("--search", action="store_true", help="try several numbers of slots and intervals where none are given")
     add("--max-moves", type=int, metavar="N", help="most slots of a layer that refined may change at a time")
     add("--location", type=Path, metavar="FILE", help="where experts are now (default: expert i %% E in slot i)")
@@ -102,7 +132,7 @@ def table(found: Simulation, num_choices: float) -> str:
     """Format the scenarios for a terminal."""
     rows = []
     for s in found.scenarios:
-        when = None if s.interval is None else "once" if s.interval == 0 else str(s.interval)
+        when = None if s.interval is None else s.when.removeprefix("every ").partition(" step")[0]
         pays = None if s.pays_after is None else str(s.pays_after)
         if s.rebalances and None not in (s.move_ms, s.saved_ms) and s.pays_after is None:
             pays = "never"
@@ -110,11 +140,9 @@ def table(found: Simulation, num_choices: float) -> str:
         crossing = [100 * float(c.sum()) / num_choices for c in (s.crossing_gpus, s.crossing_nodes)]
         balance = [float(s.balancedness.mean()), float(s.balancedness.mean(axis=0).min())]
         moved = [len(s.rebalances), sum(r.num_moved for r in s.rebalances), gigabytes, s.move_ms, s.saved_ms]
-        rows.append([s.algorithm, s.num_replicas, when, *balance, s.time, *crossing, *moved, pays])
-    headers = ["algorithm", "slots", "interval", "balance", "worst layer", "time", "% off GPU", "% off node"]
-    headers += ["rebalances", "experts moved", "GB", "move ms", "saved ms", "pays after"]
-    formats = ["", "", "", ".3f", ".3f", ".3f", ".1f", ".1f", "", "", ".2f", ".1f", ".1f", ""]
-    return tabulate(rows, headers, floatfmt=formats, missingval="-", disable_numparse=[2, 13])
+        weights = None if s.bytes_per_rank is None else s.bytes_per_rank / 1e9
+        rows.append([s.algorithm, s.num_replicas, when, *balance, s.time, *crossing, *moved, pays, s.held_out, weights])
+    return tabulate(rows, [*COLUMNS], floatfmt=[*COLUMNS.values()], missingval="-", disable_numparse=[2, 13])
 
 
 def over_time(rows: dict[str, np.ndarray], title: str) -> str:
@@ -127,7 +155,50 @@ def over_time(rows: dict[str, np.ndarray], title: str) -> str:
 
 
 def verdict(found: Simulation, num_steps: int) -> str:
-    """Say what is best, and whether it pays."""
+    """Say what is best, on which steps, whether it pays, and what its slots cost."""
+    return "\n".join([_best(found, num_steps), *_not_fitted(found), *_memory(found), *_over_more_steps(found)])
+
+
+def _not_fitted(found: Simulation) -> Iterator[str]:
+    """Say how the best does on steps that it is not fitted to, and how both algorithms do."""
+    stay, *tried = best_and_before(found)
+    if not tried:
+        return
+    if found.best.held_out is None or stay.held_out is None:
+        yield "There are no other steps to try it on: record more than one."
+        return
+    yield f"On steps that it is not fitted to it takes {found.best.held_out:.3f}, and staying {stay.held_out:.3f}."
+    best = found.best
+    for other in found.scenarios:
+        same = (other.num_replicas, other.when) == (best.num_replicas, best.when)
+        if same and other is not best and _time(other) <= _time(best):
+            yield f"{other.algorithm.capitalize()} is no worse: {_time(other):.3f}."
+
+
+def _memory(found: Simulation) -> Iterator[str]:
+    """Say what slots beyond the fewest cost, and what is best without."""
+    best, least = found.best, min(found.scenarios, key=lambda scenario: scenario.num_replicas)
+    if best.num_replicas == least.num_replicas:
+        return
+    more = f"{best.num_replicas - least.num_replicas} more slots of a layer than {least.num_replicas}"
+    if best.bytes_per_rank is not None and least.bytes_per_rank is not None:
+        more += f", {(best.bytes_per_rank - least.bytes_per_rank) / 1e9:.2f} GB on each GPU"
+    within = min((s for s in found.scenarios if s.num_replicas == least.num_replicas), key=_time)
+    yield f"It needs {more}; without them the best is {within.name}, with {_time(within):.3f}."
+
+
+def _over_more_steps(found: Simulation) -> Iterator[str]:
+    """Name what takes least time if its moves need not pay within the recorded steps."""
+    least = min(found.scenarios, key=_time)
+    if least is not found.best and least.pays_after and found.best.interval is not None:
+        yield f"Over more steps like these, {least.name} takes {_time(least):.3f} and pays after {least.pays_after}."
+
+
+def _time(scenario: Scenario) -> float:
+    return scenario.time if scenario.held_out is None else scenario.held_out
+
+
+def _best(found: Simulation, num_steps: int) -> str:
     best = found.best
     if best.interval is None:
         paying = {scenario.pays_after: scenario.name for scenario in found.scenarios[::-1] if scenario.pays_after}
@@ -136,7 +207,8 @@ def verdict(found: Simulation, num_steps: int) -> str:
         steps = min(paying)
         over = counted(num_steps, "step")
         return f"Best over {over}: {best.name}. With more like these, {paying[steps]} pays after {steps}."
-    text = f"Best: {best.name}, {best.time:.3f} times the time of perfect balance."
+    text = f"Best: {best.name}, {best.time:.3f} times the time of perfect balance"
+    text += " in hindsight." if best.interval == 0 else "."
     if best.pays_after is None:
         return f"{text} Whether that pays: give --bytes-per-expert and --step-ms."
     return f"{text} It pays after {counted(best.pays_after, 'step')}."
@@ -158,23 +230,37 @@ def report(found: Simulation) -> dict[str, Any]:
     return {"best": next(i for i, s in enumerate(found.scenarios) if s is found.best), "scenarios": scenarios}
 
 
+def lines_of(found: Simulation) -> list[Scenario]:
+    """Return what a picture or a table over time has room for: staying, the best, and those next to it, in order."""
+    wanted = [*best_and_before(found), *sorted(found.scenarios, key=_time)]
+    chosen = {id(scenario) for scenario in list({id(s): s for s in wanted}.values())[:DRAWN]}
+    return [scenario for scenario in found.scenarios if id(scenario) in chosen]
+
+
 def plot(path: Path, found: Simulation) -> None:
-    """Draw balancedness and time of all scenarios over steps, and ranks' loads before and with the best."""
+    """Draw balancedness and time over steps for scenarios of least time, and ranks' loads before and with the best."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(14, 9), layout="constrained")
     shown = best_and_before(found)
+    drawn = lines_of(found)
     (balance, time), heats = figure.subplots(2, 2)
-    for scenario in found.scenarios:
+    for scenario in drawn:
         balance.plot(scenario.balancedness.mean(axis=1), marker=".", label=scenario.name)
-        time.plot(scenario.step_time, marker=".", label=scenario.name)
-    balance.set(xlabel="step", ylabel="balancedness, mean over layers")
+        time.plot(scenario.step_time, marker=".")
+    balance.set(xlabel="step", ylabel="balancedness (mean/max), mean over layers")
     time.set(xlabel="step", ylabel="time over that of perfect balance")
-    balance.legend(fontsize="small")
+    left = len(found.scenarios) - len(drawn)
+    title = f"{counted(left, 'scenario')} that take more time are not drawn" if left else None
+    figure.legend(loc="outside lower center", ncols=3, title=title)
     top = max(float(scenario.rank_load.max()) for scenario in shown)
     for panel, scenario in zip(heats, shown, strict=False):
         image = panel.imshow(scenario.rank_load.T, aspect="auto", vmin=0, vmax=top, interpolation="nearest")
-        panel.set(title=scenario.name, xlabel="step", ylabel="rank")
+        panel.set(title=scenario.name, xlabel="step", ylabel="GPU")
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel in (balance, time, *heats):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=list(heats), label="load over the mean")
     with files.replacing(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix("."))
@@ -215,6 +301,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     wanted = 8 * len(loads) * num_layers * num_gpus
     checks.holds("--gpus", f"few enough for their loads to take at most {most} bytes", wanted <= most, num_gpus)
     intervals = search_intervals(len(loads)) if options.search else [0]
+    once_after = options.once_after or ([len(loads) // 4] if options.search and len(loads) >= 4 else [])
     with checks.under_names(weight="DUMP", **NAMES):
         found = simulate(
             loads,
@@ -223,7 +310,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
             options.nodes,
             num_gpus,
             algorithms=options.algorithm,
-            intervals=options.interval or intervals,
+            intervals=options.interval or ([] if options.once_after else intervals),
+            once_after=once_after,
             current=current,
             max_moves=options.max_moves,
             bytes_per_expert=options.bytes_per_expert,
@@ -240,7 +328,9 @@ def run(options: argparse.Namespace, loads: np.ndarray, found: Simulation) -> in
     sizes = ", ".join(map(counted, loads.shape, ("step", "layer", "expert")))
     print(f"{options.dump.name}: {sizes}{kind}\n")
     print(table(found, float(loads.sum())), end="\n\n")
-    print(over_time({s.name: s.balancedness.mean(axis=1) for s in found.scenarios}, "balance at steps"), end="\n\n")
+    print(NOTES, end="\n\n")
+    title = "balance (mean/max) at steps"
+    print(over_time({s.name: s.balancedness.mean(axis=1) for s in lines_of(found)}, title), end="\n\n")
     if options.detail:
         for scenario in best_and_before(found):
             print_detail(scenario)
@@ -259,5 +349,5 @@ def print_detail(scenario: Scenario) -> None:
     layers = {f"layer {index}": values for index, values in enumerate(scenario.balancedness.T)}
     ranks = {f"rank {index}": values for index, values in enumerate(scenario.rank_load.T)}
     print(f"{scenario.name}\n")
-    print(over_time(layers, "balance at steps"), end="\n\n")
-    print(over_time(ranks, "load / mean at steps"), end="\n\n")
+    print(over_time(layers, "balance (mean/max) at steps"), end="\n\n")
+    print(over_time(ranks, "load (x mean) at steps"), end="\n\n")

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from numba_moe.placement.location import ExpertLocation, check_location
-from numba_moe.placement.rebalance import ALGORITHMS, check_loads, rebalance_experts
+from numba_moe.placement.rebalance import ALGORITHMS, Tick, check_loads, place
 from numba_moe.reference.migration import plan_migration
 from numba_moe.runtime import checks
 from numba_moe.runtime.text import counted
@@ -49,13 +49,23 @@ class Scenario(NamedTuple):
     saved_ms: float | None
     pays_after: int | None
     location: ExpertLocation
+    held_out: float | None
+    then_stays: bool
+    bytes_per_rank: int | None
 
     @property
     def name(self) -> str:
         if self.interval is None:
             return f"{self.algorithm}, {self.num_replicas} slots"
-        when = "once" if self.interval == 0 else f"every {counted(self.interval, 'step')}"
-        return f"{self.algorithm}, {self.num_replicas} slots, {when}"
+        return f"{self.algorithm}, {self.num_replicas} slots, {self.when}"
+
+    @property
+    def when(self) -> str:
+        """When experts move."""
+        if not self.interval:
+            return "never" if self.interval is None else "once"
+        steps = counted(self.interval, "step")
+        return f"once after {steps}" if self.then_stays else f"every {steps}"
 
 
 class Simulation(NamedTuple):
@@ -142,23 +152,28 @@ class _Trace(NamedTuple):
     step_ms: float | None
     bytes_per_expert: int | None
     bandwidth: float
+    tick: Tick
+
+    @property
+    def half(self) -> int:
+        """The first of the steps that a placement is scored on and not fitted to; 0 if there is one step."""
+        return len(self.loads) // 2
 
     def cost(self, scenario: Scenario) -> float:
-        """Return the time of a scenario with its moves, in steps of perfect balance."""
-        steps = scenario.time * len(self.loads)
+        """Return the time of a scenario with its moves, in steps of perfect balance; on steps not seen if it can be."""
+        steps = (scenario.time if scenario.held_out is None else scenario.held_out) * len(self.loads)
         if self.step_ms is None or scenario.move_ms is None:
             return steps
         return steps + scenario.move_ms / self.step_ms
 
     def place(self, window: slice, algorithm: str, now: ExpertLocation) -> ExpertLocation:
         """Choose a location by the loads of some steps."""
-        weight = self.loads[window].sum(axis=0)
+        weight = self.loads[window] if self.loads.ndim == 3 else self.loads[window].sum(axis=3)
         options: dict[str, Any] = {}
         if algorithm == "refined":
             options = {"current": now, "max_moves": self.max_moves, "slots_per_rank": now.slots_per_rank}
         sizes = now.num_physical_experts, self.num_groups, now.num_nodes, now.num_gpus
-        weight = weight if weight.ndim == 2 else weight.sum(axis=2)
-        placed = rebalance_experts(weight, *sizes, algorithm=algorithm, **options)
+        placed = place(weight, *sizes, algorithm, options, self.tick)
         slots, count = placed.logical_to_all_physical_map, placed.logical_to_all_physical_map_num_valid
         return ExpertLocation(placed.physical_to_logical_map, slots, count, now.rank_of_slot, now.node_of_slot)
 
@@ -174,13 +189,23 @@ class _Trace(NamedTuple):
             pays_after = steps_to_pay(move_ms, saved_ms, num_steps)
         return Rebalance(step, moved, across, busiest, move_ms, saved_ms, pays_after)
 
+    def begins(self, interval: int | None, then_stays: bool) -> list[int]:
+        """Return the steps before which experts move."""
+        if not interval:
+            return [] if interval is None else [0]
+        return [interval] if then_stays else list(range(interval, len(self.loads), interval))
+
     def run(
-        self, start: ExpertLocation, stay: Scenario | None = None, algorithm: str = STAY, interval: int | None = None
+        self,
+        start: ExpertLocation,
+        stay: Scenario | None = None,
+        algorithm: str = STAY,
+        interval: int | None = None,
+        then_stays: bool = False,
     ) -> Scenario:
         """Replay the loads; `stay` is the scenario to compare with, None for that one itself."""
         num_steps = len(self.loads)
-        begins = [] if interval is None else list(range(interval, num_steps, interval)) if interval else [0]
-        bounds = [0, *begins, num_steps]
+        bounds = [0, *self.begins(interval, then_stays), num_steps]
         replays = [replay(self.loads[: bounds[1]], start)]
         rebalances: list[Rebalance] = []
         location = start
@@ -190,14 +215,21 @@ class _Trace(NamedTuple):
             replays.append(replay(self.loads[first:after], location))
             saved = replay(self.loads[first:after], before).busiest.sum() - replays[-1].busiest.sum()
             rebalances.append(self.account(first, before, location, float(saved), after - first))
-        if interval:
+        if interval and not then_stays:
             location = self.place(slice(num_steps - interval, num_steps), algorithm, location)
 
         whole = Replay(*map(np.concatenate, zip(*replays, strict=True)))
         mean = self.loads.reshape(num_steps, -1).sum(axis=1) / start.num_gpus
         time = float(whole.busiest.sum() / mean.sum())
-        bytes_moved = move_ms = saved_ms = pays_after = None
+        held_out = None
+        if self.half and mean[self.half :].any():
+            busiest = whole.busiest[self.half :]
+            if interval == 0:  # in hindsight; what the first half says of the second
+                busiest = replay(self.loads[self.half :], self.place(slice(self.half), algorithm, start)).busiest
+            held_out = float(busiest.sum() / mean[self.half :].sum())
+        bytes_moved = bytes_per_rank = move_ms = saved_ms = pays_after = None
         if self.bytes_per_expert is not None:
+            bytes_per_rank = self.bytes_per_expert * start.num_layers * int(start.slots_per_rank.max())
             bytes_moved = self.bytes_per_expert * sum(r.num_moved for r in rebalances)
             move_ms = float(sum(r.move_ms or 0 for r in rebalances))
         if self.step_ms is not None:
@@ -220,6 +252,9 @@ class _Trace(NamedTuple):
             saved_ms,
             pays_after,
             location,
+            held_out,
+            then_stays,
+            bytes_per_rank,
         )
 
 
@@ -232,6 +267,7 @@ def simulate(
     *,
     algorithms: Sequence[str] = ALGORITHMS,
     intervals: Sequence[int] = (0,),
+    once_after: Sequence[int] = (),
     current: ExpertLocation | None = None,
     max_moves: int | None = None,
     bytes_per_expert: int | None = None,
@@ -258,7 +294,9 @@ def simulate(
         Those of `rebalance_experts` to try.
     intervals : sequence of int
         Steps between rebalances; each rebalance uses the loads of the interval that just ended. 0 means one rebalance
-        before the first step, with the loads of all steps: the gain if the same loads came again.
+        before the first step, with the loads of all steps, in hindsight: the gain if the same loads came again.
+    once_after : sequence of int
+        Numbers of steps after which experts move once, by the loads of these steps, and then stay.
     current : ExpertLocation, optional
         Where experts are at the beginning, on every rank; `ExpertLocation.trivial` by default.
     max_moves : int, optional
@@ -276,16 +314,20 @@ def simulate(
     -------
     Simulation
         scenarios : list of Scenario. For each number of slots first "stay", which never moves anything, then every
-        algorithm with every interval.
-        best : the Scenario that takes least time, moves included where their time is known; the first of equals.
+        algorithm with every interval and every number of `once_after`.
+        best : the Scenario that takes least time, moves included where their time is known; the first of equals. With
+        two steps or more its time is ``held_out``.
 
-        A Scenario has ``algorithm``, ``num_replicas`` and ``interval`` (None for "stay"), and
+        A Scenario has ``algorithm``, ``num_replicas``, ``interval`` (None for "stay") and ``then_stays``, and
 
         balancedness : float64 [steps, L], the mean load of ranks over that of the busiest.
         rank_load : float64 [steps, R], load of a rank over the mean, all layers together.
         step_time : float64 [steps], the busiest ranks' loads over the mean loads, each summed over layers: the time of
         a step if ranks wait for each other in every layer, 1 if perfectly balanced. ``time`` is the same over all
         steps together.
+        held_out : the time of the second half of the steps alone, whose placements know only steps before: with
+        interval 0, that which the first half gives. None if there is one step, or no load in the second half.
+        bytes_per_rank : weights on the rank with most slots.
         crossing_gpus, crossing_nodes : float64 [steps], choices whose token and expert are on two ranks, two nodes.
         rebalances : list of Rebalance, with ``step``, ``num_moved``, ``num_across_nodes``, ``busiest_rank``,
         ``move_ms``, ``saved_ms`` and ``pays_after``; the last three against staying with the location before it, until
@@ -294,7 +336,7 @@ def simulate(
         pays_after : steps after which ``saved_ms``, as large at each step since the first rebalance, outweighs
         ``move_ms``; 0 if nothing moved, None if never or if there was no rebalance. More than there were steps means:
         not within these.
-        location : where experts should be for what comes next, by the loads of the last interval.
+        location : where experts should be for what comes next, by the loads of the last interval, or where they stay.
 
         What needs `bytes_per_expert` or `step_ms` is None without.
 
@@ -315,7 +357,7 @@ def simulate(
     A move takes ``busiest_rank * bytes_per_expert / bandwidth``: the rank that sends or receives most, at full
     bandwidth, nothing else going on meanwhile. A rank receives an expert once (`plan_migration`).
 
-    "refined" is given the location before as `current`. Both algorithms see the sum of an interval.
+    "refined" is given the location before as `current`, and makes a forecast from the steps of an interval.
 
     Examples
     --------
@@ -344,6 +386,7 @@ def simulate(
         checks.choice("algorithms", algorithm, ALGORITHMS)
     because = f"the number of steps - 1 = {num_steps - 1}"
     intervals = [checks.integer("intervals", interval, 0, num_steps - 1, because) for interval in intervals]
+    once_after = [checks.integer("once_after", steps, 1, num_steps - 1, because) for steps in once_after]
     if bytes_per_expert is not None:
         bytes_per_expert = checks.integer("bytes_per_expert", bytes_per_expert, 1, sys.maxsize)
     for name, value in {"step_ms": step_ms, "bandwidth": bandwidth}.items():
@@ -355,11 +398,14 @@ def simulate(
         everywhere = bool((current.physical_to_logical_map >= 0).all())
         checks.holds("current", "a location with experts on every rank", everywhere, current)
 
-    trace = _Trace(loads, num_groups, max_moves, step_ms, bytes_per_expert, bandwidth)
-    scenarios: list[Scenario] = []
-    tried = list(itertools.product(algorithms, intervals))
-    bar = tqdm(total=len(sizes) * len(tried), unit="scenario", disable=not progress, leave=False)
     num_layers, num_experts = loads.shape[1:3]
+    bar = tqdm(unit=" layers placed", disable=not progress, leave=False)
+    trace = _Trace(loads, num_groups, max_moves, step_ms, bytes_per_expert, bandwidth, bar.update)
+    scenarios: list[Scenario] = []
+    policies = [(interval, False) for interval in intervals] + [(steps, True) for steps in once_after]
+    tried = [(algorithm, *policy) for algorithm in algorithms for policy in policies]
+    placed = sum(len(trace.begins(interval, once)) + (not once) for _, interval, once in tried)
+    bar.reset(total=len(sizes) * num_layers * placed)
     for size in sizes:
         start = current
         if start is None:
@@ -369,8 +415,7 @@ def simulate(
         checks.holds("current", f"of (layers, experts, slots, ranks, nodes) = {wanted}", found == wanted, found)
         stay = trace.run(start)
         scenarios.append(stay)
-        for algorithm, interval in tried:
-            scenarios.append(trace.run(start, stay, algorithm, interval))
-            bar.update()
+        for algorithm, interval, then_stays in tried:
+            scenarios.append(trace.run(start, stay, algorithm, interval, then_stays))
     bar.close()
     return Simulation(scenarios, min(scenarios, key=trace.cost))

@@ -78,10 +78,23 @@ def array(name: str, value: Any, ndims: Sequence[int], dtype: str = "int64", emp
 
 
 def counts(name: str, value: Any, ndims: Sequence[int], empty: bool = False) -> np.ndarray:
-    """Return the counts of a file: not negative, and together within int64."""
-    found = array(name, value, ndims, empty=empty)
+    """Return the counts of a file: whole, also if written as floats, not negative, and together within int64."""
+    found = array(name, _whole(name, value), ndims, empty=empty)
     checks.counts(name, found)
     return found
+
+
+def _whole(name: str, value: Any) -> Any:
+    """Return floats as integers if all of them are, and any other value as it is."""
+    try:
+        found = np.asarray(value)
+    except ValueError:
+        return value  # rows of several lengths, which `array` refuses
+    if found.dtype.kind != "f" or not found.size:
+        return value
+    are_whole = (found == np.floor(found)) & (np.abs(found) < 2.0**63)
+    checks.holds(name, "whole numbers", bool(are_whole.all()), found[~are_whole][:1])
+    return found.astype(np.int64)
 
 
 def integer(name: str, value: Any, lowest: int, highest: int = checks.LARGEST_INT64) -> int:

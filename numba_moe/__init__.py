@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "ops.permute.permutation": "moe_permute moe_sum moe_unpermute",
         "ops.ragged": "make_ragged_metadata",
         "ops.route": "route",
+        "ops.without_matrices": "constant_experts",
         "reference.align": "AlignedBlocks",
         "reference.gating": "TopK",
         "reference.permute": "MaskedTokens PermutedTokens ReorderedSlots",

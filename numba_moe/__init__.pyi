@@ -22,6 +22,7 @@ from numba_moe.ops.permute.permutation import moe_sum as moe_sum
 from numba_moe.ops.permute.permutation import moe_unpermute as moe_unpermute
 from numba_moe.ops.ragged import make_ragged_metadata as make_ragged_metadata
 from numba_moe.ops.route import route as route
+from numba_moe.ops.without_matrices import constant_experts as constant_experts
 from numba_moe.reference.align import AlignedBlocks as AlignedBlocks
 from numba_moe.reference.gating import TopK as TopK
 from numba_moe.reference.permute import MaskedTokens as MaskedTokens

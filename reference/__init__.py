@@ -57,6 +57,7 @@ from numba_moe.reference.training import (
     update_correction_bias,
     z_loss,
 )
+from numba_moe.reference.without_matrices import constant_experts
 
 __all__ = [
     "AlignedBlocks",
@@ -77,6 +78,7 @@ __all__ = [
     "balancedness",
     "batched_moe_align_block_size",
     "coactivation",
+    "constant_experts",
     "count_by_sequence",
     "count_tokens_per_expert",
     "dispatch_ids",

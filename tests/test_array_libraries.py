@@ -40,6 +40,7 @@ CALLS = {
         RNG.random((33, 2), np.float32),
         IDS,
     ),
+    "constant_experts": (ROWS, RNG.random((33, 2), np.float32), IDS, 8),
     "route": (LOGITS, 2, 4),
 }
 

@@ -38,6 +38,7 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
         "activate_rows",
         "add_counts",
         "add_rows",
+        "combine_constants",
         "combine_rows",
         "count_ids",
         "count_slots",

@@ -89,6 +89,9 @@ def gradients():
         experts = floats(5, 12, 8, grad=True, dtype=dtype), floats(5, 8, 6, grad=True, dtype=dtype)
         found = moe.fused_experts(rows, *experts, weights.detach(), ids)
         yield torch.autograd.grad((found**2).sum(), (rows, *experts))
+        constants, own = floats(2, 8, grad=True, dtype=dtype), weights.detach().requires_grad_()
+        found = moe.constant_experts(rows, own, ids, 1, num_copies=2, constants=constants)
+        yield torch.autograd.grad((found**2).sum(), (rows, own, constants))
 
 
 def blocks():

@@ -41,6 +41,10 @@ CALLS = {
     "make_ragged_metadata": (IDS[0], {"num_rows": 1}),
     "moe_activation": (ROWS, {"expert_first_token_offset": torch.tensor([0, 3]), "limit": 1.0, "alpha": 1.0}),
     "moe_sum": (ROWS[None], {"routed_scaling_factor": 1.0}),
+    "constant_experts": (
+        ROWS,
+        {"topk_weights": torch.ones(3, 2), "topk_ids": IDS, "num_experts": 1, "num_copies": 1},
+    ),
     "topk_raw": (LOGITS, {"top_k": 1, "renormalize": True}),
     "topk_softplus_sqrt": (LOGITS, {"top_k": 1, "renormalize": True}),
     "moe_lora_align_block_size": (

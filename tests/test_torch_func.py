@@ -52,6 +52,7 @@ CALLS = {
     "moe_unpermute": (ROWS.repeat(2, 1), WEIGHTS, torch.arange(8, dtype=torch.int32).view(4, 2)),
     "moe_activation": (ROWS,),
     "fused_experts": (ROWS, GATE_UP, DOWN, WEIGHTS, IDS),
+    "constant_experts": (ROWS, WEIGHTS, IDS, 3),
     "dispatch_ids": (IDS, torch.arange(8, dtype=torch.int32)),
     "dispatch_layout": (IDS, torch.arange(8, dtype=torch.int32), 3),
     "add_expert_counts": (IDS,),
@@ -66,6 +67,7 @@ DIFFERENTIABLE = {
     **dict.fromkeys(("topk_softmax", "topk_sigmoid", "topk_softplus_sqrt", "topk_raw", "grouped_topk"), (0,)),
     **dict.fromkeys(("select_experts", "moe_permute", "moe_permute_masked", "moe_sum", "moe_activation"), (0,)),
     "moe_unpermute": (0, 1),
+    "constant_experts": (0, 1),
     "fused_experts": (0, 1, 2, 3),
 }
 OPS = list(CALLS)
@@ -184,13 +186,13 @@ def test_torch_func_finds_the_gradient_of_autograd(name):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_and_forward_derivatives_are_refused_by_name(name):
     place = DIFFERENTIABLE[name][0]
-    argument = {"topk": "gating_output", "grou": "gating_output", "sele": "gating_output", "moe_": "`", "fuse": "`"}
+    argument = dict.fromkeys(("topk", "grou", "sele"), "gating_output") | dict.fromkeys(("moe_", "fuse", "cons"), "`")
 
     def loss(value):
         return sum_of_floats(function(name)(*replaced(name, value, place)))
 
     value, named = CALLS[name][place], argument[name[:4]]
-    if name != "moe_sum":  # whose gradient is made of torch's own functions
+    if name not in ("moe_sum", "constant_experts"):  # whose gradient is made of torch's own functions
         with pytest.raises(ValueError, match=r"`\w+` must be without a second derivative.*torch.func \(functorch\)"):
             torch.func.grad(lambda value: torch.func.grad(loss)(value).sum())(value)
     with pytest.raises(TypeError, match=f"{named}.*must be without a tangent.*torch.func.jvp"):

@@ -126,6 +126,9 @@ def calls(tokens, device):
     given = (rows, up[:4].mT.contiguous().mT, down[:4], weights.detach(), chosen)
     local = {name: bias[:4] for name, bias in biases.items()}
     yield OPS.fused_experts, given, {**local, "expert_map": half, "activation": "swiglu_oai", "limit": 3.0}
+    yield OPS.constant_experts, (wide(rows).bfloat16(), weights.detach(), chosen, 3), {"num_copies": 2}
+    constants = torch.ones(2, HIDDEN, device=device, requires_grad=True)
+    yield OPS.constant_experts, (rows.detach(), weights, chosen, 3, 1, constants, rows.detach()), {}
     replicas = half.int().view(-1, 2)
     yield OPS.dispatch_ids, (chosen, table), {"num_token_non_padded": ints(1, device, tokens - 1)}
     drawn = {"algorithm": "dynamic", "seed": 3, "step": torch.tensor([5], device=device)}

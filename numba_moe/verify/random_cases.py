@@ -452,6 +452,27 @@ def experts(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
     return drawn
 
 
+def constants(rng: np.random.Generator, limits: Limits) -> dict[str, Any]:
+    drawn = routing(rng, limits._replace(slots=min(limits.slots, 2**13), experts=min(limits.experts, 256)))
+    ids, num_experts = drawn["topk_ids"], drawn["num_experts"]
+    hidden = number(rng, 1, 24) * int(rng.choice([1, 8]))
+    kind = rng.choice(["float32", "float16"])
+    first, copies, constants = (number(rng, 0, num_experts) for _ in range(3))
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(kind)
+
+    return {
+        "hidden_states": normal(len(ids), hidden),
+        "topk_weights": rng.random(ids.shape, np.float32),
+        "topk_ids": ids,
+        "num_experts": first,
+        "num_copies": copies,
+        "constants": normal(constants, hidden) if flag(rng) else None,
+        "combined": normal(len(ids), hidden) if flag(rng) else None,
+    }
+
+
 DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "moe_align_block_size": align,
     "count_tokens_per_expert": count,
@@ -471,6 +492,7 @@ DRAWS: Mapping[str, Callable[[np.random.Generator, Limits], dict[str, Any]]] = {
     "route": decode,
     "moe_activation": activation,
     "fused_experts": experts,
+    "constant_experts": constants,
 }
 
 

@@ -181,12 +181,19 @@ def squared(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float64) ** 2
 
 
+SUMS = ("moe_sum", "moe_unpermute", "constant_experts")
+FACTORS = ("hidden_states", "topk_weights", "constants", "combined")
+
+
 def size_of_sums(name: str, arguments: Mapping[str, Any]) -> np.ndarray:
-    """Return how large the sums of moe_sum or moe_unpermute are when signs are random, by which their errors go.
+    """Return how large the sums of an op of `SUMS` are when signs are random, by which their errors go.
 
     That is the root of the sum of squares: a result may be small because its terms cancel, their errors do not.
     """
-    if name == "moe_sum":
+    if name == "constant_experts":
+        factors = {part: squared(arguments[part]) for part in FACTORS if arguments.get(part) is not None}
+        squares = reference.constant_experts(**{**arguments, **factors})
+    elif name == "moe_sum":
         squares = reference.moe_sum(squared(arguments["hidden_states"]), arguments.get("topk_ids"))
     else:
         rows, weights = squared(arguments["permuted"]), squared(arguments["topk_weights"])
@@ -351,7 +358,7 @@ def compare_results(name: str, result: Any, expected: Any, arguments: Mapping[st
     size = None
     if name == "fused_experts":
         size = EXPERT_ROUNDINGS * size_of_experts(arguments)
-    elif name in ("moe_sum", "moe_unpermute"):  # which sum in float32 and round the result alone to its dtype
+    elif name in SUMS:  # which sum in float32 and round the result alone to its dtype
         size = size_of_sums(name, arguments) * (TOLERANCES[torch.float32][0] / TOLERANCES[result[0].dtype][0])
     return [compare(part, wanted, exact, size) for part, wanted in pairs]
 

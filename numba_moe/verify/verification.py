@@ -35,7 +35,7 @@ from numba_moe.verify.cases.inputs import TOP_K
 
 PAYLOADS = (  # whose dtype and layout a case chooses
     *("gating_output", "hidden_states", "permuted", "gate_up", "bias"),
-    *("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"),
+    *("gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "constants", "combined"),
 )
 PACKAGES = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
 MOST_PROCESSES = 8  # of the simulator; each takes seconds to start, and some 400 MB

@@ -157,3 +157,19 @@ def experts_case(
         **options,
     )
     return Case("fused_experts", name, arguments, dtype)
+
+
+def constants_case(
+    name: str, tokens: int, top_k: int, hidden: int, dtype: str, constants: int = 3, added: bool = True, **layout: bool
+) -> Case:
+    """Return what experts without matrices return, beside 4 with, 2 that return the token, and 2 that return zeros."""
+    arguments = given(
+        hidden_states=floats(tokens, hidden, dtype=dtype),
+        topk_weights=uniform(tokens, top_k),
+        topk_ids=lambda rng: rng.integers(-1, 8 + constants, (tokens, top_k)).astype(np.int32),
+        num_experts=4,
+        num_copies=2,
+        constants=floats(constants, hidden, dtype=dtype) if constants else None,
+        combined=floats(tokens, hidden, dtype=dtype) if added else None,
+    )
+    return Case("constant_experts", name, arguments, dtype, **layout)

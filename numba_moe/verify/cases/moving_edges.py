@@ -10,6 +10,7 @@ from numba_moe.verify.cases.draws import (
     DTYPES,
     Case,
     activation_case,
+    constants_case,
     experts_case,
     floats,
     given,
@@ -151,7 +152,27 @@ def _expert_edges() -> Iterator[Case]:
     yield experts_case("expert_map of no expert", skipping, 4, 8, 8, "float32", expert_map=np.full(8, -1, np.int32))
 
 
+def _constant_edges() -> Iterator[Case]:
+    for number, hidden in enumerate((1, 40, 41, 264, 520)):
+        dtype = DTYPES[number % len(DTYPES)]
+        yield constants_case(f"{hidden} {dtype}", 7, 3, hidden, dtype)
+        yield constants_case(f"{hidden} {dtype} copies alone", 7, 3, hidden, dtype, constants=0, added=False)
+    yield constants_case("64 bfloat16 one token", 1, 12, 64, "bfloat16")
+    yield constants_case("24 float16 zero tokens", 0, 2, 24, "float16")
+    wide = {"num_experts": 3, "constants": floats(2, 16), "num_copies": 1}
+    far = np.array([[3, 4, 2**32 + 3, -(2**40)], [5, 6, 2, 2**63 - 1]])
+    rows = {"hidden_states": floats(2, 16), "topk_weights": uniform(2, 4), "topk_ids": far}
+    yield Case("constant_experts", "int64 ids past int32", given(**rows, **wide))
+    of_nan = {
+        "hidden_states": np.full((2, 16), np.nan, np.float32),
+        "topk_weights": np.full((2, 4), np.nan, np.float32),
+    }
+    none = given(**of_nan, topk_ids=np.array([[0, 1, 2, -1]] * 2), num_experts=3, combined=floats(2, 16))
+    yield Case("constant_experts", "NaN that nobody asks for", none)
+
+
 def edges() -> Iterator[Case]:
     """Yield them all."""
     yield from _permuting_edges()
     yield from _expert_edges()
+    yield from _constant_edges()

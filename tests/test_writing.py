@@ -8,7 +8,7 @@ import torch
 
 import numba_moe as moe
 from numba_moe import placement, recorder
-from numba_moe.interop import sglang, sglang_kernels, sglang_srt, vllm, vllm_ops
+from numba_moe.interop import into, sglang, sglang_kernels, sglang_srt, vllm, vllm_ops
 from numba_moe.verify.verification import OPS
 
 IDS = torch.tensor([[0, 1], [1, 2], [3, 0]], dtype=torch.int32)
@@ -451,3 +451,17 @@ def test_every_function_that_writes_is_here():
     assert names | set(sglang.FUNCTIONS) - {"moe_fused_gate", "kimi_k2_moe_fused_gate"} <= {
         function.__name__ for function in PEERS
     }
+
+
+def test_memory_of_peers_takes_results_without_copies_where_it_can():
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    plain = moe.moe_permute(rows, IDS, 4)
+    whole = {"permuted_hidden_states": torch.empty(6, 8), "inv_permuted_idx": ints(6), "permuted_idx": ints(6)}
+    found = into.call(moe.moe_permute, whole, rows, IDS, 4)
+    for name, memory in whole.items():
+        assert getattr(found, name).data_ptr() == memory.data_ptr()
+        assert torch.equal(memory.view(getattr(plain, name).shape), getattr(plain, name))
+    others = {"expert_first_token_offset": ints(3, -7), "counts": torch.zeros(4, dtype=torch.int64)}
+    into.call(moe.moe_permute, others, rows.requires_grad_(), IDS, 4)
+    assert others["expert_first_token_offset"].tolist() == plain.expert_first_token_offset[:3].tolist()
+    assert others["counts"].tolist() == plain.counts.tolist()

@@ -18,8 +18,8 @@ def chosen_where(mask: torch.Tensor, one: numba_moe.TopK, other: numba_moe.TopK)
     return numba_moe.TopK(*(torch.where(rows, *parts) for parts in zip(one, other, strict=True)))
 
 
-def packed_ids(topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-    """Return int32 whose upper half is the id and whose lower half has the bits of the weight in bfloat16.
+def packed_ids(topk_weights: torch.Tensor, topk_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return int32, in `out` if it is given, of ids in the upper half and the weights' bits in bfloat16 below.
 
     Examples
     --------
@@ -27,7 +27,7 @@ def packed_ids(topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tens
     '0x33f80'
     """
     bits = topk_weights.to(torch.bfloat16).view(torch.int16).to(torch.int32)
-    return topk_ids.to(torch.int32) << 16 | bits & 0xFFFF
+    return torch.bitwise_or(topk_ids.to(torch.int32) << 16, bits & 0xFFFF, out=out)
 
 
 def local_slots(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
@@ -70,4 +70,4 @@ def weighted_sum(
         return out
     out_dtype = rows.dtype if out is None else out.dtype
     found: torch.Tensor = numba_moe.moe_unpermute(rows, topk_weights, places, out_dtype=out_dtype)
-    return found if out is None else out.copy_(torch.where(kept[:, None], found, out))
+    return found if out is None else torch.where(kept[:, None], found, out, out=out)

@@ -3,6 +3,8 @@
 It takes contiguous memory of the result's dtype, in calls that want no gradient.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from numba_moe.ops.gating import select
 from numba_moe.ops.permute import permutation
 from numba_moe.reference.gating import TopK
-from numba_moe.reference.permute import PermutedTokens
+from numba_moe.runtime.arrays import Contiguous
 
 ID_DTYPES = (torch.int32, torch.int64)
 
@@ -53,26 +55,33 @@ def moe_unpermute(
         out.copy_(permutation.moe_unpermute(*arrays, **options))
 
 
-def moe_permute(
-    out: torch.Tensor,
-    hidden_states: torch.Tensor,
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    expert_map: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
-) -> PermutedTokens:
-    """Copy rows into expert order into `out`, [num_tokens * top_k, hidden], and return it with the rest.
+def call(op: Any, memory: Mapping[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
+    """Call an op that returns several arrays, and write some of them, by name, into memory that is given.
 
-    `numba_moe.moe_permute` is the rest.
+    Memory of another dtype, or of fewer elements than the array, which gets the first ones, takes a copy.
     """
-    arguments = (hidden_states, topk_ids, num_experts, expert_map)
-    if not takes((out,), (hidden_states, scales)):
-        found = permutation.moe_permute(*arguments, scales=scales)
-        return found._replace(permuted_hidden_states=out.copy_(found.permuted_hidden_states))
-    declaration = permutation.moe_permute.declaration
-    named = dict(zip(declaration.names, arguments, strict=False)) | {"scales": scales}
-    _, *others = declaration.new_results(declaration.given_of(named))
-    return permutation.moe_permute(*arguments, scales=scales, out=PermutedTokens(out, *others))
+    tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+    if takes(tuple(memory.values()), tuple(tensors)):
+        declaration = op.declaration
+        kind = declaration.result.kind
+        specs = declaration.outputs(declaration.given_of(declaration.named(arguments, options)))
+        named = zip(kind._fields, specs, strict=True)
+        out = kind(*(spec and _fitting(memory.get(name), spec, tensors[0]) for name, spec in named))
+        found = op(*arguments, **options, out=out)
+    else:
+        found = op(*arguments, **options)
+    for name, given in memory.items():
+        part = getattr(found, name)
+        if part.data_ptr() != given.data_ptr():
+            given.copy_(part.ravel()[: given.numel()].view(given.shape))
+    return found
+
+
+def _fitting(given: torch.Tensor | None, spec: Contiguous, like: torch.Tensor) -> torch.Tensor:
+    """Return given memory in the shape of a result, or new memory."""
+    if given is not None and given.dtype == spec.dtype and given.numel() == math.prod(spec.shape):
+        return given.view(spec.shape)
+    return like.new_empty(spec.shape, dtype=spec.dtype)
 
 
 def select_experts(

@@ -110,7 +110,7 @@ def topk_softmax_with_indices(
 ) -> None:
     """Choose experts by softmax scores: `topk_softmax` of releases that number the slots column by column too."""
     topk_softmax(topk_weights, topk_ids, gating_output)
-    token_expert_indices.copy_(slot_numbers(topk_ids))
+    slot_numbers(topk_ids, token_expert_indices)
 
 
 @apart("topk_weights", "topk_ids")

@@ -10,6 +10,7 @@ import torch
 import numba_moe
 from numba_moe.interop import into
 from numba_moe.interop.composed import chosen_where, float32_bias, local_slots, packed_ids, slots_of
+from numba_moe.interop.into import select_experts as choose_into
 from numba_moe.interop.vllm_ops import align_into
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import apart
@@ -127,7 +128,7 @@ def moe_fused_gate(
         weights = weights * factor if on_output else weights
         weights, ids = _with_shared(weights, ids, scores.shape[1], num_shared, 1.0 if on_output else 1.0 / factor)
     if packed_out is not None:
-        packed_out.copy_(packed_ids(weights, ids))
+        packed_ids(weights, ids, packed_out)
     return weights, ids
 
 
@@ -292,11 +293,11 @@ def prepare_grouped(
     checks.boolean("transpose_problem_sizes", transposed)
     num_slots, top_k = topk_ids.numel(), topk_ids.shape[1]
     counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
-    rows = torch.empty_like(topk_ids, dtype=torch.int32)
+    rows = output_permutation.view(topk_ids.shape)
     slots = numba_moe.moe_align_block_size(topk_ids, 1, num_experts, counts=counts, inv_sorted_idx=rows)[0]
-    input_permutation.copy_((slots[:num_slots] // top_k).view(input_permutation.shape))
-    output_permutation.copy_(rows.view(output_permutation.shape))
-    expert_offsets.copy_(numba_moe.expert_offsets(counts))
+    tokens = slots[:num_slots].view(input_permutation.shape)
+    torch.div(tokens, top_k, rounding_mode="floor", out=input_permutation)
+    expert_offsets.copy_(numba_moe.expert_offsets(counts))  # which are int64, and these are int32
     if blockscale_offsets is not None:
         blockscale_offsets.copy_(numba_moe.expert_offsets(counts, 128))
     count_column = int(transposed)
@@ -326,17 +327,13 @@ def topk_sigmoid(
     options: dict[str, Any] = {"scoring_func": "sigmoid", "renormalize": renormalize}
     options |= {"correction_bias": float32_bias(correction_bias)}
     options |= {"routed_scaling_factor": routed_scaling_factor if renormalize else 1.0}
-    weights, ids = numba_moe.select_experts(gating_output, topk_ids.shape[1] - num_shared, **options)
-    if num_shared:
-        weight = (
-            torch.ones_like(weights[:, :1]) if renormalize else weights.sum(1, keepdim=True) / routed_scaling_factor
-        )
-        weights, ids = (
-            torch.cat([weights, weight], 1),
-            torch.nn.functional.pad(ids, (0, 1), value=gating_output.shape[1]),
-        )
-    topk_weights.copy_(weights)
-    topk_ids.copy_(ids)
+    if not num_shared:
+        choose_into(topk_weights, topk_ids, gating_output, **options)
+        return
+    weights, ids = numba_moe.select_experts(gating_output, topk_ids.shape[1] - 1, **options)
+    weight = torch.ones_like(weights[:, :1]) if renormalize else weights.sum(1, keepdim=True) / routed_scaling_factor
+    torch.cat([weights, weight], 1, out=topk_weights)
+    torch.cat([ids, torch.full_like(ids[:, :1], gating_output.shape[1])], 1, out=topk_ids)
 
 
 def gemma4_fused_routing(

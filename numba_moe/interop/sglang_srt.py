@@ -95,7 +95,7 @@ def fused_topk(
     options = {"scoring_func": names[scoring_func], "correction_bias": float32_bias(correction_bias)}
     weights, ids = _choose(gating_output, topk, rules, options)
     if packed_out is not None:
-        packed_out.copy_(packed_ids(weights, ids))
+        packed_ids(weights, ids, packed_out)
     return weights, ids
 
 
@@ -488,7 +488,7 @@ def pre_reorder_for_cutlass_moe(
     slots = slots[:num_rows, None]
     moved = input.float() if a1_scales is None else input.float() / a1_scales.float()
     moved = moved.to(gateup_input.dtype)[slots.ravel().clamp(min=0) // topk]
-    gateup_input.copy_(torch.where(slots >= 0, moved, gateup_input))
+    torch.where(slots >= 0, moved, gateup_input, out=gateup_input)
 
 
 @apart("output")

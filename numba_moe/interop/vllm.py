@@ -267,21 +267,19 @@ def moe_permute(
     scales = a1q_scale if a1q_scale is not None and a1q_scale.dim() > 1 else None
     ids = signed_ids(topk_ids)
     local = vllm_ops.local_experts(n_expert, n_local_expert)
+    memory = {} if permuted_hidden_states is None else {"permuted_hidden_states": permuted_hidden_states}
     if scratch is not None:
         _check_scratch(scratch, n_expert, local)
-    if permuted_hidden_states is None:
-        found = numba_moe.moe_permute(hidden_states, ids, n_expert, expert_map, scales=scales)
-    else:
-        found = into.moe_permute(permuted_hidden_states, hidden_states, ids, n_expert, expert_map, scales)
-    rows, offset = found.permuted_hidden_states, found.expert_first_token_offset[: local + 1]
-    inverse, index = found.inv_permuted_idx.flatten(), found.permuted_idx
-    if scratch is not None:
         scratch.reserve(ids.numel())
-        offset = scratch.expert_first_token_offset.copy_(offset)
-        inverse = scratch.inv_permuted_idx[: ids.numel()].copy_(inverse)
-        index = scratch.permuted_idx[: ids.numel()].copy_(index)
+        memory["expert_first_token_offset"] = scratch.expert_first_token_offset
+        memory["inv_permuted_idx"] = scratch.inv_permuted_idx[: ids.numel()]
+        memory["permuted_idx"] = scratch.permuted_idx[: ids.numel()]
+    found = into.call(numba_moe.moe_permute, memory, hidden_states, ids, n_expert, expert_map, scales=scales)
+    named = {"expert_first_token_offset": found.expert_first_token_offset[: local + 1]}
+    named = found._asdict() | named | memory
     a1q_scale = a1q_scale if scales is None else found.permuted_scales
-    return rows, a1q_scale, offset, inverse, index
+    moved = (named["permuted_hidden_states"], a1q_scale, named["expert_first_token_offset"])
+    return *moved, named["inv_permuted_idx"].flatten(), named["permuted_idx"]
 
 
 def moe_prepare_scatter(

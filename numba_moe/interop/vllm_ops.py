@@ -57,10 +57,11 @@ def align_into(
         experts_ids[given:].fill_(options.get("inactive_expert_id", -1))
 
 
-def slot_numbers(like: torch.Tensor) -> torch.Tensor:
+def slot_numbers(like: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return the numbers of slots counted column by column, ``k * num_tokens + token``: int32 [num_tokens, top_k]."""
     num_tokens, top_k = like.shape
-    return torch.arange(num_tokens * top_k, dtype=torch.int32, device=like.device).view(top_k, num_tokens).t()
+    numbers = torch.arange(num_tokens * top_k, dtype=torch.int32, device=like.device).view(top_k, num_tokens).t()
+    return numbers if out is None else out.copy_(numbers)
 
 
 def local_experts(n_expert: int, n_local_expert: int) -> int:
@@ -68,10 +69,11 @@ def local_experts(n_expert: int, n_local_expert: int) -> int:
     return n_expert if n_local_expert == -1 else n_local_expert
 
 
-def kept_slots(positions: torch.Tensor) -> torch.Tensor:
-    """Return the number of each slot, or -1 for one without a position."""
-    slots = torch.arange(positions.numel(), dtype=torch.int32, device=positions.device)
-    return torch.where(positions.ravel() < 0, -1, slots)
+def kept_slots(positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the number of each slot, or -1 for one without a position, int32, in `out` if it is given."""
+    if out is None:
+        out = torch.empty(positions.numel(), dtype=torch.int32, device=positions.device)
+    return torch.arange(positions.numel(), out=out).masked_fill_(positions.ravel() < 0, -1)
 
 
 def moe_align_block_size(
@@ -123,7 +125,7 @@ def _align(
         inv_sorted_idx=inverse,
     )
     if scatter_idx is not None and inverse is not None:
-        scatter_idx.copy_(kept_slots(inverse).view(scatter_idx.shape))
+        kept_slots(inverse, scatter_idx.view(-1))
 
 
 @apart("sorted_ids", "expert_ids", "num_tokens_post_pad", "scatter_idx")
@@ -164,9 +166,8 @@ def batched_moe_align_block_size(
     num_tokens_post_pad: torch.Tensor,
 ) -> None:
     """Align one batch for each expert."""
-    found = numba_moe.batched_moe_align_block_size(max_tokens_per_batch, block_size, expert_num_tokens)
-    for given, part in zip((sorted_ids, expert_ids, num_tokens_post_pad), found, strict=True):
-        given.copy_(part)
+    memory = {"sorted_token_ids": sorted_ids, "expert_ids": expert_ids, "num_tokens_post_padded": num_tokens_post_pad}
+    into.call(numba_moe.batched_moe_align_block_size, memory, max_tokens_per_batch, block_size, expert_num_tokens)
 
 
 @apart("sorted_token_ids", "experts_ids", "num_tokens_post_pad")
@@ -203,7 +204,7 @@ def _write_choice(
 ) -> None:
     topk_weights.copy_(found.topk_weights)
     topk_ids.copy_(found.topk_ids)
-    token_expert_indices.copy_(slot_numbers(topk_ids))
+    slot_numbers(topk_ids, token_expert_indices)
 
 
 @apart("topk_weights", "topk_ids", "token_expert_indices")
@@ -220,7 +221,7 @@ def topk_softmax(
     bias = float32_bias(e_score_correction_bias)
     options: dict[str, Any] = {"renormalize": renormalize, "correction_bias": bias, "is_padding": is_padding}
     choose_into(topk_weights, topk_ids, gating_output, **options)
-    token_expert_indices.copy_(slot_numbers(topk_ids))
+    slot_numbers(topk_ids, token_expert_indices)
 
 
 @apart("topk_weights", "topk_ids", "token_expert_indices")
@@ -242,7 +243,7 @@ def topk_sigmoid(
     options |= {"correction_bias": float32_bias(e_score_correction_bias), "is_padding": is_padding}
     logits = scored_by_sigmoid(gating_output)
     choose_into(topk_weights, topk_ids, logits, scoring_func="sigmoid", **options)
-    token_expert_indices.copy_(slot_numbers(topk_ids))
+    slot_numbers(topk_ids, token_expert_indices)
 
 
 @apart("topk_weights", "topk_indices", "token_expert_indices")
@@ -355,10 +356,13 @@ def moe_permute(
 ) -> None:
     """Copy rows into expert order; `token_expert_indices` and `topk` say nothing that shapes do not."""
     checks.holds("topk", f"the columns of `topk_ids`, {topk_ids.shape[1]}", topk == topk_ids.shape[1], topk)
-    found = into.moe_permute(permuted_hidden_states, hidden_states, signed_ids(topk_ids), n_expert, expert_map)
-    expert_first_token_offset.copy_(found.expert_first_token_offset[: 1 + local_experts(n_expert, n_local_expert)])
-    inv_permuted_idx.copy_(found.inv_permuted_idx.view(inv_permuted_idx.shape))
-    permuted_idx.copy_(found.permuted_idx)
+    memory = {
+        "permuted_hidden_states": permuted_hidden_states,
+        "expert_first_token_offset": _offsets(expert_first_token_offset, n_expert, n_local_expert),
+        "inv_permuted_idx": inv_permuted_idx,
+        "permuted_idx": permuted_idx,
+    }
+    into.call(numba_moe.moe_permute, memory, hidden_states, signed_ids(topk_ids), n_expert, expert_map)
 
 
 def moe_permute_with_scratch(
@@ -413,9 +417,16 @@ def write_rows(
     scatter_idx: torch.Tensor,
 ) -> None:
     """Write where experts begin, and the row of each slot."""
-    found = numba_moe.moe_reorder(signed_ids(topk_ids), n_expert, expert_map)
-    expert_first_token_offset.copy_(found.seg_indptr[: 1 + local_experts(n_expert, n_local_expert)])
-    scatter_idx.copy_(found.src2dst.view(scatter_idx.shape))
+    offset = _offsets(expert_first_token_offset, n_expert, n_local_expert)
+    memory = {"seg_indptr": offset, "src2dst": scatter_idx}
+    into.call(numba_moe.moe_reorder, memory, signed_ids(topk_ids), n_expert, expert_map)
+
+
+def _offsets(given: torch.Tensor, n_expert: int, n_local_expert: int) -> torch.Tensor:
+    """Return memory for the first row of each of this rank's experts, and where the last one's end."""
+    length = 1 + local_experts(n_expert, n_local_expert)
+    checks.holds("len(expert_first_token_offset)", f"{length}, one more than experts", len(given) == length, len(given))
+    return given
 
 
 @apart("hidden_states")

@@ -104,7 +104,7 @@ def _parser() -> Parser:
     from numba_moe.bench import command as bench
     from numba_moe.lab import own_kernels
     from numba_moe.placement import simulate_command as rebalancing
-    from numba_moe.recorder import report
+    from numba_moe.recorder import merging, report
     from numba_moe.verify import verification
 
     parser = Parser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
@@ -131,6 +131,10 @@ def _parser() -> Parser:
     serving = commands.add_parser("serve-demo", help=text, description=serve_demo.__doc__)
     serve_demo.add_arguments(serving)
     serving.set_defaults(prepare=serve_demo.prepare)
+    text = "add the dumps that ranks, or one run after another, wrote"
+    adding = commands.add_parser("merge", help=text, description=f"{text.capitalize()}.")
+    merging.add_arguments(adding)
+    adding.set_defaults(prepare=merging.prepare)
     text = "compile every kernel ahead of its first use, also on a machine without a GPU"
     warmup = commands.add_parser("warmup", help=text, description=f"{text.capitalize()}.")
     text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"

@@ -7,9 +7,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
     {
         "ops.record": "add_expert_counts",
         "recorder.all_ranks": "follow",
-        "recorder.control": "ExpertDistributionRecorder",
+        "recorder.control": "ExpertDistributionRecorder attach attached",
         "recorder.dump_files": "Dump load",
         "recorder.http": "make_app",
+        "recorder.merging": "merge",
         "recorder.metrics": "Metrics coactivation expert_entropy logical_counts traffic_matrix utilization",
     },
 )

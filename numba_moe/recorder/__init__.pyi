@@ -1,9 +1,12 @@
 from numba_moe.ops.record import add_expert_counts as add_expert_counts
 from numba_moe.recorder.all_ranks import follow as follow
 from numba_moe.recorder.control import ExpertDistributionRecorder as ExpertDistributionRecorder
+from numba_moe.recorder.control import attach as attach
+from numba_moe.recorder.control import attached as attached
 from numba_moe.recorder.dump_files import Dump as Dump
 from numba_moe.recorder.dump_files import load as load
 from numba_moe.recorder.http import make_app as make_app
+from numba_moe.recorder.merging import merge as merge
 from numba_moe.recorder.metrics import Metrics as Metrics
 from numba_moe.recorder.metrics import coactivation as coactivation
 from numba_moe.recorder.metrics import expert_entropy as expert_entropy

@@ -1,20 +1,23 @@
 """`ExpertDistributionRecorder`: the methods for its owner; `hooks` has the methods that a model calls."""
 
 import contextlib
+import re
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from numba_moe.recorder import metrics, sums
+from numba_moe.recorder import attachment, metrics, sums
+from numba_moe.recorder.choosing import Reader, find_layers
 from numba_moe.recorder.dump_files import FORMATS, Dump, over_ranks
 from numba_moe.recorder.hooks import HERE, MODES, PRIMARY, Hooks, setting
 from numba_moe.recorder.passes import OpenPass, Record, Spill, Tokens, copied, gathered
+from numba_moe.recorder.recording import Recording
 from numba_moe.runtime import checks
 
 # The id of what was counted outside of passes.
@@ -96,9 +99,66 @@ class ExpertDistributionRecorder(Hooks):
     """
 
     @property
-    def recording(self) -> bool:
-        """Whether passes are recorded. If a pass is open, this is the state from the next pass on."""
-        return self._wanted
+    def recording(self) -> Recording:
+        """Whether passes are recorded; if one is open, from the next on. ``with recorder.recording(path):`` does so."""
+        found = Recording(self._wanted)
+        found.recorder = self
+        return found
+
+    @property
+    def buffer_size(self) -> int | None:
+        """Number of last passes that are kept; None for all."""
+        return self._size
+
+    def attach(
+        self,
+        model: torch.nn.Module,
+        *,
+        pattern: str | re.Pattern[str] | None = None,
+        ids: Reader | None = None,
+        layers: Sequence[int] | None = None,
+        experts: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Record what a model chooses, and open a pass for each of its outermost forwards.
+
+        Parameters
+        ----------
+        model, pattern, ids, layers, experts
+            As in `numba_moe.recorder.attach`, which also makes the recorder.
+
+        Returns
+        -------
+        list of str
+            The name of the module that each layer is.
+
+        Raises
+        ------
+        RuntimeError
+            The recorder is attached already, or its mode is "stat_approx", which ignores what models choose.
+        ValueError
+            A model without such layers, or with others than the recorder has; a number out of bounds.
+        """
+        if self._attachment is not None:
+            raise RuntimeError("`attach` must come after `detach`, as this recorder is attached to a model")
+        if self.mode == "stat_approx":
+            raise RuntimeError("`attach` must be asked of a mode that counts what models choose, got 'stat_approx'")
+        while isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):  # of what torch.compile returns
+            model = inner
+        found = find_layers(model, pattern)
+        checks.holds("model", f"of num_layers = {self.num_layers}", len(found) == self.num_layers, len(found))
+        most, sizes = max(self.num_experts, self.num_slots), [layer.num_experts or 0 for layer in found]
+        checks.holds("model", f"of num_experts = {most} at most", max(sizes) <= most, max(sizes))
+        numbers = _subset("layers", layers, self.num_layers)
+        kept = None if experts is None else _subset("experts", experts, self.num_slots)
+        if self.mode is not None:
+            attachment.tie(self, model, found, numbers, kept, ids)
+        return [layer.name for layer in found]
+
+    def detach(self) -> None:
+        """Leave the model that `attach` was given as it was before; the records stay."""
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
 
     def set_physical_to_logical_map(self, physical_to_logical_map: Any) -> None:
         """Say which expert each slot holds, [L, P] or an ExpertLocation, from the next pass on."""
@@ -218,26 +278,34 @@ class ExpertDistributionRecorder(Hooks):
         if self.mode is None:
             warnings.warn("there is nothing to dump: the recorder's mode is None", RuntimeWarning, stacklevel=2)
             return None
+
+        def path_of(rank: str) -> Path:
+            return Path(directory) / f"expert_distribution_recorder_{time.time_ns()}{rank}.{format}"
+
+        path, dump = self._write(path_of if output_mode == "file" else None)
+        if not len(dump.forward_pass_id):
+            warnings.warn("there is nothing to dump: no pass was recorded", RuntimeWarning, stacklevel=2)
+        return path if output_mode == "file" else dump
+
+    def _write(self, path_of: Callable[[str], Path] | None) -> tuple[Path | None, Dump]:
+        """Take what there is and write it, if there is anything and a path; after a failure it is all here again.
+
+        The path is of a text that tells this rank's file from those of others, where each rank writes one.
+        """
         taken = path = None
         try:
             with self._dumping:
                 taken = self._finished()
                 dump = self._dump_of(taken)
-                found: Path | Dump | None = dump
-                if not len(dump.forward_pass_id):
-                    warnings.warn("there is nothing to dump: no pass was recorded", RuntimeWarning, stacklevel=2)
-                    found = dump if output_mode == "object" else None
-                elif output_mode == "file":
+                if path_of is not None and len(dump.forward_pass_id):
                     summed = self.mode in MODES[:2]
                     if not summed or self.rank == 0:
-                        name = f"expert_distribution_recorder_{time.time_ns()}" + ("" if summed else f"_{self.rank}")
-                        path = Path(directory) / f"{name}.{format}"
+                        path = path_of("" if summed else f"_{self.rank}")
                     with sums.together(self.process_group if summed else None):
                         if path is not None:
                             dump.save(path)
-                    found = path
                 self._forget(taken)
-            return found
+            return path, dump
         except BaseException:
             if path is not None:
                 with contextlib.suppress(OSError):
@@ -398,6 +466,10 @@ class ExpertDistributionRecorder(Hooks):
                 finally:
                     self._settle(opened)  # without its counts, if an error comes twice
                 raise
+        if opened.names is None and opened.records and not opened.is_told:
+            opened.is_told = True
+            for follower in tuple(self.after_pass):
+                follower(opened.records)
         if self._member is not None and opened.names is None and self._pass is None:
             self._member.after_pass()
 
@@ -444,3 +516,99 @@ class ExpertDistributionRecorder(Hooks):
         num_rows = max((rows for key, rows in opened.rows.items() if key[0] == name), default=0)
         self._streams[name].send(num_rows, tokens, self._keeper())
         return Record(*about, tokens=tokens)
+
+
+def _subset(argument: str, numbers: Sequence[int] | None, size: int) -> list[int]:
+    """Check which of so many numbers are wanted; by default all."""
+    if numbers is None:
+        return list(range(size))
+    found = sorted({checks.integer(argument, number, 0, size - 1, f"{size - 1}") for number in numbers})
+    checks.holds(argument, "one number or more", bool(found), "none")
+    return found
+
+
+def attach(
+    model: torch.nn.Module,
+    *,
+    mode: str | None = "stat",
+    pattern: str | re.Pattern[str] | None = None,
+    ids: Reader | None = None,
+    layers: Sequence[int] | None = None,
+    experts: Sequence[int] | None = None,
+    num_experts: int | None = None,
+    **options: Any,
+) -> ExpertDistributionRecorder:
+    """Make a recorder of a model's sizes and attach it: its layers are numbered in order, its forwards are passes.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with blocks of `MoEBlock`, or of transformers, or any with modules that a pattern names.
+    mode : {"stat", "per_pass", "per_token", None}
+        As in `ExpertDistributionRecorder`.
+    pattern : str or re.Pattern, optional
+        The names of the modules that choose experts: a pattern as for files, ``"*.mlp.gate"``, or a regular expression
+        for whole names. By default they are found by what they do.
+    ids : callable, optional
+        Reads the ids [..., top_k], or a tuple of ids and weights, given ``(module, args, kwargs, result)`` of a call.
+        By default they are the first integers of two or more dimensions that a module returns or is given.
+    layers : sequence of int, optional
+        Numbers of the layers to record; the others count nothing. By default all.
+    experts : sequence of int, optional
+        Ids of the experts to record, in the same way.
+    num_experts : int, optional
+        Experts of a layer (E). By default the model says it.
+    **options
+        What else `ExpertDistributionRecorder` takes; `device` is that of the layers by default, and `top_k` the most
+        of them.
+
+    Returns
+    -------
+    ExpertDistributionRecorder
+        Attached, and off: ``recorder.start_record()`` or ``with recorder.recording():`` starts it.
+
+    Raises
+    ------
+    ValueError
+        A model without such modules, sizes that nothing in it says, a number out of bounds.
+    TypeError
+        An unknown option.
+
+    Notes
+    -----
+    Works eagerly, under torch.compile with ``fullgraph=True``, in CUDA graphs and in `torch.inference_mode`. What
+    activation checkpointing computes anew counts once. A pass that is open already goes on; passes are numbered from 0.
+    A copy of the model, or a pickled one, has a recorder of its own, which is empty and off: `attached` returns it.
+
+    Examples
+    --------
+    >>> import torch, numba_moe
+    >>> model = torch.nn.Sequential(*(numba_moe.MoEBlock(16, 8, num_experts=4, top_k=2) for _ in range(3)))
+    >>> recorder = attach(model)
+    >>> with recorder.recording():
+    ...     _ = model(torch.randn(5, 16))
+    >>> recorder.dump_record("object").logical_count.sum(axis=2)
+    array([[10, 10, 10]])
+    >>> recorder.detach()
+    """
+    found = find_layers(model, pattern)
+    most = max(layer.num_experts or 0 for layer in found) if num_experts is None else num_experts
+    checks.holds("num_experts", "given, as the model does not say it", most != 0 or num_experts is not None, None)
+    defaults = {"device": _device_of(model), "top_k": max((layer.top_k or 0 for layer in found), default=0) or None}
+    recorder = ExpertDistributionRecorder(len(found), most, mode=mode, **{**defaults, **options})
+    recorder.attach(model, pattern=pattern, ids=ids, layers=layers, experts=experts)
+    return recorder
+
+
+def _device_of(model: torch.nn.Module) -> torch.device | None:
+    """Return the device of a model; None where it has no memory yet."""
+    return next((part.device for part in model.parameters() if part.device.type != "meta"), None)
+
+
+def attached(model: torch.nn.Module) -> list[ExpertDistributionRecorder]:
+    """Return the recorders that are attached to a model."""
+    found: dict[int, ExpertDistributionRecorder] = {}
+    for module in model.modules():
+        for tie in attachment.ties_of(module):
+            found[tie.number] = tie.recorder
+    return list(found.values())

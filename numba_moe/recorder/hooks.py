@@ -5,7 +5,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +82,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_over_in_child)
 
 
+def _made_anew(kind: "type[Hooks]", settings: dict[str, Any]) -> "Hooks":
+    made = kind.__new__(kind)
+    Hooks.__init__(made, **settings)
+    return made
+
+
 class Hooks:
     """The part of `ExpertDistributionRecorder` that a model calls."""
 
@@ -126,6 +132,8 @@ class Hooks:
         self.num_gpus = self.num_ranks if num_gpus is None else checks.integer("num_gpus", num_gpus, 1)
         checks.divides("num_gpus", self.num_gpus, "the number of slots", self.num_slots)
 
+        self._attachment: Any = None
+        self.after_pass: list[Callable[[list[Record]], None]] = []  # what is told the records of each pass
         self._layer: int | None = None
         self._name, self._disabled = PRIMARY, False
         self._pass: OpenPass | None = None
@@ -153,6 +161,27 @@ class Hooks:
         _recorders.add(self)
 
     __init__.__qualname__ = "ExpertDistributionRecorder.__init__"  # which a wrong keyword's error names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings: what is loaded is empty and off, and of this process alone."""
+        return _made_anew, (type(self), self._settings())
+
+    def __deepcopy__(self, _memo: Any) -> "Hooks":
+        return _made_anew(type(self), {**self._settings(), "process_group": self.process_group})
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_layers": self.num_layers,
+            "num_experts": self.num_experts,
+            "mode": self.mode,
+            "top_k": self._top_k,
+            "buffer_size": self._size,
+            "device": str(self.device),
+            "physical_to_logical_map": self._maps[-1],
+            "num_gpus": self.num_gpus,
+            "chunk_tokens": self._chunk_tokens,
+            "spill_directory": self._directory,
+        }
 
     def _keeper(self) -> ThreadPoolExecutor:
         """Return what keeps tokens: a thread that ends when the recorder is closed or nothing refers to it."""
@@ -225,6 +254,18 @@ class Hooks:
         place = self._where() if layer is None else checks.integer("layer", layer, 0, last, f"num_layers - 1 = {last}")
         self._lasting.add(self._key())
         return self._counter(self._key()).layers[place]
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a pass is open."""
+        return self._pass is not None
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether `on_select_experts` would do something just now."""
+        if self.mode is None or self.mode == "stat_approx" or self._disabled:
+            return False
+        return self._on or self._capturing() or self._is_new(self._key())
 
     def on_select_experts(self, topk_ids: Any, topk_weights: Any = None) -> None:
         """Record the experts of tokens, [num_tokens, top_k]; an id of -1 is no expert. "stat_approx" ignores this."""

@@ -65,6 +65,7 @@ class OpenPass:
         self.rows: dict[tuple[str, int], int] = {}  # so far, by name and layer
         self.tokens: dict[str, Tokens] = {}
         self.records: list[Record] | None = None
+        self.is_told = False  # whether who follows passes has seen it
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -89,6 +89,12 @@ def is_in_backward() -> bool:
     return _graph_task() != -1
 
 
+def mark_static(tensor: torch.Tensor) -> None:
+    """Say that a tensor stays where it is, for the CUDA graphs of torch's compiler, which else refuse to write it."""
+    if ALLOWED:
+        importlib.import_module("torch._dynamo").mark_static_address(tensor)
+
+
 def symmetric_memory() -> Any:
     """Return the module of memory that all GPUs of a host can reach; there is no public one."""
     if not ALLOWED:

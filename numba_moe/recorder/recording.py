@@ -1,0 +1,164 @@
+"""Whether a recorder records, the context in which it does, and dumps in numbered files while it goes on."""
+
+import contextlib
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from numba_moe.recorder.dump_files import FORMATS
+from numba_moe.recorder.hooks import MODES
+from numba_moe.runtime import checks, files
+
+NAME = "expert_distribution"
+NUMBERED = re.compile(rf"{NAME}_(\d+)(?:_\d+)?\.\w+")
+
+
+class Recording(int):
+    """1 or 0: whether passes are recorded; a call of it is a context in which they are."""
+
+    recorder: Any
+
+    def __eq__(self, other: object) -> bool:
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+    @contextlib.contextmanager
+    def __call__(
+        self,
+        path: Any = None,
+        *,
+        format: str = "npz",
+        rotate_passes: int | None = None,
+        rotate_seconds: float | None = None,
+    ) -> Iterator[Any]:
+        """Record what runs inside, and write it, with what was recorded before, when it ends.
+
+        Parameters
+        ----------
+        path : path, optional
+            The file to write, or a folder. By default nothing is written: the records stay until a dump.
+        format : {"npz", "safetensors", "json", "csv", "pt"}
+            That of the files of a folder.
+        rotate_passes : int, optional
+            Write to the next numbered file of the folder whenever so many passes were recorded.
+        rotate_seconds : float, optional
+            The same after a time in seconds, at the end of a pass.
+
+        Yields
+        ------
+        ExpertDistributionRecorder
+            The recorder.
+
+        Raises
+        ------
+        TypeError
+            A number of the wrong type.
+        ValueError
+            A path that cannot be written, another format, no folder to rotate files in, a number out of bounds.
+        OSError
+            The last file could not be written. No file is left, and the records are kept.
+
+        Notes
+        -----
+        Where each rank of a group writes its own file, its name ends in the rank. What an exception ends is written
+        too, unless ranks sum their counts: the others may never come. A file that cannot be written before the end is
+        a warning, and its passes are in the next.
+
+        Examples
+        --------
+        >>> import tempfile, torch
+        >>> from numba_moe.recorder import ExpertDistributionRecorder
+        >>> recorder = ExpertDistributionRecorder(1, 3, mode="stat", device="cpu")
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with recorder.recording(folder.name, rotate_passes=2):
+        ...     for number in range(5):
+        ...         with recorder.with_forward_pass(number), recorder.with_current_layer(0):
+        ...             recorder.on_select_experts(torch.tensor([[0, 2], [2, -1]]))
+        >>> sorted(path.name for path in Path(folder.name).iterdir())
+        ['expert_distribution_000000.npz', 'expert_distribution_000001.npz', 'expert_distribution_000002.npz']
+        >>> folder.cleanup()
+        """
+        recorder = self.recorder
+        checks.choice("format", format, FORMATS)
+        rotation = None
+        if rotate_passes is not None or rotate_seconds is not None:
+            folder = _check_rotation(recorder, path, rotate_passes, rotate_seconds)
+            rotation = Rotation(recorder, folder, format, rotate_passes, rotate_seconds)
+        elif path is not None and not Path(path).is_dir():
+            files.check_output("path", Path(path), [f".{name}" for name in FORMATS])
+        if not self:
+            recorder.start_record()
+        if rotation is not None:
+            recorder.after_pass.append(rotation.after_pass)
+        failed = True
+        try:
+            yield recorder
+            failed = False
+        finally:
+            if rotation is not None:
+                recorder.after_pass.remove(rotation.after_pass)
+            if not self and recorder.recording:
+                recorder.stop_record()
+            sums = recorder.process_group is not None and recorder.mode in MODES[:2]
+            if path is not None and recorder.mode is not None and not (failed and sums):
+                (rotation or Rotation(recorder, Path(path), format, None, None)).write()
+
+
+def _check_rotation(recorder: Any, path: Any, passes: Any, seconds: Any) -> Path:
+    """Check what a rotation is asked for, and return its folder."""
+    size = recorder.buffer_size
+    if passes is not None:
+        checks.integer("rotate_passes", passes, 1)
+        fits = size is None or passes <= size
+        checks.holds("rotate_passes", f"at most buffer_size = {size}, past which passes are lost", fits, passes)
+    if seconds is not None:
+        checks.number("rotate_seconds", seconds)
+        checks.holds("rotate_seconds", "above 0", seconds > 0, seconds)
+        checks.holds("rotate_seconds", "None with a buffer_size, past which passes are lost", size is None, seconds)
+        alone = recorder.process_group is None or recorder.mode not in MODES[:2]
+        checks.holds("rotate_seconds", "None where ranks sum their counts, as their clocks differ", alone, seconds)
+    checks.holds("path", "a folder, where files rotate", path is not None and Path(path).is_dir(), path)
+    return Path(path)
+
+
+class Rotation:
+    """Writes what was recorded to the next file of a folder, every so often, or to the one file of a path."""
+
+    def __init__(self, recorder: Any, path: Path, format: str, passes: int | None, seconds: float | None) -> None:
+        self._recorder, self._path, self._format = recorder, path, format
+        self._passes, self._seconds = passes, seconds
+        found = (NUMBERED.fullmatch(file.name) for file in path.iterdir()) if path.is_dir() else ()
+        self._number = 1 + max((int(match[1]) for match in found if match), default=-1)
+        self._start()
+
+    def _start(self) -> None:
+        self._recorded, self._since = 0, time.monotonic()
+
+    def after_pass(self, _records: Any) -> None:
+        """Write a file if it is time."""
+        self._recorded += 1
+        by_passes = self._passes is not None and self._recorded >= self._passes
+        if by_passes or (self._seconds is not None and time.monotonic() - self._since >= self._seconds):
+            try:
+                self.write()
+            except OSError as error:
+                self._start()
+                text = f"a file of passes was not written, and they are kept for the next: {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def write(self) -> None:
+        """Write what there is, if anything."""
+        _, dump = self._recorder._write(self._name)
+        self._number += bool(len(dump.forward_pass_id))
+        self._start()
+
+    def _name(self, rank: str) -> Path:
+        """Return the path of a file; `rank` tells those apart that ranks write."""
+        if self._path.is_dir():
+            return self._path / f"{NAME}_{self._number:06d}{rank}.{self._format}"
+        rank = rank if self._recorder.num_ranks > 1 else ""
+        return self._path.with_name(f"{self._path.stem}{rank}{self._path.suffix}")

@@ -45,7 +45,14 @@ def peers():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize(
     "name",
-    ["from-sglang.md", "parallel.md", "put-it-in.md", "training.md", pytest.param("use.md", marks=pytest.mark.slow)],
+    [
+        "from-sglang.md",
+        "parallel.md",
+        "put-it-in.md",
+        "recorder.md",
+        "training.md",
+        pytest.param("use.md", marks=pytest.mark.slow),
+    ],
 )
 def test_examples_run(name, peers):
     pytest.importorskip("transformers")

@@ -62,7 +62,7 @@ torch.library.register_vmap("numba_moe_recorder::chosen", _chosen_of_all, lib=_l
 
 
 def _goes_by_ops() -> bool:
-    """Whether tensors are such that only an op sees what is behind them: code is traced, transformed or watched."""
+    """Whether only an op sees the memory of tensors: code is traced, transformed or watched."""
     if arrays.is_traced() or torch.compiler.is_compiling():
         return True
     return bool(torch_private.is_transformed() or torch_private.num_modes())
@@ -129,7 +129,7 @@ class Attachment:
             recorder.on_select_experts(ids, weights)
 
     def begin(self, place: int, *, compiled: bool) -> bool:
-        """Enter a forward, the outermost of which opens a pass if its caller has not; return whether `end` must come.
+        """Enter a forward; the outermost opens a pass if its caller has not. Return whether `end` must come.
 
         A compiled forward that failed has not ended: those at this place or further inside are over.
         """

@@ -282,30 +282,30 @@ class ExpertDistributionRecorder(Hooks):
         def path_of(rank: str) -> Path:
             return Path(directory) / f"expert_distribution_recorder_{time.time_ns()}{rank}.{format}"
 
-        path, dump = self._write(path_of if output_mode == "file" else None)
-        if not len(dump.forward_pass_id):
-            warnings.warn("there is nothing to dump: no pass was recorded", RuntimeWarning, stacklevel=2)
-        return path if output_mode == "file" else dump
+        return self._dump(output_mode, path_of)
 
-    def _write(self, path_of: Callable[[str], Path] | None) -> tuple[Path | None, Dump]:
-        """Take what there is and write it, if there is anything and a path; after a failure it is all here again.
-
-        The path is of a text that tells this rank's file from those of others, where each rank writes one.
-        """
+    def _dump(self, output_mode: str, path_of: Callable[[str], Path], warns: bool = True) -> Path | Dump | None:
+        """Give out what `dump_record` does; a path is of the text that tells this rank's file from those of others."""
         taken = path = None
         try:
             with self._dumping:
                 taken = self._finished()
                 dump = self._dump_of(taken)
-                if path_of is not None and len(dump.forward_pass_id):
+                found: Path | Dump | None = dump
+                if not len(dump.forward_pass_id):
+                    if warns:
+                        warnings.warn("there is nothing to dump: no pass was recorded", RuntimeWarning, stacklevel=3)
+                    found = dump if output_mode == "object" else None
+                elif output_mode == "file":
                     summed = self.mode in MODES[:2]
                     if not summed or self.rank == 0:
                         path = path_of("" if summed else f"_{self.rank}")
                     with sums.together(self.process_group if summed else None):
                         if path is not None:
                             dump.save(path)
+                    found = path
                 self._forget(taken)
-            return path, dump
+            return found
         except BaseException:
             if path is not None:
                 with contextlib.suppress(OSError):
@@ -519,7 +519,7 @@ class ExpertDistributionRecorder(Hooks):
 
 
 def _subset(argument: str, numbers: Sequence[int] | None, size: int) -> list[int]:
-    """Check which of so many numbers are wanted; by default all."""
+    """Check which numbers below a size are wanted; by default all."""
     if numbers is None:
         return list(range(size))
     found = sorted({checks.integer(argument, number, 0, size - 1, f"{size - 1}") for number in numbers})

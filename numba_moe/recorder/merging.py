@@ -152,7 +152,7 @@ def _check_passes(keys: list[list[Key]], names: list[str]) -> None:
 
 
 def _sum(name: str, dumps: list[Dump], rows: list[np.ndarray], num_rows: int) -> np.ndarray:
-    """Add the counts of dumps, each record of which goes to a row."""
+    """Add the counts of dumps, whose records go to rows of the sum."""
     counts = [getattr(dump, name) for dump in dumps]
     _check_sums(name, counts)
     total = np.zeros((num_rows, *counts[0].shape[1:]), np.int64)

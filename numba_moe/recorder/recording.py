@@ -44,7 +44,7 @@ class Recording(int):
         format : {"npz", "safetensors", "json", "csv", "pt"}
             That of the files of a folder.
         rotate_passes : int, optional
-            Write to the next numbered file of the folder whenever so many passes were recorded.
+            Write to the next numbered file of the folder after this number of recorded passes.
         rotate_seconds : float, optional
             The same after a time in seconds, at the end of a pass.
 
@@ -152,8 +152,8 @@ class Rotation:
 
     def write(self) -> None:
         """Write what there is, if anything."""
-        _, dump = self._recorder._write(self._name)
-        self._number += bool(len(dump.forward_pass_id))
+        path = self._recorder._dump("file", self._name, warns=False)
+        self._number += path is not None
         self._start()
 
     def _name(self, rank: str) -> Path:

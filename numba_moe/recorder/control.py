@@ -606,7 +606,27 @@ def _device_of(model: torch.nn.Module) -> torch.device | None:
 
 
 def attached(model: torch.nn.Module) -> list[ExpertDistributionRecorder]:
-    """Return the recorders that are attached to a model."""
+    """Return the recorders that are attached to a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model, or a part of one.
+
+    Returns
+    -------
+    list of ExpertDistributionRecorder
+        Those that record some module in it.
+
+    Examples
+    --------
+    >>> import copy, numba_moe
+    >>> block = numba_moe.MoEBlock(16, 8, num_experts=4, top_k=2)
+    >>> recorder = attach(block)
+    >>> other = copy.deepcopy(block)                # has a recorder of its own, empty and off
+    >>> attached(block) == [recorder], attached(other) == [recorder], len(attached(other))
+    (True, False, 1)
+    """
     found: dict[int, ExpertDistributionRecorder] = {}
     for module in model.modules():
         for tie in attachment.ties_of(module):

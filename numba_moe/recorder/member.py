@@ -136,7 +136,7 @@ class Member:
         recorder = self.recorder
         with recorder._lock:
             passes = len(recorder._records)
-        about = {"mode": recorder.mode, "recording": recorder.recording, "passes": passes}
+        about = {"mode": recorder.mode, "recording": bool(recorder.recording), "passes": passes}
         return {**about, "last_pass": None if last < 0 else last, "in_pass": is_open, "pending": pending}
 
     def _hear_next_switch(self) -> int:

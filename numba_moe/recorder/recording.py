@@ -158,7 +158,7 @@ class Rotation:
 
     def _name(self, rank: str) -> Path:
         """Return the path of a file; `rank` tells those apart that ranks write."""
+        rank = rank if self._recorder.num_ranks > 1 else ""
         if self._path.is_dir():
             return self._path / f"{NAME}_{self._number:06d}{rank}.{self._format}"
-        rank = rank if self._recorder.num_ranks > 1 else ""
         return self._path.with_name(f"{self._path.stem}{rank}{self._path.suffix}")

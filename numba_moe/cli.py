@@ -2,18 +2,19 @@
 
 import argparse
 import functools
+import importlib
 import os
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from numba_moe import __version__
+from numba_moe.commands import COMMANDS
 from numba_moe.device.switch import turn_on_without_gpu
-from numba_moe.runtime.text import counted
 
 WRONG = 2  # what was asked for cannot be done, as argparse says of options
 INTERRUPTED = 130  # 128 and the number of the signal, as shells have it
@@ -24,8 +25,10 @@ OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as those of the commands are."""
 
+    command = ""  # that is given
+
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG, f"{self.prog}: {message} (--help names the options)\n")
+        self.exit(WRONG, f"{self.prog} {self.command}".rstrip() + f": {message} (--help names the options)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,9 +78,7 @@ def _run(given: list[str], interrupts: Sequence[int]) -> int:
     What is wrong with a file or an option is a ValueError or an OSError of the first part; of the second, only files
     that cannot be written are the user's affair.
     """
-    if given[:1] == ["verify"]:
-        turn_on_without_gpu()  # before anything imports numba
-    options = _parser().parse_args(given)
+    options = _parser(given).parse_args(given)
     try:
         work: Callable[[], int] = options.prepare(options)
     except BrokenPipeError:
@@ -99,162 +100,40 @@ def _refuse(command: str, error: Exception) -> int:
     return WRONG
 
 
-def _parser() -> Parser:
-    from numba_moe import serve_demo
-    from numba_moe.bench import command as bench
-    from numba_moe.lab import own_kernels
-    from numba_moe.placement import simulate_command as rebalancing
-    from numba_moe.recorder import merging, report
-    from numba_moe.verify import verification
+class Help(argparse.HelpFormatter):
+    """Fills paragraphs, and keeps the lines of examples."""
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        filled = [
+            part if part.startswith("  ") else super(Help, self)._fill_text(part, width, indent) for part in parts
+        ]
+        return "\n\n".join(filled)
+
+
+def _parser(given: Sequence[str]) -> Parser:
+    """Return a parser of the commands, with the options of the one that is given."""
     parser = Parser("numba-moe", description="Mixture-of-Experts routing as Numba CUDA kernels.")
     parser.add_argument("--version", action="version", version=f"numba-moe {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = "compare the kernels with the reference"
-    verify = commands.add_parser("verify", help=text, description=verification.__doc__)
-    verification.add_arguments(verify)
-    own_kernels.add_arguments(verify)
-    verify.set_defaults(prepare=own_kernels.prepare)
-    text = "time the ops beside other implementations"
-    timing = commands.add_parser("bench", help=text, description=bench.__doc__)
-    bench.add_arguments(timing)
-    timing.set_defaults(prepare=bench.prepare)
-    text = "replay recorded loads against ways of placing experts, to see whether moving them pays"
-    rebalance = commands.add_parser("rebalance", help=text, description=rebalancing.__doc__)
-    rebalancing.add_arguments(rebalance)
-    rebalance.set_defaults(prepare=rebalancing.prepare)
-    text = "draw what a recorder dumped: hot experts, loads of ranks, balance over time, what a rebalance would change"
-    drawing = commands.add_parser("report", help=text, description=report.__doc__)
-    report.add_arguments(drawing)
-    drawing.set_defaults(prepare=report.prepare)
-    text = "control a recorder on a tiny model over HTTP, to try it"
-    serving = commands.add_parser("serve-demo", help=text, description=serve_demo.__doc__)
-    serve_demo.add_arguments(serving)
-    serving.set_defaults(prepare=serve_demo.prepare)
-    text = "add the dumps that ranks, or one run after another, wrote"
-    adding = commands.add_parser("merge", help=text, description=f"{text.capitalize()}.")
-    merging.add_arguments(adding)
-    adding.set_defaults(prepare=merging.prepare)
-    text = "compile every kernel ahead of its first use, also on a machine without a GPU"
-    warmup = commands.add_parser("warmup", help=text, description=f"{text.capitalize()}.")
-    text = "comma-separated, like sm_90,sm_100 (default: those of the devices here)"
-    warmup.add_argument("--arch", metavar="LIST", type=_architectures, help=text)
-    warmup.set_defaults(prepare=_prepare_warmup)
-    description = "write every kernel as a cubin, and manifest.json that describes them, for programs without Python"
-    export = commands.add_parser("export", help=description, description=f"{description.capitalize()}.")
-    export.add_argument("--arch", metavar="LIST", type=_architectures, help=text)
-    export.add_argument(
-        "folder", metavar="DIR", type=Path, help="made if need be; files of the same names are replaced"
-    )
-    export.set_defaults(prepare=_prepare_export)
-    text = "print versions, devices, and what the cache of compiled kernels holds"
-    info = commands.add_parser("info", help=text, description=f"{text.capitalize()}.")
-    info.set_defaults(prepare=lambda options: _info)
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in given if not word.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        examples = "examples:\n\n" + textwrap.indent(textwrap.dedent(command.examples).strip("\n"), "  ")
+        one = choices.add_parser(
+            name, help=command.text, description=command.about, epilog=examples, formatter_class=Help
+        )
+        one.set_defaults(prepare=functools.partial(_prepare, command.prepare))
+        if name == wanted:
+            parser.command = name
+            command.options(one)
     return parser
 
 
-def _architectures(text: str) -> list[tuple[int, int]]:
-    found = []
-    for name in text.split(","):
-        number = name.removeprefix("sm_")
-        if not (name.startswith("sm_") and number.isdecimal() and len(number) >= 2):
-            raise argparse.ArgumentTypeError(f"must be names like sm_90, got {name!r}")
-        found.append((int(number[:-1]), int(number[-1])))
-    return list(dict.fromkeys(found))
-
-
-def _devices() -> dict[str, tuple[int, int]]:
-    import torch
-
-    return {
-        f"{index}: {torch.cuda.get_device_name(index)}": torch.cuda.get_device_capability(index)
-        for index in range(torch.cuda.device_count())
-    }
-
-
-def _wanted(options: argparse.Namespace) -> list[tuple[int, int]]:
-    """Return what to compile for, if the compiler that is here knows it."""
-    from cuda.bindings import nvrtc
-
-    wanted: list[tuple[int, int]] = options.arch or sorted(set(_devices().values()))
-    if not wanted:
-        raise ValueError("no CUDA device here; name what to compile for with --arch")
-    try:
-        _, known = nvrtc.nvrtcGetSupportedArchs()
-    except RuntimeError as error:
-        raise ValueError(f"CUDA's compiler is not there: pip install numba-moe[cu13] ({error})") from error
-    for major, minor in wanted:
-        if 10 * major + minor not in known:
-            names = ", ".join(f"sm_{arch}" for arch in known)
-            raise ValueError(f"`--arch` must be among {names}, which the compiler here knows, got sm_{major}{minor}")
-    return wanted
-
-
-def _prepare_warmup(options: argparse.Namespace) -> Callable[[], int]:
-    from numba_moe.runtime import cache
-
-    wanted = _wanted(options)
-    if not cache.enabled():
-        raise ValueError("the cache is off (NUMBA_MOE_CACHE=0)")
-    if cache.folder() is None:
-        raise ValueError("there is no home directory; set NUMBA_MOE_CACHE_DIR")
-    return functools.partial(_warmup, wanted)
-
-
-def _warmup(wanted: list[tuple[int, int]]) -> int:
-    from numba_moe.runtime import cache, compile
-
-    count = compile.compile_all(wanted)
-    print(
-        f"{counted(count, 'kernel')} ready in {cache.folder()}, {compile.statistics['compiled']} of them compiled now"
-    )
-    return 0
-
-
-def _prepare_export(options: argparse.Namespace) -> Callable[[], int]:
-    from numba_moe.runtime import export, files
-
-    wanted = _wanted(options)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    files.check_output("DIR", options.folder / export.MANIFEST)
-    return functools.partial(_export, options.folder, wanted)
-
-
-def _export(folder: Path, wanted: list[tuple[int, int]]) -> int:
-    from numba_moe.runtime import export
-
-    count = export.export(folder, wanted)
-    print(f"{counted(count, 'kernel')} and {export.MANIFEST} in {folder}")
-    return 0
-
-
-def _info() -> int:
-    import platform
-    from collections import Counter
-
-    from tabulate import tabulate
-
-    from numba_moe.runtime import cache
-    from numba_moe.verify.verification import PACKAGES
-
-    versions = [("python", platform.python_version()), *((name, cache.version(name)) for name in PACKAGES)]
-    print(tabulate(versions, ("package", "version")), end="\n\n")
-    devices = [(name, "sm_{}{}".format(*capability)) for name, capability in _devices().items()]
-    print(tabulate(devices, ("device", "arch")) if devices else "no CUDA device", end="\n\n")
-    found = list(cache.entries())
-    size = sum(path.stat().st_size for path, _ in found)
-    state = "" if cache.enabled() else ", off (NUMBA_MOE_CACHE=0)"
-    where = cache.folder() or "no folder, as there is no home directory"
-    print(f"cache: {where}, {counted(len(found), 'kernel')}, {size / 1024:.0f} KiB{state}")
-    current = Counter(
-        (entry.kernel, entry.arch)
-        for path, entry in found
-        if path == cache.path_of(entry.kernel, entry.specialisation, entry.arch)
-    )
-    if current:
-        rows = [(*name, count) for name, count in sorted(current.items())]
-        print("\n" + tabulate(rows, ("kernel of this version", "arch", "specialisations")))
-    return 0
+def _prepare(where: str, options: argparse.Namespace) -> Callable[[], int]:
+    if options.command == "verify":
+        turn_on_without_gpu()  # before anything imports numba
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(module), name)(options)
 
 
 if __name__ == "__main__":

@@ -10,22 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 MOST_RANKS = 16
 SIZES: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "experts": 8, "top_k": 2, "width": 32, "length": 32}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="where to listen (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that each run the model")
-    parser.add_argument("--seconds", type=float, default=0.2, metavar="S", help="time of a pass (default: 0.2)")
-    parser.add_argument("--directory", type=Path, default=Path(), metavar="DIR", help="for dumps (default: this one)")
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="to wait for ranks (default: 5)")
-    parser.add_argument("--token", metavar="WORD", help="what requests must bring as Authorization: Bearer WORD")
-    parser.add_argument("--allow-get", action="store_true", help="let GET change things too, as SGLang does")
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:

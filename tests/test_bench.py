@@ -15,12 +15,13 @@ from numba_moe.bench import command as bench
 from numba_moe.bench import contenders, measure, ratios
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.measure import Row
+from numba_moe.commands import bench_options
 from numba_moe.verify import testing
 
 
 def parse(*arguments):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    bench_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 
 import numba_moe
-from numba_moe import cli
-from numba_moe.placement import simulate_command
+from numba_moe import cli, commands
+from numba_moe.bench import contenders, grid_shapes
+from numba_moe.lab import own
+from numba_moe.placement import rebalance, simulate_command, simulation
 from numba_moe.recorder import report
-from numba_moe.verify import verification
+from numba_moe.verify import testing, verification
+from numba_moe.verify.cases import inputs
 
 RUN = [sys.executable, "-c", "import sys; from numba_moe.cli import main; sys.exit(main(sys.argv[1:]))"]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
@@ -228,6 +232,40 @@ def test_counts_that_a_spreadsheet_wrote_as_floats_are_whole_numbers(tmp_path, c
     assert "'0,0,5.5' is not three whole numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [[], *([name] for name in commands.COMMANDS)], ids=lambda words: " ".join(words))
+def test_help_is_quick_and_fits(arguments):
+    """It has examples, and it imports nothing that takes time."""
+    program = (
+        "import sys; from numba_moe.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*sorted({'torch', 'numpy', 'numba'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "60"})
+    assert (done.returncode, done.stderr) == (0, "\n")
+    text, _, examples = done.stdout.partition("examples:\n")
+    assert max(map(len, text.splitlines())) <= 60
+    assert not arguments or f"numba-moe {arguments[0]}" in examples
+
+
+def test_examples_of_the_help_parse():
+    for name, command in commands.COMMANDS.items():
+        for line in command.examples.splitlines():
+            words = shlex.split(line)
+            if words[:1] == ["numba-moe"]:
+                assert cli._parser(words[1:]).parse_args(words[1:]).command == name
+
+
+def test_what_commands_know_is_what_their_modules_know():
+    assert commands.ALGORITHMS == rebalance.ALGORITHMS
+    assert commands.BANDWIDTH == simulation.BANDWIDTH
+    assert commands.GRIDS == tuple(grid_shapes.GRIDS)
+    assert commands.LIBRARIES == own.LIBRARIES
+    assert commands.PEERS == tuple(contenders.PEERS)
+    assert commands.ROUTINGS == testing.ROUTINGS
+    assert commands.TOP_K == inputs.TOP_K
+
+
 def test_the_version(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
@@ -310,7 +348,7 @@ def test_an_interrupt_that_an_import_catches_is_not_lost(taking_interrupts, monk
         return lambda: pytest.fail("went on")
 
     options = argparse.Namespace(prepare=prepare, command="info")
-    monkeypatch.setattr(cli, "_parser", lambda: types.SimpleNamespace(parse_args=lambda _: options))
+    monkeypatch.setattr(cli, "_parser", lambda _: types.SimpleNamespace(parse_args=lambda _: options))
     assert cli.main(["info"]) == 130
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from numba_moe import cli, reference
-from numba_moe.bench import command, contenders, grid, grid_shapes, grid_summary, measure, ratios
+from numba_moe.bench import contenders, grid, grid_shapes, grid_summary, measure, ratios
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.grid_shapes import GRIDS, Buffer, Shape
 from numba_moe.bench.measure import Row
+from numba_moe.commands import bench_options
 
 # A small point of each op, in every dtype that its axes have.
 SMALL = {
@@ -220,7 +221,7 @@ def test_runs_are_merged_and_drawn(tmp_path, capsys):
 
 def test_options(capsys):
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    bench_options(parser)
     options = parser.parse_args(["--grid", "moe_*", "--part", "2/3", "--shapes", "5"])
     assert {shape.op for shape in grid.select_shapes(options)} <= {op for op in GRIDS if op.startswith("moe_")}
     every = parser.parse_args(["--grid"])

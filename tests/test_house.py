@@ -18,6 +18,7 @@ FLOORS = [
     {"block", "tiny", "training", "placement", "parallel", "recorder", "interop"},
     {"verify", "bench", "serve_demo"},
     {"lab"},
+    {"kernel_commands", "commands"},
     {"cli"},
 ]
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}

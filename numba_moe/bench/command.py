@@ -13,7 +13,6 @@ import importlib.util
 import lzma
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,40 +26,6 @@ from numba_moe.verify import testing
 from numba_moe.verify.cases import Case
 
 PICTURES = (".png", ".svg", ".pdf")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the benchmark."""
-
-    def listed(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-        """Return a parser of names with commas between them."""
-
-        def parse(text: str) -> list[str]:
-            names = text.split(",")
-            for name in names:
-                if name not in allowed:
-                    raise argparse.ArgumentTypeError(f"must be among {', '.join(allowed)}, got {name!r}")
-            return names
-
-        return parse
-
-    routings, every_peer = testing.ROUTINGS, tuple(contenders.PEERS)
-    parser.add_argument("--op", action="append", metavar="PATTERN", help="only these ops; * and ? match")
-    parser.add_argument("--shape", action="append", metavar="TEXT", help="only shapes whose name contains this")
-    parser.add_argument(
-        "--routing", type=listed(routings), default=["uniform"], metavar="NAMES", help=f"of {','.join(routings)}"
-    )
-    parser.add_argument("--peers", type=listed(every_peer), metavar="NAMES", help=f"of {','.join(every_peer)}")
-    parser.add_argument(
-        "--peer-lib", type=Path, action="append", default=[], metavar="FILE", help="op library to load, .so or .so.xz"
-    )
-    parser.add_argument(
-        "--peer-tree", type=Path, action="append", default=[], metavar="FOLDER", help="with packages of peers to import"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show the times of an earlier run beside")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over tokens, of a grid the ratios")
-    grid.add_arguments(parser)
 
 
 def select_cases(options: argparse.Namespace) -> list[Case]:

@@ -39,25 +39,6 @@ NEAR = 1.2
 MOST_TO_COMPILE = 2**28
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the grid."""
-    grid = parser.add_argument_group("grid", "shapes drawn from the product of axes, instead of those that are listed")
-    ops = ", ".join(grid_shapes.GRIDS)
-    grid.add_argument("--grid", nargs="*", metavar="OP", help=f"of these ops, * and ? match; of all: {ops}")
-    grid.add_argument("--shapes", type=int, default=300, metavar="N", help="shapes of each op (300)")
-    grid.add_argument("--seed", type=int, default=0, help="what decides which shapes and which numbers (0)")
-    grid.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="the I-th of N equal parts of them")
-    grid.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so long")
-    grid.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: gather these runs")
-
-
-def _part(text: str) -> tuple[int, int]:
-    part, _, parts = text.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r}")
-    return int(part), int(parts)
-
-
 def select_shapes(options: argparse.Namespace) -> list[Shape]:
     """Return the shapes that the options ask for."""
     checks.integer("--shapes", options.shapes, 1)

@@ -16,23 +16,6 @@ from numba_moe.verify import verification
 NEEDS_MODULE = ("like", "library", "grid", "fill")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that name a kernel of one's own."""
-    group = parser.add_argument_group("a kernel of your own, instead of the library's")
-    group.add_argument("--module", metavar="FILE.py:NAME", help="a function, or a @cuda.jit kernel, in a file")
-    group.add_argument("--like", metavar="OP", help="the op that it is like, whose cases it is run on")
-    group.add_argument("--library", choices=own.LIBRARIES, help="whose arrays it takes (default: found out)")
-    group.add_argument("--grid", type=_grid, metavar="BLOCKS,THREADS", help="of a kernel")
-    group.add_argument("--fill", type=float, metavar="NUMBER", help="what a kernel's results hold before (else poison)")
-
-
-def _grid(text: str) -> tuple[int, ...]:
-    numbers = text.split(",")
-    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"must be two numbers like 64,128, got {text!r}")
-    return tuple(map(int, numbers))
-
-
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Read and check what the options name; return what verifies, and returns the exit status."""
     if options.module is None:

@@ -13,8 +13,7 @@ import numpy as np
 from tabulate import tabulate
 
 from numba_moe.placement.location import FORMATS, MOST_BYTES, ExpertLocation, check_tables
-from numba_moe.placement.rebalance import ALGORITHMS
-from numba_moe.placement.simulation import BANDWIDTH, Scenario, Simulation, simulate
+from numba_moe.placement.simulation import Scenario, Simulation, simulate
 from numba_moe.placement.traces import load_trace
 from numba_moe.runtime import checks, files
 from numba_moe.runtime.text import counted
@@ -53,60 +52,6 @@ COLUMNS = {  # what the columns say, and how numbers are written
 NOTES = """\
 balance: mean load of GPUs over that of the busiest. time: of the busiest GPUs, over that of perfect balance; once is in
 hindsight. time, not fitted: of the second half of the steps, placed by steps before."""
-
-
-def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Return a parser of comma-separated values."""
-
-    def parse(text: str) -> list[Any]:
-        try:
-            return [convert(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"must be comma-separated, got {text!r} ({error})") from error
-
-    return parse
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the simulation."""
-
-    def interval(text: str) -> int:
-        return 0 if text == "once" else int(text)
-
-    def size(text: str) -> int:
-        try:
-            return int(float(text))
-        except OverflowError as error:
-            raise ValueError from error
-
-    add = parser.add_argument
-    text = "logical_count or topk_ids, in .npz, .json, .pt, .npy or .safetensors, or counts in .csv"
-    add("dump", type=Path, metavar="DUMP", help=text)
-    add("--gpus", type=int, required=True, metavar="N", help="ranks of all nodes together")
-    add("--nodes", type=int, default=1, metavar="N", help="(default 1)")
-    add("--groups", type=int, default=1, metavar="N", help="groups of experts that stay on a node (default 1)")
-    text = "slots of a layer, comma-separated (default: one for each expert, rounded up to a multiple of the GPUs)"
-    add("--replicas", type=listed(int), metavar="LIST", help=text)
-    text = f"comma-separated (default {','.join(ALGORITHMS)})"
-    add("--algorithm", type=listed(str), default=list(ALGORITHMS), metavar="LIST", help=text)
-    text = "steps between rebalances, comma-separated; once: one rebalance by the whole dump, in hindsight (default)"
-    add("--interval", type=listed(interval), metavar="LIST", help=text)
-    text = "steps after which experts move once, by the loads of these steps, and then stay; comma-separated"
-    add("--once-after", type=listed(int), default=[], metavar="LIST", help=text)
-    add("--search", action="store_true", help="try several numbers of slots and intervals where none are given")
-    add("--max-moves", type=int, metavar="N", help="most slots of a layer that refined may change at a time")
-    add("--location", type=Path, metavar="FILE", help="where experts are now (default: expert i %% E in slot i)")
-    add("--bytes-per-expert", type=size, metavar="BYTES", help="weights of one expert of one layer")
-    add("--step-ms", type=float, metavar="MS", help="time of all experts at an average step in perfect balance")
-    text = f"GB/s into and out of a rank (default {BANDWIDTH:g})"
-    add("--bandwidth", type=float, default=BANDWIDTH, metavar="GB/s", help=text)
-    add("--num-experts", type=int, metavar="N", help="of topk_ids or a .csv (default: largest id + 1)")
-    add("--num-layers", type=int, metavar="N", help="of a .csv (default: largest layer + 1)")
-    add("--tokens-per-step", type=int, metavar="N", help="divide topk_ids into steps of N tokens")
-    add("--detail", action="store_true", help="print every layer and rank over time")
-    add("--json", type=Path, metavar="FILE", help="write all numbers there too")
-    add("--out", type=Path, metavar="LOCATION", help="write the best location there: .json, .npz or .pt")
-    add("--plot", type=Path, metavar="FILE.png", help="draw balancedness, time and ranks over the steps")
 
 
 def search_sizes(num_experts: int, num_gpus: int) -> list[int]:

@@ -198,19 +198,11 @@ def _tokens(dumps: list[Dump], rows: list[np.ndarray], num_rows: int) -> dict[st
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dumps", type=Path, nargs="+", metavar="DUMP", help="what `recorder.load` reads, of each rank")
-    kinds = ", ".join(f".{name}" for name in FORMATS)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"where the sum goes: {kinds}")
-    parser.add_argument("--layers", type=int, metavar="N", help="layers of the model, which a .csv may not say")
-    parser.add_argument("--experts", type=int, metavar="N", help="experts of a layer, in the same way")
-
-
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Read, check and add; return what writes the sum and returns the exit status."""
     files.check_output("--out", options.out, [f".{name}" for name in FORMATS])
     with checks.under_names(path="DUMP", dumps="DUMP", num_layers="--layers", num_experts="--experts"):
-        dump = merge(options.dumps, num_layers=options.layers, num_experts=options.experts)
+        dump = merge(options.dumps, num_layers=options.num_layers, num_experts=options.num_experts)
     return functools.partial(run, options, dump)
 
 

@@ -5,25 +5,13 @@ import datetime
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from numba_moe.placement.rebalance import ALGORITHMS
 from numba_moe.recorder.dump_files import load
 from numba_moe.recorder.report_findings import Findings, Placement
 from numba_moe.recorder.report_page import page
 from numba_moe.recorder.report_pictures import pictures, png
 from numba_moe.runtime import checks, files
 from numba_moe.runtime.text import counted
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dump", type=Path, metavar="DUMP", help="what `recorder.load` reads: .npz, .safetensors, ...")
-    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("report.html"), help="default: report.html")
-    text = "write each picture to this folder as well (needs matplotlib)"
-    parser.add_argument("--png", type=Path, metavar="DIR", help=text)
-    parser.add_argument("--gpus", type=int, metavar="N", help="ranks that share the slots (default: as recorded)")
-    text = "whose loads are drawn after a rebalance (default: deepseek); the table has both"
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default=ALGORITHMS[0], help=text)
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
@@ -33,8 +21,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--png needs matplotlib: pip install numba-moe[plot]")
         checks.holds("--png", "in a folder", options.png.is_dir(), options.png)
-    with checks.under_names(path="DUMP"):
-        dump = load(options.dump)
+    with checks.under_names(path="DUMP", num_layers="--layers", num_experts="--experts"):
+        dump = load(options.dump, num_layers=options.num_layers, num_experts=options.num_experts)
     num_gpus = checks.integer("--gpus", dump.num_gpus if options.gpus is None else options.gpus, 1)
     checks.divides("--gpus", num_gpus, "the number of slots", dump.global_physical_count.shape[2])
     findings = Findings(dump, num_gpus)

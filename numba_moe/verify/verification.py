@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +30,6 @@ from numba_moe.runtime import cache, checks, files
 from numba_moe.runtime.text import counted
 from numba_moe.verify import testing
 from numba_moe.verify.cases import Case, edge_cases, few, input_cases, model_cases
-from numba_moe.verify.cases.inputs import TOP_K
 
 PAYLOADS = (  # whose dtype and layout a case chooses
     *("gating_output", "hidden_states", "permuted", "gate_up", "bias"),
@@ -195,24 +193,6 @@ def summary(outcomes: Iterable[Outcome]) -> str:
         for op, found in by_op.items()
     ]
     return tabulate(rows, ("op", "cases", "failed", "mismatches", "error / tolerance"), floatfmt=".2g")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the verification."""
-    parser.add_argument("--op", action="append", metavar="PATTERN", help="only these ops; * and ? match")
-    parser.add_argument("--case", action="append", metavar="PATTERN", help="only cases whose name contains this")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="up to 100 tokens")
-    size.add_argument("--full", action="store_true", help="up to 65536 tokens; without a GPU, every case there is")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="topk_ids or logits to verify on instead")
-    parser.add_argument("--num-experts", type=int, metavar="N", help="of topk_ids in --input (default: largest id + 1)")
-    text = f"for logits in --input (default {TOP_K}, or all experts if they are fewer)"
-    parser.add_argument("--top-k", type=int, metavar="K", help=text)
-    parser.add_argument("--block-size", type=int, default=64, metavar="ROWS", help="for --input (default 64)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
-    parser.add_argument("--verbose", action="store_true", help="print every case, not only those that fail")
-    parser.add_argument("--list", action="store_true", help="name the cases and stop")
 
 
 def select_cases(options: argparse.Namespace, on_gpu: bool) -> list[Case]:

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from datetime import timedelta
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from numba_moe.reference.dispatch import static_map
 
 import numba_moe
 from numba_moe import MoEBlock, reference
-from numba_moe.interop import vllm_dispatch
+from numba_moe.interop import sglang_dispatch, vllm_dispatch
 from numba_moe.ops.experts import compose
 from numba_moe.parallel import (
     DispatchedTokens,
@@ -577,3 +578,47 @@ def test_vllms_kernels_take_a_dispatcher(monkeypatch):
         ours.prepare(ROWS, WEIGHTS, ids, 4, None, False, quantised, False)
     with pytest.raises(ValueError, match="`dispatcher` must be one of `reduce='rank'`"):
         vllm_dispatch.prepare_and_finalize(TokenDispatcher(**SIZES, reduce="source"))
+
+
+def test_sglangs_layers_take_a_dispatcher(monkeypatch):
+    """Follow SGLang's classes: rows with this rank's ids go to a layer's kernels, and their sums come back."""
+
+    class Base:
+        pass
+
+    class Chosen(NamedTuple):
+        topk_weights: torch.Tensor
+        topk_ids: torch.Tensor
+        router_logits: Any
+
+    class Dispatched(NamedTuple):
+        hidden_states: torch.Tensor
+        hidden_states_scale: Any
+        topk_output: Any
+
+    class ToCombine(NamedTuple):
+        hidden_states: torch.Tensor
+
+    standard, topk = types.ModuleType(sglang_dispatch.STANDARD), types.ModuleType(sglang_dispatch.TOPK)
+    standard.BaseDispatcher, standard.StandardDispatchOutput = Base, Dispatched
+    topk.TopKOutputChecker = types.SimpleNamespace(format_is_standard=lambda output: isinstance(output, Chosen))
+    monkeypatch.setitem(sys.modules, sglang_dispatch.STANDARD, standard)
+    monkeypatch.setitem(sys.modules, sglang_dispatch.TOPK, topk)
+    ours = sglang_dispatch.dispatcher_of(TokenDispatcher(**SIZES))
+    assert isinstance(ours, Base)
+    ids = torch.tensor([[0, 1], [3, 2], [-1, 0]], dtype=torch.int32)
+    for factor in (1.0, 3.0):
+        rows, scale, chosen = ours.dispatch(ROWS * factor, Chosen(WEIGHTS / 4, ids, torch.randn(3, 4)))
+        assert scale is None
+        assert chosen.router_logits is None
+        assert chosen.topk_ids.dtype == torch.int32
+        assert torch.equal(chosen.topk_ids, ids)
+        made = rows * ((chosen.topk_ids + 1) * chosen.topk_weights).sum(1, keepdim=True)
+        out = ours.combine(ToCombine(made))
+        assert out[:, 0].tolist() == [factor * 0.75, factor * 1.75, factor * 0.25]
+    with pytest.raises(ValueError, match="`combine_input` must be of tokens that were dispatched, got none"):
+        ours.combine(ToCombine(made))
+    with pytest.raises(ValueError, match="`topk_output` must be of the standard format, got str"):
+        ours.dispatch(ROWS, "bypassed")
+    with pytest.raises(ValueError, match="`dispatcher` must be one of `reduce='rank'`"):
+        sglang_dispatch.dispatcher_of(TokenDispatcher(**SIZES, reduce="source"))

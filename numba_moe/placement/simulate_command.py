@@ -4,7 +4,9 @@ import argparse
 import functools
 import importlib.util
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,20 +37,21 @@ COLUMNS = {  # what the columns say, and how numbers are written
     "algorithm": "",
     "slots": "",
     "rebalance\n(steps)": "",
-    "balance\n(mean/max)": ".3f",
-    "worst layer\n(mean/max)": ".3f",
-    "time\n(x perfect)": ".3f",
-    "off GPU\n(%)": ".1f",
-    "off node\n(%)": ".1f",
-    "rebalances": "",
+    "balance\n(mean/\nmax)": ".3f",
+    "worst\nlayer": ".3f",
+    "time (x\nperfect)": ".3f",
+    "off\nGPU\n(%)": ".1f",
+    "off\nnode\n(%)": ".1f",
+    "re-\nbalances": "",
     "experts\nmoved": "",
     "moved\n(GB)": ".2f",
     "moves\n(ms)": ".1f",
     "saved\n(ms)": ".1f",
-    "pays after\n(steps)": "",
-    "time, not fitted\n(x perfect)": ".3f",
-    "weights\n(GB/GPU)": ".2f",
+    "pays\nafter\n(steps)": "",
+    "time, not\nfitted (x\nperfect)": ".3f",
+    "weights\n(GB/\nGPU)": ".2f",
 }
+LEFT_OUT_FIRST = (7, 6, 8, 9, 10, 4, 11, 12, 3, 5)  # columns, if a terminal is too narrow
 NOTES = """\
 balance: mean load of GPUs over that of the busiest. time: of the busiest GPUs, over that of perfect balance; once is in
 hindsight. time, not fitted: of the second half of the steps, placed by steps before."""
@@ -73,8 +76,11 @@ def search_intervals(num_steps: int) -> list[int]:
     return list(dict.fromkeys(num_steps // parts for parts in (2, 4, 8, 16) if num_steps >= parts)) or [0]
 
 
-def table(found: Simulation, num_choices: float) -> str:
-    """Format the scenarios for a terminal."""
+def table(found: Simulation, num_choices: float, width: int | None = None) -> str:
+    """Format the scenarios: columns that have something to say, in a terminal of some width those that it has room for.
+
+    Those left out are named below.
+    """
     rows = []
     for s in found.scenarios:
         when = None if s.interval is None else s.when.removeprefix("every ").partition(" step")[0]
@@ -87,7 +93,21 @@ def table(found: Simulation, num_choices: float) -> str:
         moved = [len(s.rebalances), sum(r.num_moved for r in s.rebalances), gigabytes, s.move_ms, s.saved_ms]
         weights = None if s.bytes_per_rank is None else s.bytes_per_rank / 1e9
         rows.append([s.algorithm, s.num_replicas, when, *balance, s.time, *crossing, *moved, pays, s.held_out, weights])
-    return tabulate(rows, [*COLUMNS], floatfmt=[*COLUMNS.values()], missingval="-", disable_numparse=[2, 13])
+    known = [column for column in range(len(COLUMNS)) if any(row[column] is not None for row in rows)]
+    names, formats, left_out = [*COLUMNS], [*COLUMNS.values()], []
+
+    def drawn() -> str:
+        chosen = [[row[column] for column in known] for row in rows]
+        texts = [place for place, column in enumerate(known) if column in (2, 13)]
+        headers, written = ([part[column] for column in known] for part in (names, formats))
+        return tabulate(chosen, headers, floatfmt=written, missingval="-", disable_numparse=texts)
+
+    for column in LEFT_OUT_FIRST:
+        if width is not None and column in known and max(map(len, drawn().splitlines())) > width:
+            known.remove(column)
+            left_out.append(names[column].replace("-\n", "").replace("\n", " ").partition(" (")[0])
+    note = textwrap.wrap(f"(no room for {', '.join(left_out)})", width or 120) if left_out else []
+    return "\n".join([drawn(), *note])
 
 
 def over_time(rows: dict[str, np.ndarray], title: str) -> str:
@@ -272,7 +292,8 @@ def run(options: argparse.Namespace, loads: np.ndarray, found: Simulation) -> in
     kind = "" if loads.ndim == 3 else ", tokens on the ranks that it says"
     sizes = ", ".join(map(counted, loads.shape, ("step", "layer", "expert")))
     print(f"{options.dump.name}: {sizes}{kind}\n")
-    print(table(found, float(loads.sum())), end="\n\n")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(table(found, float(loads.sum()), width), end="\n\n")
     print(NOTES, end="\n\n")
     title = "balance (mean/max) at steps"
     print(over_time({s.name: s.balancedness.mean(axis=1) for s in lines_of(found)}, title), end="\n\n")

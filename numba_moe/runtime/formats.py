@@ -68,9 +68,14 @@ def check_memory(argument: str, what: str, wanted: int, size: int) -> None:
 
 
 def array(name: str, value: Any, ndims: Sequence[int], dtype: str = "int64", empty: bool = False) -> np.ndarray:
-    """Return an array of a file. What is none is a wrong value: the caller gave a file of the right type."""
+    """Return an array of a file, integers also if they are written as floats.
+
+    Anything else is a wrong value: the caller gave a file of the right type.
+    """
     if empty and 1 in ndims and isinstance(value, list) and not value:  # as JSON has it, without a type
         return np.zeros(0, dtype)
+    if dtype == "int64":
+        value = _whole(name, value)
     try:
         return checks.host_array(name, value, dtype, ndims, empty)
     except TypeError as error:
@@ -78,23 +83,24 @@ def array(name: str, value: Any, ndims: Sequence[int], dtype: str = "int64", emp
 
 
 def counts(name: str, value: Any, ndims: Sequence[int], empty: bool = False) -> np.ndarray:
-    """Return the counts of a file: whole, also if written as floats, not negative, and together within int64."""
-    found = array(name, _whole(name, value), ndims, empty=empty)
+    """Return the counts of a file: not negative, and together within int64."""
+    found = array(name, value, ndims, empty=empty)
     checks.counts(name, found)
     return found
 
 
 def _whole(name: str, value: Any) -> Any:
-    """Return floats as integers if all of them are, and any other value as it is."""
+    """Return whole floats as integers, and what has other kinds of elements, or too large ones, as it is."""
     try:
         found = np.asarray(value)
     except ValueError:
         return value  # rows of several lengths, which `array` refuses
     if found.dtype.kind != "f" or not found.size:
         return value
-    are_whole = (found == np.floor(found)) & (np.abs(found) < 2.0**63)
-    checks.holds(name, "whole numbers", bool(are_whole.all()), found[~are_whole][:1])
-    return found.astype(np.int64)
+    are_whole = found == np.floor(found)
+    if not are_whole.all():
+        checks.holds(name, "whole numbers", False, found[~are_whole][0])
+    return found.astype(np.int64) if (np.abs(found) < 2.0**63).all() else value
 
 
 def integer(name: str, value: Any, lowest: int, highest: int = checks.LARGEST_INT64) -> int:

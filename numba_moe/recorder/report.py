@@ -4,7 +4,10 @@ import argparse
 import datetime
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
+
+from tqdm import tqdm
 
 from numba_moe.recorder.dump_files import load
 from numba_moe.recorder.report_findings import Findings, Placement
@@ -26,8 +29,12 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     num_gpus = checks.integer("--gpus", dump.num_gpus if options.gpus is None else options.gpus, 1)
     checks.divides("--gpus", num_gpus, "the number of slots", dump.global_physical_count.shape[2])
     findings = Findings(dump, num_gpus)
-    can_move = num_gpus > 1 and findings.total.any()
-    return functools.partial(run, options, findings, findings.placements(options.algorithm) if can_move else [])
+    placements: list[Placement] = []
+    if num_gpus > 1 and findings.total.any():
+        total, shown = findings.layers_to_place, sys.stderr.isatty()
+        with tqdm(total=total, unit=" layers placed", disable=not shown, leave=False) as bar:
+            placements = findings.placements(options.algorithm, bar.update)
+    return functools.partial(run, options, findings, placements)
 
 
 def run(options: argparse.Namespace, findings: Findings, placements: Sequence[Placement]) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from numba_moe.recorder.report_colours import MAP, Scale, png
 
 MOST_TICKS = 6
+MOST_SHOWN = 100_000  # values of a map that the page holds; a larger map is a picture alone
 Series = Mapping[str, Sequence[float | None]]
 
 
@@ -69,8 +70,9 @@ class Charts:
         """Return a map of values [rows, columns]; an axis is what one row or column is, like "layer"."""
         scale = scale or Scale.of(values)
         num_rows, num_columns = values.shape
-        shown = [[float(f"{value:.3g}") for value in row] for row in values.tolist()]
-        self.data[name] = {"kind": "heat", "rows": rows, "columns": columns, "unit": unit, "values": shown}
+        if values.size <= MOST_SHOWN:
+            shown = [[float(f"{value:.3g}") for value in row] for row in values.tolist()]
+            self.data[name] = {"kind": "heat", "rows": rows, "columns": columns, "unit": unit, "values": shown}
         code = base64.b64encode(png(values, scale)).decode()
         drawn = (
             f'<image href="data:image/png;base64,{code}" width="{num_columns}" height="{num_rows}" '
@@ -156,14 +158,17 @@ class Charts:
         legend: str = "",
         height: str = "low",
     ) -> str:
+        reads = ""
+        if name in self.data:
+            label = html.escape(f"{title}; arrow keys read values")
+            reads = f' data-chart="{name}" tabindex="0" role="group" aria-label="{label}"'
         lefts = "".join(f'<span style="top:{100 * place:.2f}%">{text}</span>' for place, text in left)
         belows = "".join(f'<span style="left:{100 * place:.2f}%">{text}</span>' for place, text in below)
         return (
             f'<figure id="{name}"><figcaption>{html.escape(title)}</figcaption>'
             f'<p class="axis-title">{html.escape(axes[0])}</p>'
             f'<div class="chart"><div class="left" aria-hidden="true">{lefts}</div>'
-            f'<div class="plot {height}" data-chart="{name}" tabindex="0" role="group" '
-            f'aria-label="{html.escape(title)}; arrow keys read values">'
+            f'<div class="plot {height}"{reads}>'
             f'<svg role="img" aria-label="{html.escape(says)}" viewBox="0 0 {size[0]} {size[1]}" '
             f'preserveAspectRatio="none">{drawn}</svg></div>'
             f'<div class="below" aria-hidden="true">{belows}</div></div>'

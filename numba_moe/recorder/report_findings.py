@@ -1,12 +1,11 @@
 """What a dump says, as numbers: who is busy, how balanced GPUs are, what changes over time, and what would help."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from numba_moe.placement import balancedness, rank_loads, rebalance_experts
-from numba_moe.placement.rebalance import ALGORITHMS
+from numba_moe.placement import balancedness, rank_loads
+from numba_moe.placement.rebalance import ALGORITHMS, Tick, place
 from numba_moe.recorder.dump_files import Dump
 from numba_moe.reference.recorder import utilization
 
@@ -45,6 +44,8 @@ class Together(NamedTuple):
     """What tokens choose together, and of how many of the recorded tokens that is known."""
 
     pairs: list[Pair]
+    layer: int  # that of the first pair, or 0
+    ratio: np.ndarray  # [E, E], tokens of this layer that chose both, over those expected; 0 on the diagonal
     counted: int
     recorded: int
 
@@ -138,7 +139,12 @@ class Findings:
         counts = in_bins(self.dump.logical_count[:, layer], MOST_BINS)
         return [float(row[expert] / row.mean()) if row.any() else None for row in counts]
 
-    def placements(self, algorithm: str) -> list[Placement]:
+    @property
+    def layers_to_place(self) -> int:
+        """The number of ticks of `placements`."""
+        return 2 * len(MORE_SLOTS) * len(ALGORITHMS) * len(self.total)
+
+    def placements(self, algorithm: str, tick: Tick = lambda: None) -> list[Placement]:
         """Return the placement as recorded, and those that an algorithm chooses, with the same slots and with more.
 
         All are of the counts of experts, in parts of the passes; but "as recorded" is what GPUs had.
@@ -161,11 +167,11 @@ class Findings:
         for more in MORE_SLOTS:
             size = slots + more * self.num_gpus
             for name in (algorithm, *(other for other in ALGORITHMS if other != algorithm)):
-                placed = rebalance_experts(steps, size, 1, 1, self.num_gpus, algorithm=name)
+                placed = place(steps, size, 1, 1, self.num_gpus, name, {}, tick)
                 balance = balancedness(self.total, placed.physical_to_logical_map, self.num_gpus)
                 held_out = None
                 if can_hold_out:
-                    by_half = rebalance_experts(steps[:half], size, 1, 1, self.num_gpus, algorithm=name)
+                    by_half = place(steps[:half], size, 1, 1, self.num_gpus, name, {}, tick)
                     held_out = mean(balancedness(seen, by_half.physical_to_logical_map, self.num_gpus), seen)
                 changed = int((placed.physical_to_logical_map != places).sum()) if more == 0 else None
                 loads = rank_loads(self.total, placed.physical_to_logical_map, self.num_gpus)
@@ -182,27 +188,36 @@ class Findings:
         every = -(-len(ids) // MOST_TOKENS)
         map_of_token = np.repeat(self.dump.map_of_pass, num_tokens)[::every]
         ids = ids[::every]
-        pairs = sorted(self._pairs(ids, map_of_token), key=lambda pair: pair.expected - pair.tokens)
-        return Together(pairs[:PAIRS], len(ids), int(num_tokens.sum()))
-
-    def _pairs(self, ids: np.ndarray, map_of_token: np.ndarray) -> Iterator[Pair]:
-        experts_of = self.dump.physical_to_logical_maps
-        num_experts, top_k = self.dump.num_experts, ids.shape[2]
-        first, second = np.triu_indices(top_k, 1)
+        pairs: list[Pair] = []
         for layer in range(ids.shape[1]):
-            slots = ids[:, layer]
-            chosen = np.where(slots >= 0, experts_of[map_of_token[:, None], layer, slots], -1)
-            tokens = int((chosen >= 0).any(axis=1).sum())
-            low, high = (pick(chosen[:, first], chosen[:, second]) for pick in (np.minimum, np.maximum))
-            real = (low >= 0) & (low < high)
-            together = np.bincount(low[real] * num_experts + high[real], minlength=num_experts**2)
-            often = np.bincount(chosen[chosen >= 0], minlength=num_experts)
-            order = np.argsort(-together, kind="stable")[: 4 * PAIRS]
-            for one, other in zip(*np.divmod(order[together[order] > 0], num_experts), strict=True):
-                expected = float(often[one] * often[other] / tokens)
-                count = int(together[one * num_experts + other])
-                if count > expected:
-                    yield Pair(layer, int(one), int(other), count, expected)
+            counts, expected = self._counted(ids[:, layer], map_of_token, layer)
+            over = np.triu(counts - expected, 1)
+            order = np.argsort(-over, axis=None, kind="stable")[:PAIRS]
+            places = np.stack(np.unravel_index(order, over.shape), axis=1).tolist()
+            pairs += [
+                Pair(layer, first, second, int(counts[first, second]), float(expected[first, second]))
+                for first, second in places
+                if over[first, second] > 0
+            ]
+        pairs = sorted(pairs, key=lambda pair: pair.expected - pair.tokens)[:PAIRS]
+        layer = pairs[0].layer if pairs else 0
+        counts, expected = self._counted(ids[:, layer], map_of_token, layer)
+        ratio = np.divide(counts, expected, out=np.zeros_like(expected), where=expected > 0)
+        return Together(pairs, layer, ratio, len(ids), int(num_tokens.sum()))
+
+    def _counted(self, slots: np.ndarray, map_of_token: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens that chose two experts of a layer [E, E], and those expected; 0 on the diagonal."""
+        num_experts = self.dump.num_experts
+        experts = self.dump.physical_to_logical_maps[map_of_token[:, None], layer, slots]
+        chosen = np.where(slots >= 0, experts, -1)
+        first, second = (chosen[:, places] for places in np.triu_indices(chosen.shape[1], 1))
+        real = (first >= 0) & (second >= 0) & (first != second)
+        together = np.bincount(first[real] * num_experts + second[real], minlength=num_experts**2)
+        together = together.reshape(num_experts, num_experts)
+        often = np.bincount(chosen[chosen >= 0], minlength=num_experts).astype(float)
+        expected = np.outer(often, often) / max((chosen >= 0).any(axis=1).sum(), 1)
+        np.fill_diagonal(expected, 0)
+        return together + together.T, expected
 
 
 def slots_of(dump: Dump) -> np.ndarray:

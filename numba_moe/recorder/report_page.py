@@ -18,6 +18,7 @@ from numba_moe.runtime.text import counted
 
 MOST_ROWS = 24  # of a table over time
 MOST_NAMED = 40  # experts named in a cell
+WORTH = 0.01  # of balancedness, for which more slots are not advised
 BALANCE = "mean load of the GPUs over that of the busiest"
 Cell = str | int | float | None
 
@@ -207,7 +208,7 @@ class Page:
             row: list[Cell] = [layer, int(found.total[layer].sum()), str(busiest), f"{found.load[layer].max():.2f}"]
             row += [int((found.total[layer] == 0).sum()), f"{entropy[layer]:.3f}"]
             rows.append(row + ([f"{found.balance[layer]:.3f}"] if gpus > 1 else []))
-        yield folded("Layers as a table", table("Layers", header, rows))
+        yield folded("Layers as a table", table("Counts of layers", header, rows))
 
     def gpus(self) -> Iterator[str]:
         """Draw the load of each GPU."""
@@ -228,12 +229,14 @@ class Page:
             [rank, int(load), f"{over:.2f}"]
             for rank, (load, over) in enumerate(zip(found.rank_load.sum(axis=0), loads, strict=True))
         ]
-        yield folded("GPUs as a table", table("Load of GPUs", ["GPU", "count", "load (x mean)"], rows))
+        yield folded("GPUs as a table", table("Counts of GPUs", ["GPU", "count", "load (x mean)"], rows))
         if len(self.dump.rank_physical_count) > 1:
             traffic = traffic_matrix(self.dump.rank_physical_count, found.num_gpus).sum(axis=0)
             title = "Choices from rank to rank"
             mean = traffic / max(traffic.mean(), 1e-300)
             yield self.charts.heat("traffic", title, mean, "from rank", "to rank", "x the mean of all pairs")
+            if found.num_gpus > MOST_NAMED:
+                return
             header = ["from rank", *(f"to {rank}" for rank in range(found.num_gpus))]
             yield folded(
                 "Choices from rank to rank as a table",
@@ -281,9 +284,8 @@ class Page:
             [self.passes[at], *(None if values[at] is None else f"{values[at]:.3f}" for values in series.values())]
             for at in chosen
         ]
-        title = (
-            "Over time" if len(chosen) == len(self.passes) else f"Over time: {len(chosen)} of {len(self.passes)} points"
-        )
+        title = "Values over time"
+        title += f": {len(chosen)} of {len(self.passes)} points" if len(chosen) < len(self.passes) else ""
         yield folded("Over time as a table", table(title, ["passes", *series], rows))
 
     def together(self) -> Iterator[str]:
@@ -300,6 +302,9 @@ class Page:
             [p.layer, p.first, p.second, p.tokens, f"{p.expected:.1f}", f"{p.tokens / p.expected:.2f}"]
             for p in together.pairs
         ]
+        title = f"Experts of layer {together.layer} chosen together"
+        unit = "x the tokens expected of independent choices"
+        yield self.charts.heat("pairs", title, together.ratio, "expert", "with expert", unit)
         header = ["layer", "expert", "and expert", "tokens", "expected tokens", "tokens / expected"]
         yield table("Pairs that tokens chose most beyond what independent choices would give", header, rows)
         if together.counted < together.recorded:
@@ -365,13 +370,16 @@ class Page:
             return placement.held_out or 0.0
 
         same = max((p for p in tried if p.slots_per_gpu == now.slots_per_gpu), key=score)
-        best = max(tried, key=score)
+        most = max(map(score, tried))
+        best = next(p for p in tried if score(p) > most - WORTH)  # those with fewest slots come first
         text = f"On passes that it was not chosen by, {same.name} with the same slots has {score(same):.3f}, "
         text += f"against {score(now):.3f} as recorded."
         if score(same) <= score(now):
             text = f"With the same slots no placement is better on passes that it was not chosen by: {score(same):.3f} "
             text += f"against {score(now):.3f} as recorded."
-        if best.slots_per_gpu > now.slots_per_gpu and score(best) > score(same):
+        if best.slots_per_gpu == now.slots_per_gpu:
+            text += f" Slots for copies of busy experts would bring at most {most - score(same):.3f} more."
+        else:
             more = best.slots_per_gpu - now.slots_per_gpu
             text += f" With {counted(more, 'more slot')} on each GPU, for copies of busy experts, {best.name} has "
             text += f"{score(best):.3f}; that takes {more / now.slots_per_gpu:.1%} more memory for experts."

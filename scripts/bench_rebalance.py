@@ -1,6 +1,7 @@
 """Time `rebalance_experts` and say how much more balanced "refined" is than "deepseek"."""
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from numba_moe.placement import balancedness, rebalance_experts
+from numba_moe.placement import balancedness, rank_loads, rebalance_experts
 from numba_moe.verify.cases import trained_routing
 
 ALGORITHMS = ("deepseek", "refined")
@@ -86,8 +87,41 @@ def gain_table(num_loads: int, rng: np.random.Generator) -> str:
     return tabulate(rows, headers, floatfmt=".4f")
 
 
+def next_steps(kind: str, rng: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return loads of steps [S, L, E]: noise around a mean that may drift, change once, or alternate; or counts."""
+    num_steps, *layers = shape
+    time = np.arange(num_steps)[:, None, None]
+    change: Any = 1
+    if kind == "drift":
+        change = np.exp(np.cumsum(rng.normal(0, 0.1, shape), axis=0))
+    elif kind == "a change":
+        change = np.where(time < num_steps // 3, *rng.lognormal(0, 0.7, (2, *layers)))
+    elif kind == "two kinds":
+        change = rng.lognormal(0, 0.7, (2, *layers))[rng.integers(0, 2, num_steps)]
+    mean = rng.lognormal(0, 1, layers) * change
+    if kind == "counts":
+        return rng.poisson(20 * np.broadcast_to(mean, shape)).astype(float)
+    return mean * rng.lognormal(0, 0.4, shape)
+
+
+def next_table(num_loads: int) -> str:
+    """Compare the busiest ranks of 20 steps after 20 recorded ones, over all settings."""
+    rows = []
+    for kind in ("noise", "counts", "drift", "a change", "two kinds"):
+        ratios = []
+        for (num_experts, *sizes), seed in itertools.product(SETTINGS.values(), range(num_loads)):
+            loads = next_steps(kind, np.random.default_rng(seed), (40, 3, num_experts))
+            busiest = []
+            for algorithm in ALGORITHMS:
+                placed = rebalance_experts(loads[:20], *sizes, algorithm=algorithm).physical_to_logical_map
+                busiest.append(rank_loads(loads[20:], placed, sizes[-1]).max(axis=-1).sum())
+            ratios.append(busiest[1] / busiest[0])
+        rows.append([kind, len(ratios), statistics.geometric_mean(ratios), min(ratios), max(ratios)])
+    return tabulate(rows, ["steps", "cases", "mean", "best", "worst"], floatfmt=".3f")
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=21, help="timed calls of each (default: %(default)s)")
     parser.add_argument("--loads", type=int, default=200, help="random loads for each setting (default: %(default)s)")
@@ -98,6 +132,8 @@ def main() -> None:
     print(time_table(options.repeats, rng), "\n")
     print("Balancedness (mean over max load of ranks), and that of refined over that of deepseek:\n")
     print(gain_table(options.loads, rng))
+    print('\nLoad of the busiest rank on steps after those recorded, "refined" over "deepseek":\n')
+    print(next_table(max(options.loads // 20, 1)))
 
 
 if __name__ == "__main__":

@@ -101,13 +101,17 @@ def chosen_scores(scores: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
 
 
 def weights_of(
-    scores: np.ndarray, topk_ids: np.ndarray, renormalize: bool, routed_scaling_factor: float = 1.0
+    scores: np.ndarray,
+    topk_ids: np.ndarray,
+    renormalize: bool,
+    routed_scaling_factor: float = 1.0,
+    renormalize_epsilon: float = 0.0,
 ) -> np.ndarray:
     """Return the weights of the chosen experts: their scores, divided by a positive sum of them with `renormalize`."""
     weights = chosen_scores(scores, topk_ids)
     if renormalize:
         total = weights.sum(axis=1, keepdims=True)
-        weights = weights / np.where(total > 0, total, 1.0)
+        weights = weights / np.where(total > 0, total + renormalize_epsilon, 1.0)
     return weights * routed_scaling_factor
 
 

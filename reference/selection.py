@@ -26,14 +26,17 @@ def select_experts(
     *,
     scoring_func: str = "softmax",
     renormalize: bool = False,
+    renormalize_epsilon: float = 0.0,
     correction_bias: np.ndarray | None = None,
     num_expert_group: int = 1,
     topk_group: int = 1,
     group_score: str | None = None,
     routed_scaling_factor: float = 1.0,
+    expert_scale: np.ndarray | None = None,
     softcap: float = 0.0,
     bias_mode: str = "choice",
     num_fused_shared_experts: int = 0,
+    shared_expert_weight: float | None = None,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
@@ -47,11 +50,15 @@ def select_experts(
 ) -> TopK:
     """Choose the experts of each token; one function has the options of all kinds of gating.
 
-    The parameters up to `routed_scaling_factor` and the result are those of `grouped_topk`. The default is one group,
-    so all experts compete.
+    The parameters up to `routed_scaling_factor` that are not listed here, and the result, are those of `grouped_topk`.
+    The default is one group, so all experts compete.
 
     Parameters
     ----------
+    renormalize_epsilon
+        Added to the sum that `renormalize` divides by, if that sum is positive.
+    expert_scale
+        float32 [num_experts]: factors of the experts' weights, applied after renormalising.
     softcap
         Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     bias_mode
@@ -61,6 +68,8 @@ def select_experts(
         Number of shared-expert slots appended to each token. Their ids are num_real, num_real + 1, ..., where num_real
         is ``num_experts - num_zero_experts``. Each has the sum of the token's chosen scores as its weight, or 1 with
         `renormalize`.
+    shared_expert_weight
+        The weight of each shared expert, instead of that.
     apply_routed_scaling_factor_on_output
         Multiply the weights by `routed_scaling_factor`. Otherwise the caller scales the layer's output by it, and the
         weights of shared experts are divided by it here.
@@ -109,8 +118,8 @@ def select_experts(
     groups = (num_expert_group, topk_group, group_score)
     scores, topk_ids = choose_in_groups(logits, top_k, scoring_func, choice_bias, *groups)
     return send(
-        *(scores, topk_ids, renormalize, routed_scaling_factor),
-        *(num_fused_shared_experts, apply_routed_scaling_factor_on_output),
+        *(scores, topk_ids, renormalize, renormalize_epsilon, routed_scaling_factor, expert_scale),
+        *(num_fused_shared_experts, shared_expert_weight, apply_routed_scaling_factor_on_output),
         *(num_zero_experts, zero_expert_id, identity_weights),
         *(num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype),
     )
@@ -123,10 +132,13 @@ def weigh_experts(
     input_ids: np.ndarray | None = None,
     scoring_func: str = "softmax",
     renormalize: bool = False,
+    renormalize_epsilon: float = 0.0,
     routed_scaling_factor: float = 1.0,
+    expert_scale: np.ndarray | None = None,
     softcap: float = 0.0,
     logit_bias: np.ndarray | None = None,
     num_fused_shared_experts: int = 0,
+    shared_expert_weight: float | None = None,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
@@ -176,8 +188,8 @@ def weigh_experts(
     unknown = (topk_ids < 0) | (topk_ids >= scores.shape[1])
     scores = np.append(scores, np.zeros((len(scores), 1)), axis=1)  # of the expert -1
     return send(
-        *(scores, np.where(unknown, -1, topk_ids), renormalize, routed_scaling_factor),
-        *(num_fused_shared_experts, apply_routed_scaling_factor_on_output),
+        *(scores, np.where(unknown, -1, topk_ids), renormalize, renormalize_epsilon, routed_scaling_factor),
+        *(expert_scale, num_fused_shared_experts, shared_expert_weight, apply_routed_scaling_factor_on_output),
         *(num_zero_experts + 1, zero_expert_id, identity_weights),
         *(num_token_non_padded, is_padding, dispatch, counts, counts_enabled, indices_dtype),
     )
@@ -187,8 +199,11 @@ def send(
     scores: np.ndarray,
     topk_ids: np.ndarray,
     renormalize: bool,
+    renormalize_epsilon: float,
     routed_scaling_factor: float,
+    expert_scale: np.ndarray | None,
     num_fused_shared_experts: int,
+    shared_expert_weight: float | None,
     apply_routed_scaling_factor_on_output: bool,
     num_not_real: int,
     zero_expert_id: int,
@@ -204,12 +219,16 @@ def send(
     topk_ids = topk_ids.astype(np.int64)
     num_tokens = len(topk_ids)
     num_real = scores.shape[1] - num_not_real
-    weights = weights_of(scores, topk_ids, renormalize)
+    weights = weights_of(scores, topk_ids, renormalize, renormalize_epsilon=renormalize_epsilon)
     shared = np.ones(num_tokens) if renormalize else weights.sum(axis=1)
+    if expert_scale is not None:
+        weights = weights * expert_scale.astype(np.float64)[topk_ids]
     if apply_routed_scaling_factor_on_output:
         weights = weights * routed_scaling_factor
     elif num_fused_shared_experts:
         shared = shared / routed_scaling_factor
+    if shared_expert_weight is not None:
+        shared = np.full(num_tokens, shared_expert_weight)
 
     padded = np.zeros(num_tokens, bool)
     if num_token_non_padded is not None:
@@ -245,10 +264,13 @@ def selection_backward(
     *,
     scoring_func: str = "softmax",
     renormalize: bool = False,
+    renormalize_epsilon: float = 0.0,
     routed_scaling_factor: float = 1.0,
+    expert_scale: np.ndarray | None = None,
     softcap: float = 0.0,
     logit_bias: np.ndarray | None = None,
     num_fused_shared_experts: int = 0,
+    shared_expert_weight: float | None = None,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     by_adjusted: bool = False,
@@ -288,14 +310,16 @@ def selection_backward(
 
     grad = grad_weights.astype(np.float64)
     by_score = np.where(topk_ids < num_experts - num_zero_experts, grad[:, :top_k], 0.0)
+    if expert_scale is not None:
+        by_score = by_score * np.append(expert_scale, 0.0)[topk_ids]
     if apply_routed_scaling_factor_on_output:
         by_score = by_score * routed_scaling_factor
     total = chosen.sum(axis=1, keepdims=True)
     if renormalize:
-        divisor = np.where(total > 0, total, 1.0)
+        divisor = np.where(total > 0, total + renormalize_epsilon, 1.0)
         through_total = np.where(total > 0, (by_score * chosen).sum(axis=1, keepdims=True) / divisor, 0.0)
         by_score = (by_score - through_total) / divisor
-    elif num_fused_shared_experts:
+    elif num_fused_shared_experts and shared_expert_weight is None:
         factor = 1.0 if apply_routed_scaling_factor_on_output else 1.0 / routed_scaling_factor
         by_score = by_score + factor * grad[:, top_k:].sum(axis=1, keepdims=True)
     grad_scores = np.zeros((num_tokens, num_experts + 1))

@@ -16,6 +16,7 @@ PLACES[:4, 1] = torch.arange(4)
 VALID = (PLACES >= 0).sum(1).int()
 BIAS = torch.linspace(-0.4, 0.4, EXPERTS)
 
+SCALE = torch.from_numpy(np.random.default_rng(5).uniform(-2, 2, EXPERTS).astype(np.float32))
 # Options of select_experts and route, by what they are about.
 PLACED = {"dispatch": DispatchTables(PLACES, VALID, "hash")}
 LATER = {"routed_scaling_factor": 2.5, "apply_routed_scaling_factor_on_output": False}
@@ -32,6 +33,11 @@ OPTIONS = {
     "shared, factor later": {"num_fused_shared_experts": 1, **LATER},
     "shared, renormalised": {"num_fused_shared_experts": 1, "renormalize": True},
     "factor of 0": {"num_fused_shared_experts": 1, "routed_scaling_factor": 0.0},
+    "shared, of one weight": {"num_fused_shared_experts": 2, "shared_expert_weight": 0.25, **LATER},
+    "epsilon": {"renormalize": True, "renormalize_epsilon": 0.5, "routed_scaling_factor": 2.5},
+    "scales": {"expert_scale": SCALE, "renormalize": True, "num_fused_shared_experts": 1},
+    "scales, not renormalised": {"expert_scale": SCALE, "correction_bias": BIAS, "bias_mode": "logits", "softcap": 2.0},
+    "scales of zero experts": {"expert_scale": SCALE, "num_zero_experts": 4, "renormalize_epsilon": 0.25, **PLACED},
     "zero experts": {"num_zero_experts": 4, "renormalize": True},
     "zero experts, not renormalised": {"num_zero_experts": 4, "zero_expert_id": 0, "softcap": 3.0},
     "num_token_non_padded": {"num_token_non_padded": torch.tensor([3])},
@@ -70,12 +76,17 @@ def by_torch(logits, topk_ids, bias, options):
     total = chosen.sum(1, keepdim=True)
     weights, shared = chosen, total
     if options.get("renormalize"):
-        weights, shared = chosen / torch.where(total == 0, 1.0, total), torch.ones_like(total)
+        divisor = torch.where(total == 0, 1.0, total + options.get("renormalize_epsilon", 0.0))
+        weights, shared = chosen / divisor, torch.ones_like(total)
+    if options.get("expert_scale") is not None:
+        weights = weights * options["expert_scale"].to(weights)[ids]
     factor = options.get("routed_scaling_factor", 1.0)
     if options.get("apply_routed_scaling_factor_on_output", True):
         weights = weights * factor
     else:
         shared = shared / factor
+    if options.get("shared_expert_weight") is not None:
+        shared = torch.full_like(shared, options["shared_expert_weight"])
     weights = torch.where(known & (ids < num_real), weights, 0.0)
     shared = torch.where(known.any(1, keepdim=True), shared, 0.0)
     return torch.cat([weights, shared.expand(-1, options.get("num_fused_shared_experts", 0))], 1)
@@ -129,11 +140,15 @@ def check(options, call, device="cpu", tolerance=1e-5):
     wanted_bias = options["correction_bias"].double().requires_grad_() if with_bias else None
     if with_bias:
         given["correction_bias"].requires_grad_()
+    exact_options = options
+    if "expert_scale" in options:
+        given["expert_scale"].requires_grad_()
+        exact_options = {**options, "expert_scale": options["expert_scale"].double().requires_grad_()}
     found = call(logits, given)
     grad = torch.from_numpy(np.random.default_rng(1).standard_normal(found.topk_weights.shape)).float().to(device)
     found.topk_weights.backward(grad)
     exact = drawn().double().requires_grad_()
-    weights = by_torch(exact, chosen_by(options), wanted_bias, options)
+    weights = by_torch(exact, chosen_by(options), wanted_bias, exact_options)
     torch.testing.assert_close(found.topk_weights.double().cpu(), weights, rtol=1e-5, atol=1e-6)
     weights.backward(grad.double().cpu())
     scale = exact.grad.abs().max().clamp_min(1e-30)
@@ -141,6 +156,9 @@ def check(options, call, device="cpu", tolerance=1e-5):
     if with_bias:
         bias = given["correction_bias"].grad.double().cpu()
         torch.testing.assert_close(bias, wanted_bias.grad, rtol=1e-4, atol=1e-5 * float(scale))
+    if "expert_scale" in options:
+        by_scale = given["expert_scale"].grad.double().cpu()
+        torch.testing.assert_close(by_scale, exact_options["expert_scale"].grad, rtol=1e-4, atol=1e-5)
     if "counts" in options:
         again = given_to(options)
         moe.select_experts(drawn(), TOP_K, **again)

@@ -90,11 +90,12 @@ def select_experts(
     gating_output: torch.Tensor,
     *,
     correction_bias: torch.Tensor | None = None,
+    num_fused_shared_experts: int = 0,
     **options: Any,
 ) -> None:
-    """Write the weights and ids of each token's experts, [num_tokens, top_k]: `numba_moe.select_experts`."""
-    given = {"correction_bias": correction_bias, **options}
-    outs, top_k = (topk_weights, topk_ids), topk_ids.shape[1]
+    """Write the weights and ids of each token's slots, [num_tokens, num_slots]: `numba_moe.select_experts`."""
+    given = {"correction_bias": correction_bias, "num_fused_shared_experts": num_fused_shared_experts, **options}
+    outs, top_k = (topk_weights, topk_ids), topk_ids.shape[1] - num_fused_shared_experts
     direct = topk_weights.dtype == torch.float32 and topk_ids.dtype in ID_DTYPES
     if direct and takes(outs, (gating_output, correction_bias)):
         indices = "int64" if topk_ids.dtype == torch.int64 else "int32"

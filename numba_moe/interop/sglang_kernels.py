@@ -72,7 +72,7 @@ def moe_fused_gate(
     num_token_non_padded : tensor of int32 or int64, shape [] or [1], optional
         On the device: tokens from there on get ids -1 and weights 0.
     renormalize_epsilon : float
-        Above 0: divide by the sum plus this, which torch does, and not by 1 where the sum is 0.
+        Added to the sum that weights are divided by.
     packed_out : tensor of int32, shape [num_tokens, topk], optional
         Written, by torch: ``id << 16`` with the bits of the weight in bfloat16 below.
     sqrtsoftplus_log1p : bool
@@ -92,27 +92,29 @@ def moe_fused_gate(
     name = scoring_func.lower() if isinstance(scoring_func, str) else scoring_func
     checks.choice("scoring_func", name, tuple(SCORING))
     checks.boolean("sqrtsoftplus_log1p", sqrtsoftplus_log1p)
-    checks.number("renormalize_epsilon", renormalize_epsilon)
     checks.holds("bias", "given but for a softmax", bias is not None or name == "softmax", None)
     no_cap = name == "softmax" or moe_softcapping == 0
     checks.holds("moe_softcapping", f"0 for {name!r} scores", no_cap, moe_softcapping)
     num_shared = checks.integer("num_fused_shared_experts", num_fused_shared_experts, 0)
     factor = 1.0 if routed_scaling_factor is None else routed_scaling_factor
     on_output = bool(apply_routed_scaling_factor_on_output)
-    by_hand = renormalize_epsilon > 0 or (num_shared > 0 and not renormalize)
     options: dict[str, Any] = {
         "scoring_func": SCORING[name],
-        "renormalize": renormalize and not by_hand,
+        "renormalize": renormalize,
+        "renormalize_epsilon": renormalize_epsilon,
         "softcap": moe_softcapping,
         "bias_mode": "logits" if name == "softmax" and bias is not None else "choice",
         "num_expert_group": num_expert_group,
         "topk_group": 1 if topk_group is None else topk_group,
         "group_score": "top2_sum",
         "num_token_non_padded": num_token_non_padded,
+        "num_fused_shared_experts": num_shared,
+        "apply_routed_scaling_factor_on_output": on_output,
+        "routed_scaling_factor": factor,
     }
-    if not by_hand:
-        options |= {"num_fused_shared_experts": num_shared, "apply_routed_scaling_factor_on_output": on_output}
-        options |= {"routed_scaling_factor": factor}
+    if num_shared and not renormalize:
+        checks.holds("routed_scaling_factor", "other than 0 with shared experts", factor != 0, factor)
+        options["shared_expert_weight"] = 1.0 if on_output else 1.0 / factor
     found = numba_moe.select_experts(scores, topk - num_shared, correction_bias=float32_bias(bias), **options)
     if input_ids is not None:
         checks.holds("bias_alt", "given with `input_ids`", bias_alt is not None, None)
@@ -122,26 +124,9 @@ def moe_fused_gate(
         )
         found = chosen_where(input_ids == token, alternative, found)
     weights, ids = found
-    if by_hand:
-        if renormalize:
-            weights = weights / (weights.sum(1, keepdim=True) + renormalize_epsilon)
-        weights = weights * factor if on_output else weights
-        weights, ids = _with_shared(weights, ids, scores.shape[1], num_shared, 1.0 if on_output else 1.0 / factor)
     if packed_out is not None:
         packed_ids(weights, ids, packed_out)
     return weights, ids
-
-
-def _with_shared(
-    weights: torch.Tensor, ids: torch.Tensor, first: int, num_shared: int, weight: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append shared experts from an id on, of one weight, for the tokens that have experts."""
-    if not num_shared:
-        return weights, ids
-    is_token = ids[:, :1] >= 0
-    shared = torch.arange(first, first + num_shared, dtype=ids.dtype, device=ids.device)
-    shared_weights = torch.where(is_token, weight, 0.0).to(weights.dtype).expand(-1, num_shared)
-    return torch.cat([weights, shared_weights], 1), torch.cat([ids, torch.where(is_token, shared, -1)], 1)
 
 
 def align_with_bucket(
@@ -325,15 +310,9 @@ def topk_sigmoid(
     num_shared = checks.integer("num_fused_shared_experts", num_fused_shared_experts, 0, 1)
     checks.number("routed_scaling_factor", routed_scaling_factor)
     options: dict[str, Any] = {"scoring_func": "sigmoid", "renormalize": renormalize}
-    options |= {"correction_bias": float32_bias(correction_bias)}
-    options |= {"routed_scaling_factor": routed_scaling_factor if renormalize else 1.0}
-    if not num_shared:
-        choose_into(topk_weights, topk_ids, gating_output, **options)
-        return
-    weights, ids = numba_moe.select_experts(gating_output, topk_ids.shape[1] - 1, **options)
-    weight = torch.ones_like(weights[:, :1]) if renormalize else weights.sum(1, keepdim=True) / routed_scaling_factor
-    torch.cat([weights, weight], 1, out=topk_weights)
-    torch.cat([ids, torch.full_like(ids[:, :1], gating_output.shape[1])], 1, out=topk_ids)
+    options |= {"correction_bias": float32_bias(correction_bias), "num_fused_shared_experts": num_shared}
+    options |= {"routed_scaling_factor": routed_scaling_factor, "apply_routed_scaling_factor_on_output": renormalize}
+    choose_into(topk_weights, topk_ids, gating_output, **options)
 
 
 def gemma4_fused_routing(
@@ -341,13 +320,13 @@ def gemma4_fused_routing(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts by softmax scores, renormalise, and multiply each weight by its expert's scale: Gemma 4's router.
 
-    A softmax over the chosen logits alone is the renormalised softmax over all. torch multiplies.
+    A softmax over the chosen logits alone is the renormalised softmax over all.
     """
-    weights, ids = numba_moe.topk_softmax(gating_output, topk, renormalize=True)
     num_experts = gating_output.shape[1]
     fits = per_expert_scale.shape == (num_experts,)
     checks.holds("per_expert_scale", f"of num_experts = {num_experts}", fits, per_expert_scale.shape[0])
-    return weights * per_expert_scale.float()[ids.long()], ids
+    found = numba_moe.select_experts(gating_output, topk, renormalize=True, expert_scale=per_expert_scale.float())
+    return found.topk_weights, found.topk_ids
 
 
 def hash_topk(

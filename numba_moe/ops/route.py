@@ -47,14 +47,17 @@ def route(
     *,
     scoring_func: str = "softmax",
     renormalize: bool = False,
+    renormalize_epsilon: float = 0.0,
     correction_bias: Array | None = None,
     num_expert_group: int = 1,
     topk_group: int = 1,
     group_score: str | None = None,
     routed_scaling_factor: float = 1.0,
+    expert_scale: Array | None = None,
     softcap: float = 0.0,
     bias_mode: str = "choice",
     num_fused_shared_experts: int = 0,
+    shared_expert_weight: float | None = None,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
@@ -86,6 +89,8 @@ def route(
         How logits become scores.
     renormalize : bool
         Divide the weights of each token by their sum, or by 1 if that sum is not positive.
+    renormalize_epsilon : float
+        Added to the sum that `renormalize` divides by, if that sum is positive: 0, or at least 1e-30.
     correction_bias : array of float32, shape [num_experts], optional
         Added to the scores when groups and experts are chosen. The weights do not contain it.
     num_expert_group : int
@@ -97,6 +102,8 @@ def route(
         How a group is scored, as in `grouped_topk`. It has no effect with one group.
     routed_scaling_factor : float
         Factor of the weights, applied after renormalising.
+    expert_scale : array of float32, shape [num_experts], optional
+        Factors of the experts' weights, applied after renormalising, as in Gemma 4.
     softcap : float
         Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     bias_mode : {"choice", "logits"}
@@ -106,6 +113,8 @@ def route(
         Number of shared-expert slots appended to each token. Their ids are num_real, num_real + 1, ..., where num_real
         is ``num_experts - num_zero_experts``. Each has the sum of the token's chosen scores as its weight, or 1 with
         `renormalize`.
+    shared_expert_weight : float, optional
+        The weight of each shared expert, instead of the sum or 1, and divided by nothing.
     apply_routed_scaling_factor_on_output : bool
         Multiply the weights by `routed_scaling_factor`. Otherwise the caller scales the layer's output by it, and the
         weights of shared experts are divided by it here.

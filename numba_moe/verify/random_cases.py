@@ -303,6 +303,12 @@ def options(
         "indices_dtype": str(rng.choice(["int32", "int64", "int16"])),
     }
     if flag(rng):
+        drawn["renormalize_epsilon"] = float(rng.choice([1e-20, 0.5]))
+    if flag(rng):
+        drawn["expert_scale"] = rng.standard_normal(num_experts).astype(np.float32)
+    if flag(rng):
+        drawn["shared_expert_weight"] = float(rng.choice([1, 0.25]))
+    if flag(rng):
         real = np.array([number(rng, 0, tokens + 1)]).astype(dtype(rng))
         drawn["num_token_non_padded"] = past_int32(rng, real, PAST_INT32)
     if flag(rng):

@@ -37,7 +37,7 @@ NOT_DISTINCT = ("dispatch", "num_fused_shared_experts", "num_zero_experts", "num
 # Options of gating that say what becomes of weights, not what they are before.
 BESIDES_WEIGHING = (
     *("routed_scaling_factor", "apply_routed_scaling_factor_on_output", "zero_expert_id", "identity_weights"),
-    *("counts", "counts_enabled", "indices_dtype", *NOT_DISTINCT),
+    *("counts", "counts_enabled", "indices_dtype", "expert_scale", "shared_expert_weight", *NOT_DISTINCT),
 )
 
 SMALLEST_SCORE = 2.0**-126  # the smallest normal float32
@@ -289,7 +289,7 @@ def as_kernels_weigh(name: str, expected: Any, arguments: Mapping[str, Any]) -> 
 
     And the size, for `compare`, of what renormalising makes of scores below the normal numbers, which may count as 0.
     """
-    if not arguments.get("renormalize"):
+    if not arguments.get("renormalize") or arguments.get("renormalize_epsilon"):
         return expected, None
     function = getattr(reference, name)
     weighing = inspect.signature(function).parameters.keys() - BESIDES_WEIGHING
@@ -301,7 +301,9 @@ def as_kernels_weigh(name: str, expected: Any, arguments: Mapping[str, Any]) -> 
     little = sums <= SMALLEST_SUM
     weights = expected.topk_weights.copy()
     routed = weights[:, : scores.shape[1]]  # a view
-    routed[little] = np.where(routed[little] != 0.0, factor * scores[little], 0.0)  # 0 for what has no weight at all
+    routed[little] *= np.where(sums > 0, sums, 1.0)[little, None]
+    if arguments.get("expert_scale") is not None:
+        factor *= np.abs(arguments["expert_scale"]).max(initial=0.0)
     lost = np.where(little, 0.0, abs(factor) * scores.shape[1] * SMALLEST_SCORE / np.where(little, 1.0, sums))
     return expected._replace(topk_weights=weights), lost[:, None] / TOLERANCES[torch.float32][0]
 

@@ -325,18 +325,19 @@ def choose_for_many(
         exists = False
     score = float32(0.0)
     weight = float32(0.0)
+    identity = float32(0.0)
     slot = int32(token * num_slots + member)
     is_mine = exists and member < top_k
     if is_mine:
         final = Scores(scores.correction_bias, scoring_func, peak, total)
-        score, weight = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
-    scale = scale_of(score, LANES, weighing)
+        score, weight, identity = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
+    scale = scale_of(score, LANES, weighing, extras, role)
     if is_mine:
         chosen.topk_weights[slot] = weight * scale
     if role == EXTENDED:
         finish_token(
-            *(token, member, LANES, exists, num_slots, score, score - weight, scale),
-            *(weighing, chosen, extras, tally),
+            *(token, member, LANES, exists, num_slots, score, identity, scale),
+            *(chosen, extras, tally),
         )
     if role != PLAIN and num_in_block > 0:
         count_block(tally)

@@ -60,7 +60,15 @@ class SharedExperts(NamedTuple):
     """The experts of every token, in slots after those that are chosen; their ids are num_real, num_real + 1, ..."""
 
     num_shared: Int32
-    shared_factor: Float32  # multiplies their weight
+    shared_factor: Float32  # their weight, or what the sum of a token's scores is multiplied by
+    by_sum: Int32
+
+
+class Scaling(NamedTuple):
+    """How weights are scaled beside the factor of all."""
+
+    expert_scale: OptionalFloat32Array  # [num_experts]
+    epsilon: Float32  # added to the sum by which weights are divided
 
 
 class Counting(NamedTuple):
@@ -80,6 +88,7 @@ class Extras(NamedTuple):
     padding: Padding
     zero: ZeroExperts
     shared: SharedExperts
+    scaling: Scaling
     dispatch: Dispatch
     counting: Counting
     id_bytes: Int32  # of an element of `topk_ids`

@@ -65,14 +65,14 @@ def weigh_given(rows: Rows, given: Given, weighing: Weighting, chosen: Chosen, e
         else:
             expert = int64(-1)
         slot = int32(first_slot + pick)
-        score, weight = write_pick(int32(expert), logit, slot, token, scores, chosen, extras, tally, EXTENDED)
+        score, weight, of_zero = write_pick(int32(expert), logit, slot, token, scores, chosen, extras, tally, EXTENDED)
         score_sum += score
-        identity += score - weight
+        identity += of_zero
         chosen.topk_weights[slot] = weight
         pick = int32(pick + WARP)
-    scale = scale_of(score_sum, WARP, weighing)
+    scale = scale_of(score_sum, WARP, weighing, extras, EXTENDED)
     scale_weights(chosen.topk_weights, first_slot, weighing.top_k, scale)
     finish_token(
         *(token, lane, WARP, True, num_slots, score_sum, identity, scale),
-        *(weighing, chosen, extras, tally),
+        *(chosen, extras, tally),
     )

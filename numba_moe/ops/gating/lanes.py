@@ -284,19 +284,20 @@ def choose_by_lanes(
         is_mine = False
     score = float32(0.0)
     weight = float32(0.0)
+    identity = float32(0.0)
     slot = int32(token * num_slots + place)
     if is_mine:
         final = Scores(bias, scoring_func, peak, total)
-        score, weight = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
+        score, weight, identity = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
     # Lanes of picks are the first ones, or any where experts are counted, and then a single pick is its own sum.
     anywhere = columns == 1 and (top_k > 1 or role == EXTENDED)
-    scale = scale_of(score, lanes if anywhere else min(top_k, lanes), weighing)
+    scale = scale_of(score, lanes if anywhere else min(top_k, lanes), weighing, extras, role)
     if is_mine:
         chosen.topk_weights[slot] = weight * scale
     if role == EXTENDED:
         finish_token(
-            *(token, member, lanes, exists, num_slots, score, score - weight, scale),
-            *(weighing, chosen, extras, tally),
+            *(token, member, lanes, exists, num_slots, score, identity, scale),
+            *(chosen, extras, tally),
         )
     if role != PLAIN and num_in_block > 0:
         count_block(tally)

@@ -285,16 +285,16 @@ def choose_from_memory(
         if lane < wanted:
             slot = int32(first_slot + base + lane)
             final = Scores(choice.correction_bias, scoring_func, peak, total)
-            score, weight = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
+            score, weight, of_zero = write_pick(expert, logit, slot, token, final, chosen, extras, tally, role)
             score_sum += score
-            identity += score - weight
+            identity += of_zero
             chosen.topk_weights[slot] = weight
         base = int32(base + WARP)
 
-    scale = scale_of(score_sum, WARP, weighing)
+    scale = scale_of(score_sum, WARP, weighing, extras, role)
     scale_weights(chosen.topk_weights, first_slot, top_k, scale)
     if role == EXTENDED:
         finish_token(
             *(token, lane, WARP, True, num_slots, score_sum, identity, scale),
-            *(weighing, chosen, extras, tally),
+            *(chosen, extras, tally),
         )

@@ -11,9 +11,9 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from numba_moe.device.dialect import cuda, float32, int32, int64
-from numba_moe.device.instructions import divide, larger, load_float, store_float, tanh, wait_for_earlier
+from numba_moe.device.instructions import divide, larger, load_float, present, store_float, tanh, wait_for_earlier
 from numba_moe.device.primitives import LARGEST_FLOAT, WARP, warp_index, warp_sum
-from numba_moe.device.types import Float32, Float32Array, Int32, Int32Array
+from numba_moe.device.types import Float32, Float32Array, Int32, Int32Array, OptionalFloat32Array
 from numba_moe.ops.gating import which_kernel
 from numba_moe.ops.gating.extras import Adjusting, Source, load_one
 from numba_moe.ops.gating.long_rows import softmax_from_memory
@@ -33,8 +33,10 @@ class Picked(NamedTuple):
     id_columns: Int32
     num_real: Int32  # experts from there on are zero experts
     num_shared: Int32
-    shared_factor: Float32  # of the sum of scores, by which a shared expert weighs; 0 if renormalised
+    shared_factor: Float32  # of the sum of scores, by which a shared expert weighs; 0 if it weighs something else
     grad_weights: Float32Array  # [num_tokens, top_k + num_shared]
+    expert_scale: OptionalFloat32Array  # [num_experts]
+    epsilon: Float32  # added to the sum by which weights are divided
 
 
 class ByLogits(NamedTuple):
@@ -54,11 +56,20 @@ class Through(NamedTuple):
 
 
 @cuda.jit(device=True)
+def grad_of_pick(pick, expert, first_weight, picked):
+    """Return the gradient by the weight of a pick's expert before it is scaled; 0 for a zero expert."""
+    if expert >= picked.num_real:
+        return float32(0.0)
+    grad = picked.grad_weights[first_weight + pick]
+    if present(picked.expert_scale):
+        grad *= picked.expert_scale[expert]
+    return grad
+
+
+@cuda.jit(device=True)
 def grad_of_score(pick, expert, first_weight, picked, through):
     """Return what goes to the score of a pick's expert."""
-    grad = float32(0.0)
-    if expert < picked.num_real:
-        grad = picked.grad_weights[first_weight + pick]
+    grad = grad_of_pick(pick, expert, first_weight, picked)
     return (through.factor * grad - through.dot) * through.inverse + through.shared
 
 
@@ -88,14 +99,14 @@ def differentiate_selection(rows: Rows, adjusting: Adjusting, picked: Picked, we
         if expert >= 0 and expert < num_experts:
             score = weight_of(load_one(source, expert), scoring_func, peak, total)
             score_sum += score
-            if expert < picked.num_real:
-                dot += factor * picked.grad_weights[first_weight + pick] * score
+            dot += factor * grad_of_pick(pick, expert, first_weight, picked) * score
         pick = int32(pick + WARP)
     inverse = float32(1.0)
     score_sum = warp_sum(score_sum)
     dot = warp_sum(dot)
-    if weighing.renormalize and score_sum > float32(SMALLEST_SUM):
-        inverse = divide(float32(1.0), score_sum)
+    smallest = float32(0.0) if picked.epsilon > float32(0.0) else float32(SMALLEST_SUM)
+    if weighing.renormalize and score_sum > smallest:
+        inverse = divide(float32(1.0), score_sum + picked.epsilon)
         dot = dot * inverse
     else:
         dot = float32(0.0)
@@ -147,10 +158,13 @@ def selection_backward(
     *,
     scoring_func: str = "softmax",
     renormalize: bool = False,
+    renormalize_epsilon: float = 0.0,
     routed_scaling_factor: float = 1.0,
+    expert_scale: Array | None = None,
     softcap: float = 0.0,
     logit_bias: Array | None = None,
     num_fused_shared_experts: int = 0,
+    shared_expert_weight: float | None = None,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     by_adjusted: bool = False,
@@ -166,7 +180,7 @@ def selection_backward(
     grad_weights : array of float32, shape [num_tokens, top_k + num_fused_shared_experts]
         The gradient by the weights.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
-        This and the next seven are as in `select_experts`; `logit_bias` is its bias if it is added to logits.
+        This and the next ten are as in `select_experts`; `logit_bias` is its bias if it is added to logits.
     by_adjusted : bool
         By the logits as they are scored, in float32.
 
@@ -189,10 +203,11 @@ def _(given: Any) -> Launch:
     num_tokens, num_experts = gating_output.shape
     on_output = given.apply_routed_scaling_factor_on_output
     factor = float(given.routed_scaling_factor)
-    shared_factor = 0.0 if given.renormalize else 1.0 if on_output or not num_shared else 1.0 / factor
+    by_sum = not given.renormalize and given.shared_expert_weight is None
+    shared_factor = 0.0 if not by_sum else 1.0 if on_output or not num_shared else 1.0 / factor
     picked = Picked(
         *(torch.int32, given.topk_ids.shape[1], num_experts - given.num_zero_experts, num_shared),
-        *(shared_factor, torch.float32),
+        *(shared_factor, torch.float32, given.expert_scale, float(given.renormalize_epsilon)),
     )
     top_k = given.grad_weights.shape[1] - num_shared
     rules = (SCORING.index(given.scoring_func), int(given.renormalize), factor if on_output else 1.0)
@@ -212,5 +227,6 @@ def _(differentiate: Launch, given: Any, grad_logits: torch.Tensor) -> None:
         logit_bias=given.logit_bias,
         picked_ids=given.topk_ids,
         grad_weights=given.grad_weights.contiguous(),
+        expert_scale=given.expert_scale,
         grad_logits=grad_logits,
     )

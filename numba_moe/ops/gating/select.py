@@ -11,7 +11,7 @@ from numba_moe.device.types import COUNTING, EXTENDED, PLAIN
 from numba_moe.ops.dispatch import check_dispatch
 from numba_moe.ops.gating import choose, which_kernel
 from numba_moe.ops.gating import given as already_given
-from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, SharedExperts, ZeroExperts
+from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, Scaling, SharedExperts, ZeroExperts
 from numba_moe.ops.gating.option_gradients import selection_backward
 from numba_moe.ops.gating.scores import SCORING, Chosen, Weighting
 from numba_moe.reference import selection as reference
@@ -27,6 +27,7 @@ BIAS_MODES = ("choice", "logits")
 ID_DTYPES = {"int32": torch.int32, "int64": torch.int64, "int16": torch.int16}
 # Kernels work with ids of 32 bits, whatever they write.
 LARGEST_IDS = {"int32": checks.LARGEST_INT32, "int64": checks.LARGEST_INT32, "int16": 2**15 - 1}
+SMALLEST_EPSILON = 1e-30  # whose inverse is a float32
 GIVEN_IDS = (torch.int32, torch.int64, torch.int16)
 
 
@@ -45,12 +46,20 @@ class Options(NamedTuple):
     counts: Any = None
     counts_enabled: Any = None
     indices_dtype: Any = "int32"
+    renormalize_epsilon: Any = 0.0
+    expert_scale: Any = None
+    shared_expert_weight: Any = None
 
 
 NONE = Options()
 # What a gradient depends on beside the choice, and what the choice itself does.
 RULES = (
     *("scoring_func", "renormalize", "routed_scaling_factor", "softcap", "num_fused_shared_experts"),
+    *("apply_routed_scaling_factor_on_output", "num_zero_experts", "renormalize_epsilon", "shared_expert_weight"),
+)
+# What weights hang on before the scales of experts.
+UNSCALED = (
+    *("scoring_func", "renormalize", "renormalize_epsilon", "routed_scaling_factor", "softcap"),
     *("apply_routed_scaling_factor_on_output", "num_zero_experts"),
 )
 PADDING = ("num_token_non_padded", "is_padding")
@@ -64,6 +73,7 @@ def options_of(given: Any) -> Options:
     """Return the options of a call, their numbers checked: what equals a default may be no such number."""
     options = Options(*(getattr(given, name) for name in Options._fields))
     _check_numbers(*options[:5])
+    _check_weights(options.renormalize_epsilon, options.shared_expert_weight)
     options = options._replace(indices_dtype=str(options.indices_dtype).removeprefix("torch."))
     return options._replace(softcap=0.0) if options.softcap == math.inf else options
 
@@ -76,6 +86,7 @@ def extra_arrays(given: Any) -> dict[str, torch.Tensor | None]:
         "is_padding": given.is_padding,
         "counts": given.counts,
         "counts_enabled": given.counts_enabled,
+        "expert_scale": given.expert_scale,
     }
     if given.dispatch is not None:
         found["physical_map"], found["num_valid"], _, _, found["step"] = given.dispatch
@@ -100,8 +111,22 @@ def _check_numbers(softcap: Any, num_shared: Any, on_output: Any, num_zero: Any,
     checks.integer("zero_expert_id", zero_expert_id, -1)
 
 
+def _check_weights(epsilon: Any, shared_weight: Any) -> None:
+    """Check the numbers of weights."""
+    checks.number("renormalize_epsilon", epsilon)
+    rule = f"0, or at least {SMALLEST_EPSILON}"
+    checks.holds("renormalize_epsilon", rule, epsilon == 0 or epsilon >= SMALLEST_EPSILON, epsilon)
+    if shared_weight is not None:
+        checks.number("shared_expert_weight", shared_weight)
+
+
 def _check(
-    gating_output: Layout, top_k: int, routed_scaling_factor: float, logit_bias: Layout | None, options: Options
+    gating_output: Layout,
+    top_k: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    logit_bias: Layout | None,
+    options: Options,
 ) -> Extras:
     """Check options; return what of them kernels are told."""
     like = ("gating_output", gating_output)
@@ -109,15 +134,16 @@ def _check(
     name = options.indices_dtype
     checks.choice("indices_dtype", name, tuple(ID_DTYPES))
     checks.number("routed_scaling_factor", routed_scaling_factor)
-    on_output = options.apply_routed_scaling_factor_on_output
-    divides = bool(options.num_fused_shared_experts) and not on_output
+    weight = options.shared_expert_weight
+    divides = bool(options.num_fused_shared_experts) and not options.apply_routed_scaling_factor_on_output
+    divides = divides and weight is None
     checks.holds(
         "routed_scaling_factor",
         "other than 0 where shared experts' weights are divided by it",
         not divides or routed_scaling_factor != 0,
         routed_scaling_factor,
     )
-    shared_factor = 1.0 / routed_scaling_factor if divides else 1.0
+    shared_factor = 1.0 / routed_scaling_factor if divides else 1.0 if weight is None else float(weight)
     finite = abs(shared_factor) <= checks.LARGEST_FLOAT32
     rule = "large enough for float32 to hold 1 over it, by which shared experts' weights are multiplied"
     checks.holds("routed_scaling_factor", rule, finite, routed_scaling_factor)
@@ -133,6 +159,9 @@ def _check(
     if options.identity_weights is not None:
         checks.array("identity_weights", options.identity_weights, (torch.float32,), (1,), like=like)
         checks.shape("identity_weights", options.identity_weights, (num_tokens,), "(num_tokens,)")
+    if options.expert_scale is not None:
+        checks.array("expert_scale", options.expert_scale, (torch.float32,), (1,), like=like)
+        checks.shape("expert_scale", options.expert_scale, (num_experts,), "(num_experts,)")
     padding = which_kernel.padding_of(options, num_tokens, like)
     dispatch = which_kernel.NO_DISPATCH
     if options.dispatch is not None:
@@ -158,7 +187,8 @@ def _check(
         Adjusting(logit_bias, float(options.softcap)),
         padding,
         ZeroExperts(num_experts - num_zero, zero_expert_id, options.identity_weights),
-        SharedExperts(num_shared, shared_factor),
+        SharedExperts(num_shared, shared_factor, int(not renormalize and weight is None)),
+        Scaling(options.expert_scale, float(options.renormalize_epsilon)),
         dispatch,
         Counting(which_kernel.sized(options.counts), options.counts_enabled, *counters),
         ID_DTYPES[name].itemsize,
@@ -172,7 +202,7 @@ def plan_selection(given: Any, options: Options) -> which_kernel.GatingPlan:
     top_k = checks.integer("top_k", given.top_k, 1)
     checks.choice("bias_mode", given.bias_mode, BIAS_MODES)
     logit_bias, correction_bias = biases_of(given)
-    extras = _check(gating_output, top_k, factor, logit_bias, options)
+    extras = _check(gating_output, top_k, given.renormalize, factor, logit_bias, options)
     which_kernel.check_bias(logit_bias, gating_output)
     rules = (
         *(gating_output, top_k, given.num_expert_group, given.topk_group, given.renormalize, given.scoring_func),
@@ -229,14 +259,17 @@ def select_experts(
     *,
     scoring_func: str = "softmax",
     renormalize: bool = False,
+    renormalize_epsilon: float = 0.0,
     correction_bias: Array | None = None,
     num_expert_group: int = 1,
     topk_group: int = 1,
     group_score: str | None = None,
     routed_scaling_factor: float = 1.0,
+    expert_scale: Array | None = None,
     softcap: float = 0.0,
     bias_mode: str = "choice",
     num_fused_shared_experts: int = 0,
+    shared_expert_weight: float | None = None,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
@@ -261,6 +294,8 @@ def select_experts(
         How logits become scores.
     renormalize : bool
         Divide the weights of each token by their sum, or by 1 if that sum is not positive.
+    renormalize_epsilon : float
+        Added to the sum that `renormalize` divides by, if that sum is positive: 0, or at least 1e-30.
     correction_bias : array of float32, shape [num_experts], optional
         Added to the scores when groups and experts are chosen. The weights do not contain it.
     num_expert_group : int
@@ -272,6 +307,8 @@ def select_experts(
         How a group is scored, as in `grouped_topk`. It has no effect with one group.
     routed_scaling_factor : float
         Factor of the weights, applied after renormalising.
+    expert_scale : array of float32, shape [num_experts], optional
+        Factors of the experts' weights, applied after renormalising, as in Gemma 4.
     softcap : float
         Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     bias_mode : {"choice", "logits"}
@@ -281,6 +318,8 @@ def select_experts(
         Number of shared-expert slots appended to each token. Their ids are num_real, num_real + 1, ..., where num_real
         is ``num_experts - num_zero_experts``. Each has the sum of the token's chosen scores as its weight, or 1 with
         `renormalize`.
+    shared_expert_weight : float, optional
+        The weight of each shared expert, instead of the sum or 1, and divided by nothing.
     apply_routed_scaling_factor_on_output : bool
         Multiply the weights by `routed_scaling_factor`. Otherwise the caller scales the layer's output by it, and the
         weights of shared experts are divided by it here.
@@ -388,13 +427,25 @@ def backward(ctx: Any, grad_weights: torch.Tensor) -> dict[str, Any]:
     """Return the gradient by the logits, and by a bias that is added to them, of what was kept."""
     if len(ctx.rules) == 3:
         return choose.backward(ctx, grad_weights)
-    logits, picked, logit_bias = ctx.saved_tensors
+    logits, picked, logit_bias, expert_scale = ctx.saved_tensors
     rules, name = ctx.rules
-    arguments = (logits, picked, grad_weights)
-    found: dict[str, Any] = {"gating_output": selection_backward(*arguments, logit_bias=logit_bias, **rules)}
+    arguments, rules = (logits, picked, grad_weights), {**rules, "logit_bias": logit_bias, "expert_scale": expert_scale}
+    found: dict[str, Any] = {"gating_output": selection_backward(*arguments, **rules)}
     if name is not None:
-        found[name] = selection_backward(*arguments, logit_bias=logit_bias, by_adjusted=True, **rules).sum(0)
+        found[name] = selection_backward(*arguments, by_adjusted=True, **rules).sum(0)
+    if ctx.scale_has_gradient:
+        found["expert_scale"] = _by_expert_scale(*arguments, logit_bias, rules)
     return found
+
+
+def _by_expert_scale(logits: Any, picked: Any, grad_weights: Any, logit_bias: Any, rules: dict[str, Any]) -> Any:
+    """Return the gradient by the scales of experts: that by each weight, times the weight before its scale."""
+    top_k = grad_weights.shape[1] - rules["num_fused_shared_experts"]
+    picked, bias = picked[:, :top_k].contiguous(), None if logit_bias is None else logit_bias.detach()
+    weights = weigh_experts(logits.detach(), picked, logit_bias=bias, **{name: rules[name] for name in UNSCALED})
+    by_pick, num_experts = weights.topk_weights * grad_weights[:, :top_k], logits.shape[1]
+    places = torch.where(picked < 0, num_experts, picked).to(torch.int64)
+    return by_pick.new_zeros(len(picked), num_experts + 1).scatter_add(1, places, by_pick).sum(0)[:num_experts]
 
 
 @select_experts.refuse
@@ -420,13 +471,14 @@ def keep_choice(ctx: Any, given: Any, topk_ids: Any, logit_bias: Any, again: Cal
         picked = again(given)
     if picked.dtype != torch.int32:
         picked = picked.to(torch.int32)
-    ctx.save_for_backward(given.gating_output, picked, logit_bias)
+    ctx.save_for_backward(given.gating_output, picked, logit_bias, given.expert_scale)
     rules = {name: getattr(given, name) for name in RULES}
     if given.softcap == math.inf:
         rules["softcap"] = 0.0
     has_gradient = logit_bias is not None and logit_bias.requires_grad
     name = "correction_bias" if "correction_bias" in given._fields else "logit_bias"
     ctx.rules = (rules, name if has_gradient else None)
+    ctx.scale_has_gradient = given.expert_scale is not None and given.expert_scale.requires_grad
 
 
 def _choose_again(given: Any) -> torch.Tensor:
@@ -447,10 +499,13 @@ def weigh_experts(
     input_ids: Array | None = None,
     scoring_func: str = "softmax",
     renormalize: bool = False,
+    renormalize_epsilon: float = 0.0,
     routed_scaling_factor: float = 1.0,
+    expert_scale: Array | None = None,
     softcap: float = 0.0,
     logit_bias: Array | None = None,
     num_fused_shared_experts: int = 0,
+    shared_expert_weight: float | None = None,
     apply_routed_scaling_factor_on_output: bool = True,
     num_zero_experts: int = 0,
     zero_expert_id: int = -1,
@@ -478,14 +533,20 @@ def weigh_experts(
         How logits become scores.
     renormalize : bool
         Divide the weights of each token by their sum, or by 1 if that sum is not positive.
+    renormalize_epsilon : float
+        Added to the sum that `renormalize` divides by, if that sum is positive: 0, or at least 1e-30.
     routed_scaling_factor : float
         Factor of the weights, applied after renormalising.
+    expert_scale : array of float32, shape [num_experts], optional
+        Factors of the experts' weights, applied after renormalising, as in Gemma 4.
     softcap : float
         Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     logit_bias : array of float32, shape [num_experts], optional
         Added to the logits, after the cap.
     num_fused_shared_experts : int
         As in `select_experts`, and so are the parameters below.
+    shared_expert_weight : float, optional
+        The weight of each shared expert, instead of the sum or 1, and divided by nothing.
     apply_routed_scaling_factor_on_output : bool
         Multiply the weights by `routed_scaling_factor`.
     num_zero_experts : int
@@ -567,7 +628,7 @@ def _(given: Any) -> Launch:
         checks.array("logit_bias", given.logit_bias, (torch.float32,), (1,), like=like)
         checks.shape("logit_bias", given.logit_bias, (num_experts,), "(num_experts,)")
     factor = given.routed_scaling_factor
-    extras = _check(gating_output, top_k, factor, given.logit_bias, options)
+    extras = _check(gating_output, top_k, given.renormalize, factor, given.logit_bias, options)
     checks.fits_int32("gating_output", num_tokens * (top_k + extras.shared.num_shared), "num_tokens * top_k")
     on_output = factor if options.apply_routed_scaling_factor_on_output else 1.0
     rows = which_kernel.rows_of(gating_output, 4 * which_kernel.in_vectors(gating_output, num_experts))

@@ -58,27 +58,34 @@ def softmax_of_chosen(logit, first, total):
 
 @cuda.jit(device=True)
 def write_pick(expert, logit, slot, token, scores, chosen, extras, tally, role):
-    """Write and count the expert of a pick; return its score, and its weight before scaling: 0 for a zero expert."""
+    """Write and count the expert of a pick; return its score, and the weights before scaling of it and of identity."""
     score = weight_of(logit, scores.scoring_func, scores.peak, scores.total)
     weight = score
+    identity = float32(0.0)
     if role == EXTENDED:
         write_choice(expert, slot, token, chosen.topk_ids, extras, tally)
+        if present(extras.scaling.expert_scale) and expert >= 0:
+            weight *= extras.scaling.expert_scale[expert]
         if expert >= extras.zero.num_real:
+            identity = weight
             weight = float32(0.0)
     else:
         chosen.topk_ids[slot] = expert
         if role == COUNTING:
             count_expert(expert, token, tally)
-    return score, weight
+    return score, weight, identity
 
 
 @cuda.jit(device=True)
-def scale_of(score_sum, lanes, weighing):
+def scale_of(score_sum, lanes, weighing, extras, role):
     """Return the factor of a token's weights, given each lane's sum of scores."""
     scale = float32(weighing.routed_scaling_factor)
     if weighing.renormalize:
         score_sum = sum_over(score_sum, lanes)
-        if score_sum > float32(SMALLEST_SUM):
+        if role == EXTENDED and extras.scaling.epsilon > float32(0.0):
+            if score_sum > float32(0.0):
+                scale = divide(scale, score_sum + extras.scaling.epsilon)
+        elif score_sum > float32(SMALLEST_SUM):
             scale = divide(scale, score_sum)
     return scale
 
@@ -91,11 +98,11 @@ def scale_weights(topk_weights, first_slot, top_k, scale):
 
 
 @cuda.jit(device=True)
-def finish_token(token, member, lanes, exists, num_slots, score_sum, identity, scale, weighing, chosen, extras, tally):
+def finish_token(token, member, lanes, exists, num_slots, score_sum, identity, scale, chosen, extras, tally):
     """Write what a token has beside its picks, given each lane's sums of the scores of all and of zero experts."""
     if extras.shared.num_shared > 0:
         shared = float32(extras.shared.shared_factor)
-        if not weighing.renormalize:
+        if extras.shared.by_sum:
             shared *= sum_over(score_sum, lanes)
         if exists:
             write_shared(token, member, lanes, num_slots, shared, chosen, extras, tally)

@@ -322,14 +322,14 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
         if is_mine:
             slot = int32(first_slot + pick)
             scores = Scores(bias, scoring_func, peak, total)
-            score, weight = write_pick(expert, logit, slot, token, scores, chosen, extras, tally, role)
+            score, weight, of_zero = write_pick(expert, logit, slot, token, scores, chosen, extras, tally, role)
             score_sum += score
-            identity += score - weight
+            identity += of_zero
             if top_k > WARP:
                 chosen.topk_weights[slot] = weight
         base = int32(base + WARP)
 
-    scale = scale_of(score_sum, min(top_k, int32(WARP)), weighing)
+    scale = scale_of(score_sum, min(top_k, int32(WARP)), weighing, extras, role)
     if top_k > WARP:
         scale_weights(chosen.topk_weights, first_slot, top_k, scale)
     elif lane < top_k:
@@ -337,7 +337,7 @@ def choose_for_token(token, own, rows, choice, weighing, lanes_of, chosen, extra
     if extended:
         finish_token(
             *(token, lane, WARP, True, num_slots, score_sum, identity, scale),
-            *(weighing, chosen, extras, tally),
+            *(chosen, extras, tally),
         )
 
 

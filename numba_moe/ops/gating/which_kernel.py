@@ -12,7 +12,7 @@ from numba_moe.device.primitives import WARP
 from numba_moe.device.types import COLUMNS, LANE_COLUMNS, PLAIN
 from numba_moe.ops.dispatch import Dispatch
 from numba_moe.ops.gating import eight_lanes, lane_table, lanes, long_rows, warp_per_token
-from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, Padding, SharedExperts, ZeroExperts
+from numba_moe.ops.gating.extras import Adjusting, Counting, Extras, Padding, Scaling, SharedExperts, ZeroExperts
 from numba_moe.ops.gating.scores import SCORING, Choice, Chosen, Rows, Weighting
 from numba_moe.runtime import arrays, checks, plans
 from numba_moe.runtime.launch import Launch, warps
@@ -39,7 +39,8 @@ NO_EXTRAS = Extras(
     Adjusting(None, 0.0),
     Padding(None, 0, None),
     ZeroExperts(0, -1, None),
-    SharedExperts(0, 1.0),
+    SharedExperts(0, 1.0, 0),
+    Scaling(None, 0.0),
     NO_DISPATCH,
     Counting(None, None, 0, 1, 0),
     torch.int32.itemsize,
@@ -205,7 +206,7 @@ def _plan(
     biased, grouped, softmax = correction_bias is not None, num_expert_group > 1, scoring_func == "softmax"
     adjusting, counting = extras.adjusting, extras.counting
     # Weights that sum to one, and a choice by logits, do without the sum of all exponentials.
-    by_scores = biased or (grouped and group_picks > 1)
+    by_scores = biased or (grouped and group_picks > 1) or extras.scaling.epsilon > 0
     whole_softmax = softmax and (by_scores or not renormalize)
     # Whether the bias can be read with the logits, and how many of them at a time.
     bias_too = in_vectors(gating_output, group_size) and (correction_bias is None or correction_bias.address == 0)

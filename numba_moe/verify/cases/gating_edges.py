@@ -127,6 +127,10 @@ def option_cases(name: str, tokens: int, experts: int, top_k: int, **more: Any) 
             "renormalize": True,
             "apply_routed_scaling_factor_on_output": False,
         },
+        "shared experts of one weight": {**shared, "shared_expert_weight": 0.25, "routed_scaling_factor": 2.5},
+        "epsilon": {"renormalize": True, "renormalize_epsilon": 0.5},
+        "scales of experts": {"expert_scale": floats(experts), "renormalize": True, "routed_scaling_factor": 2.5},
+        "scales and zero experts": {**zero, "expert_scale": floats(experts), "renormalize_epsilon": 0.125},
         "zero experts": zero,
         "zero experts as 0": {**zero, "zero_expert_id": 0, "renormalize": True, "counts": zeros(experts)},
         "static": {"dispatch": lambda rng: (places(rng), None, "static", 0, None), "counts": zeros(slots)},
@@ -152,7 +156,8 @@ def option_cases(name: str, tokens: int, experts: int, top_k: int, **more: Any) 
 
 
 def _option_edges() -> Iterator[Case]:
-    some = ("softcap", "bias in logits", "shared experts", "zero experts as 0", "many at once")
+    some: tuple[str, ...] = ("softcap", "bias in logits", "shared experts", "zero experts as 0", "many at once")
+    some = (*some, "epsilon", "scales of experts")
     groups = {"num_expert_group": 4, "topk_group": 2, "scoring_func": "sigmoid", "group_score": "top2_sum"}
     yield from option_cases("softmax", 5, 24, 6)
     yield from option_cases("groups", 5, 24, 6, **groups)
@@ -175,6 +180,8 @@ def _option_edges() -> Iterator[Case]:
     yield Case("weigh_experts", "int16", given(**(many | short), logit_bias=floats(40), num_fused_shared_experts=1))
     zero = {"topk_ids": integers(0, 40, 3, 6), "num_zero_experts": 20, "identity_weights": zeros(3, dtype="float32")}
     yield Case("weigh_experts", "zero experts", given(**(many | zero)))
+    scaled = {"expert_scale": floats(40), "renormalize": True, "renormalize_epsilon": 0.5, "shared_expert_weight": 3.0}
+    yield Case("weigh_experts", "scales of experts", given(**(many | zero | scaled), num_fused_shared_experts=2))
     yield Case("weigh_experts", "no tokens", given(gating_output=floats(0, 4), topk_ids=integers(0, 4, 0, 2)))
     non_finite = np.array([[np.nan, 1, 2], [np.inf, 0, 1], [-np.inf] * 3, [1, -np.inf, 3]], np.float32)
     ids = np.array([[1, 2], [0, 1], [0, 1], [1, 2]])

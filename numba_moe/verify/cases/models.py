@@ -56,6 +56,7 @@ class Router(NamedTuple):
     scoring_func: str
     biased: bool = False
     routed_scaling_factor: float = 1.0
+    scaled: bool = False  # each expert's weight by a factor of its own
 
 
 ROUTERS = (
@@ -65,6 +66,7 @@ ROUTERS = (
     Router("DeepSeek-V4", 256, 6, "softplus_sqrt", True, 1.5),
     Router("DeepSeek-V4.1", 384, 6, "softplus_sqrt", True, 1.5),
     Router("Qwen3.8", 512, 10, "softmax"),
+    Router("Gemma-4", 128, 8, "softmax", scaled=True),
     Router("Nemotron-3", 512, 22, "sigmoid", True, 2.5),
     Router("Kimi-K3", 896, 16, "sigmoid", True, 2.5),
 )
@@ -127,11 +129,12 @@ def model_cases(level: str) -> Iterator[Case]:
 
 def router_cases(level: str) -> Iterator[Case]:
     """Yield the gating of `ROUTERS`, and on a device the alignment of what they choose, for one token and for many."""
-    for number, (name, experts, top_k, scoring_func, biased, factor) in enumerate(ROUTERS):
+    for number, (name, experts, top_k, scoring_func, biased, factor, scaled) in enumerate(ROUTERS):
         for tokens in sorted({TOKENS[level][0], TOKENS[level][-1]}):
             dtype = DTYPES[number % len(DTYPES)]
             options: dict[str, Any] = {"scoring_func": scoring_func, "renormalize": True, "top_k": top_k}
             options |= {"correction_bias": floats(experts, scale=0.1)} if biased else {}
+            options |= {"expert_scale": floats(experts)} if scaled else {}
             logits = floats(tokens, experts, dtype=dtype)
             arguments = given(gating_output=logits, routed_scaling_factor=factor, **options)
             yield Case("select_experts", f"{name} {tokens} tokens {dtype}", arguments, dtype)

@@ -18,7 +18,7 @@ from numba_moe import cli, commands
 from numba_moe.bench import contenders, grid_shapes
 from numba_moe.lab import own
 from numba_moe.placement import rebalance, simulate_command, simulation
-from numba_moe.recorder import report
+from numba_moe.recorder import merging, report
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import inputs
 
@@ -43,6 +43,7 @@ def folder(tmp_path, monkeypatch):
 
 INPUTS = ["gone.npz", "there", "there.npz", "text.txt", "empty.npz", "damaged.npz", "pipe.npz", "", "x" * 300 + ".npz"]
 COMMANDS = {
+    "merge": ["merge", "dump.npz", "{}", "--out", "sum.npz"],
     "report": ["report", "{}"],
     "rebalance": ["rebalance", "{}", "--gpus", "2"],
     "rebalance --location": ["rebalance", "dump.npz", "--gpus", "2", "--location", "{}"],
@@ -64,6 +65,7 @@ def test_a_file_that_cannot_be_read_is_one_line(command, path, folder, capsys):
 
 
 OUTPUTS = {
+    "merge --out": ["merge", "dump.npz", "dump.npz", "--out", "{}.npz"],
     "report --out": ["report", "dump.npz", "--out", "{}"],
     "rebalance --json": ["rebalance", "dump.npz", "--gpus", "2", "--json", "{}"],
     "rebalance --plot": ["rebalance", "dump.npz", "--gpus", "2", "--plot", "{}.png"],
@@ -77,7 +79,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("path", ["gone/x", "text.txt/x", "there", "x" * 300])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(name, path, folder, monkeypatch, capsys):
     (folder / "there.png").mkdir()
-    for module in (verification, simulate_command, report):
+    for module in (verification, simulate_command, report, merging):
         monkeypatch.setattr(module, "run", lambda *_: pytest.fail("it worked first"))
     assert cli.main([part.format(path) for part in OUTPUTS[name]]) == 2
     printed = capsys.readouterr()
@@ -119,6 +121,8 @@ OPTIONS = [
     "rebalance dump.npz",
     "rebalance dump.npz --gpus x",
     "report dump.npz --algorithm nope",
+    "merge --out x.npz",
+    "merge dump.npz",
     "bench --routing nope",
     "warmup --arch 9.0",
     "export --arch sm_90",
@@ -178,6 +182,19 @@ WRONG = [
     "rebalance {0}/counts.npz --gpus 0",
     "rebalance {0}/counts.npz --gpus 2 --json {0}/folder",
     "rebalance {0}/counts.npz --gpus 2 --plot {0}/x.txt",
+    "merge {0}/counts.npz {0}/missing.npz --out {0}/x.npz",
+    "merge {0}/counts.npz {0}/damaged.npz --out {0}/x.npz",
+    "merge {0}/counts.npz {0}/folder --out {0}/x.npz",
+    "merge {0}/counts.npz {0}/object.json --out {0}/x.npz",
+    "merge {0}/counts.npz {0}/other_size.npz --out {0}/x.npz",
+    "merge {0}/past_int64.npz --out {0}/x.npz",
+    "merge {0}/large.npz {0}/large.npz {0}/large.npz --out {0}/x.npz",
+    "merge {0}/negative.csv --out {0}/x.npz",
+    "merge {0}/counts.npz --out {0}/folder",
+    "merge {0}/counts.npz --out {0}/x.txt",
+    "merge {0}/counts.npz --out /nonexistent/x.npz",
+    "merge {0}/counts.npz --out {0}/x.npz --experts 9",
+    "merge {0}/counts.npz --out {0}/x.npz --layers 0",
     "report {0}/missing.npz",
     "report {0}/folder",
     "report {0}/negative.csv",
@@ -196,6 +213,8 @@ def wrong(tmp_path):
     (tmp_path / "folder").mkdir()
     np.save(tmp_path / "ids.npy", np.arange(16).reshape(8, 2) % 8)
     np.savez(tmp_path / "counts.npz", logical_count=np.ones((3, 2, 8), np.int64))
+    np.savez(tmp_path / "other_size.npz", logical_count=np.ones((3, 2, 4), np.int64))
+    np.savez(tmp_path / "large.npz", logical_count=np.full((1, 1, 2), 2**61))
     np.savez(tmp_path / "past_int64.npz", logical_count=np.full((1, 1, 4), 2**62))
     np.savez(tmp_path / "nan.npz", logical_count=np.full((1, 1, 4), np.nan))
     texts = {

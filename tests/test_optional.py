@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = ("cupy", "httpx", "jax", "matplotlib", "numpydoc", "starlette", "transformers", "uvicorn")
+OPTIONAL = (
+    "cupy",
+    "httpx",
+    "jax",
+    "matplotlib",
+    "numpydoc",
+    "prometheus_client",
+    "starlette",
+    "transformers",
+    "uvicorn",
+)
 PROGRAM = f"""
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))  # as if they were not installed

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "recorder.all_ranks": "follow",
         "recorder.control": "ExpertDistributionRecorder attach attached",
         "recorder.dump_files": "Dump load",
+        "recorder.exports": "PrometheusExport TensorBoardExport",
         "recorder.http": "make_app",
         "recorder.merging": "merge",
         "recorder.metrics": "Metrics coactivation expert_entropy logical_counts traffic_matrix utilization",

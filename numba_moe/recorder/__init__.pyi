@@ -5,6 +5,8 @@ from numba_moe.recorder.control import attach as attach
 from numba_moe.recorder.control import attached as attached
 from numba_moe.recorder.dump_files import Dump as Dump
 from numba_moe.recorder.dump_files import load as load
+from numba_moe.recorder.exports import PrometheusExport as PrometheusExport
+from numba_moe.recorder.exports import TensorBoardExport as TensorBoardExport
 from numba_moe.recorder.http import make_app as make_app
 from numba_moe.recorder.merging import merge as merge
 from numba_moe.recorder.metrics import Metrics as Metrics

@@ -97,7 +97,8 @@ class Attachment:
     def where(self, layer: int) -> torch.Tensor:
         """Return a tensor whose shape says which layer of which attachment it is."""
         with torch.inference_mode(False):
-            return torch.empty((self.number + LEAST, layer + LEAST, 0), device=self.recorder.device)
+            shape = self.number + LEAST, layer + LEAST, 0
+            return torch.empty(shape, dtype=torch.int32, device=self.recorder.device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("recorder", "experts", "top_k")}

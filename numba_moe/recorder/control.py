@@ -148,8 +148,8 @@ class ExpertDistributionRecorder(Hooks):
         checks.holds("model", f"of num_layers = {self.num_layers}", len(found) == self.num_layers, len(found))
         most, sizes = max(self.num_experts, self.num_slots), [layer.num_experts or 0 for layer in found]
         checks.holds("model", f"of num_experts = {most} at most", max(sizes) <= most, max(sizes))
-        numbers = _subset("layers", layers, self.num_layers)
-        kept = None if experts is None else _subset("experts", experts, self.num_slots)
+        numbers = checks.subset("layers", layers, self.num_layers)
+        kept = None if experts is None else checks.subset("experts", experts, self.num_slots)
         if self.mode is not None:
             attachment.tie(self, model, found, numbers, kept, ids)
         return [layer.name for layer in found]
@@ -518,15 +518,6 @@ class ExpertDistributionRecorder(Hooks):
         return Record(*about, tokens=tokens)
 
 
-def _subset(argument: str, numbers: Sequence[int] | None, size: int) -> list[int]:
-    """Check which numbers below a size are wanted; by default all."""
-    if numbers is None:
-        return list(range(size))
-    found = sorted({checks.integer(argument, number, 0, size - 1, f"{size - 1}") for number in numbers})
-    checks.holds(argument, "one number or more", bool(found), "none")
-    return found
-
-
 def attach(
     model: torch.nn.Module,
     *,
@@ -617,6 +608,15 @@ def attached(model: torch.nn.Module) -> list[ExpertDistributionRecorder]:
     -------
     list of ExpertDistributionRecorder
         Those that record some module in it.
+
+    Raises
+    ------
+    AttributeError
+        Something that is no model.
+
+    Notes
+    -----
+    A copy of a model, and an unpickled one, has recorders of its own.
 
     Examples
     --------

@@ -33,9 +33,7 @@ def merge(dumps: Sequence[Any], *, num_layers: int | None = None, num_experts: i
     Returns
     -------
     Dump
-        Passes with the same id, map and debug name are one, the sum of all dumps that have it, with their tokens in the
-        order of ranks; the others are as they were. They are in the order of their first dump. Maps are those of all
-        dumps, the last one last. `rank_physical_count` has a row for each rank, in order; dumps of one rank are added.
+        Of all passes, and with all maps, the last one last.
 
     Raises
     ------
@@ -46,6 +44,12 @@ def merge(dumps: Sequence[Any], *, num_layers: int | None = None, num_experts: i
         hold, a file that `load` refuses.
     OSError
         A file cannot be read.
+
+    Notes
+    -----
+    Passes with the same id, map and debug name become one: the sum of all dumps that have it, with their tokens in the
+    order of ranks. They are in the order of the first dump that has each. `rank_physical_count` has a row for each
+    rank, in order, and dumps of one rank are added.
 
     Examples
     --------
@@ -158,6 +162,7 @@ def _sum(name: str, dumps: list[Dump], rows: list[np.ndarray], num_rows: int) ->
     total = np.zeros((num_rows, *counts[0].shape[1:]), np.int64)
     for part, into in zip(counts, rows, strict=True):
         total[into] += part  # the records of a dump have rows of their own
+    checks.counts(name, total)
     return total
 
 

@@ -66,6 +66,21 @@ def integer(argument: str, value: Any, lowest: int, highest: int = LARGEST_INT32
     return number
 
 
+def subset(argument: str, numbers: Any, size: int) -> list[int]:
+    """Check that numbers are below a size, and return them in order, each once; None means all.
+
+    >>> subset("layers", [2, 0, 2], 3), subset("layers", None, 3)
+    ([0, 2], [0, 1, 2])
+    """
+    if numbers is None:
+        return list(range(size))
+    if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+        _wrong_type(argument, "a sequence of integers", numbers)
+    found = sorted({integer(argument, number, 0, size - 1) for number in numbers})
+    holds(argument, "one number or more", bool(found), "none")
+    return found
+
+
 def boolean(argument: str, value: Any) -> None:
     if not isinstance(value, bool):
         _wrong_type(argument, "True or False", repr(value))

@@ -93,7 +93,7 @@ def test_docstrings_have_their_sections(name):
     for section in (*["Parameters"] * has_parameters, "Returns", "Raises", "Notes", "Examples"):
         assert re.search(rf"^{section}\n-+$", text, re.MULTILINE), section
     for parameter in inspect.signature(getattr(FUNCTIONS[name], name)).parameters:
-        assert re.search(rf"^{parameter} : ", text, re.MULTILINE), parameter
+        assert re.search(rf"^({parameter} : |\*\*{parameter}$)", text, re.MULTILINE), parameter
 
 
 def test_reference_uses_numpy_alone():

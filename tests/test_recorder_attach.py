@@ -415,6 +415,25 @@ def test_a_switch_transformer():
     assert np.array_equal(found, [[part.sum((0, 1)).tolist() for part in seen]])
 
 
+def test_a_llama_4():
+    """Its router returns scores and logits, and its experts are given rows alone; the page says how to read them."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 16, "head_dim": 8}
+    torch.manual_seed(0)
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes, interleave_moe_layer_step=2)).eval()
+    recorder = attach(
+        model,
+        pattern="*.router",
+        ids=lambda router, args, kwargs, result: result[1].topk(router.top_k).indices,
+    )
+    assert (recorder.num_layers, recorder.num_experts) == (1, 4)
+    seen = []
+    [name] = [name for name, _ in model.named_modules() if name.endswith(".router")]
+    model.get_submodule(name).register_forward_hook(lambda _, __, found: seen.append(found[0] > 0))
+    found = counted(recorder, lambda: model(input_ids=IDS))
+    assert np.array_equal(found, [[seen[0].sum(0).tolist()]])  # scores of the others are 0
+
+
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 
 

@@ -116,9 +116,10 @@ class Attachment:
         if weights is not None:
             same = weights.numel() == ids.numel() and weights.is_floating_point()
             weights = weights.detach().reshape(ids.shape).contiguous() if same else None
-        if ids.device != recorder.device:  # of a model on several devices
-            ids = ids.to(recorder.device, non_blocking=True)
-            weights = None if weights is None else weights.to(recorder.device, non_blocking=True)
+        if ids.device != recorder.device:  # of a model on several devices, or that has moved
+            on_host = recorder.device.type == "cpu"  # where a copy that nobody waits for is not there yet
+            ids = ids.to(recorder.device, non_blocking=not on_host)
+            weights = None if weights is None else weights.to(recorder.device, non_blocking=not on_host)
         if self._kept is not None:
             known = (ids >= 0) & (ids < len(self._kept))
             ids = torch.where(known & self._kept[torch.where(known, ids, 0)], ids, -1)

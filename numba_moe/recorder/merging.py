@@ -27,8 +27,10 @@ def merge(dumps: Sequence[Any], *, num_layers: int | None = None, num_experts: i
     ----------
     dumps : sequence of path or Dump
         Files that `load` reads, of any format, or dumps; those of one mode, with the same layers, experts and slots.
-    num_layers, num_experts : int, optional
-        As in `load`, for files.
+    num_layers : int, optional
+        Layers of the model (L), as `load` takes them.
+    num_experts : int, optional
+        Experts of a layer (E), in the same way.
 
     Returns
     -------

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 
 from numba_moe.runtime import cache, compile, export, files
-from numba_moe.runtime.text import counted
+from numba_moe.runtime.text import counted, fitted
 from numba_moe.verify.verification import PACKAGES
 
 
@@ -79,9 +78,9 @@ def prepare_info(_options: argparse.Namespace) -> Callable[[], int]:
 
 def _info() -> int:
     versions = [("python", platform.python_version()), *((name, cache.version(name)) for name in PACKAGES)]
-    print(tabulate(versions, ("package", "version")), end="\n\n")
+    print(fitted(versions, ("package", "version")), end="\n\n")
     devices = [(name, "sm_{}{}".format(*capability)) for name, capability in _devices().items()]
-    print(tabulate(devices, ("device", "arch")) if devices else "no CUDA device", end="\n\n")
+    print(fitted(devices, ("device", "arch")) if devices else "no CUDA device", end="\n\n")
     found = list(cache.entries())
     size = sum(path.stat().st_size for path, _ in found)
     state = "" if cache.enabled() else ", off (NUMBA_MOE_CACHE=0)"
@@ -94,5 +93,5 @@ def _info() -> int:
     )
     if current:
         rows = [(*name, count) for name, count in sorted(current.items())]
-        print("\n" + tabulate(rows, ("kernel of this version", "arch", "specialisations")))
+        print("\n" + fitted(rows, ("kernel of this version", "arch", "specialisations")))
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 
 import numba_moe
-from numba_moe import cli, commands
+from numba_moe import cli, commands, recorder
 from numba_moe.bench import contenders, grid_shapes
 from numba_moe.lab import own
 from numba_moe.placement import rebalance, simulate_command, simulation
 from numba_moe.recorder import merging, report
+from numba_moe.runtime import text
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import inputs
 
@@ -204,7 +206,57 @@ WRONG = [
     "report {0}/ids.npy",
     "export {0}/ids.npy --arch sm_90",
     "export /proc/x --arch sm_90",
+    "verify --seed 99999999999999999999",
+    "verify --input {0}/ids.npy --num-experts 4",
+    "verify --input {0}/counts.npz",
+    "verify --input {0}/ids.npy --block-size 99999999999",
+    "verify --op expert_offsets --case nope",
+    "verify --list --op nope",
+    "verify --module {0}/ids.npy:f --like topk_softmax",
+    "verify --module :f --like topk_softmax",
+    "verify --fill 1",
+    "bench --shape nope",
+    "bench --compare {0}/counts.npz",
+    "rebalance {0}/half.npz --gpus 2",
+    "rebalance {0}/complex.npz --gpus 2",
+    "rebalance {0}/many.npz --gpus 2",
+    "rebalance {0}/zero.npz --gpus 2",
+    "rebalance {0}/no_layers.npz --gpus 2",
+    "rebalance {0}/ragged.json --gpus 2",
+    "rebalance {0}/huge.json --gpus 2",
+    "rebalance {0}/semicolons.csv --gpus 2",
+    "rebalance {0}/large_id.csv --gpus 2",
+    "rebalance {0}/some.csv --gpus 2 --experts 1",
+    "rebalance {0}/counts.npz --gpus 2 --nodes 3",
+    "rebalance {0}/counts.npz --gpus 2 --groups 3",
+    "rebalance {0}/counts.npz --gpus 2 --replicas 7",
+    "rebalance {0}/counts.npz --gpus 2 --replicas 99999999999",
+    "rebalance {0}/counts.npz --gpus 2 --algorithm nope",
+    "rebalance {0}/counts.npz --gpus 2 --interval 1000",
+    "rebalance {0}/counts.npz --gpus 2 --max-moves -1",
+    "rebalance {0}/counts.npz --gpus 2 --bytes-per-expert -1",
+    "rebalance {0}/counts.npz --gpus 2 --step-ms nan",
+    "rebalance {0}/counts.npz --gpus 2 --bandwidth 0",
+    "rebalance {0}/counts.npz --gpus 2 --tokens-per-step 3",
+    "rebalance {0}/counts.npz --gpus 2 --out {0}/x.txt",
+    "rebalance {0}/counts.npz --gpus 2 --location {0}/ids.npy",
+    "rebalance {0}/records.json --gpus 2 --experts 3",
+    "report {0}/half.npz",
+    "report {0}/complex.npz",
+    "report {0}/counts.npz --gpus 3",
+    "report {0}/counts.npz --experts 9",
+    "report {0}/counts.npz --layers 1",
+    "report {0}/some.csv --layers 0",
+    "report {0}/some.csv --experts 1",
+    "report {0}/records.json --experts 3",
+    "report {0}/counts.npz --png {0}/ids.npy",
+    "serve-demo --ranks 0",
+    "serve-demo --directory {0}/ids.npy",
 ]
+
+
+# Two passes of three tokens and one layer: ids alone, without counts or a map.
+RECORDS = [{"forward_pass_id": number, "topk_ids_of_layer": [[[0, 1], [0, 3], [1, -1]]]} for number in (4, 5)]
 
 
 @pytest.fixture
@@ -215,6 +267,11 @@ def wrong(tmp_path):
     np.savez(tmp_path / "counts.npz", logical_count=np.ones((3, 2, 8), np.int64))
     np.savez(tmp_path / "other_size.npz", logical_count=np.ones((3, 2, 4), np.int64))
     np.savez(tmp_path / "large.npz", logical_count=np.full((1, 1, 2), 2**61))
+    np.savez(tmp_path / "half.npz", logical_count=np.full((1, 1, 4), 0.5))
+    np.savez(tmp_path / "complex.npz", logical_count=np.ones((1, 1, 4), complex))
+    np.savez(tmp_path / "many.npz", logical_count=np.ones((2, 2, 2, 4), int))
+    np.savez(tmp_path / "zero.npz", logical_count=np.zeros((2, 2, 4), int))
+    np.savez(tmp_path / "no_layers.npz", logical_count=np.zeros((1, 0, 8), int))
     np.savez(tmp_path / "past_int64.npz", logical_count=np.full((1, 1, 4), 2**62))
     np.savez(tmp_path / "nan.npz", logical_count=np.full((1, 1, 4), np.nan))
     texts = {
@@ -225,9 +282,15 @@ def wrong(tmp_path):
         "negative.csv": "layer_id,expert_id,count\n0,0,5\n0,1,-3\n",
         "header.csv": "x,y\n1,2\n",
         "large.csv": f"layer_id,expert_id,count\n0,0,{10**19}\n",
+        "some.csv": "layer_id,expert_id,count\n0,0,5\n0,1,7\n",
+        "semicolons.csv": "layer_id;expert_id;count\n0;0;5\n",
+        "large_id.csv": "layer_id,expert_id,count\n0,999999999999,5\n",
+        "ragged.json": '{"logical_count": [[1, 2], [3]]}',
+        "huge.json": '{"logical_count": [[1e400, 2]]}',
+        "records.json": json.dumps({"records": RECORDS}),
     }
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+    for name, content in texts.items():
+        (tmp_path / name).write_text(content)
     return tmp_path
 
 
@@ -249,6 +312,73 @@ def test_counts_that_a_spreadsheet_wrote_as_floats_are_whole_numbers(tmp_path, c
     (tmp_path / "counts.csv").write_text("layer_id,expert_id,count\n0,0,5.5\n")
     assert cli.main(["rebalance", str(tmp_path / "counts.csv"), "--gpus", "2"]) == 2
     assert "'0,0,5.5' is not three whole numbers" in capsys.readouterr().err
+
+
+LIKE = {
+    "counts.csv": "layer_id,expert_id,count\n0,0,4\n0,1,4\n0,3,2\n",
+    "floats.csv": "layer_id,expert_id,count\n0.0,0,4e0\n0,1.,4.00\n0, 3,0.2e1\n",
+    "records.json": json.dumps({"records": RECORDS}),
+    "list.json": json.dumps(RECORDS),
+    "ids.json": json.dumps({"topk_ids": [one["topk_ids_of_layer"] for one in RECORDS]}),
+    "floats.json": json.dumps({"logical_count": [[[2.0, 2, 0, 1.0]]] * 2}),
+}
+
+
+@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("sizes", [[], ["--experts", "6"]], ids=["found", "given"])
+def test_every_command_reads_every_kind_of_dump(name, sizes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(LIKE[name])
+    experts = int(sizes[-1]) if sizes and name != "floats.json" else 4  # which has all experts
+    total = [4, 4, 0, 2] + [0] * (experts - 4)
+    loaded = recorder.load(name, num_experts=experts)
+    assert loaded.logical_count.sum(axis=0).tolist() == [total]
+    sizes = [] if name == "floats.json" else sizes
+    assert cli.main(["rebalance", name, "--gpus", "2", "--json", "out.json", *sizes]) == 0
+    assert f"1 layer, {experts} experts" in capsys.readouterr().out
+    assert cli.main(["report", name, "--gpus", "2", *sizes]) == 0
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_layers_are_given_where_a_csv_lacks_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "counts.csv").write_text(LIKE["counts.csv"])
+    assert cli.main(["rebalance", "counts.csv", "--gpus", "2", "--layers", "3", "--num-experts", "8"]) == 0
+    assert "3 layers, 8 experts" in capsys.readouterr().out
+    assert cli.main(["report", "counts.csv", "--num-layers", "3"]) == 0
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rebalance", "dump.npz", "--gpus", "2", "--search", "--detail"],
+        ["verify", "--op", "expert_offsets", "--verbose"],
+        ["info"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_tables_fit_the_terminal(arguments, columns, folder, monkeypatch, capsys):
+    """Their rules, lines of dashes, say how wide they are."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(arguments) == 0
+    rules = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
+    assert rules
+    assert max(map(len, rules)) <= columns
+    if arguments[0] == "rebalance":
+        monkeypatch.delenv("COLUMNS")
+        assert cli.main(arguments) == 0
+        wide = capsys.readouterr().out
+        assert max(len(line) for line in wide.splitlines() if line.startswith("--")) > 100
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(text, "BETWEEN_LINES", 0.0)
+    assert list(text.progress("abc", "kernel")) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 3 kernels, about 0 s left",
+        "2 of 3 kernels, about 0 s left",
+    ]
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in commands.COMMANDS)], ids=lambda words: " ".join(words))

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from numba_moe.bench import contenders, grid, measure, ratios
 from numba_moe.bench.measure import Row
 from numba_moe.runtime import checks, files
+from numba_moe.runtime.text import fitted
 from numba_moe.verify import testing
 from numba_moe.verify.cases import Case
 
@@ -80,7 +80,7 @@ def run(
     rows = [row for case in progress for row in measure.measure(case, tuple(peers), bandwidth)]
     print(ratios.table(rows, old))
     headers = ("op", "shapes", "device / best peer", "host / best peer")
-    print(tabulate([(op, *values) for op, values in ratios.means(rows).items()], headers, floatfmt=".2f"))
+    print(fitted([(op, *values) for op, values in ratios.means(rows).items()], headers, floatfmt=".2f"))
     if options.json is not None:
         ratios.write_report(options.json, rows, where)
     if options.plot is not None:

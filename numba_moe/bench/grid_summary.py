@@ -6,11 +6,10 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from tabulate import tabulate
-
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.measure import Row
 from numba_moe.runtime import files
+from numba_moe.runtime.text import fitted
 
 SLOWER = 1.05
 # A shape that is slower by less than this is within what repeated measurements differ by.
@@ -66,7 +65,7 @@ def summary(rows: Sequence[Row]) -> str:
         failed = len(every) - len(timed)
         lines.append((op, len(of_op), len(of_op) - len(every), failed, mean, most, above[0], noticeable, above[1]))
     headers = ("op", "shapes", "no peer", "failed", "geometric mean", "worst", "> 1", "> 1.02, 0.05 us", "> 1.05")
-    return tabulate(lines, headers, floatfmt=("", "", "", "", ".3f", ".2f"), missingval="-")
+    return fitted(lines, headers, floatfmt=("", "", "", "", ".3f", ".2f"), missingval="-")
 
 
 def worst(rows: Sequence[Row], count: int = WORST) -> str:
@@ -79,7 +78,7 @@ def worst(rows: Sequence[Row], count: int = WORST) -> str:
         for one in ranked
     ]
     headers = ("ratio", "op", "shape", "dtype", "ours us", "best peer", "its us", "")
-    return tabulate(lines, headers, floatfmt=(".2f", "", "", "", ".2f", "", ".2f"), missingval="-")
+    return fitted(lines, headers, keys=3, floatfmt=(".2f", "", "", "", ".2f", "", ".2f"), missingval="-")
 
 
 def peers(rows: Sequence[Row]) -> str:
@@ -92,7 +91,7 @@ def peers(rows: Sequence[Row]) -> str:
         wrong = sum(row.wrong for row in failed)
         example = failed[0].message.splitlines()[0][:90] if failed else ""
         lines.append((op, name, len(mine), sum(row.key in best for row in mine), wrong, len(failed) - wrong, example))
-    return tabulate(lines, ("op", "peer", "shapes", "best", "wrong", "refused", "first message"))
+    return fitted(lines, keys=2, headers=("op", "peer", "shapes", "best", "wrong", "refused", "first message"))
 
 
 def draw_maps(path: Path, rows: Sequence[Row], about: Mapping[str, str]) -> None:

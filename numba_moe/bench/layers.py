@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 from numba_moe import fused_experts
 from numba_moe.bench.contenders import OURS, load_peers
 from numba_moe.bench.measure import device_time, host_time, read_bandwidth
+from numba_moe.runtime.text import fitted
 from numba_moe.verify import testing, verification
 
 
@@ -154,7 +154,7 @@ def table(rows: list[Row]) -> str:
     ]
     clocks = [f"{name} {clock}" for name in names for clock in Times._fields]
     headers = ("layer", "routing", "tokens", "experts", "floor us", *clocks, "floor / ours", "ours / best")
-    return tabulate(lines, headers, disable_numparse=True)
+    return fitted(lines, headers, keys=4, disable_numparse=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

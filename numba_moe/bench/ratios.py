@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
-from tabulate import tabulate
-
 from numba_moe.bench.contenders import OURS
 from numba_moe.bench.measure import Row
 from numba_moe.runtime import files, formats
+from numba_moe.runtime.text import fitted
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, ...], tuple[float | None, float | None]]:
@@ -60,7 +59,7 @@ def table(rows: Sequence[Row], old: Mapping[tuple[str, ...], Row] | None = None)
             line += [before.host_us, _ratio(row.host_us, before.host_us)]
         note = f"WRONG {row.message}" if row.wrong else "refused" if row.message else ""
         lines.append([*line, note])
-    return tabulate(lines, [*headers, "note"], floatfmt=[*formats, ""], missingval="-")
+    return fitted(lines, [*headers, "note"], keys=4, floatfmt=[*formats, ""], missingval="-")
 
 
 def write_report(path: Path, rows: Sequence[Row], environment: Mapping[str, str]) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tabulate import tabulate
 
 from numba_moe.device import simulator, switch
 from numba_moe.lab.own import Grid, Own
 from numba_moe.runtime import checks
+from numba_moe.runtime.text import fitted
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import Case, edge_cases, model_cases
 from numba_moe.verify.verification import Outcome
@@ -41,7 +41,7 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         rows = [(outcome.case, outcome.verdict) for outcome in self.outcomes]
         rows += [(case, f"left out: {why}") for case, why in self.left_out]
-        table = tabulate(rows, ("case", "verdict"), maxcolwidths=(40, 100))
+        table = fitted(rows, ("case", "verdict"), widths=(40, 100))
         number = len(self.outcomes) - len(self.failed)
         counts = f"{number} passed, {len(self.failed)} failed"
         if self.left_out:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from tabulate import tabulate
 
 from numba_moe.device import simulator, switch
 from numba_moe.lab import checking
 from numba_moe.lab.checking import Cases
 from numba_moe.lab.own import Grid, Own, is_kernel, plain_function
 from numba_moe.runtime import checks
+from numba_moe.runtime.text import fitted
 from numba_moe.verify import faults, verification
 from numba_moe.verify.cases import Case, simulated
 from numba_moe.verify.verification import Outcome
@@ -42,7 +42,7 @@ class Planted(NamedTuple):
 
     def __str__(self) -> str:
         rows = [(fault, case or "MISSED", self.messages.get(fault, "")) for fault, case in self.caught.items()]
-        table = tabulate(rows, ("planted", "caught by", "what differs"), maxcolwidths=(60, 40, 60))
+        table = fitted(rows, ("planted", "caught by", "what differs"), widths=(60, 40, 60))
         return f"{table}\n{len(rows) - len(self.missed)} caught, {len(self.missed)} missed"
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 from numba_moe.bench import contenders, measure, ratios
 from numba_moe.bench.contenders import Contender
@@ -15,6 +14,7 @@ from numba_moe.device import simulator
 from numba_moe.lab import checking
 from numba_moe.lab.own import Grid, Own
 from numba_moe.runtime import checks
+from numba_moe.runtime.text import fitted
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import Case
 
@@ -164,7 +164,7 @@ def table(found: Sequence[Roofline]) -> str:
     """Format roofs for a terminal."""
     rows = [(*one[:3], one.bytes_moved, one.least_us, one.device_us, f"{one.share:.0%}") for one in found]
     headers = ("name", "shape", "bytes needed", "bytes moved", "least us", "device us", "share")
-    return tabulate(rows, headers, floatfmt=("", "", "", "", ".2f", ".2f", ""), missingval="-")
+    return fitted(rows, headers, keys=2, floatfmt=("", "", "", "", ".2f", ".2f", ""), missingval="-")
 
 
 def _op(like: str) -> Callable[..., Any]:

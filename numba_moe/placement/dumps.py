@@ -22,7 +22,7 @@ class Slots(NamedTuple):
 def read_file(path: Path, num_layers: int | None = None, num_experts: int | None = None) -> Any:
     """Read what a file holds, without running code from it; a list of records as the `logical_count` that it makes.
 
-    The sizes are those of a ``.csv`` file, which has lines for some experts only.
+    The sizes are those of a ``.csv`` file, which has lines for some experts only; `num_experts` is that of ids as well.
     """
     if path.suffix == ".csv":
         return {"logical_count": formats.read_csv(path, num_layers, num_experts)}
@@ -30,9 +30,32 @@ def read_file(path: Path, num_layers: int | None = None, num_experts: int | None
     records, mapping = content, None
     if isinstance(content, dict):
         records, mapping = content.get("records"), content.get("last_physical_to_logical_map")
+    of_ids = None if mapping is not None else map_of_ids(records, num_experts, path.stat().st_size)
+    if of_ids is not None:
+        mapping = of_ids
     if _are_counted(records, mapping):
-        return {"logical_count": counts_of_records(records, mapping, path.stat().st_size)}
+        counts = counts_of_records(records, mapping, path.stat().st_size)
+        return {"logical_count": counts, "of_ids": of_ids is not None}
     return content
+
+
+def map_of_ids(records: Any, num_experts: int | None, size: int) -> np.ndarray | None:
+    """Return a map with expert i in slot i, if records have ids alone: neither counts nor a map.
+
+    `num_experts` is by default the largest id + 1, and `size` that of the file in bytes.
+    """
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        return None
+    other = {"logical_count", "global_physical_count", "physical_to_logical_map"}
+    if any("topk_ids_of_layer" not in record or other & record.keys() for record in records):
+        return None
+    ids = [formats.array("topk_ids_of_layer", record["topk_ids_of_layer"], (3,), empty=True) for record in records]
+    least = max(int(part.max(initial=-1)) for part in ids) + 1
+    if num_experts is not None:
+        checks.at_least("num_experts", checks.integer("num_experts", num_experts, 1), least, "the largest id + 1")
+    experts = num_experts or max(least, 1)
+    formats.check_memory("topk_ids_of_layer", "the counts of its experts", 8 * len(ids) * len(ids[0]) * experts, size)
+    return np.tile(np.arange(experts), (len(ids[0]), 1))
 
 
 def _are_counted(records: Any, mapping: Any) -> bool:

@@ -4,7 +4,6 @@ import argparse
 import functools
 import importlib.util
 import json
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from numba_moe.placement.location import FORMATS, MOST_BYTES, ExpertLocation, ch
 from numba_moe.placement.simulation import Scenario, Simulation, simulate
 from numba_moe.placement.traces import load_trace
 from numba_moe.runtime import checks, files
-from numba_moe.runtime.text import counted
+from numba_moe.runtime.text import UNBOUNDED, counted, fitted, room
 
 PICTURES = (".png", ".svg", ".pdf")
 # What the command calls the arguments of `simulate`, and of what that calls.
@@ -116,7 +115,7 @@ def over_time(rows: dict[str, np.ndarray], title: str) -> str:
     parts = np.array_split(np.arange(num_steps), min(PERIODS, num_steps))
     headers = [title, *(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)]
     lines = [[name, *(float(values[part].mean()) for part in parts)] for name, values in rows.items()]
-    return tabulate(lines, headers, floatfmt=".3f")
+    return fitted(lines, headers, floatfmt=".3f")
 
 
 def verdict(found: Simulation, num_steps: int) -> str:
@@ -292,7 +291,7 @@ def run(options: argparse.Namespace, loads: np.ndarray, found: Simulation) -> in
     kind = "" if loads.ndim == 3 else ", tokens on the ranks that it says"
     sizes = ", ".join(map(counted, loads.shape, ("step", "layer", "expert")))
     print(f"{options.dump.name}: {sizes}{kind}\n")
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    width = room() if room() < UNBOUNDED else None
     print(table(found, float(loads.sum()), width), end="\n\n")
     print(NOTES, end="\n\n")
     title = "balance (mean/max) at steps"

@@ -50,7 +50,9 @@ def load_trace(
     if "logical_count" in content:
         of_ids = {"tokens_per_step": tokens_per_step}
         if path.suffix != ".csv":
-            of_ids |= {"num_layers": num_layers, "num_experts": num_experts}
+            of_ids["num_layers"] = num_layers
+            if not content.get("of_ids"):
+                of_ids["num_experts"] = num_experts
         for name, value in of_ids.items():
             checks.holds(name, f"left out for {path.name}, which has counts", value is None, value)
         counts = formats.counts("logical_count", content["logical_count"], (2, 3))

@@ -11,7 +11,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from numba_moe.placement.dumps import Slots, slots_of_record
+from numba_moe.placement.dumps import Slots, map_of_ids, slots_of_record
+from numba_moe.placement.traces import load_trace
 from numba_moe.recorder import sums
 from numba_moe.recorder.hooks import MODES
 from numba_moe.reference.recorder import logical_counts, utilization
@@ -231,11 +232,12 @@ def load(path: str | os.PathLike[str], *, num_layers: int | None = None, num_exp
     ----------
     path : path
         A ``.npz``, ``.safetensors``, ``.json``, ``.csv`` or ``.pt`` file: this library's, SGLang's dumps of counts
-        and of records, or any with ``logical_count`` [L, E] or [steps, L, E].
+        and of records, or any with ``logical_count`` [L, E] or [steps, L, E], or with ``topk_ids`` [steps, L, T, K].
     num_layers : int, optional
         Layers of the model (L). A ``.csv`` file without a line for the last one needs it; other files are checked.
     num_experts : int, optional
-        Experts of a layer (E), in the same way.
+        Experts of a layer (E), in the same way. Ids without counts and without a map need it, if no token chose the
+        last expert.
 
     Returns
     -------
@@ -271,16 +273,19 @@ def load(path: str | os.PathLike[str], *, num_layers: int | None = None, num_exp
     content = formats.read(path, [f".{name}" for name in FORMATS])
     if isinstance(content, list):
         content = {"records": content}
-    known = isinstance(content, dict) and bool({"logical_count", "records"} & content.keys())
-    checks.holds("path", "a file with logical_count or records", known, path.name)
+    known = isinstance(content, dict) and bool({"logical_count", "records", "topk_ids"} & content.keys())
+    checks.holds("path", "a file with logical_count or records, or with topk_ids", known, path.name)
     if "about" in content:
         content |= _of_bytes(content.pop("about"), path)
     if {"physical_to_logical_maps", "map_of_pass"} & content.keys():
         dump = _of_arrays(content)
     elif "logical_count" in content and not content.get("records"):
         dump = _of_counts(content)
+    elif "records" in content:
+        dump = _of_records(content, path.stat().st_size, num_experts)
     else:
-        dump = _of_records(content, path.stat().st_size)
+        loads = load_trace(path, num_experts=num_experts)
+        dump = _of_counts({"logical_count": loads if loads.ndim == 3 else loads.sum(axis=3)})  # of all ranks
     for axis, (name, size) in enumerate({"num_layers": num_layers, "num_experts": num_experts}.items(), 1):
         if size is not None:
             there = dump.logical_count.shape[axis]
@@ -406,15 +411,17 @@ def _of_counts(content: dict[str, Any]) -> Dump:
     return dataclasses.replace(dump.with_counts(physical), logical_count=logical)
 
 
-def _of_records(content: dict[str, Any], size: int) -> Dump:
-    records = content["records"]
+def _of_records(content: dict[str, Any], size: int, num_experts: int | None) -> Dump:
+    records, last_map = content["records"], content.get("last_physical_to_logical_map")
     are_records = isinstance(records, list) and bool(records) and all(isinstance(record, dict) for record in records)
     checks.holds("path", "a file with logical_count, or a list of records", are_records, type(records).__name__)
+    if last_map is None:
+        last_map = map_of_ids(records, num_experts, size)
     parts: list[Slots] = []
     maps: list[np.ndarray] = []
     map_of_pass = []
     for record in records:
-        slots = slots_of_record(record, content.get("last_physical_to_logical_map"))
+        slots = slots_of_record(record, last_map)
         if not maps or not np.array_equal(maps[-1], slots.places):
             maps.append(slots.places)
             checks.host_shape("physical_to_logical_map", slots.places, maps[0].shape, "that of the first record")

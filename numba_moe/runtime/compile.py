@@ -7,7 +7,6 @@ NVVM, and cuda.core links the PTX. Numba is imported when something must be comp
 import functools
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from numba_moe import lazy
 from numba_moe.device import dialect
 from numba_moe.device.types import CONSTANT, ELEMENT_TYPES, HOPPER, LIKE
-from numba_moe.runtime import cache
+from numba_moe.runtime import cache, text
 
 KERNEL_PACKAGES = ("numba_moe.ops",)
 # Dynamic shared memory of a block; every GPU since sm_80 has it beside a kernel's static arrays.
@@ -267,16 +266,14 @@ def compiled(kernel: Any, specialisation: Specialisation, compute_capability: tu
 
 
 def every_compiled(compute_capabilities: Iterable[tuple[int, int]]) -> Iterator[tuple[Any, cache.Entry]]:
-    """Yield every kernel with the machine code of each of its specialisations, with a progress bar."""
-    from tqdm import tqdm
-
+    """Yield every kernel with the machine code of each of its specialisations, and show how far that is."""
     wanted = [
         (kernel, specialisation, capability)
         for capability in compute_capabilities
         for kernel in kernels()
         for specialisation in specialisations(kernel)
     ]
-    for kernel, specialisation, capability in tqdm(wanted, unit="kernel", disable=not sys.stderr.isatty()):
+    for kernel, specialisation, capability in text.progress(wanted, "kernel"):
         yield kernel, compiled(kernel, specialisation, capability)
 
 

@@ -5,6 +5,7 @@ compresses well, a tensor with strides of 0, a largest id. `check_memory` bounds
 """
 
 import csv
+import decimal
 import io
 import json
 import math
@@ -158,9 +159,11 @@ class _BadLineError(Exception):
 
 
 def _three_numbers(line: list[str]) -> list[int]:
-    if len(line) != 3 or not all(re.fullmatch(r"\s*-?[0-9]{1,20}(\.0*)?\s*", part) for part in line):
+    is_number = re.compile(r"-?[0-9]{1,20}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,2})?").fullmatch
+    found = [decimal.Decimal(part.strip()) for part in line if is_number(part.strip())]
+    if len(line) != 3 or len(found) != 3 or any(number % 1 for number in found):
         raise _BadLineError(f"{','.join(line)!r} is not three whole numbers")
-    return [int(part.partition(".")[0]) for part in line]
+    return [int(number) for number in found]
 
 
 def _read_json(file: IO[bytes], _size: int) -> Any:

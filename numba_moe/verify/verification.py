@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 import numba_moe
 from numba_moe import parallel, placement, recorder, reference
 from numba_moe.device import simulator
 from numba_moe.runtime import cache, checks, files
-from numba_moe.runtime.text import counted
+from numba_moe.runtime.text import counted, fitted
 from numba_moe.verify import testing
 from numba_moe.verify.cases import Case, edge_cases, few, input_cases, model_cases
 
@@ -174,7 +173,7 @@ def table(outcomes: list[Outcome]) -> str:
     ]
     headers = ("op", "case", "mismatches", "error / tolerance", "repeats equal", "GPU us", "reference us", "verdict")
     formats = ("", "", "", ".2g", "", ".1f", ".0f", "")
-    return tabulate(rows, headers, floatfmt=formats, missingval="-")
+    return fitted(rows, headers, keys=2, floatfmt=formats, missingval="-")
 
 
 def summary(outcomes: Iterable[Outcome]) -> str:
@@ -192,7 +191,7 @@ def summary(outcomes: Iterable[Outcome]) -> str:
         )
         for op, found in by_op.items()
     ]
-    return tabulate(rows, ("op", "cases", "failed", "mismatches", "error / tolerance"), floatfmt=".2g")
+    return fitted(rows, ("op", "cases", "failed", "mismatches", "error / tolerance"), floatfmt=".2g")
 
 
 def select_cases(options: argparse.Namespace, on_gpu: bool) -> list[Case]:

@@ -24,6 +24,7 @@ from numba_moe import MoEBlock
 from numba_moe.parallel import PeerTimeoutError, TokenDispatcher, expert_weights, gather_experts, shard_experts
 from numba_moe.placement import (
     Balancer,
+    BalancerLook,
     CorruptedWeightsError,
     ExpertDispatch,
     ExpertLocation,
@@ -262,20 +263,20 @@ def refined(rank, size):
     drifting(rank, size, "jumps", algorithm="refined", max_moves=4)
 
 
-def moving(rank, size):
-    """Move the experts of blocks of a model whose recorder is given slots, in one step, and with captured tables."""
+def moving(rank, size, device="cpu"):
+    """Move the experts of blocks of a model whose recorder is given slots, in one step."""
     experts = 4 * size
     start = ExpertLocation.trivial(2, experts, 5 * size, num_gpus=size)
     sizes = {"num_experts": experts, "top_k": 2, "hidden": 8, "max_tokens": 16, "dtype": torch.float32}
     dispatcher = TokenDispatcher(**sizes, location=start)
     torch.manual_seed(0)
     blocks = [MoEBlock(8, 4, num_experts=experts, top_k=2, dispatcher=dispatcher, layer=layer) for layer in range(2)]
-    model = torch.nn.Sequential(*blocks)
+    model = torch.nn.Sequential(*blocks).to(device)
     torch.manual_seed(0)
-    whole = torch.nn.Sequential(*(MoEBlock(8, 4, num_experts=experts, top_k=2) for _ in range(2)))
-    tables = ExpertDispatch(start, rank, "cpu")
+    whole = torch.nn.Sequential(*(MoEBlock(8, 4, num_experts=experts, top_k=2) for _ in range(2))).to(device)
+    tables = ExpertDispatch(start, rank, device)
     recorder = ExpertDistributionRecorder(
-        2, experts, mode="stat", device="cpu", physical_to_logical_map=start.physical_to_logical_map
+        2, experts, mode="stat", device=device, physical_to_logical_map=start.physical_to_logical_map
     )
     recorder.start_record()
 
@@ -292,8 +293,8 @@ def moving(rank, size):
     address = [tensor.data_ptr() for held in weights for tensor in held.values()]
     told = []
     listener = types.SimpleNamespace(location=start, update=lambda *given: told.append(given))
-    options = {"every": 3, "overlap": 0, "min_gain": 0.0, "physical_ids": True, "verify": True}
-    rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(rank)) + 1
+    options = {"every": 3, "overlap": 0, "timeout": 30.0, "min_gain": 0.0, "physical_ids": True, "verify": True}
+    rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(rank)).to(device) + 1
     with Balancer(weights, recorder, [dispatcher, tables, listener], **options) as balancer:
         moved = []
         for number in range(9):
@@ -310,6 +311,10 @@ def moving(rank, size):
     with pytest.raises(RuntimeError, match="`step` must be called of a balancer without an error before") as found:
         balancer.step()
     assert "the balancer was closed" in str(found.value.__cause__)
+
+
+def moving_on_gpus(rank, size):
+    moving(rank, size, f"cuda:{rank}")
 
 
 def noise(rank, size):
@@ -522,8 +527,50 @@ def late(rank, size):
             model.run(number)
 
 
+def divided(rank, size):
+    """Let rank 1 hear nobody at an arrival: whoever decides first decides for all, whether the others heard or not."""
+    for first, moves in ((0, True), (1, False)):
+        model = Model(rank, size, timeout=20.0)
+        peers = model.balancer._peers
+        tell, decide = peers.tell, peers.decide
+
+        def told(phase, number, numbers, tell=tell):
+            listen = tell(phase, number, numbers)
+
+            def hear():
+                found = listen()
+                if rank == 1 and phase == "arrival":
+                    raise PeerTimeoutError("ranks [0] were not in the arrival", 0, phase, number)
+                return found
+
+            return hear
+
+        def decided(name, mine, decide=decide, first=first):
+            time.sleep(0.0 if rank == first else 1.5)
+            return decide(name, mine)
+
+        peers.tell, peers.decide = told, decided
+        moved = []
+        if moves:
+            while not moved:
+                moved = model.run(len(model.counts))
+        else:
+            with pytest.raises(PeerTimeoutError if rank == 1 else RuntimeError, match="arrival"):
+                run(model, range(60))
+        assert (model.balancer.location != model.start) == moves
+        dist.barrier()
+        for layer in range(NUM_LAYERS):
+            mine = model.balancer.location.physical_to_logical_map[layer, model.start.rank_of_slot == rank]
+            for name, part in model.matrices[layer].items():
+                assert np.array_equal(model.weights[layer][name].numpy(), part[mine])
+        model.balancer.close()
+
+
 LOST = (lost_at_the_look, lost_on_the_way, lost_at_the_arrival)
-ROLES = {role.__name__: role for role in (drifting, jumping, refined, moving, noise, window, agreement, late, *LOST)}
+ROLES = {
+    role.__name__: role
+    for role in (drifting, jumping, refined, moving, moving_on_gpus, noise, window, agreement, late, divided, *LOST)
+}
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
@@ -532,7 +579,10 @@ def main(role, rank, size, port):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    if role == "moving_on_gpus":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if role == "moving_on_gpus" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     ROLES[role](rank, size)
     dist.destroy_process_group()
 
@@ -575,13 +625,42 @@ def test_ranks_move_together(role, size):
     assert run_ranks(role, size) == [0] * size
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_move_together_on_gpus():
+    assert run_ranks("moving_on_gpus", 2) == [0, 0]
+
+
+def test_slots_move_beside_passes_at_the_same_addresses(device):
+    """Let one rank exchange two of its slots: on a GPU over the balancer's stream, beside work that reads the slots."""
+    old, new = (ExpertLocation.from_mapping([place] * 2) for place in ([0, 1, 2], [0, 2, 1]))
+    rows = torch.tensor([[1.0], [2.0], [4.0]], device=device).repeat(1, 1 << 12)
+    weights = [[rows.clone(), rows[:, 0].clone()], [rows.clone()]]
+    first, number = weights[0]
+    tables = ExpertDispatch(old, 0, device)
+    balancer = Balancer(weights, lambda: np.ones((2, 3), int), tables, every=1)
+    balancer._plan = lambda _, at: types.SimpleNamespace(location=new, look=BalancerLook(at, 0.5, 0.75, [1, 0], 4, 0))
+    moved, seen = [], []
+    for _ in range(6):
+        seen.append(
+            [float(layer[0][int(tables(torch.tensor([[2]], device=device), 0)[0, 0]), 7]) for layer in weights[:1]]
+        )
+        moved.append(balancer.step())
+    assert moved == [[], [], [1], [0], [], []]
+    assert seen == [[4.0]] * 6
+    assert weights[0][0] is first
+    assert first[:, 5].tolist() == number.tolist() == weights[1][0][:, 9].tolist() == [1, 4, 2]
+    assert tables.location == new
+    balancer.close()
+
+
 @pytest.mark.parametrize("size", QUICK_AND_SLOW)
 def test_noise_and_costs_leave_experts_where_they_are(size):
     assert run_ranks("noise", size) == [0] * size
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["agreement", "late"])
+@pytest.mark.parametrize("role", ["agreement", "late", "divided"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_faults_of_one_rank_reach_all(role, size):
     assert run_ranks(role, size) == [0] * size

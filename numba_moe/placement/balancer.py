@@ -289,6 +289,8 @@ class Balancer:
             dispatchers=_places(location),
             every=(options, move_cost, chunk_layers, overlap, verify, timeout),
         )
+        if self._group is not None:  # NCCL connects ranks at their first collective, which would hold up a pass
+            dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
         self._thread = futures.ThreadPoolExecutor(1, "numba-moe-balancer")
 
     @property

@@ -7,6 +7,7 @@ import collections
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import time
 import types
@@ -468,7 +469,7 @@ def lose(rank, size, until):
             balancer._stage = lambda *given: die() if next(times) == 1 else stage(*given)
         else:
             together = balancer._together
-            balancer._together = lambda phase, work: die() if phase == "arrival" else together(phase, work)
+            balancer._together = lambda phase, *given: die() if phase == "arrival" else together(phase, *given)
     moved, numbers = [], itertools.count()
     error = None
     while error is None:
@@ -511,9 +512,9 @@ def late(rank, size):
     if rank == 1:
         together = model.balancer._together
 
-        def slowly(phase, work):
+        def slowly(phase, *given):
             time.sleep(6.0 if phase == "arrival" else 0.0)
-            return together(phase, work)
+            return together(phase, *given)
 
         model.balancer._together = slowly
     with pytest.raises(PeerTimeoutError) as found:
@@ -566,10 +567,42 @@ def divided(rank, size):
         model.balancer.close()
 
 
+def slow(rank, size):
+    """Let the weights of rank 1 hang on their way while it serves: nothing moves, and who waited knows for whom."""
+    model = Model(rank, size, timeout=3.0)
+    if rank == 1:
+        stage = model.balancer._stage
+        model.balancer._stage = lambda *given: (time.sleep(4.0), stage(*given))[1]
+    with pytest.raises(RuntimeError) as found:
+        run(model, range(60))
+    text = "rank 1 waited 1.5 s in arrival" if rank == 1 else r"for rank \d|ranks .* failed in the arrival"
+    assert re.search(text, str(found.value)), found.value
+    if rank == 0:
+        assert (type(found.value), found.value.rank) == (PeerTimeoutError, 1)
+    assert model.balancer.location == model.start
+    for number in range(60, 63):  # the model goes on, with all ranks
+        with pytest.raises(RuntimeError, match="without an error before"):
+            model.run(number)
+    dist.barrier()
+
+
 LOST = (lost_at_the_look, lost_on_the_way, lost_at_the_arrival)
 ROLES = {
     role.__name__: role
-    for role in (drifting, jumping, refined, moving, moving_on_gpus, noise, window, agreement, late, divided, *LOST)
+    for role in (
+        drifting,
+        jumping,
+        refined,
+        moving,
+        moving_on_gpus,
+        noise,
+        window,
+        agreement,
+        late,
+        slow,
+        divided,
+        *LOST,
+    )
 }
 PROCESSES = multiprocessing.get_context("forkserver")
 
@@ -660,14 +693,20 @@ def test_noise_and_costs_leave_experts_where_they_are(size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["agreement", "late", "divided"])
+@pytest.mark.parametrize("role", ["agreement", "late", "slow", "divided"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_faults_of_one_rank_reach_all(role, size):
     assert run_ranks(role, size) == [0] * size
 
 
-@pytest.mark.parametrize("size", QUICK_AND_SLOW)
-@pytest.mark.parametrize("role", [role.__name__ for role in LOST])
+KILLED = [
+    pytest.param(role.__name__, size, marks=[] if (role, size) == (lost_on_the_way, 2) else pytest.mark.slow)
+    for role in LOST
+    for size in (2, 4)
+]
+
+
+@pytest.mark.parametrize(("role", "size"), KILLED)
 def test_a_killed_rank_is_named_and_the_others_go_on(role, size):
     assert run_ranks(role, size) == [0, -signal.SIGKILL, 0, 0][:size]
 

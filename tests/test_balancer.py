@@ -247,6 +247,8 @@ def drifting(rank, size, kind="slides", **options):
 
     without, live, oracle = score([model.start.physical_to_logical_map] * num_passes), score(places), score(known)
     kept, filled = (sum(getattr(look, name) for look in balancer.looks) for name in ("num_kept", "num_filled"))
+    most = NUM_LAYERS * options.get("max_moves", model.start.num_physical_experts)
+    assert all(look.num_filled <= most for look in balancer.looks)
     if rank == 0:
         figures = f"without {without:.3f}, live {live:.3f}, oracle {oracle:.3f}"
         print(f"{size} ranks, a load that {kind}, {options}: {figures}; {filled} filled, {kept} saved", flush=True)
@@ -294,7 +296,7 @@ def moving(rank, size, device="cpu"):
     address = [tensor.data_ptr() for held in weights for tensor in held.values()]
     told = []
     listener = types.SimpleNamespace(location=start, update=lambda *given: told.append(given))
-    options = {"every": 3, "overlap": 0, "timeout": 30.0, "min_gain": 0.0, "physical_ids": True, "verify": True}
+    options = {"algorithm": "deepseek", "every": 3, "overlap": 0, "min_gain": 0.0, "physical_ids": True, "verify": True}
     rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(rank)).to(device) + 1
     with Balancer(weights, recorder, [dispatcher, tables, listener], **options) as balancer:
         moved = []
@@ -353,8 +355,6 @@ def noise(rank, size):
     assert not any(look.layers for look in looks(busy, move_cost=1e6))
     assert not any(look.layers for look in looks(busy, threshold=moved[0].balancedness - 0.05))
     assert looks(busy, threshold=moved[0].balancedness + 0.05)[0].layers
-    exact = looks(busy, draw=False, algorithm="refined", max_moves=2, steps=4)
-    assert 0 < exact[0].num_filled <= 2 * NUM_LAYERS
     assert looks(busy, draw=False, preserve_intragpu_slots=False, steps=4)[0].num_kept == 0
 
 
@@ -364,7 +364,7 @@ def window(rank, size):
     model.balancer.close()
     ones = np.ones((3, NUM_LAYERS, 8 * size), np.int64)
     numbers = itertools.count(1)
-    options = {"every": 3, "window": 7, "threshold": 0.1}
+    options = {"algorithm": "deepseek", "every": 3, "window": 7, "threshold": 0.1}
     balancer = Balancer(model.weights, lambda: next(numbers) * ones, model.dispatcher, **options)
     seen = []
     plan = balancer._plan
@@ -386,14 +386,14 @@ def agreement(rank, size):
     """Check errors of one rank that all get, while the model goes on with the old location."""
     model = Model(rank, size, timeout=5.0)
     for name, value in {"min_gain": 0.5, "every": 7, "overlap": 2}.items():
-        options = {name: value} if rank == 1 else {}
+        options = {"algorithm": "deepseek"} | ({name: value} if rank == 1 else {})
         with pytest.raises(ValueError, match=r"`every` must be the same on every rank, got others on ranks \[1\] than"):
             Balancer(model.weights, model.recorder, model.dispatcher, **options)
     weights = [{"up": layer["up"].double() if rank == 1 else layer["up"]} for layer in model.weights]
     with pytest.raises(
         ValueError, match=r"`weights` must be the same on every rank, got others on ranks \[1\] than on"
     ):
-        Balancer(weights, model.recorder, model.dispatcher)
+        Balancer(weights, model.recorder, model.dispatcher, algorithm="deepseek")
 
     def fail(model, error, match):
         before = [{name: part.clone() for name, part in layer.items()} for layer in model.weights]
@@ -671,7 +671,7 @@ def test_slots_move_beside_passes_at_the_same_addresses(device):
     weights = [[rows.clone(), rows[:, 0].clone()], [rows.clone()]]
     first, number = weights[0]
     tables = ExpertDispatch(old, 0, device)
-    balancer = Balancer(weights, lambda: np.ones((2, 3), int), tables, every=1)
+    balancer = Balancer(weights, lambda: np.ones((2, 3), int), tables, every=1, algorithm="deepseek")
     balancer._plan = lambda _, at: types.SimpleNamespace(location=new, look=BalancerLook(at, 0.5, 0.75, [1, 0], 4, 0))
     moved, seen = [], []
     for _ in range(6):
@@ -757,7 +757,7 @@ def test_bad_arguments_of_the_planners():
         preserve_intragpu_slots(ONE, TWO)
     with pytest.raises(ValueError, match=r"`weight` must be of shape \(num_layers, num_experts\) = \(1, 3\), got"):
         layers_worth_moving(np.ones((2, 3)), ONE, ONE)
-    balancer = Balancer(WEIGHTS, lambda: np.ones((1, 4), int), TABLES, every=1)
+    balancer = Balancer(WEIGHTS, lambda: np.ones((1, 4), int), TABLES, every=1, algorithm="deepseek")
     with pytest.raises(ValueError, match="`recorder` must be what returns counts of"):
         balancer.step()
     with pytest.raises(ValueError, match=r"`physical_to_logical_map` must be of shape \(L, P\) = \(1, 3\), got"):

@@ -268,11 +268,11 @@ class Balancer:
         if algorithm == "deepseek":
             even = len(set(location.slots_per_rank)) == 1 and bool((location.physical_to_logical_map >= 0).all())
             checks.holds("dispatchers", "of ranks with equally many experts, for 'deepseek'", even, location)
-        self._place(np.ones((location.num_layers, experts)))  # compiles, and raises what does not fit the location
         self._rank = migration.check_group(group, location, "dispatchers")
         self._tensors = migration.check_weights(weights, location, self._rank, "dispatchers")
         self._device = migration.device_of(self._tensors)
         self._recorder = self._check_recorder(recorder)
+        self._place(np.ones((location.num_layers, experts)))  # compiles, and raises what does not fit the location
 
         self.num_passes = self._last_look = 0
         self.looks: deque[BalancerLook] = deque(maxlen=MOST_LOOKS)
@@ -291,7 +291,7 @@ class Balancer:
             every=(options, move_cost, chunk_layers, overlap, verify, timeout),
         )
         if self._group is not None:  # NCCL connects ranks at their first collective, which would hold up a pass
-            dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
+            dist.all_reduce(torch.zeros(1, dtype=torch.int64, device=self._device), group=self._group)
 
     @property
     def location(self) -> ExpertLocation:

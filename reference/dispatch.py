@@ -39,8 +39,8 @@ def philox(counter: Any, key: Any) -> tuple[np.ndarray, ...]:
     return a, b, c, d
 
 
-def static_map(location: Any, seed: int = 0) -> np.ndarray:
-    """Choose for each rank the slot that it sends tokens of an expert to: int64 [L, E, R].
+def static_map(location: Any, seed: int = 0, layers: Any = None) -> np.ndarray:
+    """Choose for each rank the slot that it sends tokens of an expert to: int64 [L, E, R], of all layers or of some.
 
     A rank prefers its own slots, then the slots of its node, then all others. The ranks choose in this order: first
     those that hold the expert, then those with the expert on their node, then the rest; each time by rank number. Each
@@ -59,17 +59,19 @@ def static_map(location: Any, seed: int = 0) -> np.ndarray:
             [1, 1],
             [2, 2]]])
     """
-    slots, count = location.logical_to_all_physical_map, location.logical_to_all_physical_map_num_valid
+    numbers = np.arange(len(location.physical_to_logical_map)) if layers is None else np.asarray(layers, int)
+    slots = location.logical_to_all_physical_map[numbers]
+    count = location.logical_to_all_physical_map_num_valid[numbers]
     rank_of_slot, node_of_slot = location.rank_of_slot, location.node_of_slot
     ranks = np.arange(rank_of_slot[-1] + 1)
     chosen = np.repeat(slots[:, :, :1], len(ranks), axis=2)
 
-    layers, experts = np.nonzero(count > 1)
-    slots = slots[layers, experts, : count.max()]  # [experts with several, replicas]
+    rows, experts = np.nonzero(count > 1)
+    slots = slots[rows, experts, : count.max(initial=0)]  # [experts with several, replicas]
     pairs = np.arange(len(slots))
     node_of_rank = node_of_slot[np.searchsorted(rank_of_slot, ranks)]
-    words = philox((np.arange(len(rank_of_slot)), np.arange(len(chosen))[:, None], 0, 0), (seed & WORD, seed >> 32))[0]
-    tie = words[layers[:, None], slots].astype(np.int64)
+    words = philox((np.arange(len(rank_of_slot)), numbers[:, None], 0, 0), (seed & WORD, seed >> 32))[0]
+    tie = words[rows[:, None], slots].astype(np.int64)
     senders = np.zeros(slots.shape, np.int64)
     for distance in range(3):
         for rank in ranks:
@@ -78,13 +80,15 @@ def static_map(location: Any, seed: int = 0) -> np.ndarray:
             order = np.where(away == distance, (senders << 32) + tie, np.iinfo(np.int64).max)
             best = order.argmin(axis=1)
             here = away.min(axis=1, initial=3) == distance
-            chosen[layers[here], experts[here], rank] = slots[pairs, best][here]
+            chosen[rows[here], experts[here], rank] = slots[pairs, best][here]
             senders[pairs[here], best[here]] += 1
     return chosen
 
 
-def dispatch_map(location: Any, rank: int, algorithm: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the `physical_map` and `num_valid` of `dispatch_ids` on a rank, int32 with one row for each layer.
+def dispatch_map(
+    location: Any, rank: int, algorithm: str, seed: int = 0, layers: Any = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the `physical_map` and `num_valid` of `dispatch_ids` on a rank, int32 with one row for each layer given.
 
     - "static": the map is [L, E], the rank's part of `static_map`.
     - "dynamic" and "hash": the map is [L, E, X], the slots of each expert, rotated so that ranks begin at different
@@ -93,18 +97,19 @@ def dispatch_map(location: Any, rank: int, algorithm: str, seed: int = 0) -> tup
       comes before the second of every rank, and so on, and each rank begins elsewhere.
     """
     if algorithm == "static":
-        return static_map(location, seed)[:, :, rank].astype(np.int32), None
-    rank_of_slot = location.rank_of_slot
+        return static_map(location, seed, layers)[:, :, rank].astype(np.int32), None
+    rank_of_slot, numbers = location.rank_of_slot, slice(None) if layers is None else layers
     if algorithm == "fake":
         num_ranks = rank_of_slot[-1] + 1
         position = np.arange(len(rank_of_slot)) - np.searchsorted(rank_of_slot, rank_of_slot)
         order = np.lexsort((rank_of_slot, position))
         rows = []
-        for places in location.physical_to_logical_map:
+        for places in location.physical_to_logical_map[numbers]:
             held = order[places[order] >= 0]
             rows.append(np.resize(np.roll(held, -(rank * len(held) // num_ranks)), len(order)))
         return np.stack(rows).astype(np.int32), None
-    slots, count = location.logical_to_all_physical_map, location.logical_to_all_physical_map_num_valid[:, :, None]
+    slots = location.logical_to_all_physical_map[numbers]
+    count = location.logical_to_all_physical_map_num_valid[numbers][:, :, None]
     column = np.arange(slots.shape[2])
     turned = np.where(column < count, (column + rank) % count, column)
     return np.take_along_axis(slots, turned, axis=2).astype(np.int32), count[:, :, 0].astype(np.int32)

@@ -103,18 +103,22 @@ def preserve_intragpu_slots(old: Any, new: Any) -> np.ndarray:
     array([[2, 1, 0, 3]])
     """
     places = new.physical_to_logical_map.copy()
-    first_of_rank = np.flatnonzero(np.diff(old.rank_of_slot)) + 1
-    for layer, before in enumerate(old.physical_to_logical_map):
-        for slots in np.split(np.arange(len(before)), first_of_rank):
-            slots = slots[before[slots] != places[layer, slots]]
-            coming, free = places[layer, slots].tolist(), []
+    num_slots = np.bincount(old.rank_of_slot).tolist()
+    for layer, before in enumerate(old.physical_to_logical_map.tolist()):
+        after, end = places[layer].tolist(), 0
+        for count in num_slots:
+            begin, end = end, end + count
+            slots = [slot for slot in range(begin, end) if after[slot] != before[slot]]
+            coming, free = [after[slot] for slot in slots], []
             for slot in slots:
                 if before[slot] in coming:
                     coming.remove(before[slot])
-                    places[layer, slot] = before[slot]
+                    after[slot] = before[slot]
                 else:
                     free.append(slot)
-            places[layer, free] = coming
+            for slot, expert in zip(free, coming, strict=True):
+                after[slot] = expert
+        places[layer] = after
     return places
 
 

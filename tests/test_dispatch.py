@@ -223,6 +223,7 @@ def test_update_keeps_the_tensors(algorithm, device):
     layers = [dispatch(ids, layer) for layer in range(2)]
     other = ExpertLocation.from_mapping(np.flip(MAP, axis=(0, 1)), num_gpus=6, num_nodes=3)
     dispatch.update(other, layers=[1])
+    dispatch.update(other, layers=[])
     assert dispatch.location == LOCATION.update(other, [1])
     assert all(now is before for now, before in zip((dispatch.physical_map, dispatch.num_valid), tensors, strict=True))
     fresh = ExpertDispatch(dispatch.location, 2, device, algorithm=algorithm, seed=4)

@@ -7,8 +7,8 @@ part has arrived, and whether it is written is what the first rank to decide say
 moved on all ranks that are left, or on none.
 """
 
-import contextlib
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -196,7 +196,8 @@ class Balancer:
     pass, by the passes that it has not seen. For `move_cost`, divide the bytes of an expert by the bandwidth, and by
     the time that the experts of a layer take for a token.
 
-    Memory: what a rank receives of `chunk_layers` layers. Between looks `step` counts passes, and does nothing else.
+    Memory: what a rank receives of `chunk_layers` layers, and the recorder's counts of each pass until the next look.
+    Between looks `step` counts passes, and does nothing else.
 
     A rank that is late or gone ends in `PeerTimeoutError`, which names it, after one and a half times the timeout at
     most. Layers that had moved have moved on all other ranks, and no other was written, so dispatchers and weights can
@@ -267,13 +268,13 @@ class Balancer:
         if algorithm == "deepseek":
             even = len(set(location.slots_per_rank)) == 1 and bool((location.physical_to_logical_map >= 0).all())
             checks.holds("dispatchers", "of ranks with equally many experts, for 'deepseek'", even, location)
-        self._place(np.ones((location.num_layers, experts)))  # compiles, and raises what does not fit the location
         self._rank = migration.check_group(group, location, "dispatchers")
         self._tensors = migration.check_weights(weights, location, self._rank, "dispatchers")
         self._device = migration.device_of(self._tensors)
         self._recorder = self._check_recorder(recorder)
+        self._place(np.ones((location.num_layers, experts)))  # compiles, and raises what does not fit the location
 
-        self.num_passes = 0
+        self.num_passes = self._last_look = 0
         self.looks: deque[BalancerLook] = deque(maxlen=MOST_LOOKS)
         self._counted: deque[tuple[int, np.ndarray]] = deque()  # passes of each look, and their counts
         self._work: Iterator[list[int]] | None = None
@@ -289,7 +290,8 @@ class Balancer:
             dispatchers=_places(location),
             every=(options, move_cost, chunk_layers, overlap, verify, timeout),
         )
-        self._thread = futures.ThreadPoolExecutor(1, "numba-moe-balancer")
+        if self._group is not None:  # NCCL connects ranks at their first collective, which would hold up a pass
+            dist.all_reduce(torch.zeros(1, dtype=torch.int64, device=self._device), group=self._group)
 
     @property
     def location(self) -> ExpertLocation:
@@ -330,7 +332,7 @@ class Balancer:
         group = dist.group.WORLD if group is None else group
         return dist.new_group(
             dist.get_process_group_ranks(group),
-            timeout=timedelta(seconds=self._timeout / 2),
+            timeout=timedelta(seconds=max(4 * self._timeout, 60)),  # NCCL's would end the process: ours comes before
             backend=dist.get_backend_config(group),
             use_local_synchronization=True,
         )
@@ -370,10 +372,9 @@ class Balancer:
         return moved
 
     def close(self) -> None:
-        """End the balancer and its thread. What has not moved stays where it is."""
+        """End the balancer. What has not moved stays where it is."""
         self._work = None
         self._error = self._error or RuntimeError("the balancer was closed")
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> "Balancer":
         return self
@@ -388,7 +389,7 @@ class Balancer:
         except BaseException as error:
             self._error, self._work = error, None
             if self._stream is not None and self._group is not None:
-                self._group.abort()  # transfers that wait for a rank that is gone would wait until the watchdog ends us
+                self._group.abort()  # what waits for a rank that is gone
             raise
         if moved is None:
             self._work = None
@@ -399,7 +400,7 @@ class Balancer:
         halves = self._sum_counts()
         if not halves.any():
             return
-        planned = self._thread.submit(self._plan, halves, self.num_passes)
+        planned = self._beside(self._plan, halves, self.num_passes)
         for _ in range(self._overlap):
             yield []
         plan = planned.result()
@@ -410,11 +411,11 @@ class Balancer:
         moved: list[int] = []
         for first in range(0, len(layers), self._chunk_layers):
             chunk = layers[first : first + self._chunk_layers]
-            arriving = self._thread.submit(self._stage, moving, chunk, self._ready())
+            arriving = self._beside(self._stage, moving, chunk)
             for _ in range(self._overlap):
                 yield moved
                 moved = []
-            moving.write(self._together("arrival", arriving.result))
+            moving.write(self._together("arrival", arriving, moving))
             for dispatcher in self._dispatchers:
                 dispatcher.update(plan.location, chunk)
             if self._told is not None:
@@ -434,9 +435,9 @@ class Balancer:
         passes = counts.reshape(-1, *shape)
         mine = torch.from_numpy(np.stack([passes[half::2].sum(axis=0) for half in (0, 1)])).to(self._device)
         self._agree("look", dispatchers=_places(location), num_passes=self.num_passes)
-        if self._group is not None:
-            self._together("sum of counts", lambda _: dist.all_reduce(mine, group=self._group))
-        self._counted.append((self._every, mine.cpu().numpy()))
+        found = self._together("sum of counts", self._beside(self._sum, mine))
+        self._counted.append((self.num_passes - self._last_look, found))
+        self._last_look = self.num_passes
         while sum(number for number, _ in self._counted) - self._counted[0][0] >= self._window:
             self._counted.popleft()
         return np.sum([found for _, found in self._counted], axis=0)
@@ -482,30 +483,48 @@ class Balancer:
         places, sizes = location.physical_to_logical_map, location.slots_per_rank
         return float(balancedness(weight, places, location.num_gpus, slots_per_rank=sizes).mean())
 
-    def _ready(self) -> Any:
-        """Return what the stream of the balancer has to wait for: what writes weights now."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+    def _beside(self, work: Callable[..., Any], *given: Any) -> "futures.Future[Any]":
+        """Do something in a thread, on a GPU on the balancer's stream and after what is queued now.
 
-    def _stage(self, moving: migration.Migration, layers: list[int], ready: Any) -> list[migration.Arrival]:
-        """Bring weights here, in the thread; return when they are all here."""
+        A process that ends does not wait for the thread, which may wait for a rank that is gone.
+        """
+        ready: Any = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+
+        found: futures.Future[Any] = futures.Future()
+
+        def on_stream() -> Any:
+            if self._stream is None:
+                return work(*given)
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                result = work(*given)
+                self._stream.synchronize()
+                return result
+
+        def run() -> None:
+            try:
+                found.set_result(on_stream())
+            except BaseException as error:  # which `found.result()` raises
+                found.set_exception(error)
+
+        threading.Thread(target=run, name="numba-moe-balancer", daemon=True).start()
+        return found
+
+    def _sum(self, mine: torch.Tensor) -> np.ndarray:
+        if self._group is not None:
+            dist.all_reduce(mine, group=self._group)
+        return mine.cpu().numpy()
+
+    def _stage(self, moving: migration.Migration, layers: list[int]) -> list[migration.Arrival]:
+        """Bring the weights of some layers to memory of their own."""
         try:
-            with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                if self._stream is not None:
-                    self._stream.wait_event(ready)
-                arrivals = moving.stage(layers)
-                if self._stream is not None:
-                    self._stream.synchronize()
-                wrong = moving.damaged(arrivals) if self._verify else []
+            arrivals = moving.stage(layers)
         except RuntimeError as error:
             if moving.peer is None:
                 raise
             what = f"rank {moving.peer} was lost while weights of layers {layers} travelled"
             raise PeerTimeoutError(what, moving.peer, "arrival", self.num_passes) from error
-        if wrong:
+        if self._verify and (wrong := moving.damaged(arrivals)):
             raise CorruptedWeightsError(moving.difference(wrong[0]))
         return arrivals
 
@@ -517,15 +536,22 @@ class Balancer:
             others = [rank for rank, row in enumerate(told) if row[index] != told[0][index]]
             checks.holds(name, "the same on every rank", not others, f"others on ranks {others} than on rank 0")
 
-    def _together(self, phase: str, work: Callable[[float], Any]) -> Any:
-        """Do what may take half the timeout, and go on only if no rank has failed in it."""
+    def _together(self, phase: str, work: "futures.Future[Any]", moving: Any = None) -> Any:
+        """Return what the thread has found within half the timeout, if no rank has failed in it."""
+        number = next(self._numbers)
         found: Any = None
         failed: Exception | None = None
         try:
-            found = work(self._timeout / 2)
+            found = work.result(self._timeout / 2)
+        except futures.TimeoutError:
+            peer = -1 if moving is None or moving.peer is None else moving.peer
+            what = f"rank {self._rank} waited {self._timeout / 2:g} s in {phase} {number}" + f" for rank {peer}" * (
+                peer >= 0
+            )
+            failed = PeerTimeoutError(what, peer, phase, number)
         except Exception as error:  # which is raised below, when all ranks know
             failed = error
-        number, kind = next(self._numbers), 0 if failed is None else 1 + isinstance(failed, CorruptedWeightsError)
+        kind = 0 if failed is None else 1 + isinstance(failed, CorruptedWeightsError)
         told: list[list[int]] = []
         try:
             told = self._peers.tell(phase, number, [[kind]] * self._peers.size)()

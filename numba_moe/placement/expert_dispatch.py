@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from numba_moe.ops.dispatch import ALGORITHMS, dispatch_ids
-from numba_moe.placement.location import ExpertLocation, check_location
+from numba_moe.placement.location import ExpertLocation, check_layers, check_location
 from numba_moe.reference import dispatch as reference
 from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.runtime import checks
@@ -118,10 +118,13 @@ class ExpertDispatch:
         the new location. A dispatch on another stream might read one table of the old location and one of the new: let
         this stream wait for the dispatches before, and those that follow wait for this one, by events.
         """
-        self.location = self.location.update(location, layers)
-        for held, new in zip((self.physical_map, self.num_valid), self._tables(), strict=False):
-            held.copy_(new)
+        changed = check_layers(layers, self.location.num_layers)
+        self.location = self.location.update(location, changed)
+        new_tables = self._tables(changed) if changed else []
+        for held, new in zip((self.physical_map, self.num_valid), new_tables, strict=False):
+            for layer, table in zip(changed, new, strict=True):
+                held[layer].copy_(table)
 
-    def _tables(self) -> list[torch.Tensor]:
-        found = reference.dispatch_map(self.location, self.rank, self.algorithm, self.seed)
+    def _tables(self, layers: list[int] | None = None) -> list[torch.Tensor]:
+        found = reference.dispatch_map(self.location, self.rank, self.algorithm, self.seed, layers)
         return [torch.from_numpy(table) for table in found if table is not None]

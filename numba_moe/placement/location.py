@@ -1,5 +1,6 @@
 """`ExpertLocation`: the slots and ranks that hold each expert, and the files of such locations."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -399,11 +400,13 @@ class ExpertLocation:
         """
         check_alike("other", other, self)
         indices = check_layers(layers, self.num_layers)
-        changed = {}
+        updated = copy.copy(self)  # not checked again, as each layer is one of a location that was
         for name in [field.name for field in dataclasses.fields(self)][:3]:
-            changed[name] = getattr(self, name).copy()
-            changed[name][indices] = getattr(other, name)[indices]
-        return dataclasses.replace(self, **changed)
+            array = getattr(self, name).copy()
+            array[indices] = getattr(other, name)[indices]
+            array.flags.writeable = False
+            object.__setattr__(updated, name, array)
+        return updated
 
     def with_places(self, physical_to_logical_map: Any) -> "ExpertLocation":
         """Return a location with the same ranks and nodes, and other experts in the slots.

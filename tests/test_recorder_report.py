@@ -285,6 +285,14 @@ def test_a_map_of_too_many_values_is_a_picture_alone():
     assert list(charts.data) == ["small"]
 
 
+def test_counts_may_be_whole_floats(tmp_path, capsys):
+    np.savez(tmp_path / "floats.npz", logical_count=np.full((2, 1, 4), 3.0))
+    check_page(reported(tmp_path / "floats.npz"))
+    np.savez(tmp_path / "halves.npz", logical_count=np.full((2, 1, 4), 3.5))
+    assert cli.main(["report", str(tmp_path / "halves.npz"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "`logical_count` must be whole numbers, got 3.5" in capsys.readouterr().err
+
+
 def test_names_of_files_are_text(tmp_path):
     counts = RNG.integers(1, 50, (2, 1, 4))
     path = write(tmp_path / "x.npz", counts, gatherer_key=["<img src=x onerror=1>", "</script><script>"])

@@ -355,6 +355,24 @@ def test_refined_is_its_twin_with_many_steps():
     assert several >= 2
 
 
+@pytest.mark.parametrize("num_gpus", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["nothing", "one expert", "two experts", "huge", "tiny", "one at a time"])
+def test_forecasts_of_odd_steps_are_placed(kind, num_gpus):
+    rng = np.random.default_rng(0)
+    weight = {
+        "nothing": np.zeros((10, 2, 4)),
+        "one expert": np.ones((10, 2, 1)),
+        "two experts": np.ones((9, 1, 2)),
+        "huge": rng.pareto(0.3, (12, 2, 6)) * 1e280,
+        "tiny": rng.pareto(1, (12, 2, 6)) * 1e-300,
+        "one at a time": np.eye(8)[:, None],
+    }[kind]
+    found = rebalance_experts(weight, 8, 1, 1, num_gpus, algorithm="refined").physical_to_logical_map
+    expected = reference.rebalance_experts(weight, 8, 1, 1, num_gpus, algorithm="refined").physical_to_logical_map
+    assert found.tolist() == expected.tolist()
+    assert all(set(place.tolist()) == set(range(weight.shape[2])) for place in found)
+
+
 def test_balancedness_by_hand():
     weight = np.array([[6.0, 3.0, 3.0], [0.0, 0.0, 0.0]])
     places = np.array([[0, 1, 0, 2], [0, 1, 2, 0]])

@@ -260,6 +260,22 @@ def test_the_largest_page_is_small(tmp_path):
     assert "each point is the mean of up to 5" in text
 
 
+def test_axes_end_at_round_numbers():
+    charts = Charts()
+    for values, last in (([0.0, 1e-17], "1"), ([0.0, 0.23], "0.25"), ([3.0, 41.0], "50"), ([None, 2.0], "2")):
+        text = charts.lines("line", "Line", {"a": values}, ["0", "1"], ("y", "x"))
+        assert re.findall(r'<span style="top:0.00%">([^<]*)</span>', text) == [last]
+        text = charts.bars("bar", "Bar", values, ["0", "1"], ("y", "x"))
+        assert re.findall(r'<span style="top:0.00%">([^<]*)</span>', text) == [last]
+
+
+def test_every_layer_that_is_placed_ticks(tmp_path):
+    found = Findings(dump_files.load(write(tmp_path / "x.npz", RNG.integers(1, 9, (4, 3, 8)), 4)), 4)
+    ticks = []
+    found.placements("deepseek", lambda: ticks.append(1))
+    assert len(ticks) == found.layers_to_place
+
+
 def test_a_map_of_too_many_values_is_a_picture_alone():
     charts = Charts()
     assert "data-chart" in charts.heat("small", "Small", np.ones((3, 4)), "a", "b", "x")
@@ -267,6 +283,14 @@ def test_a_map_of_too_many_values_is_a_picture_alone():
     assert 'role="img"' in large
     assert "tabindex" not in large
     assert list(charts.data) == ["small"]
+
+
+def test_counts_may_be_whole_floats(tmp_path, capsys):
+    np.savez(tmp_path / "floats.npz", logical_count=np.full((2, 1, 4), 3.0))
+    check_page(reported(tmp_path / "floats.npz"))
+    np.savez(tmp_path / "halves.npz", logical_count=np.full((2, 1, 4), 3.5))
+    assert cli.main(["report", str(tmp_path / "halves.npz"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "`logical_count` must be whole numbers, got 3.5" in capsys.readouterr().err
 
 
 def test_names_of_files_are_text(tmp_path):

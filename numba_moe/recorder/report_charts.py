@@ -109,7 +109,7 @@ class Charts:
     ) -> str:
         """Return lines over the same labelled places; None is a gap."""
         known = [value for values in series.values() for value in values if value is not None]
-        ticks = round_ticks(high or max(*known, 1e-9))
+        ticks = round_ticks(high or _top(known))
         self.data[name] = {"kind": "lines", "columns": axes[1], "labels": [*labels], "series": _rounded(series)}
         drawn = []
         for number_of_line, values in enumerate(series.values(), 1):
@@ -130,7 +130,7 @@ class Charts:
         high: float | None = None,
     ) -> str:
         """Return bars, one for each value; None has none."""
-        ticks = round_ticks(high or max(*(value or 0 for value in values), 1e-9))
+        ticks = round_ticks(high or _top([value for value in values if value is not None]))
         series = {axes[0]: values}
         self.data[name] = {"kind": "bars", "columns": axes[1], "labels": [*labels], "series": _rounded(series)}
         width = 1 / len(values)
@@ -174,6 +174,12 @@ class Charts:
             f'<div class="below" aria-hidden="true">{belows}</div></div>'
             f'<p class="axis-title across">{html.escape(axes[1])}</p>{legend}</figure>'
         )
+
+
+def _top(values: Sequence[float]) -> float:
+    """Return the end of an axis for values; 1 if they are 0 but for rounding."""
+    top = max(values, default=0)
+    return top if top > 1e-6 else 1.0
 
 
 def _left(ticks: Sequence[float]) -> list[tuple[float, str]]:

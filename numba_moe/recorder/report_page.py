@@ -135,11 +135,8 @@ class Page:
             yield f"Expert {expert} of layer {layer} is the busiest, at {found.load[layer, expert]:.2f} times the mean."
         dead = sum(len(experts) for _, experts in found.dead)
         total = len(found.used) * self.dump.num_experts
-        yield (
-            f"Never chosen: {dead:,} of {counted(total, 'expert')} in layers with counts."
-            if dead
-            else ("Every expert was chosen at least once.")
-        )
+        some = f"Never chosen: {dead:,} of {total:,} experts in layers with counts."
+        yield some if dead else "Every expert was chosen at least once."
         idle = self.dump.logical_count.shape[1] - len(found.used)
         if idle:
             yield f"Nothing was counted in {counted(idle, 'layer')}; they are left out of all means."

@@ -47,6 +47,7 @@ def peers():
     "name",
     [
         "from-sglang.md",
+        "models.md",
         "parallel.md",
         "put-it-in.md",
         "recorder.md",

@@ -388,8 +388,8 @@ class Balancer:
             moved = next(self._work, None)
         except BaseException as error:
             self._error, self._work = error, None
-            if self._stream is not None and self._group is not None:
-                self._group.abort()  # what waits for a rank that is gone
+            if self._stream is not None and hasattr(self._group, "abort"):  # older torch leaves it to NCCL's watchdog
+                self._group.abort()  # as it may wait for a rank that is gone
             raise
         if moved is None:
             self._work = None

@@ -23,6 +23,7 @@ from numba_moe.tiny import Settings, TinyModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning"),  # of transformers
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # of inductor
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # of torch's compiler
 ]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from configurations; nothing is fetched
@@ -208,8 +209,10 @@ def test_every_mode_with_inductor(mode):
     assert np.array_equal(found.logical_count, [wanted] * 3)
     if mode == "per_token":
         assert found.num_tokens.tolist() == [40] * 3
-        for part in (found.topk_ids, found.topk_weights):
-            assert np.array_equal(part[:40], part[40:80])
+        assert np.array_equal(found.topk_ids[:40], found.topk_ids[40:80])
+        weights = found.topk_weights.reshape(3, 40, 2, 2)
+        assert np.array_equal(weights[0], weights[2])
+        assert np.allclose(weights[0], weights[1], atol=1e-6)  # inductor rounds in other places
         assert np.allclose(found.topk_weights.sum(axis=2), 1, atol=1e-6)
 
 
@@ -483,6 +486,7 @@ def test_two_recorders_are_independent():
     assert np.array_equal(counted(other, lambda: run(model)), wanted[None])
     other.detach()
     assert attached(model) == []
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_transforms_of_torch_func():

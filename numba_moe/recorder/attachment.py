@@ -80,7 +80,6 @@ class Attachment:
         _attachments[self.number] = self
         self.forwards: weakref.WeakSet[Forward] = weakref.WeakSet()
         self.is_attached = True
-        self._passes = itertools.count()
         self._inside: list[tuple[int, bool]] = []  # forwards that run: their places, and whether compiled code does
         self._opened: ExitStack | None = None
         recorder = self.recorder
@@ -141,7 +140,7 @@ class Attachment:
             self.end(self._inside[-1][0])
         if not self._inside and not self.recorder.in_pass:
             self._opened = ExitStack()
-            self._opened.enter_context(self.recorder.with_forward_pass(next(self._passes)))
+            self._opened.enter_context(self.recorder.with_forward_pass(next(self.recorder.numbers)))
         self._inside.append((place, compiled))
         return True
 
@@ -189,10 +188,14 @@ class Forward:
 
     def remove(self) -> None:
         """Give the module its forward back; where another has come around this one, this one does nothing."""
-        if vars(self.module).get("forward") == self.installed():
-            del self.module.forward
-            if self.before is not None:
-                self.module.forward = self.before
+        if vars(self.module).get("forward") != self.installed():
+            return
+        before = self.before
+        while isinstance(forward := _forward_of(before), Forward) and not forward.attachment.is_attached:
+            before = forward.before
+        del self.module.forward
+        if before is not None:
+            self.module.forward = before
 
 
 class LayerForward(Forward):
@@ -281,11 +284,15 @@ def _is_in(name: str, other: str) -> bool:
     return not other or name.startswith(f"{other}.")
 
 
+def _forward_of(found: Any) -> Any:
+    """Return the `Forward` that is, or has, what a module's forward is; anything else as it is."""
+    return getattr(found, "__self__", found)
+
+
 def ties_of(module: torch.nn.Module) -> Iterator[Attachment]:
     """Yield what ties recorders to a module."""
-    forward = vars(module).get("forward")
-    forward = getattr(forward, "__self__", forward)
+    forward = _forward_of(vars(module).get("forward"))
     while isinstance(forward, Forward):
         if forward.attachment.is_attached:
             yield forward.attachment
-        forward = getattr(forward.before, "__self__", forward.before)
+        forward = _forward_of(forward.before)

@@ -1,6 +1,7 @@
 """The recorder's hooks, which a model calls while it runs, and their context."""
 
 import contextlib
+import itertools
 import os
 import threading
 import weakref
@@ -133,6 +134,7 @@ class Hooks:
         checks.divides("num_gpus", self.num_gpus, "the number of slots", self.num_slots)
 
         self._attachment: Any = None
+        self.numbers = itertools.count()  # of passes that a model opens
         self.after_pass: list[Callable[[list[Record]], None]] = []  # what is told the records of each pass
         self._layer: int | None = None
         self._name, self._disabled = PRIMARY, False

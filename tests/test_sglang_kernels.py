@@ -5,6 +5,7 @@ import torch
 
 import numba_moe as moe
 from numba_moe.interop import sglang_kernels as kernels
+from numba_moe.runtime.launch import Launch
 
 LOGITS = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
 BIAS = torch.linspace(-0.3, 0.3, 8)
@@ -46,6 +47,16 @@ def test_gate_of_a_softmax_has_cap_and_bias_in_its_weights():
         kernels.moe_fused_gate(LOGITS, None, 2)
     with pytest.raises(ValueError, match=r"`scoring_func` must be one of 'sigmoid', 'sqrtsoftplus', .*, got 'relu'"):
         kernels.moe_fused_gate(LOGITS, BIAS, 2, "relu")
+
+
+def test_gates_are_one_launch(device, monkeypatch):
+    launched, launch = [], Launch.__call__
+    monkeypatch.setattr(Launch, "__call__", lambda self, **arrays: (launched.append(self), launch(self, **arrays)))
+    logits, bias = LOGITS.to(device), BIAS.to(device)
+    kernels.moe_fused_gate(logits, bias, 4, "sigmoid", 2, True, 2.5, renormalize_epsilon=1e-20)
+    kernels.moe_fused_gate(logits, bias, 4, "sigmoid", 2, False, 2.5)
+    kernels.gemma4_fused_routing(logits, torch.ones(8, device=device), 3)
+    assert len(launched) == 3
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])

@@ -227,11 +227,21 @@ FLOAT_OPTIONS = [
     for option, parameter in inspect.signature(getattr(package, name)).parameters.items()
     if takes_float(parameter)
 ]
+LOCATION = ExpertLocation.trivial(1, 4)
 # What each function with such an option takes besides.
 CALLS = {
+    "Balancer": lambda **option: placement.Balancer(
+        [{"w": torch.ones(4, 2)}], lambda: np.ones((1, 4), int), placement.ExpertDispatch(LOCATION, 0, "cpu"), **option
+    ),
     "MoEBlock": lambda **option: moe.MoEBlock(8, 8, 4, 2, **option),
     "fused_experts": lambda **option: moe.fused_experts(ROWS, UP, DOWN, WEIGHTS, IDS, **option),
     "grouped_topk": lambda **option: moe.grouped_topk(LOGITS, 2, 4, 2, **option),
+    "layers_worth_moving": lambda **option: placement.layers_worth_moving(
+        np.ones((1, 4)), LOCATION, LOCATION, **option
+    ),
+    "make_app": lambda **option: recorder.make_app(
+        recorder.ExpertDistributionRecorder(1, 4, mode="stat", device="cpu"), ".", **option
+    ),
     "moe_activation": lambda **option: moe.moe_activation(ROWS, **option),
     "moe_sum": lambda **option: moe.moe_sum(ROWS[:, None], **option),
     "moe_unpermute": lambda **option: moe.moe_unpermute(ROWS, WEIGHTS, IDS, **option),

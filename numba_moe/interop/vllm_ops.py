@@ -71,9 +71,8 @@ def local_experts(n_expert: int, n_local_expert: int) -> int:
 
 def kept_slots(positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return the number of each slot, or -1 for one without a position, int32, in `out` if it is given."""
-    if out is None:
-        out = torch.empty(positions.numel(), dtype=torch.int32, device=positions.device)
-    return torch.arange(positions.numel(), out=out).masked_fill_(positions.ravel() < 0, -1)
+    slots = torch.arange(positions.numel(), dtype=torch.int32, device=positions.device, out=out)
+    return slots.masked_fill_(positions.ravel() < 0, -1)
 
 
 def moe_align_block_size(

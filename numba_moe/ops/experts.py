@@ -83,8 +83,14 @@ def fused_experts(
     interleaved : bool, optional
         True if the rows of the first matrix are gate, up, gate, up, ..., False if all gates come before all ups. By
         default True for "swiglu_oai" only.
-    limit, alpha, beta, linear_beta : float, optional
-        The numbers of the activation, as in `moe_activation`.
+    limit : float, optional
+        The bound of gates and ups, as in `moe_activation`, as are the next three.
+    alpha : float, optional
+        The alpha of silu.
+    beta : float, optional
+        What is added to ups, or the beta of "situ".
+    linear_beta : float, optional
+        The bound of the ups of "situ".
     out : array of the dtype of `hidden_states`, shape [num_tokens, hidden], optional
         Written: memory for the result.
 

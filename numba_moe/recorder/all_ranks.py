@@ -81,13 +81,21 @@ def follow(recorder: ExpertDistributionRecorder) -> None:
     Parameters
     ----------
     recorder : ExpertDistributionRecorder
-        The recorder of this rank; its process group has the ranks. Call this, or `make_app`, once on every rank, for
-        several recorders in the same order. A thread then waits for commands for the life of the recorder.
+        The recorder of this rank; its process group has the ranks.
+
+    Returns
+    -------
+    None
 
     Raises
     ------
     ValueError
         The recorder has no process group.
+
+    Notes
+    -----
+    Call this, or `make_app`, once on every rank, for several recorders in the same order. A thread then waits for
+    commands for the life of the recorder.
 
     Examples
     --------

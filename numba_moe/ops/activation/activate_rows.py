@@ -308,11 +308,12 @@ def activate_rows(
 
 @cuda.jit(device=True)
 def slopes_of(x, y, grad, rule, family):
-    """Return the gradients by a gate and its up, given that by the result."""
+    """Return the activation of a gate times its up, and the gradients by both, given that by the result."""
     if family == OTHERS:
         value, slope = of_gate(x, rule)
         factor, slope_of_factor = of_up(y, rule)
-        return grad * slope * factor, grad * value * slope_of_factor
+        return value * factor, grad * slope * factor, grad * value * slope_of_factor
+    activated = x
     through_gate = grad
     through_up = grad
     if x > rule.limit:
@@ -326,9 +327,10 @@ def slopes_of(x, y, grad, rule, family):
         through_up = float32(0.0)
     if rule.kind != NONE:
         share = share_of(x, rule)
+        activated = x * share * (y + rule.shift)
         through_gate = through_gate * slope_of(x, share, rule) * (y + rule.shift)
         through_up = through_up * x * share
-    return through_gate, through_up
+    return activated, through_gate, through_up
 
 
 @cuda.jit
@@ -347,7 +349,7 @@ def differentiate_activation(rows: Rows, experts: Experts, rule: Rule, slopes: S
     if used:
         add_run(slopes.grad_activated, int64(row) * rows.width + column, grad, items)
     for item in range(items):
-        through_gate, through_up = slopes_of(gate[item], up[item], grad[item], rule, family)
+        _, through_gate, through_up = slopes_of(gate[item], up[item], grad[item], rule, family)
         gate[item] = through_gate
         up[item] = through_up
     first = row * width_of_row(rows.width, rule)

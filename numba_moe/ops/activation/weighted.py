@@ -19,7 +19,6 @@ from numba_moe.ops.activation.activate_rows import (
     LikeRows,
     Rows,
     Rule,
-    activation_of,
     add_run,
     family_of,
     load_biased,
@@ -75,9 +74,9 @@ def differentiate_weighted(
                     grad[item] = float32(0.0)
                 add_run(slopes.grad, row * rows.width + column, grad, items)
                 for item in range(items):
-                    activated = activation_of(gate[item], up[item], rule, family)
+                    slopes_here = slopes_of(gate[item], up[item], weight * grad[item], rule, family)
+                    activated, gate[item], up[item] = slopes_here
                     total += activated * grad[item]
-                    gate[item], up[item] = slopes_of(gate[item], up[item], weight * grad[item], rule, family)
                     grad[item] = weight * activated
                 first = row * width_of_row(rows.width, rule)
                 store_gate_up(slopes.grad_gate_up, first, column, rows.width, rule, gate, up, items)

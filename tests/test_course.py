@@ -70,8 +70,8 @@ def test_every_family_ends_with_what_is_shipped():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not simulator.ENABLED, reason="on a GPU times are measured by hand")
-def test_the_script_shows_every_step(capsys):
-    sys.path.insert(0, str(ROOT / "scripts"))
+def test_the_script_shows_every_step(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     import course_times
 
     assert course_times.main(["counting", "moe_sum"]) == 0

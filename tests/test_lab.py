@@ -503,8 +503,8 @@ def test_the_simulators_switch(name):
     assert (done.returncode == 0) == (name in ("in time", "told once"))
 
 
-def test_the_script_times_alignment(capsys):
-    sys.path.insert(0, str(HERE.parents[1] / "scripts"))
+def test_the_script_times_alignment(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(HERE.parents[1] / "scripts")
     import time_align
 
     assert time_align.main(["--tokens", "60", "--experts", "8", "--top-k", "2", "--block-size", "16"]) == 0

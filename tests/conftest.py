@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             found[number].add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tables be as wide as they are: a terminal's width, which pytest-xdist sets for its workers, cuts them."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def device() -> Iterator[str]:
     """Name the device whose tensors are answered by kernels: "cuda", or "cpu" in the simulator."""

@@ -15,7 +15,7 @@ for kernel in compile.kernels():
         assert compile.entry_name(code), code
         [_, entry] = code.split(".visible .entry ")
         touching = ("ld.global", "ld.volatile", "ld.shared", "st.", "atom.", "red.", "griddepcontrol")
-        words = [word for word in entry.split() if word.startswith(touching)]
+        words = [word for word in entry.split() if word.startswith(touching) and not word.startswith("st.local")]
         waits = words[0].startswith("griddepcontrol.wait") and code.count("griddepcontrol.wait") == 1
         if kernel.py_func.__name__ == "multiply_slots":  # which reads matrices before it waits
             waits = any(word.startswith("griddepcontrol.wait") for word in words)

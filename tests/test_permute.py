@@ -354,7 +354,10 @@ def test_rows_go_into_memory_that_is_given(device, memory, dtype, monkeypatch):
         out = MEMORY[memory](torch.full_like(wanted, torch.nan))
         allocated.clear()
         version = out._version
-        getattr(into, name)(out, *arguments)
+        if name == "moe_permute":
+            into.call(moe.moe_permute, {"permuted_hidden_states": out}, *arguments)
+        else:
+            getattr(into, name)(out, *arguments)
         assert torch.equal(out, wanted)
         assert out._version > version
         assert ((tuple(wanted.shape), dtype) in allocated) == (memory != "given")
@@ -365,8 +368,9 @@ def test_memory_of_another_size_or_dtype_is_refused(device):
     with pytest.raises(ValueError, match=r"`out` must be of shape that of the result = \(3, 16\), got shape \(4, 16\)"):
         into.moe_sum(torch.empty(4, 16, device=device), slots)
     ids = torch.zeros(3, 2, dtype=torch.int32, device=device)
+    memory = {"permuted_hidden_states": torch.empty(6, 16, device=device, dtype=torch.float16)}
     with pytest.raises(TypeError, match=r"`out\.permuted_hidden_states` must be of dtype float32, got float16"):
-        into.moe_permute(torch.empty(6, 16, device=device, dtype=torch.float16), slots[:, 0], ids, 2)
+        into.call(moe.moe_permute, memory, slots[:, 0], ids, 2)
 
 
 def test_rows_in_given_memory_are_compiled_and_differentiated_by_copies():

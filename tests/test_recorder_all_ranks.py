@@ -321,7 +321,7 @@ def test_a_pass_waits_for_a_decision_about_it(go):
         assert not begun.wait(0.2)
         assert member.hear({"do": "decide", "go": go})
     thread.join()
-    assert recorder.recording is bool(go)
+    assert bool(recorder.recording) is bool(go)
     assert member.hear({"do": "decide", "go": True}) is False  # too late
     found = recorder.dump_record("object") if go else None
     assert not go or found.forward_pass_id.tolist() == [5]

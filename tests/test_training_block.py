@@ -215,7 +215,7 @@ def test_selective_checkpointing_keeps_the_choice():
     torch.testing.assert_close(given.grad, wanted)
     assert (False, torch.ops.numba_moe.select_experts.default) in seen
     ours = {op for _, op in seen if "numba_moe" in str(op)}
-    assert len(ours) > 3, ours
+    assert len(ours) > 1, ours
 
 
 def test_a_start_on_the_meta_device():

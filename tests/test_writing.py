@@ -461,7 +461,10 @@ def test_memory_of_peers_takes_results_without_copies_where_it_can():
     for name, memory in whole.items():
         assert getattr(found, name).data_ptr() == memory.data_ptr()
         assert torch.equal(memory.view(getattr(plain, name).shape), getattr(plain, name))
-    others = {"expert_first_token_offset": ints(3, -7), "counts": torch.zeros(4, dtype=torch.int64)}
-    into.call(moe.moe_permute, others, rows.requires_grad_(), IDS, 4)
-    assert others["expert_first_token_offset"].tolist() == plain.expert_first_token_offset[:3].tolist()
-    assert others["counts"].tolist() == plain.counts.tolist()
+    offset = torch.full((3,), -7)
+    for given in (rows, rows.clone().requires_grad_()):
+        into.call(moe.moe_permute, {"expert_first_token_offset": offset.fill_(-7)}, given, IDS, 4)
+        assert offset.tolist() == plain.expert_first_token_offset[:3].tolist()
+    for memory, error in ((ints(5), ValueError), (ints(6).long(), TypeError)):
+        with pytest.raises(error, match=r"`out.permuted_idx` must be of"):
+            into.call(moe.moe_permute, {"permuted_idx": memory}, rows, IDS, 4)

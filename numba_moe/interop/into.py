@@ -58,7 +58,8 @@ def moe_unpermute(
 def call(op: Any, memory: Mapping[str, torch.Tensor], *arguments: Any, **options: Any) -> Any:
     """Call an op that returns several arrays, and write some of them, by name, into memory that is given.
 
-    Memory of another dtype, or of fewer elements than the array, which gets the first ones, takes a copy.
+    Offsets, which ops return as int64, may be fewer, or int32; they are copied, and so is all where a gradient is
+    wanted.
     """
     tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
     if takes(tuple(memory.values()), tuple(tensors)):
@@ -73,7 +74,8 @@ def call(op: Any, memory: Mapping[str, torch.Tensor], *arguments: Any, **options
     for name, given in memory.items():
         part = getattr(found, name)
         if part.data_ptr() != given.data_ptr():
-            given.copy_(part.ravel()[: given.numel()].view(given.shape))
+            part = part[: given.numel()] if part.dtype == torch.int64 else part
+            given.copy_(part.view(given.shape))
     return found
 
 
@@ -81,7 +83,9 @@ def _fitting(given: torch.Tensor | None, spec: Contiguous, like: torch.Tensor) -
     """Return given memory in the shape of a result, or new memory."""
     if given is not None and given.dtype == spec.dtype and given.numel() == math.prod(spec.shape):
         return given.view(spec.shape)
-    return like.new_empty(spec.shape, dtype=spec.dtype)
+    if given is None or spec.dtype == torch.int64:
+        return like.new_empty(spec.shape, dtype=spec.dtype)
+    return given  # which the op refuses
 
 
 def select_experts(

@@ -1,16 +1,19 @@
 """Fixtures: a device on which public functions run the kernels."""
 
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from numba_moe.device import simulator, sources
 from numba_moe.verify import verification
@@ -50,6 +53,47 @@ def device() -> Iterator[str]:
     else:
         with simulator.running():
             yield "cpu"
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+def be_rank(role: Callable[..., None], rank: int, size: int, port: int, backend: str, *arguments: Any) -> None:
+    """Be a rank: a fork of a process that has imported everything."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    role(rank, size, *arguments)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[int | None]]:
+    """Return a function that runs `role(rank, size, *arguments)` in a process for each rank; it returns their statuses.
+
+    A server forks them, which finds this folder where it runs; spawned processes look for it in `sys.path` alone.
+    """
+
+    def run(role: Callable[..., None], size: int, *arguments: Any, backend: str = "gloo") -> list[int | None]:
+        PROCESSES.set_forkserver_preload([role.__module__])
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        given = (size, store.port, backend, *arguments)
+        ranks = [PROCESSES.Process(target=be_rank, args=(role, rank, *given)) for rank in range(size)]
+        try:
+            for rank in ranks:
+                rank.start()
+            for rank in ranks:
+                rank.join(timeout=180)
+            return [rank.exitcode for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,11 @@ Ranks are processes that meet at a store of the test's own. With ``-s`` the test
 
 import collections
 import itertools
-import multiprocessing
 import os
 import re
 import signal
 import time
 import types
-from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -594,81 +592,31 @@ def slow(rank, size):
 
 
 LOST = (lost_at_the_look, lost_on_the_way, lost_at_the_arrival)
-ROLES = {
-    role.__name__: role
-    for role in (
-        drifting,
-        jumping,
-        refined,
-        moving,
-        moving_on_gpus,
-        noise,
-        window,
-        agreement,
-        late,
-        slow,
-        divided,
-        *LOST,
-    )
-}
-PROCESSES = multiprocessing.get_context("forkserver")
-
-
-def main(role, rank, size, port):
-    """Be a rank: a fork of a process that has imported everything."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    if role == "moving_on_gpus":
-        torch.cuda.set_device(rank)
-    backend = "nccl" if role == "moving_on_gpus" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    ROLES[role](rank, size)
-    dist.destroy_process_group()
-
-
-def run_ranks(role, size):
-    """Run a role as `size` ranks, each a process; return their exit statuses."""
-    PROCESSES.set_forkserver_preload([__name__])
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [PROCESSES.Process(target=main, args=(role, rank, size, store.port)) for rank in range(size)]
-    try:
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(timeout=180)
-        return [rank.exitcode for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-
-
 QUICK_AND_SLOW = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("size", QUICK_AND_SLOW)
-def test_experts_follow_a_load_that_drifts(size):
-    assert run_ranks("drifting", size) == [0] * size
+def test_experts_follow_a_load_that_drifts(size, run_ranks):
+    assert run_ranks(drifting, size) == [0] * size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("role", ["jumping", "refined"])
-def test_experts_follow_other_loads_and_algorithms(role, size):
+@pytest.mark.parametrize("role", [jumping, refined])
+def test_experts_follow_other_loads_and_algorithms(role, size, run_ranks):
     assert run_ranks(role, size) == [0] * size
 
 
 @pytest.mark.parametrize("size", QUICK_AND_SLOW)
-@pytest.mark.parametrize("role", ["moving", "window"])
-def test_ranks_move_together(role, size):
+@pytest.mark.parametrize("role", [moving, window])
+def test_ranks_move_together(role, size, run_ranks):
     assert run_ranks(role, size) == [0] * size
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_ranks_move_together_on_gpus():
-    assert run_ranks("moving_on_gpus", 2) == [0, 0]
+def test_ranks_move_together_on_gpus(run_ranks):
+    assert run_ranks(moving_on_gpus, 2, backend="nccl") == [0, 0]
 
 
 def test_slots_move_beside_passes_at_the_same_addresses(device):
@@ -695,26 +643,26 @@ def test_slots_move_beside_passes_at_the_same_addresses(device):
 
 
 @pytest.mark.parametrize("size", QUICK_AND_SLOW)
-def test_noise_and_costs_leave_experts_where_they_are(size):
-    assert run_ranks("noise", size) == [0] * size
+def test_noise_and_costs_leave_experts_where_they_are(size, run_ranks):
+    assert run_ranks(noise, size) == [0] * size
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", ["agreement", "late", "slow", "divided"])
+@pytest.mark.parametrize("role", [agreement, late, slow, divided])
 @pytest.mark.parametrize("size", [2, 4])
-def test_faults_of_one_rank_reach_all(role, size):
+def test_faults_of_one_rank_reach_all(role, size, run_ranks):
     assert run_ranks(role, size) == [0] * size
 
 
 KILLED = [
-    pytest.param(role.__name__, size, marks=[] if (role, size) == (lost_on_the_way, 2) else pytest.mark.slow)
+    pytest.param(role, size, marks=[] if (role, size) == (lost_on_the_way, 2) else pytest.mark.slow)
     for role in LOST
     for size in (2, 4)
 ]
 
 
 @pytest.mark.parametrize(("role", "size"), KILLED)
-def test_a_killed_rank_is_named_and_the_others_go_on(role, size):
+def test_a_killed_rank_is_named_and_the_others_go_on(role, size, run_ranks):
     assert run_ranks(role, size) == [0, -signal.SIGKILL, 0, 0][:size]
 
 

@@ -3,13 +3,11 @@
 Ranks are processes that meet at a store of the test's own.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
 import time
 import types
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -386,51 +384,20 @@ def everything(rank, size):
     moving(rank, size)
 
 
-def main(role, rank, size, port):
-    """Be a rank: of the quick tests a fork of a process that has imported everything."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    ROLES[role](rank, size)
-    dist.destroy_process_group()
-
-
-ROLES = {role.__name__: role for role in (everything, faults, late_to_combine)}
-PROCESSES = multiprocessing.get_context("forkserver")
-
-
-def run_ranks(role, size):
-    """Run a role as `size` ranks, each a process; return their exit statuses."""
-    PROCESSES.set_forkserver_preload([__name__])
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [PROCESSES.Process(target=main, args=(role, rank, size, store.port)) for rank in range(size)]
-    try:
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(timeout=120)
-        return [rank.exitcode for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-
-
 @pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.slow) if n > 2 else n for n in (2, 3, 4)])
-def test_ranks_do_what_the_reference_does(size):
-    assert run_ranks("everything", size) == [0] * size
+def test_ranks_do_what_the_reference_does(size, run_ranks):
+    assert run_ranks(everything, size) == [0] * size
 
 
 @pytest.mark.slow
-def test_faults_of_one_rank():
-    assert run_ranks("faults", 3) == [0] * 3
+def test_faults_of_one_rank(run_ranks):
+    assert run_ranks(faults, 3) == [0] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_killed_rank_is_named_and_the_others_go_on(size):
-    assert run_ranks("late_to_combine", size) == [0, -signal.SIGKILL, 0][:size]
+def test_a_killed_rank_is_named_and_the_others_go_on(size, run_ranks):
+    assert run_ranks(late_to_combine, size) == [0, -signal.SIGKILL, 0][:size]
 
 
 SIZES = {"num_experts": 4, "top_k": 2, "hidden": 8, "max_tokens": 5, "dtype": torch.float32}

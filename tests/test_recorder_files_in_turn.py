@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 
 from numba_moe import cli
 from numba_moe.recorder import Dump, ExpertDistributionRecorder, load, merge
@@ -264,20 +263,31 @@ def test_debug_names_and_counts_outside_of_passes():
     assert named[-1, "primary"] == [[0] * 5, [1, 1, 0, 2, 0]]
 
 
-def of_group(rank, folder):
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
+def test_files_of_other_ranks_do_not_move_the_numbers(tmp_path):
+    (tmp_path / "expert_distribution_000004_1.npz").touch()
+    recorder = make("per_pass")
+    recorder.rank, recorder.num_ranks = 0, 2
+    for _ in range(2):
+        with recorder.recording(tmp_path, rotate_passes=2):
+            run(recorder, range(3), 0)
+    assert [path.name for path in files(tmp_path)] == [
+        *(f"expert_distribution_{number:06d}_0.npz" for number in range(4)),
+        "expert_distribution_000004_1.npz",
+    ]
+
+
+def of_group(rank, _size, folder):
     for mode in ("stat", "per_pass", "per_token"):
         recorder = make(mode, process_group=torch.distributed.group.WORLD, num_gpus=1)
         with recorder.recording(folder / mode, rotate_passes=2):
             run(recorder, range(5), rank)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_rotate_together_and_merge_to_what_they_sum(tmp_path):
+def test_ranks_rotate_together_and_merge_to_what_they_sum(run_ranks, tmp_path):
     for mode in ("stat", "per_pass", "per_token"):
         (tmp_path / mode).mkdir()
-    torch.multiprocessing.spawn(of_group, (tmp_path,), 2)
+    assert run_ranks(of_group, 2, tmp_path) == [0, 0]
     summed = merge(files(tmp_path / "stat"))
     assert [path.name for path in files(tmp_path / "per_pass")][:3] == [
         "expert_distribution_000000_0.npz",

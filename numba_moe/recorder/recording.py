@@ -13,7 +13,6 @@ from numba_moe.recorder.hooks import MODES
 from numba_moe.runtime import checks, files
 
 NAME = "expert_distribution"
-NUMBERED = re.compile(rf"{NAME}_(\d+)(?:_\d+)?\.\w+")
 
 
 class Recording(int):
@@ -131,7 +130,9 @@ class Rotation:
     def __init__(self, recorder: Any, path: Path, format: str, passes: int | None, seconds: float | None) -> None:
         self._recorder, self._path, self._format = recorder, path, format
         self._passes, self._seconds = passes, seconds
-        found = (NUMBERED.fullmatch(file.name) for file in path.iterdir()) if path.is_dir() else ()
+        alone = recorder.num_ranks == 1 or recorder.mode in MODES[:2]
+        own = re.compile(rf"{NAME}_(\d+){'' if alone else f'_{recorder.rank}'}\.\w+")  # others are ahead, or behind
+        found = (own.fullmatch(file.name) for file in path.iterdir()) if path.is_dir() else ()
         self._number = 1 + max((int(match[1]) for match in found if match), default=-1)
         self._start()
 

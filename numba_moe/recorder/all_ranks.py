@@ -22,7 +22,6 @@ for a pass takes effect. A rank that has no pass in which the others record can 
 """
 
 import atexit
-import collections
 import contextlib
 import dataclasses
 import errno
@@ -45,7 +44,7 @@ from numba_moe.recorder.control import ExpertDistributionRecorder
 from numba_moe.recorder.dump_files import Dump
 from numba_moe.recorder.hooks import MODES
 from numba_moe.recorder.member import Member
-from numba_moe.recorder.sums import LARGEST_INT64
+from numba_moe.recorder.sums import LARGEST_INT64, add_rows, numbered, places_of
 from numba_moe.runtime import checks, torch_private
 
 _log = logging.getLogger(__name__)
@@ -397,23 +396,17 @@ def added(parts: Sequence[Part], dump: Dump) -> Dump:
     A pass that some ranks lack, or have less often, is the sum of the others.
     """
     maps: dict[bytes, np.ndarray] = {}
-    place: dict[tuple[int, bytes, int], int] = {}
-    rows_of = []
+    keys = []
     for part in parts:
-        seen: collections.Counter[tuple[int, bytes]] = collections.Counter()
-        rows = []
-        for pass_id, index in zip(part.forward_pass_id.tolist(), part.map_of_pass.tolist(), strict=True):
-            places = part.physical_to_logical_maps[index]
-            maps.setdefault(places.tobytes(), places)
-            key = pass_id, places.tobytes()
-            rows.append(place.setdefault((*key, seen[key]), len(place)))
-            seen[key] += 1
-        rows_of.append(rows)
+        in_force = part.physical_to_logical_maps[part.map_of_pass]
+        maps |= {places.tobytes(): places for places in in_force}
+        of_pass = [places.tobytes() for places in in_force]
+        keys.append(numbered(zip(part.forward_pass_id.tolist(), of_pass, strict=True)))
+    place, rows = places_of(keys)
     most = sum(int(part.global_physical_count.max(initial=0)) for part in parts)
     checks.holds("counts", "small enough for their sums over ranks to fit int64", most <= LARGEST_INT64, most)
-    total = np.zeros((len(place), *dump.global_physical_count.shape[1:]), np.int64)
-    for rows, part in zip(rows_of, parts, strict=True):
-        total[rows] += part.global_physical_count  # no row is there twice
+    counts = [part.global_physical_count for part in parts]
+    total = add_rows(counts, rows, (len(place), *dump.global_physical_count.shape[1:]))
     number_of = {places: number for number, places in enumerate(maps)}
     summed = dataclasses.replace(
         dump,
@@ -422,4 +415,4 @@ def added(parts: Sequence[Part], dump: Dump) -> Dump:
         map_of_pass=np.array([number_of[places] for _, places, _ in place], np.int64),
         physical_to_logical_maps=np.stack(list(maps.values())),
     ).with_counts(total)
-    return dataclasses.replace(summed, rank_physical_count=np.stack([p.global_physical_count.sum(0) for p in parts]))
+    return dataclasses.replace(summed, rank_physical_count=np.stack([part.sum(0) for part in counts]))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from numba_moe.recorder.dump_files import FORMATS, Dump, load
-from numba_moe.recorder.sums import LARGEST_INT64
+from numba_moe.recorder.sums import LARGEST_INT64, add_rows, numbered, places_of
 from numba_moe.runtime import checks, files
 from numba_moe.runtime.text import counted
 
@@ -76,8 +76,7 @@ def merge(dumps: Sequence[Any], *, num_layers: int | None = None, num_experts: i
     maps, numbers = _joined_maps(found)
     keys = [_keys(dump, of_dump) for dump, of_dump in zip(found, numbers, strict=True)]
     _check_passes(keys, names)
-    place = {key: index for index, key in enumerate(dict.fromkeys(key for of_dump in keys for key in of_dump))}
-    rows = [np.array([place[key] for key in of_dump], int) for of_dump in keys]
+    place, rows = places_of(keys)
     merged = dataclasses.replace(
         found[0],
         rank=min(dump.rank for dump in found),
@@ -135,13 +134,8 @@ def _chained(one: list[bytes], other: list[bytes]) -> list[bytes]:
 
 def _keys(dump: Dump, numbers: list[int]) -> list[Key]:
     """Return what tells the records of a dump from each other."""
-    seen: dict[tuple[int, str, int], int] = {}
-    found = []
-    for pass_id, name, index in zip(dump.forward_pass_id.tolist(), dump.gatherer_key, dump.map_of_pass, strict=True):
-        key = pass_id, name, numbers[index]
-        seen[key] = seen.get(key, -1) + 1
-        found.append((*key, seen[key]))
-    return found
+    of_maps = [numbers[index] for index in dump.map_of_pass]
+    return numbered(zip(dump.forward_pass_id.tolist(), dump.gatherer_key, of_maps, strict=True))
 
 
 def _check_passes(keys: list[list[Key]], names: list[str]) -> None:
@@ -161,9 +155,7 @@ def _sum(name: str, dumps: list[Dump], rows: list[np.ndarray], num_rows: int) ->
     """Add the counts of dumps, whose records go to rows of the sum."""
     counts = [getattr(dump, name) for dump in dumps]
     _check_sums(name, counts)
-    total = np.zeros((num_rows, *counts[0].shape[1:]), np.int64)
-    for part, into in zip(counts, rows, strict=True):
-        total[into] += part  # the records of a dump have rows of their own
+    total = add_rows(counts, rows, (num_rows, *counts[0].shape[1:]))
     checks.counts(name, total)
     return total
 

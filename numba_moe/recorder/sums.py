@@ -1,9 +1,10 @@
 """Sums of counts: over slots and passes, and over ranks by torch.distributed."""
 
+import collections
 import contextlib
 import errno
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +94,7 @@ def by_pass(mine: Passes, maps: Sequence[np.ndarray] | np.ndarray, group: Any) -
     """
     import torch.distributed as dist
 
-    keys = _numbered(mine.pass_ids, mine.map_of_pass)
+    keys = numbered(zip(mine.pass_ids, mine.map_of_pass, strict=True))
     most = int(mine.counts.max()) if mine.counts.numel() else 0
     digest = hashlib.sha256(np.asarray(maps).tobytes()).digest()
     everywhere = _everywhere((keys, most, digest), group)
@@ -102,22 +103,47 @@ def by_pass(mine: Passes, maps: Sequence[np.ndarray] | np.ndarray, group: Any) -
         checks.holds("physical_to_logical_map", rule, other == everywhere[0][2], f"others on rank {rank}")
     most = sum(of_rank for _, of_rank, _ in everywhere)
     checks.holds("counts", "small enough for their sums over ranks to fit int64", most <= LARGEST_INT64, most)
-    union = list(dict.fromkeys(key for of_rank, _, _ in everywhere for key in of_rank))
-    place = {key: index for index, key in enumerate(union)}
+    union, rows = places_of(of_rank for of_rank, _, _ in everywhere)
     counts = home_of(mine.counts, group)
     total = torch.zeros((len(union), *counts.shape[1:]), dtype=torch.int64, device=counts.device)
-    for key, row in zip(keys, counts.unbind(), strict=True):
-        total[place[key]].copy_(row)
+    total[torch.from_numpy(rows[dist.get_rank(group)]).to(total.device)] = counts
     if union:
         dist.all_reduce(total, group=group)
     return Passes(total, [pass_id for pass_id, _, _ in union], [index for _, index, _ in union])
 
 
-def _numbered(pass_ids: list[int], map_of_pass: list[int]) -> list[tuple[int, int, int]]:
-    """Tell passes of the same id and map apart."""
-    seen: dict[tuple[int, int], int] = {}
+def numbered(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Tell equal keys apart: to each is added how many of the same were before it.
+
+    >>> numbered([(7, 0), (8, 0), (7, 0)])
+    [(7, 0, 0), (8, 0, 0), (7, 0, 1)]
+    """
+    seen: collections.Counter[tuple[Any, ...]] = collections.Counter()
     found = []
-    for key in zip(pass_ids, map_of_pass, strict=True):
-        seen[key] = seen.get(key, -1) + 1
+    for key in keys:
         found.append((*key, seen[key]))
+        seen[key] += 1
     return found
+
+
+def places_of(keys: Iterable[Sequence[Any]]) -> tuple[list[Any], list[np.ndarray]]:
+    """Return the keys of all parts, each once, in the order in which they come, and the places there of each part's.
+
+    >>> places_of([["a", "b"], ["b", "c"]])
+    (['a', 'b', 'c'], [array([0, 1]), array([1, 2])])
+    """
+    place: dict[Any, int] = {}
+    rows = [np.array([place.setdefault(key, len(place)) for key in part], np.int64) for part in keys]
+    return list(place), rows
+
+
+def add_rows(counts: Iterable[np.ndarray], rows: Iterable[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Add the counts of parts, each of which has no row twice.
+
+    >>> add_rows([np.array([[1], [2]]), np.array([[4]])], [np.array([0, 2]), np.array([2])], (3, 1)).ravel()
+    array([1, 0, 6])
+    """
+    total = np.zeros(shape, np.int64)
+    for part, into in zip(counts, rows, strict=True):
+        total[into] += part
+    return total

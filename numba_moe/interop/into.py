@@ -62,7 +62,7 @@ def call(op: Any, memory: Mapping[str, torch.Tensor], *arguments: Any, **options
     wanted.
     """
     tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
-    if takes(tuple(memory.values()), tuple(tensors)):
+    if memory and takes(tuple(memory.values()), tuple(tensors)):
         declaration = op.declaration
         kind = declaration.result.kind
         specs = declaration.outputs(declaration.given_of(declaration.named(arguments, options)))

@@ -15,6 +15,7 @@ from numba_moe.ops.activation.activate import (
     options_of,
     plan_activation,
 )
+from numba_moe.ops.activation.activate_rows import Rule
 from numba_moe.ops.activation.weighted import weighted_activation_backward
 from numba_moe.ops.experts_by_tile import TilePlan, plan_tiles, run_tiles, serves, tiles_for
 from numba_moe.ops.grouped_products import is_grouped, multiply_by_expert, outer_by_expert, product_by_expert
@@ -152,8 +153,8 @@ class ExpertsPlan(NamedTuple):
     combine: Launch
 
 
-@fused_experts.plan
-def _(given: Any) -> ExpertsPlan | TilePlan:
+def check_experts(given: Any) -> tuple[Rule, int]:
+    """Check the arguments of a call; return the rule of its activation, and how many experts ids range over."""
     checks.array("hidden_states", given.hidden_states, checks.FLOATS, (2,), rows=True)
     checks.choice("activation", given.activation, ACTIVATIONS)
     kernel_rule = check_rule(given)
@@ -186,9 +187,16 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     checks.array("topk_weights", given.topk_weights, checks.FLOATS, (2,), like=like)
     checks.shape("topk_ids", given.topk_ids, (num_tokens, given.topk_ids.shape[1]), "(num_tokens, top_k)")
     checks.shape("topk_weights", given.topk_weights, tuple(given.topk_ids.shape), "`topk_ids`.shape")
+    return kernel_rule, num_experts
+
+
+@fused_experts.plan
+def _(given: Any) -> ExpertsPlan | TilePlan:
+    kernel_rule, num_experts = check_experts(given)
     if serves(given) and (tiles := tiles_for(given, num_experts)) is not None:
         return plan_tiles(given, kernel_rule, num_experts, tiles)
-    num_slots, top_k = given.topk_ids.shape.numel(), given.topk_ids.shape[1]
+    num_tokens, top_k = given.topk_ids.shape
+    num_slots, (num_local, hidden, width) = num_tokens * top_k, given.down_proj.shape
 
     def new(dtype: torch.dtype, *shape: int) -> Layout:
         return Layout(torch.Size(shape), dtype, given.hidden_states.device, None, 0)
@@ -201,7 +209,7 @@ def _(given: Any) -> ExpertsPlan | TilePlan:
     )
     dtype = given.hidden_states.dtype
     offset = new(torch.int64, num_local + 1)  # of the experts of this rank, which are the first
-    between, last = (new(dtype, num_slots, columns) for columns in (rows, hidden))
+    between, last = (new(dtype, num_slots, columns) for columns in (given.gate_up_proj.shape[1], hidden))
     places = new(torch.int32, num_tokens, top_k)
     act = moe_activation.declaration.given_of
     options = {"activation": given.activation, **options_of(given)}
@@ -327,11 +335,8 @@ def _(given: Any) -> KeptExperts:
 
 
 @fused_experts_keeping.plan
-def _(given: Any) -> Any:
-    plan = fused_experts.declaration.plan
-    assert plan is not None
-    options = {name: getattr(given, name) for name in given._fields}
-    return plan(fused_experts.declaration.given_of(options))  # which checks the arguments
+def _(given: Any) -> None:
+    check_experts(given)
 
 
 @fused_experts_keeping.compute

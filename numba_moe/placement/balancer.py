@@ -545,9 +545,8 @@ class Balancer:
             found = work.result(self._timeout / 2)
         except futures.TimeoutError:
             peer = -1 if moving is None or moving.peer is None else moving.peer
-            what = f"rank {self._rank} waited {self._timeout / 2:g} s in {phase} {number}" + f" for rank {peer}" * (
-                peer >= 0
-            )
+            whom = "" if peer < 0 else f" for rank {peer}"
+            what = f"rank {self._rank} waited {self._timeout / 2:g} s in {phase} {number}{whom}"
             failed = PeerTimeoutError(what, peer, phase, number)
         except Exception as error:  # which is raised below, when all ranks know
             failed = error

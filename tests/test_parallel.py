@@ -571,7 +571,8 @@ def test_sglangs_layers_take_a_dispatcher(monkeypatch):
     topk.TopKOutputChecker = types.SimpleNamespace(format_is_standard=lambda output: isinstance(output, Chosen))
     monkeypatch.setitem(sys.modules, sglang_dispatch.STANDARD, standard)
     monkeypatch.setitem(sys.modules, sglang_dispatch.TOPK, topk)
-    ours = sglang_dispatch.dispatcher_of(TokenDispatcher(**SIZES))
+    location = ExpertLocation.from_mapping([[2, 0, 3, 1]])  # ids of this rank are slots
+    ours = sglang_dispatch.dispatcher_of(TokenDispatcher(**SIZES, location=location))
     assert isinstance(ours, Base)
     ids = torch.tensor([[0, 1], [3, 2], [-1, 0]], dtype=torch.int32)
     for factor in (1.0, 3.0):
@@ -579,10 +580,10 @@ def test_sglangs_layers_take_a_dispatcher(monkeypatch):
         assert scale is None
         assert chosen.router_logits is None
         assert chosen.topk_ids.dtype == torch.int32
-        assert torch.equal(chosen.topk_ids, ids)
+        assert chosen.topk_ids.tolist() == [[1, 3], [2, 0], [-1, 1]]
         made = rows * ((chosen.topk_ids + 1) * chosen.topk_weights).sum(1, keepdim=True)
         out = ours.combine(ToCombine(made))
-        assert out[:, 0].tolist() == [factor * 0.75, factor * 1.75, factor * 0.25]
+        assert out[:, 0].tolist() == [factor * 1.5, factor * 1.0, factor * 0.5]
     with pytest.raises(ValueError, match="`combine_input` must be of tokens that were dispatched, got none"):
         ours.combine(ToCombine(made))
     with pytest.raises(ValueError, match="`topk_output` must be of the standard format, got str"):

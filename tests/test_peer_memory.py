@@ -13,6 +13,7 @@ from numba_moe import reference
 from numba_moe.device import simulator
 from numba_moe.parallel import PeerTimeoutError, TokenDispatcher, emulate
 from numba_moe.placement import ExpertLocation
+from numba_moe.runtime import torch_private
 
 ON_GPU = torch.cuda.is_available() and not simulator.ENABLED
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -166,6 +167,26 @@ def test_a_rank_that_does_not_come_is_named_and_the_others_go_on():
     assert emulate(3, program) == [[4.0, 0.0, 8.0], None, [4.0, 0.0, 8.0]]
 
 
+def test_a_rank_that_fails_ends_all():
+    ended = []
+
+    def program(group):
+        try:
+            for _ in range(3):
+                group.turn()
+            if group.rank == 1:
+                raise KeyError("lost")
+            while True:
+                group.turn()
+        finally:
+            ended.append(group.rank)
+
+    with pytest.raises(KeyError, match="lost"):
+        emulate(3, program)
+    assert sorted(ended) == [0, 1, 2]
+    assert emulate(2, lambda group: group.rank) == [0, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", ["rank", "source"])
 @pytest.mark.parametrize("layout", ["permuted", "tokens"])
@@ -183,7 +204,9 @@ def test_gradients_come_home(reduce, layout):
         out = dispatcher.combine(made[:, None].expand(-1, 2, -1) if layout == "tokens" else made, sent)
         return torch.autograd.grad(out, mine, torch.full_like(out, 3.0))
 
-    for rank, (by_rows, by_weights) in enumerate(emulate(2, program)):
+    found = emulate(2, program)
+    assert not torch_private.is_in_backward()  # though passes of two ranks took turns
+    for rank, (by_rows, by_weights) in enumerate(found):
         known = (ids[rank] >= 0) & (ids[rank] < 4)
         slope = 6 * (weights[rank] * known).sum(1, keepdims=True)
         np.testing.assert_allclose(by_rows.cpu(), np.broadcast_to(slope, by_rows.shape), rtol=1e-6)

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib.util
 import os
 import socket
 import subprocess
@@ -18,11 +17,9 @@ SIZES: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "experts": 8, "t
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Check everything and take the port; return what serves."""
-    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"the server needs {' and '.join(missing)}: pip install numba-moe[http]")
     from numba_moe.runtime import checks
 
+    checks.installed("the server", "http", "starlette", "uvicorn")
     checks.integer("--port", options.port, 0, 65535)
     checks.integer("--ranks", options.ranks, 1, MOST_RANKS)
     for name in ("seconds", "timeout"):

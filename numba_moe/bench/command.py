@@ -9,7 +9,6 @@ launches, which nobody who has a choice would run.
 
 import argparse
 import functools
-import importlib.util
 import lzma
 import sys
 from collections.abc import Callable, Sequence
@@ -51,8 +50,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     for name, suffixes in {"json": None, "plot": PICTURES}.items():
         if getattr(options, name) is not None:
             files.check_output(f"--{name}", getattr(options, name), suffixes)
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+    if options.plot is not None:
+        checks.installed("--plot", "plot", "matplotlib")
     if options.merge is not None:
         with checks.under_names(path="--merge"):
             return functools.partial(grid.report, options, *grid.merge(options.merge))

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib.util
 import json
 import sys
 import textwrap
@@ -236,8 +235,8 @@ def check_outputs(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path is not None:
             files.check_output(f"--{name}", path, suffixes)
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install numba-moe[plot]")
+    if options.plot is not None:
+        checks.installed("--plot", "plot", "matplotlib")
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:

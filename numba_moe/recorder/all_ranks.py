@@ -232,11 +232,9 @@ class AllRanks:
                 raise StoreGoneError(f"the group's store does not answer: {error}") from error
         except BaseException:
             if not command.decided:
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # that the store is gone too; the first error is the one to tell
-                    command.post("decide", {rank: {"go": False} for rank in range(self.num_ranks)})
                 self._member.hear({"do": "decide", "go": False})
+                with contextlib.suppress(RuntimeError):  # the store is gone too; the first error is the one to tell
+                    command.take_back()
             raise
         finally:
             self._leading.release()
@@ -273,7 +271,12 @@ class _Command:
         if gone:
             raise RanksMissingError(f"{_named(gone)} did not wait for the decision; all others have followed it", gone)
 
-    def post(self, do: str, words: dict[int, dict[str, Any]]) -> dict[int, str]:
+    def take_back(self) -> None:
+        """Let the other ranks undo what they have agreed to, and wait for them no longer than `GRACE`."""
+        words = {rank: {"go": False} for rank in range(len(self._sent))}
+        self._collect(self._post("decide", words), time.monotonic() + GRACE)
+
+    def _post(self, do: str, words: dict[int, dict[str, Any]]) -> dict[int, str]:
         """Send messages to other ranks, and return where in the store each answer will be."""
         places = {}
         for rank, about in words.items():
@@ -288,9 +291,16 @@ class _Command:
         if do in TIMED:
             deadline += GRACE
             words = {rank: {**about, "seconds": seconds} for rank, about in words.items()}
-        places = self.post(do, words)
+        places = self._post(do, words)
         found = {0: self._member.hear({"do": do, **words[0]})} if 0 in words else {}
-        pause = BUSY
+        found |= self._collect(places, deadline)
+        if places:
+            self._leave_out(do, list(places))
+        return {rank: found[rank] for rank in words if rank in found}
+
+    def _collect(self, places: dict[int, str], deadline: float) -> dict[int, Any]:
+        """Return what has come before the deadline; `places` keeps the others."""
+        found, pause = {}, BUSY
         while places:
             for rank in [rank for rank, place in places.items() if self._store.check([place])]:
                 place = places.pop(rank)
@@ -301,9 +311,7 @@ class _Command:
                     break
                 time.sleep(pause)
                 pause = min(2 * pause, IDLE)
-        if places:
-            self._leave_out(do, list(places))
-        return {rank: found[rank] for rank in words if rank in found}
+        return found
 
     def _leave_out(self, do: str, gone: list[int]) -> None:
         if self.decided:

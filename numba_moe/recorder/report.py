@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,9 +20,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Read, check and place anew; return what writes the report and returns the exit status."""
     files.check_output("--out", options.out)
     if options.png is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--png needs matplotlib: pip install numba-moe[plot]")
         checks.holds("--png", "in a folder", options.png.is_dir(), options.png)
+        checks.installed("--png", "plot", "matplotlib")
     with checks.under_names(path="DUMP", num_layers="--layers", num_experts="--experts"):
         dump = load(options.dump, num_layers=options.num_layers, num_experts=options.num_experts)
     num_gpus = checks.integer("--gpus", dump.num_gpus if options.gpus is None else options.gpus, 1)

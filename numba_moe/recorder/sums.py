@@ -138,7 +138,7 @@ def places_of(keys: Iterable[Sequence[Any]]) -> tuple[list[Any], list[np.ndarray
 
 
 def add_rows(counts: Iterable[np.ndarray], rows: Iterable[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Add the counts of parts, each of which has no row twice.
+    """Add the counts of parts; none has a row twice.
 
     >>> add_rows([np.array([[1], [2]]), np.array([[4]])], [np.array([0, 2]), np.array([2])], (3, 1)).ravel()
     array([1, 0, 6])

@@ -8,6 +8,7 @@ With NUMBA_MOE_VALIDATE=1 in the environment a pass over the data, which does sy
 """
 
 import contextlib
+import importlib.util
 import itertools
 import math
 import operator
@@ -426,6 +427,13 @@ def host_shape(argument: str, value: np.ndarray, expected: tuple[int, ...], beca
 def at_least(argument: str, number: int, lowest: int, because: str) -> None:
     if number < lowest:
         _wrong_value(argument, f"at least {because} = {lowest}", number)
+
+
+def installed(what: str, extra: str, *libraries: str) -> None:
+    """Check that the libraries are there that something of the command line needs."""
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{what} needs {' and '.join(missing)}: pip install numba-moe[{extra}]")
 
 
 @contextlib.contextmanager

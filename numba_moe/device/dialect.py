@@ -2,7 +2,7 @@
 
 Importing Numba takes 0.3 s, and a process whose kernels are all in the disk cache has no use for it. So kernel files
 take `cuda` and the scalar types from here. Until Numba is needed these are placeholders; `resolve` then puts the
-real things in their place, in the namespace of the kernel. In the simulator they are Numba's own at once.
+real things in their place, in the namespace of the kernel. In the simulator they are Numba's and NumPy's at once.
 """
 
 import importlib
@@ -84,11 +84,11 @@ uint32: Any
 uint64: Any
 _SCALARS = ("float32", "int16", "int32", "int64", "uint32", "uint64")
 if simulator.ENABLED:
-    import numba
     import numba.cuda
+    import numpy as np
 
     cuda = numba.cuda
-    float32, int16, int32, int64, uint32, uint64 = (getattr(numba, name) for name in _SCALARS)
+    float32, int16, int32, int64, uint32, uint64 = (getattr(np, name) for name in _SCALARS)  # Numba's convert by these
 else:
     cuda = _DeferredCuda("numba.cuda")
     float32, int16, int32, int64, uint32, uint64 = (Deferred("numba", name) for name in _SCALARS)

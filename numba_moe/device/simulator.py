@@ -157,7 +157,8 @@ if ENABLED:
             self.blockIdx, self.threadIdx = Dim3(*block_idx), Dim3(*thread_idx)
             across, up, _ = block._block_dim
             self.thread_id = thread_idx[0] + across * (thread_idx[1] + up * thread_idx[2])
-            self.received: dict[int, Any] = {}
+            self.warp, self.lane = divmod(self.thread_id, 32)
+            self.received: dict[int, Any] = {}  # what the threads brought that it met last, by lane
             self.arrived = False
 
         def syncthreads(self) -> None:
@@ -213,9 +214,10 @@ if ENABLED:
                         thread.throw()
 
         def meet(self, thread: _Thread, place: Any, expected: Callable[[], int], value: Any) -> dict[int, Any]:
-            """Wait until all expected threads came to a place; return the value that each brought, by thread id."""
-            self._waiting.setdefault(place, {})[thread] = value
-            if len(self._waiting[place]) == expected():
+            """Wait until all expected threads came to a place; return the value that each brought, by lane."""
+            group = self._waiting.setdefault(place, {})
+            group[thread] = value
+            if len(group) == expected():
                 self._release(place)
                 self._ready.remove(thread)
             else:
@@ -239,7 +241,7 @@ if ENABLED:
 
         def _release(self, place: Any) -> None:
             group = self._waiting.pop(place)
-            values = {thread.thread_id: value for thread, value in group.items()}
+            values = {thread.lane: value for thread, value in group.items()}
             for thread in group:
                 thread.received = values
             self._ready.extend(group)
@@ -248,12 +250,10 @@ if ENABLED:
         """Give a value to the lanes of a mask; return theirs by lane, and this lane's number."""
         thread: Any = greenlet.getcurrent()
         watch.count("warp_operations")
-        mask = int(mask) & _ALL_LANES
-        warp, lane = divmod(thread.thread_id, 32)
+        mask, lane = int(mask) & _ALL_LANES, thread.lane
         if not mask >> lane & 1:
             raise RuntimeError(f"lane {lane} calls a warp operation whose mask {mask:#x} leaves it out")
-        values = thread.manager.meet(thread, (thread.block, warp, mask), lambda: bin(mask).count("1"), value)
-        return {thread_id % 32: given for thread_id, given in values.items()}, lane
+        return thread.manager.meet(thread, (thread.block, thread.warp, mask), mask.bit_count, value), lane
 
     def cluster_arrive() -> None:
         """Say that this thread came to a barrier of its cluster."""
@@ -323,11 +323,10 @@ if ENABLED:
         def activemask(self) -> int:
             """Return the lanes of this warp that have not ended: the simulator follows no branches."""
             this: Any = greenlet.getcurrent()
-            warp = this.thread_id // 32
             return _mask(
-                thread.thread_id % 32
+                thread.lane
                 for thread in this.manager.threads
-                if (thread.block, thread.thread_id // 32) == (this.block, warp) and not thread.dead
+                if (thread.block, thread.warp) == (this.block, this.warp) and not thread.dead
             )
 
     def _jit(function: Any = None, *, launch_bounds: int | tuple[int, ...] | None = None, **options: Any) -> Any:  # noqa: ARG001

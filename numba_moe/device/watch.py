@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKernelCUDAArray
 from numba.cuda.simulator.kernelapi import FakeCUDAAtomic, FakeCUDALocal, FakeCUDAShared
 
@@ -153,13 +154,39 @@ def install(kernel: Any, give_way: Callable[[], None]) -> None:
     local = FakeCUDALocal.array
 
     def call(self: Any, *arguments: Any) -> Any:
-        return launch(self, *map(as_argument, arguments))
+        if kernel._kernel_context is not None:  # a kernel runs: this is a function of it
+            _replace_cuda(self.fn.__globals__, kernel._kernel_context)
+            return self.fn(*arguments)
+        try:
+            return launch(self, *map(as_argument, arguments))
+        finally:
+            while _replaced:
+                namespace, names = _replaced.popitem()[1]
+                namespace.update(dict.fromkeys(names, cuda))
 
-    kernel.FakeCUDAKernel.__call__ = call
+    @contextlib.contextmanager
+    def with_cuda_replaced(function: Any, simulated: Any) -> Iterator[None]:
+        _replace_cuda(function.__globals__, simulated)
+        yield
+
+    kernel.FakeCUDAKernel.__call__, kernel.swapped_cuda_module = call, with_cuda_replaced
     FakeCUDALocal.array = lambda self, *shape_and_dtype, **options: poisoned(local(self, *shape_and_dtype, **options))
     for name, function in list(vars(FakeCUDAAtomic).items()):
         if not name.startswith("__"):
             setattr(FakeCUDAAtomic, name, _atomic(function))
+
+
+# The namespaces of the functions that the running kernel has called so far, and the names that `cuda` has there. Numba
+# itself searches a namespace and puts it back at every call.
+_replaced: dict[int, tuple[dict[str, Any], list[str]]] = {}
+
+
+def _replace_cuda(namespace: dict[str, Any], simulated: Any) -> None:
+    """Let `cuda` mean the running kernel's, in a function that it calls, until it ends."""
+    if id(namespace) not in _replaced:
+        names = [name for name, value in namespace.items() if value is cuda]
+        _replaced[id(namespace)] = namespace, names
+        namespace.update(dict.fromkeys(names, simulated))
 
 
 def _atomic(function: Callable[..., Any]) -> Callable[..., Any]:

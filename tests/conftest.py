@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,16 +26,20 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the simulator runs cases, mark as slow those that launch only what smaller ones of the test do."""
-    if not simulator.ENABLED:
-        return
+    """Mark as slow what `sweep` leaves out, and in the simulator cases that launch only what smaller ones do."""
     by_test: dict[Any, list[pytest.Item]] = {}
     for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-        if isinstance(case, Case):
+        if hasattr(item, "callspec"):
             by_test.setdefault(item.function, []).append(item)
     for found in by_test.values():
-        kept = few([item.callspec.params["case"] for item in found], verification.call, least=1, most_threads=1024)
+        if sweep := found[0].get_closest_marker("sweep"):
+            found = [item for item in found if not {"gpu", "slow"} & {mark.name for mark in item.iter_markers()}]
+            kept = random.Random(len(found)).sample(range(len(found)), min(*sweep.args, len(found)))
+        elif simulator.ENABLED and isinstance(found[0].callspec.params.get("case"), Case):
+            cases = [item.callspec.params["case"] for item in found]
+            kept = few(cases, verification.call, least=1, most_threads=1024)
+        else:
+            continue
         for number in set(range(len(found))) - set(kept):
             found[number].add_marker(pytest.mark.slow)
 

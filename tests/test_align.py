@@ -17,6 +17,7 @@ PATHS = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("path", PATHS)
 def test_given_memory_is_all_that_is_written(path, device, monkeypatch, request):
     for name, value in PATHS[path].items():

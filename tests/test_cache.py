@@ -253,7 +253,8 @@ print(compile.statistics["compiled"], cache.folder(), *[cli.main([command]) for 
 """
 
 
-@pytest.mark.parametrize("value", [pytest.param("0", marks=pytest.mark.slow), "1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["0", "1"])
 def test_without_a_home_there_is_no_cache_and_no_error(without_simulator, monkeypatch, tmp_path, value):
     monkeypatch.setenv("NUMBA_MOE_CACHE", value)
     monkeypatch.chdir(tmp_path)

@@ -348,6 +348,7 @@ def test_layers_are_given_where_a_csv_lacks_them(tmp_path, monkeypatch, capsys):
     assert cli.main(["report", "counts.csv", "--num-layers", "3"]) == 0
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("columns", [60, 80, 100])
 @pytest.mark.parametrize(
     "arguments",
@@ -438,6 +439,7 @@ def test_an_arch_that_the_compiler_does_not_know_is_refused(arch, tmp_path, caps
     assert not (tmp_path / "folder").exists()
 
 
+@pytest.mark.sweep(1)
 @POSIX
 @pytest.mark.parametrize("arguments", [["verify", "--list"], ["--help"], ["verify", "--op", "expert_offsets"]])
 def test_a_closed_pipe_is_silence(arguments):
@@ -459,7 +461,8 @@ def taking_interrupts():
 
 @POSIX
 @pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
-@pytest.mark.parametrize("seconds", [0, 0.5, 2, *(pytest.param(s, marks=pytest.mark.slow) for s in (5, 15))])
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("seconds", [0, 0.5, 2, 5, 15])
 def test_an_interrupt_is_silence(seconds, to_all, folder, taking_interrupts):
     """A signal while modules are imported, while kernels compile or while cases run, here or in other processes."""
     program = "print('begun', flush=True); import sys; from numba_moe.cli import main; sys.exit(main(sys.argv[1:]))"

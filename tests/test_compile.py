@@ -80,6 +80,7 @@ def test_specialisations_compile_to_ptx(compute_capability, step, without_simula
         assert not any(calls), f"{kernel} calls a function that was not inlined: {calls}"
 
 
+@pytest.mark.slow
 def test_how_many_blocks_are_to_fit_is_said_from_hopper_on(without_simulator):
     program = """
 from numba_moe.ops.permute import move_rows
@@ -92,6 +93,7 @@ for capability in ((8, 0), (9, 0)):
     assert without_simulator(program).splitlines() == ["False False", "True True"]
 
 
+@pytest.mark.slow
 def test_a_dtype_outside_the_signature_is_refused(without_simulator):
     program = """
 from numba_moe.ops.sort import count_and_place

@@ -206,6 +206,7 @@ def assert_same(found, expected):
         assert found == expected
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.__name__)
 def test_the_same_is_found(scene, another_default, tmp_path):
     folder = (tmp_path,) if scene is recordings else ()

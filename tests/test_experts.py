@@ -94,6 +94,7 @@ def assert_as_torch(arguments, ids, tolerance, **options):
         assert_close(got, grad, tolerance)
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_by_torch(activation, bias):
@@ -213,6 +214,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_learns(name):
     """Its loss falls, and every parameter has a part in that."""

@@ -124,6 +124,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_tiles_have_every_activation(name, swapped, with_tiles):

@@ -70,6 +70,7 @@ def test_twin_by_finite_differences(name):
     assert loss(gate_up, weights, bias) == pytest.approx((weighted[used] * grad[used]).sum())
 
 
+@pytest.mark.sweep(18)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [5, 8, 40])
 @pytest.mark.parametrize("name", OPTIONS)

@@ -114,6 +114,7 @@ def test_an_open_descriptor_is_written_where_it_stands(through_a_link, tmp_path)
     assert os.listdir(tmp_path) in (["log", "link"], ["link", "log"])
 
 
+@pytest.mark.slow
 def test_standard_output_is_no_file_to_replace(tmp_path):
     program = "import sys, pathlib; from numba_moe.placement import ExpertLocation\n"
     program += "from numba_moe.runtime import files\n"
@@ -208,6 +209,7 @@ print(found)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on the size of files")
 def test_a_full_disk_is_an_oserror_in_every_format(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=600)

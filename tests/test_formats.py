@@ -525,6 +525,7 @@ def test_csv_that_is_refused(name, reader, tmp_path):
         READERS[reader](tmp_path / "x.csv")
 
 
+@pytest.mark.slow
 def test_a_process_with_little_memory_reads_what_is_small(tmp_path):
     """One byte of a .pt file is flipped, everywhere one after another; nothing asks for more than a gigabyte."""
     program = """

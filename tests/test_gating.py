@@ -49,6 +49,7 @@ def assert_as_reference(op, *args, **kwargs):
 
 
 # Of these cases verification runs in the simulator what their sizes ask for: by warps, and long rows from memory.
+@pytest.mark.sweep(20)
 @pytest.mark.parametrize(
     "kernel", ["lanes", "eight_lanes", pytest.param("long_rows", marks=pytest.mark.gpu)], indirect=True
 )
@@ -65,13 +66,15 @@ def nearly_tied(experts, bits):
     return words.astype(np.int32).view(np.float32)
 
 
-@pytest.mark.parametrize("experts", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 200))])
-@pytest.mark.parametrize("top_k", [1, pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("experts", [20, 64, 200])
+@pytest.mark.parametrize("top_k", [1, 3, 8])
 def test_ranks_that_differ_in_their_lowest_bits(kernel, experts, top_k):
     assert_as_reference("topk_softmax", nearly_tied(experts, 9), top_k, True)
 
 
-@pytest.mark.parametrize("values", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 5])
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("values", [1, 2, 5])
 def test_a_few_values_only(kernel, values):
     logits = np.random.default_rng(values).integers(0, values, (MANY, 96)).astype(np.float32)
     assert_as_reference("topk_softmax", logits, 6, True)
@@ -79,6 +82,7 @@ def test_a_few_values_only(kernel, values):
     assert_as_reference("grouped_topk", logits, 6, 8, 3, True, **grouped)
 
 
+@pytest.mark.sweep(1)
 def test_the_last_experts_of_chosen_groups_come_before_those_of_others(kernel):
     logits = np.full((MANY, 24), -np.inf, np.float32)
     logits[:, [5, 15]] = 1.0  # of groups 1 and 5, whose other experts are no better than all the rest
@@ -133,7 +137,8 @@ def test_lanes_are_those_of_the_nearest_measurement(monkeypatch):
         which_kernel.lanes_by_tokens.cache_clear()
 
 
-@pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("scoring_func", ["softplus_sqrt", "raw"])
 def test_other_scores(kernel, scoring_func, biased):
     rng = np.random.default_rng(3)
@@ -148,12 +153,14 @@ def test_other_scores(kernel, scoring_func, biased):
             assert not comparison.mismatches, comparison
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_softplus_is_precise_for_any_size_of_logits(kernel, scale):
     logits = np.linspace(-scale, scale, MANY * 8, dtype=np.float32).reshape(MANY, 8)
     assert_as_reference("topk_softplus_sqrt", logits, 8, True)
 
 
+@pytest.mark.sweep(1)
 def test_one_lane_has_all_the_best(kernel):
     logits = np.random.default_rng(2).standard_normal((MANY, 256)).astype(np.float32)
     logits[:, 72:80] += 20.0  # neighbours, that lie with one lane
@@ -178,6 +185,7 @@ def test_recorded_experts_weigh_what_they_did(kernel):
     assert not testing.compare(again.topk_weights, testing.to_numpy(chosen.topk_weights)).mismatches
 
 
+@pytest.mark.sweep(1)
 def test_tables_send_as_dispatch_does(kernel):
     rng = np.random.default_rng(6)
     logits = rng.standard_normal((MANY, 24), np.float32)

@@ -107,6 +107,7 @@ def assert_gradient_as_reference(logits, scoring_func, renormalize, call, factor
 SHAPES = ((3, 8, 2), (2, 60, 6), (5, 33, 33), (2, 300, 40), (1, 1, 1), (0, 8, 2))
 
 
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", SCORING)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -119,9 +120,10 @@ def test_kernel_equals_the_reference(shape, scoring_func, renormalize):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("factor", [2.5, *(pytest.param(n, marks=pytest.mark.slow) for n in (-1.0, 0.0))])
+@pytest.mark.parametrize("factor", [2.5, -1.0, 0.0])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", SCORING)
+@pytest.mark.sweep(8)
 def test_groups_factors_and_dtypes(scoring_func, renormalize, factor, dtype):
     logits = testing.random_floats(np.random.default_rng(0), (3, 32), dtype)
     bias = on_device(np.linspace(-1, 1, 32, dtype=np.float32)).detach()

@@ -31,6 +31,7 @@ def small(op, dtype="bfloat16"):
     return Shape(op, {**SMALL[op], **({"dtype": dtype} if "dtype" in GRIDS[op].axes else {})})
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("op", GRIDS)
 def test_shapes_are_drawn_by_a_seed_from_all_axes(op):
     drawn = grid_shapes.draw(op, 300, seed=1)
@@ -52,6 +53,7 @@ def test_groups_hold_the_picks():
         assert shape.point["top_k"] <= kept * shape.point["experts"] // groups
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_whole():
     whole = grid_shapes.draw_all(list(GRIDS), 20, 0)
     parts = [grid_shapes.draw_all(list(GRIDS), 20, 0, part, 3) for part in (1, 2, 3)]

@@ -492,6 +492,7 @@ SWITCH = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "name", [n if n in ("in time", "told once") else pytest.param(n, marks=pytest.mark.slow) for n in SWITCH]
 )

@@ -119,6 +119,7 @@ print([(stream, device) for stream, _, device, _ in noted], here.device)
     assert with_fake_driver(program).strip() == f"{turns} 1"
 
 
+@pytest.mark.slow
 def test_a_thread_without_a_context_is_given_one_and_launches_again(with_fake_driver):
     program = """
 answers[:] = [201, 0, 0]

@@ -29,7 +29,8 @@ def test_calls_are_ranges_in_the_profile(monkeypatch):
     assert "numba_moe::double" in {event.key for event in profiled.key_averages()}
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_the_profile_example_shows_the_ops_by_name(without_simulator, compiled):
     program = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     sizes = ("--tokens", "5", "--experts", "8", "--hidden", "16", "--top-k", "2", "--calls", "2")

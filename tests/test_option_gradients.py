@@ -174,6 +174,7 @@ def test_every_option_by_torch_in_float64(name, scoring_func):
         check(options, call)
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_compiled_as_eager(name):
     options = {"scoring_func": SCORING[sum(map(ord, name)) % 4], **OPTIONS[name]}
@@ -189,6 +190,7 @@ KERNELS = [
 ]
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize(("name", "scoring_func"), KERNELS)
 def test_kernels_by_torch_in_float64(name, scoring_func, device):
     options = {"scoring_func": scoring_func, **OPTIONS[name]}

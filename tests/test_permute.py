@@ -192,6 +192,7 @@ def test_gradient_of_permutation(name, dtype, width):
     assert_close(got, wanted)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("width", [5, 16])
 @pytest.mark.parametrize("out_dtype", [None, "float32"])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -146,6 +146,7 @@ def test_refined_is_its_twin_bit_for_bit():
     assert refused > 0
 
 
+@pytest.mark.slow
 def test_refined_is_its_twin_where_busy_ranks_are_few():
     rng = np.random.default_rng(13)
     for _ in range(500):

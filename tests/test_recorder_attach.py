@@ -145,6 +145,7 @@ def test_every_model_eagerly(name):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "tiny"])
 def test_what_checkpointing_computes_anew_counts_once(name, use_reentrant):

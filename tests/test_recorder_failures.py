@@ -109,6 +109,7 @@ def counts_of_passes(found):
     return counts
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize(("mode", "spilled"), [*((mode, False) for mode in MODES), ("per_token", True)])
 def test_a_pass_that_stops_at_any_line_loses_and_doubles_nothing(mode, spilled, error, tmp_path):
@@ -128,6 +129,7 @@ def test_a_pass_that_stops_at_any_line_loses_and_doubles_nothing(mode, spilled, 
         assert all(of_pass in (nothing, [COUNTS, [0] * 4], whole) for of_pass in counts.values())
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_pass_that_stops_leaves_no_setting_behind(mode):
     """No name, no region that is off, no number of tokens of it holds in the next pass."""
@@ -152,6 +154,7 @@ def test_a_pass_that_stops_leaves_no_setting_behind(mode):
 
 
 # Python runs the line of a `with` again before it closes the file.
+@pytest.mark.sweep(8)
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("output", ["object", "npz", "json", "pt"])
@@ -459,6 +462,7 @@ for mode in sys.argv[2:]:
 """
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("where", ["between passes", "inside a pass", "beside a thread"])
 def test_a_forked_child_has_an_empty_recorder_that_works(where, without_simulator):
     printed = without_simulator(FORK, where, *MODES).splitlines()

@@ -166,6 +166,7 @@ def test_pictures_are_files_where_they_are_asked_for(dump):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_drawing_library(dump, without_simulator):
     program = "import sys; from numba_moe.cli import main; main(sys.argv[1:]); print('matplotlib' in sys.modules)"
     printed = without_simulator(program, "report", str(dump), "--gpus", "2", "--out", str(dump.with_suffix(".html")))

@@ -40,6 +40,7 @@ def disturb(model):
     return model
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("with_weights", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_replay_has_the_bits_of_what_was_recorded(name, with_weights, device):
@@ -104,6 +105,7 @@ def test_recorded_weights_are_used_and_the_own_have_the_gradient():
     torch.testing.assert_close(found, logits.grad.T @ rows())
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("with_weights", [False, True])
 def test_compiled_models_record_and_replay(with_weights):
     model = stack()

@@ -15,6 +15,7 @@ from numba_moe.verify import cases
 SMALL = tiny.Settings(layers=2, hidden=16, heads=2, experts=6, top_k=2, width=16, length=24, batch=2, steps=3)
 
 
+@pytest.mark.slow
 def test_our_block_learns_what_the_plain_one_does():
     ours, plain = (tiny.train(SMALL._replace(plain=plain), "cpu") for plain in (False, True))
     assert len(ours.losses) == 3

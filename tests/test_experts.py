@@ -176,6 +176,7 @@ def assert_places_past_the_matrices_add_nothing(bias, dtype=torch.float32):
                 assert torch.allclose(got, grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("grouped", [False, pytest.param(True, marks=pytest.mark.skipif(ON_GPU, reason="below"))])
 def test_places_past_the_matrices_add_nothing(grouped, bias, monkeypatch, request):

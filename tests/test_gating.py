@@ -176,6 +176,7 @@ def test_llama_4_weighs_by_the_sigmoid_of_the_chosen_logit(kernel):
     assert not testing.compare(result.topk_weights[:, 0], torch.sigmoid(best).numpy()).mismatches
 
 
+@pytest.mark.sweep(1)
 def test_recorded_experts_weigh_what_they_did(kernel):
     logits = np.random.default_rng(5).standard_normal((MANY, 40), np.float32)
     options = {"renormalize": True, "softcap": 8.0, "routed_scaling_factor": 2.0}
@@ -347,6 +348,7 @@ def test_rows_of_any_size(top_k):
         assert_as_reference("topk_sigmoid", logits, top_k)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_long_rows_without_a_softmax(renormalize, biased):

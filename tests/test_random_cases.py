@@ -27,7 +27,7 @@ def test_a_few(capsys):
     assert set(DRAWS) <= set(verification.OPS)
 
 
-@pytest.mark.parametrize("limits", [ON_GPU, IN_SIMULATOR], ids=["large", "small"])
+@pytest.mark.parametrize("limits", [pytest.param(ON_GPU, marks=pytest.mark.slow), IN_SIMULATOR], ids=["large", "small"])
 def test_draws_are_legal_and_repeat(limits):
     for index in range(20 * len(DRAWS)):
         case = random_cases.random_case(index, limits)

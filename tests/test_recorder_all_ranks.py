@@ -396,6 +396,7 @@ def test_parts_add_up_by_pass_and_map():
     member.let_go(False)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_the_others_go_on(group):
     """The last test, as the rank is gone."""
     group.ask("start")

@@ -131,6 +131,7 @@ def compiled(model, **options):
     return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_eagerly(name):
     model = make(name)
@@ -441,6 +442,7 @@ def test_a_llama_4():
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["tiny", "Mixtral"])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_model_has_a_recorder_of_its_own_that_is_empty_and_off(way, name):

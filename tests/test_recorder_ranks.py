@@ -131,6 +131,7 @@ def check_what_one_rank_cannot(options, rank, ranks, folder):
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "ranks"), [("gloo", 4), pytest.param("nccl", 2, marks=[pytest.mark.gpu, TWO_GPUS])]
 )

@@ -31,6 +31,7 @@ def until(true, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @POSIX
 def test_a_session_with_two_ranks(tmp_path):
     options = ["--port", "0", "--ranks", "2", "--seconds", "0.02", "--timeout", "20", "--directory", str(tmp_path)]

@@ -497,6 +497,7 @@ def test_command_draws(dump, tmp_path, capsys):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_for_plots_alone(dump, without_simulator):
     program = "import sys; from numba_moe.cli import main; main(sys.argv[1:]); print('matplotlib' in sys.modules)"
     assert without_simulator(program, "rebalance", str(dump), "--gpus", "2").endswith("\nFalse\n")

@@ -25,6 +25,7 @@ def test_our_block_learns_what_the_plain_one_does():
     assert plain.trace == {}
 
 
+@pytest.mark.slow
 def test_the_loss_falls():
     report = tiny.train(SMALL._replace(steps=40, rate=1e-2), "cpu")
     assert np.mean(report.losses[-5:]) < report.losses[0] - 0.5

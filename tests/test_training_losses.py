@@ -173,6 +173,7 @@ def test_kernels_equal_the_twin(tokens, experts, top_k, scoring_func, where, dty
     assert not testing.compare(by_logits, wanted).mismatches
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("scoring_func", SCORING)
 def test_gradient_is_that_of_torch_in_float64(scoring_func, device):
     logits, ids = (part.to(device) for part in tensors(*drawn()))

@@ -345,6 +345,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("begin", [torch.nn.GELU(), torch.nn.Tanh()])
 def test_a_change_of_the_activation_is_noticed(name, begin):
@@ -422,6 +423,7 @@ def test_a_model_runs_under_other_defaults(name):
     assert torch.equal(found, layer(rows, ids, weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["Mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "Mixtral")]
 )
@@ -446,6 +448,7 @@ def test_experts_export_before_any_eager_call(name, strict):
     assert error(exported.module()(*routed()), wanted) <= 1e-5
 
 
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("name", [name for name in ACT2FN if name != "xielu"])
 def test_every_activation_of_transformers(name):
     model, layer = experts_of("Mixtral")

@@ -505,6 +505,8 @@ CSV = {
     "an overflow": "0,0,9000000000000000000\n0,0,9000000000000000000\n0,1,5\n",
     "more than int64": "0,0,9300000000000000000\n",
     "much more": "0,0,1" + "0" * 40 + "\n",
+    "more than decimals hold": "0,0,1e30\n",
+    "a fraction of many digits": "0,0,1.0000000000000000000000000000005\n",
     "negative": "0,0,-1\n",
     "a negative layer": "-1,0,1\n",
     "four numbers": "0,0,1,1\n",

@@ -161,7 +161,7 @@ class _BadLineError(Exception):
 def _three_numbers(line: list[str]) -> list[int]:
     is_number = re.compile(r"-?[0-9]{1,20}(\.[0-9]{0,30})?([eE][+-]?[0-9]{1,2})?").fullmatch
     found = [decimal.Decimal(part.strip()) for part in line if is_number(part.strip())]
-    if len(line) != 3 or len(found) != 3 or any(number % 1 for number in found):
+    if len(line) != 3 or len(found) != 3 or any(number != number.to_integral_value() for number in found):
         raise _BadLineError(f"{','.join(line)!r} is not three whole numbers")
     return [int(number) for number in found]
 

@@ -256,6 +256,8 @@ BAD = {
     "a rank too many": (lambda: ExpertDispatch(LOCATION, 6, "cpu"), ValueError, "`rank` must be at most num_gpus - 1 = 5, got 6"),
     "another algorithm": (lambda: ExpertDispatch(LOCATION, 0, "cpu", algorithm="lp"), ValueError, "`algorithm` must be one of 'static', 'dynamic', 'hash', 'fake', got 'lp'"),
     "a long seed": (lambda: ExpertDispatch(LOCATION, 0, "cpu", seed=2**32), ValueError, "`seed` must be at most 4294967295, got 4294967296"),
+    "a layer too many": (lambda: ExpertDispatch(LOCATION, 0, "cpu")(torch.tensor([[0]]), LOCATION.num_layers), ValueError, "`layer` must be at most num_layers - 1 = "),
+    "a layer from the end": (lambda: ExpertDispatch(LOCATION, 0, "cpu").tables(-1), ValueError, "`layer` must be at least 0, got -1"),
     "another size": (lambda: ExpertDispatch(LOCATION, 0, "cpu").update(ExpertLocation.trivial(2, 6)), ValueError, "`other` must be of the same sizes, ranks and nodes"),
 }  # fmt: skip
 

@@ -453,6 +453,7 @@ BAD = {
     "nodes do not divide": (bad(num_replicas=20, num_gpus=5), ValueError, "`num_nodes` must be a divisor of num_gpus = 5, got 2"),
     "groups do not divide": (bad(num_groups=8), ValueError, "`num_groups` must be a divisor of num_experts = 12, got 8"),
     "option of the other": (bad(max_moves=3), ValueError, "`max_moves` must be None with the algorithm 'deepseek', got int"),
+    "past float64": (bad(weight=[[1e308, 1e308, 1e308, 1]], num_replicas=4, num_groups=1, num_nodes=1, num_gpus=2), ValueError, "`weight` must be loads whose sum float64 holds, got inf"),
     "moves from nowhere": (bad(**R, max_moves=3), ValueError, "`current` must be given with `max_moves`, got None"),
     "negative moves": (bad(**R, max_moves=-1, current=FULL), ValueError, "`max_moves` must be at least 0, got -1"),
     "another map": (bad(**R, current=FULL[:1]), ValueError, r"`current` must be of shape \(num_layers, num_replicas\) = \(2, 16\), got shape \(1, 16\)"),

@@ -353,6 +353,9 @@ BAD = {
     "time": ({"step_ms": -1}, ValueError, "`step_ms` must be above 0, got -1"),
     "bandwidth": ({"bandwidth": "fast"}, TypeError, "`bandwidth` must be a number, got str"),
     "current": ({"current": SHORT, "num_replicas": 6}, ValueError, r"`current` must be of \(layers, experts, slots, ranks, nodes\) = \(1, 4, 6, 2, 1\), got \(1, 4, 4, 2, 1\)"),
+    "no slots": ({"num_replicas": []}, ValueError, "`num_replicas` must be one number or more, got none"),
+    "one interval": ({"intervals": 1}, TypeError, "`intervals` must be a sequence, got int"),
+    "one algorithm": ({"algorithms": "refined"}, TypeError, "`algorithms` must be a sequence, got str"),
     "idle ranks": ({"current": IDLE, "num_replicas": 5}, ValueError, "`current` must be a location with experts on every rank, got"),
     "no location": ({"current": [[0]]}, TypeError, "`current` must be an ExpertLocation, got list"),
 }  # fmt: skip
@@ -364,6 +367,11 @@ def test_bad_arguments(name):
     sizes = {"num_replicas": 4, "num_groups": 1, "num_nodes": 1, "num_gpus": 2}
     with pytest.raises(error, match=message):
         simulate(**{"weight": PAIR, **sizes, **changes})
+
+
+def test_a_move_that_pays_after_more_steps_than_there_are_numbers_never_pays():
+    best = simulate(PAIR, 4, 1, 1, 2, step_ms=1e-300, bytes_per_expert=2**60).best
+    assert best.pays_after is None
 
 
 IDS = np.array([[[0, 1], [1, 2], [2, -1]], [[3, 0], [3, 1], [3, 7]]])  # [L, T, K]

@@ -1,7 +1,7 @@
 """`ExpertDispatch`: the tables of a rank on its device, where captured graphs find them again after experts moved."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -93,18 +93,24 @@ class ExpertDispatch:
         self._key = self.rank << 32 | self.seed if algorithm == "dynamic" else 0
         parts = [self.physical_map, self.num_valid, None if self.step is None else self.step[:, None]]
         absent = [None] * location.num_layers
-        self._layers = list(zip(*(absent if part is None else part for part in parts), strict=True))
+        tables_of = zip(*(absent if part is None else part for part in parts), strict=True)
+        self._layers = dict(enumerate(tables_of))
 
     def __call__(self, topk_ids: Any, layer: int, counts: Any = None, out: Any = None) -> Any:
         """Dispatch the slots of a layer; arguments, result and errors are those of `dispatch_ids`."""
-        physical_map, num_valid, step = self._layers[layer]
+        physical_map, num_valid, step = self._layers.get(layer) or self._missing(layer)
         rules = {"algorithm": self.algorithm, "seed": self._key, "step": step}
         return dispatch_ids(topk_ids, physical_map, num_valid, counts=counts, out=out, **rules)
 
     def tables(self, layer: int) -> DispatchTables:
         """Return what gating takes as `dispatch` to send the slots of a layer on in its own launch."""
-        physical_map, num_valid, step = self._layers[layer]
+        physical_map, num_valid, step = self._layers.get(layer) or self._missing(layer)
         return DispatchTables(physical_map, num_valid, self.algorithm, self._key, step)
+
+    def _missing(self, layer: Any) -> NoReturn:
+        last = self.location.num_layers - 1
+        checks.integer("layer", layer, 0, last, f"num_layers - 1 = {last}")
+        raise TypeError(f"`layer` must be an integer, got {type(layer).__name__}")
 
     def advance(self) -> None:
         """Let "dynamic" draw anew from here on: call it once for each forward pass, inside a captured graph too."""

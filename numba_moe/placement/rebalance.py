@@ -54,6 +54,9 @@ def check_loads(argument: str, weight: Any, ndims: Sequence[int] = (2, 3)) -> np
     axes = ("step", "layer", "expert", "rank")[loads.ndim == 2 :][: loads.ndim]
     checks.every(argument, "finite", np.isfinite(loads), loads, axes)
     checks.every(argument, "at least 0", loads >= 0, loads, axes)
+    with np.errstate(over="ignore"):
+        total = loads.sum()
+    checks.holds(argument, "loads whose sum float64 holds", bool(np.isfinite(total)), total)
     return loads
 
 

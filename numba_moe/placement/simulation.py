@@ -16,6 +16,7 @@ from numba_moe.runtime import checks
 from numba_moe.runtime.text import counted
 
 STAY = "stay"
+LONGEST = 1e15  # steps: a longer time is never
 BANDWIDTH = 50.0  # GB/s into and out of a rank: a 400 Gb/s network card for each
 
 
@@ -135,7 +136,8 @@ def steps_to_pay(cost: float, saved: float, num_steps: int) -> int | None:
     """Return the steps after which a saving, as large at each, outweighs a cost; None if it never does."""
     if cost == 0:
         return 0
-    return None if saved <= 0 else math.ceil(cost * num_steps / saved - 1e-9)
+    steps = cost * num_steps / saved if saved > 0 else math.inf
+    return math.ceil(steps - 1e-9) if steps < LONGEST else None
 
 
 def over(loads: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -377,11 +379,16 @@ def simulate(
     loads = loads[None] if loads.ndim == 2 else loads
     num_steps = len(loads)
     checks.holds("weight", "above 0 somewhere", bool(loads.any()), "0 everywhere")
-    sizes = [num_replicas] if not isinstance(num_replicas, Sequence) else num_replicas
+    sizes = num_replicas if isinstance(num_replicas, Sequence) else [num_replicas]
+    checks.holds("num_replicas", "one number or more", len(sizes) > 0, "none")
     num_gpus = checks.integer("num_gpus", num_gpus, 1)
     num_nodes = checks.integer("num_nodes", num_nodes, 1, num_gpus, f"num_gpus = {num_gpus}")
     if loads.ndim == 4:
         checks.holds("weight", f"of {num_gpus} ranks", loads.shape[3] == num_gpus, f"shape {loads.shape}")
+    listed = {"algorithms": algorithms, "intervals": intervals, "once_after": once_after}
+    for name, values in listed.items():
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise TypeError(f"`{name}` must be a sequence, got {type(values).__name__}")
     for algorithm in algorithms:
         checks.choice("algorithms", algorithm, ALGORITHMS)
     because = f"the number of steps - 1 = {num_steps - 1}"

@@ -40,8 +40,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 _take_over(temporary, there)
             yield file
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -127,6 +127,7 @@ BAD = {
     "more nodes than GPUs": (lambda: ExpertLocation.from_mapping(MAP, num_nodes=2), "`num_nodes` must be at most num_gpus = 1, got 2"),
     "an expert left out": (lambda: ExpertLocation.from_mapping(MAP, num_experts=5), "`physical_to_logical_map` must be a map with slots for every expert, got 0 at layer 0, expert 4"),
     "fewer slots than experts": (lambda: ExpertLocation.trivial(1, 4, 3), "`num_replicas` must be at least num_experts = 4, got 3"),
+    "layers that are a number": (lambda: LOCATION.update(LOCATION, 1), "`layers` must be integers, got int"),
     "one layer": (lambda: ExpertLocation.from_mapping(MAP[0]), r"`physical_to_logical_map` must be of 2 dimensions, got shape \(6,\)"),
 }  # fmt: skip
 
@@ -134,7 +135,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments(name):
     call, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 
@@ -292,9 +293,16 @@ def test_a_file_whose_arrays_disagree(suffix, tmp_path):
     write(path, {**content, "node_of_slot": [0, 0, 0, 0, 1]})
     with pytest.raises(ValueError, match=r"`node_of_slot` must be of shape \(P,\) = \(6,\), got shape \(5,\)"):
         ExpertLocation.load(path)
+    write(path, {**content, "node_of_slot": [0] * 6, "rank_of_slot": [2, 2, 1, 1, 0, 0]})
+    with pytest.raises(ValueError, match="`rank_of_slot` must be ascending from 0 without gaps, got 2 at slot 0"):
+        ExpertLocation.load(path)
 
 
 def test_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing/x.json"):  # and no name of our own
+        LOCATION.save(tmp_path / "missing" / "x.json")
+    with pytest.raises(TypeError, match="`path` must be a str or a path, got int"):
+        LOCATION.save(3)
     with pytest.raises(FileNotFoundError):
         ExpertLocation.load(tmp_path / "nothing.json")
     with pytest.raises(ValueError, match=r"`path` must be one of '\.json', '\.npz', '\.pt', got '\.csv'"):

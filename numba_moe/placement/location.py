@@ -216,7 +216,7 @@ class ExpertLocation:
             int64 cannot hold, numbers that ask for far more memory than the file has, an argument that is missing, or
             one that the file has no use for.
         """
-        path = Path(path)
+        path = checks.path("path", path)
         content = _read(path, num_layers, num_experts)
         of_csv = {} if path.suffix == ".csv" else {"num_layers": num_layers, "num_experts": num_experts}
         of_ranks = {"num_gpus": num_gpus, "num_nodes": num_nodes, "slots_per_rank": slots_per_rank}
@@ -260,6 +260,7 @@ class ExpertLocation:
         rank_of_slot = formats.array("rank_of_slot", content["rank_of_slot"], (1,))
         checks.host_shape("rank_of_slot", rank_of_slot, (num_slots,), "(the number of slots,)")
         node_of_slot = formats.array("node_of_slot", content["node_of_slot"], (1,))
+        check_ascending("rank_of_slot", rank_of_slot)
         check_map("physical_to_logical_map", places, experts, rank_of_slot)
         return cls(places, *slots_of_experts(places, experts), rank_of_slot, node_of_slot)
 
@@ -291,7 +292,7 @@ class ExpertLocation:
         ...     ExpertLocation.load(f"{folder}/location.json") == location
         True
         """
-        path = Path(path)
+        path = checks.path("path", path)
         checks.choice("path", path.suffix, FORMATS)
         arrays = {
             "physical_to_logical_map": self.physical_to_logical_map,
@@ -358,9 +359,7 @@ class ExpertLocation:
         for name in ("rank_of_slot", "node_of_slot"):
             array = getattr(self, name)
             checks.host_shape(name, array, (num_slots,), "(P,)")
-            step = np.diff(array, prepend=array[:1] * 0)
-            ascending = (step == 0) | ((step == 1) & (np.arange(num_slots) > 0))
-            checks.every(name, "ascending from 0 without gaps", ascending, array, ("slot",))
+            check_ascending(name, array)
         first_of_rank = np.searchsorted(self.rank_of_slot, self.rank_of_slot)
         same = self.node_of_slot == self.node_of_slot[first_of_rank]
         checks.every("node_of_slot", "the same in all slots of a rank", same, self.node_of_slot, ("slot",))
@@ -438,8 +437,7 @@ class ExpertLocation:
 
 
 def check_location(argument: str, value: Any) -> None:
-    if not isinstance(value, ExpertLocation):
-        raise TypeError(f"`{argument}` must be an ExpertLocation, got {type(value).__name__}")
+    checks.instance(argument, value, ExpertLocation)
 
 
 def check_alike(argument: str, value: Any, location: ExpertLocation) -> None:
@@ -449,6 +447,13 @@ def check_alike(argument: str, value: Any, location: ExpertLocation) -> None:
         mine, given = getattr(location, name), getattr(value, name)
         same = mine.shape == given.shape and (mine.ndim > 1 or np.array_equal(mine, given))
         checks.holds(argument, "of the same sizes, ranks and nodes", same, value)
+
+
+def check_ascending(argument: str, numbers: np.ndarray) -> None:
+    """Check numbers of ranks or nodes, one for each slot."""
+    step = np.diff(numbers, prepend=0)
+    ascending = (step == 0) | ((step == 1) & (np.arange(len(numbers)) > 0))
+    checks.every(argument, "ascending from 0 without gaps", ascending, numbers, ("slot",))
 
 
 def check_tables(argument: str, num_layers: int, num_experts: int, num_slots: int) -> None:
@@ -466,6 +471,8 @@ def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     """Return the layers asked for, all by default."""
     last = num_layers - 1
     chosen = range(num_layers) if layers is None else layers
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+        raise TypeError(f"`layers` must be integers, got {type(chosen).__name__}")
     return [checks.integer("layers", layer, 0, last, f"num_layers - 1 = {last}") for layer in chosen]
 
 

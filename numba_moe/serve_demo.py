@@ -23,9 +23,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     checks.integer("--port", options.port, 0, 65535)
     checks.integer("--ranks", options.ranks, 1, MOST_RANKS)
     for name in ("seconds", "timeout"):
-        value = getattr(options, name)
-        checks.number(f"--{name}", value)
-        checks.holds(f"--{name}", "positive", value > 0, value)
+        checks.seconds(f"--{name}", getattr(options, name))
     if options.token is not None:
         checks.holds(
             "--token",

@@ -529,8 +529,11 @@ WRONG = {
     "no such name": (
         lambda: attach(BLOCK, pattern="*.gate"),
         ValueError,
-        "`model` must be one with modules that match",
+        "`model` must be one with modules that match '*.gate'",
     ),
+    "a model": (lambda: attach(3), TypeError, "`model` must be a Module, got int"),
+    "a kind of pattern": (lambda: attach(BLOCK, pattern=3), TypeError, "`pattern` must be a str, a regular expression"),
+    "a kind of ids": (lambda: attach(BLOCK, ids=3), TypeError, "`ids` must be a function of a module and its call"),
     "layers": (lambda: attach(BLOCK, layers=[1]), ValueError, "`layers` must be"),
     "no layer": (lambda: attach(BLOCK, layers=[]), ValueError, "`layers` must be one number or more"),
     "experts": (lambda: attach(BLOCK, experts=[-1]), ValueError, "`experts` must be"),

@@ -349,18 +349,21 @@ def test_two_commands_do_not_mix(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"timeout": 0}, ValueError, "`timeout` must be positive, got 0"),
+        ({"timeout": 0}, ValueError, "`timeout` must be above 0, got 0"),
+        ({"timeout": 1e10}, ValueError, "`timeout` must be at most 1000000000 seconds, got 10000000000.0"),
         ({"timeout": float("nan")}, ValueError, "`timeout` must be a finite number"),
         ({"timeout": "1"}, TypeError, "`timeout` must be a number, got str"),
         ({"allow_get": 1}, TypeError, "`allow_get` must be"),
         ({"token": ""}, ValueError, "`token` must be"),
         ({"token": "two\nlines"}, ValueError, "`token` must be"),
         ({"token": b"secret"}, TypeError, "`token` must be a str or None, got bytes"),
+        ({"directory": None}, TypeError, "`directory` must be a str or a path, got NoneType"),
+        ({"recorder": None}, TypeError, "`recorder` must be an ExpertDistributionRecorder, got NoneType"),
     ],
 )
 def test_wrong_options(options, error, message, tmp_path):
     with pytest.raises(error, match=message):
-        make_app(make(), tmp_path, **options)
+        make_app(**{"recorder": make(), "directory": tmp_path, **options})
 
 
 def test_two_apps_of_a_recorder_are_of_one_mind(tmp_path):

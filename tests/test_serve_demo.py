@@ -74,7 +74,7 @@ def test_a_session_with_two_ranks(tmp_path):
         (["--port", "-1"], "`--port` must be at least 0, got -1"),
         (["--ranks", "0"], "`--ranks` must be at least 1, got 0"),
         (["--ranks", "99"], "`--ranks` must be at most 16, got 99"),
-        (["--seconds", "0"], "`--seconds` must be positive, got 0.0"),
+        (["--seconds", "0"], "`--seconds` must be above 0, got 0.0"),
         (["--timeout", "nan"], "`--timeout` must be a finite number"),
         (["--token", ""], "`--token` must be of printable characters, at least one, got another"),
         (["--directory", "/nonexistent"], "`--directory` must be a folder that can be written, got /nonexistent"),

@@ -174,8 +174,7 @@ class TokenDispatcher:
         self.dtype = checks.dtype("dtype", dtype, (*checks.FLOATS, *checks.BYTES))
         checks.choice("transport", transport, TRANSPORTS)
         checks.choice("reduce", reduce, REDUCTIONS)
-        checks.number("timeout", timeout)
-        checks.holds("timeout", "above 0", timeout > 0, timeout)
+        checks.seconds("timeout", timeout)
         self.capacity = None if capacity is None else checks.integer("capacity", capacity, 1)
         for name, value in {"raise_on_drop": raise_on_drop, "padded": padded}.items():
             checks.boolean(name, value)

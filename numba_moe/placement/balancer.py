@@ -262,9 +262,7 @@ class Balancer:
         self._min_gain, self._move_cost = min_gain, move_cost
         self._chunk_layers = checks.integer("chunk_layers", chunk_layers, 1)
         self._overlap = checks.integer("overlap", overlap, 0)
-        checks.number("timeout", timeout)
-        checks.holds("timeout", "above 0", timeout > 0, timeout)
-        self._timeout = float(timeout)
+        self._timeout = checks.seconds("timeout", timeout)
         if algorithm == "deepseek":
             even = len(set(location.slots_per_rank)) == 1 and bool((location.physical_to_logical_map >= 0).all())
             checks.holds("dispatchers", "of ranks with equally many experts, for 'deepseek'", even, location)

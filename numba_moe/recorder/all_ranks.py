@@ -88,6 +88,8 @@ def follow(recorder: ExpertDistributionRecorder) -> None:
 
     Raises
     ------
+    TypeError
+        Something that is no recorder.
     ValueError
         The recorder has no process group.
 
@@ -105,6 +107,7 @@ def follow(recorder: ExpertDistributionRecorder) -> None:
         ...
     ValueError: `recorder` must be one with a process group, got None
     """
+    checks.instance("recorder", recorder, ExpertDistributionRecorder)
     checks.holds("recorder", "one with a process group", recorder.process_group is not None, recorder.process_group)
     ranks_of(recorder)
 

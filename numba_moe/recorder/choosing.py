@@ -35,6 +35,9 @@ def find_layers(model: torch.nn.Module, pattern: str | re.Pattern[str] | None = 
     The routers of `MoEBlock` have a choice, and so have experts that are given rows, experts and weights, as those of
     transformers are. Dense layers have none.
     """
+    checks.instance("model", model, torch.nn.Module)
+    if not isinstance(pattern, str | re.Pattern | None):
+        raise TypeError(f"`pattern` must be a str, a regular expression or None, got {type(pattern).__name__}")
     names = re.compile(fnmatch.translate(pattern)) if isinstance(pattern, str) else pattern
     found = []
     for name, module in model.named_modules():
@@ -42,7 +45,8 @@ def find_layers(model: torch.nn.Module, pattern: str | re.Pattern[str] | None = 
             around = list(_around(model, name))
             own = len(module.weight) if isinstance(module, Router) else _size([module], EXPERTS)
             found.append(Layer(name, module, own or _size(around, EXPERTS) or _rows(module), _size(around, TOP_K)))
-    what = "of modules that choose experts" if names is None else f"one with modules that match {names.pattern!r}"
+    given = getattr(pattern, "pattern", pattern)
+    what = "of modules that choose experts" if names is None else f"one with modules that match {given!r}"
     checks.holds("model", what, bool(found), type(model).__name__)
     return found
 

@@ -133,6 +133,8 @@ class ExpertDistributionRecorder(Hooks):
 
         Raises
         ------
+        TypeError
+            An argument of the wrong type.
         RuntimeError
             The recorder is attached already, or its mode is "stat_approx", which ignores what models choose.
         ValueError
@@ -142,6 +144,8 @@ class ExpertDistributionRecorder(Hooks):
             raise RuntimeError("`attach` must come after `detach`, as this recorder is attached to a model")
         if self.mode == "stat_approx":
             raise RuntimeError("`attach` must be asked of a mode that counts what models choose, got 'stat_approx'")
+        if ids is not None and not callable(ids):
+            raise TypeError(f"`ids` must be a function of a module and its call, got {type(ids).__name__}")
         while isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):  # of what torch.compile returns
             model = inner
         found = find_layers(model, pattern)
@@ -279,8 +283,10 @@ class ExpertDistributionRecorder(Hooks):
             warnings.warn("there is nothing to dump: the recorder's mode is None", RuntimeWarning, stacklevel=2)
             return None
 
+        folder = checks.path("directory", directory)
+
         def path_of(rank: str) -> Path:
-            return Path(directory) / f"expert_distribution_recorder_{time.time_ns()}{rank}.{format}"
+            return folder / f"expert_distribution_recorder_{time.time_ns()}{rank}.{format}"
 
         return self._dump(output_mode, path_of)
 
@@ -563,7 +569,7 @@ def attach(
     ValueError
         A model without such modules, sizes that nothing in it says, a number out of bounds.
     TypeError
-        An unknown option.
+        An argument of the wrong type, or an unknown option.
 
     Notes
     -----
@@ -611,7 +617,7 @@ def attached(model: torch.nn.Module) -> list[ExpertDistributionRecorder]:
 
     Raises
     ------
-    AttributeError
+    TypeError
         Something that is no model.
 
     Notes
@@ -627,6 +633,7 @@ def attached(model: torch.nn.Module) -> list[ExpertDistributionRecorder]:
     >>> attached(block) == [recorder], attached(other) == [recorder], len(attached(other))
     (True, False, 1)
     """
+    checks.instance("model", model, torch.nn.Module)
     found: dict[int, ExpertDistributionRecorder] = {}
     for module in model.modules():
         for tie in attachment.ties_of(module):

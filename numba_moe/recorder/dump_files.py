@@ -133,7 +133,7 @@ class Dump:
 
         ``.csv`` has the counts summed over passes. ``.pt`` is SGLang's: a dict of counts, or of records with a map.
         """
-        path = Path(path)
+        path = checks.path("path", path)
         checks.choice("path", path.suffix.removeprefix("."), FORMATS)
         with files.replacing(path) as file:
             _WRITERS[path.suffix](file, self)
@@ -266,7 +266,7 @@ def load(path: str | os.PathLike[str], *, num_layers: int | None = None, num_exp
     ...     load(path).logical_count, load(path, num_experts=4).logical_count
     (array([[[5, 7]]]), array([[[5, 7, 0, 0]]]))
     """
-    path = Path(path)
+    path = checks.path("path", path)
     checks.choice("path", path.suffix.removeprefix("."), FORMATS)
     if path.suffix == ".csv":
         return _of_counts({"logical_count": formats.read_csv(path, num_layers, num_experts)})

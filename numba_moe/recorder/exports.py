@@ -29,6 +29,7 @@ class Totals:
     """Adds the counts of finished passes on the device, without waiting for it."""
 
     def __init__(self, recorder: ExpertDistributionRecorder) -> None:
+        checks.instance("recorder", recorder, ExpertDistributionRecorder)
         counts = recorder.mode in MODES[:3]
         checks.holds("recorder", "of a mode that counts", counts, f"one of {recorder.mode!r}")
         self.recorder, self._lock, self._passes = recorder, threading.Lock(), 0
@@ -118,6 +119,7 @@ class PrometheusExport:
     ) -> None:
         from prometheus_client import REGISTRY
 
+        checks.instance("recorder", recorder, ExpertDistributionRecorder)
         num_layers, num_experts = recorder.num_layers, recorder.num_experts
         checks.integer("max_series", max_series, num_layers)
         self._layers = checks.subset("layers", layers, num_layers)

@@ -115,7 +115,7 @@ class Hooks:
         self._top_k = None if top_k is None else checks.integer("top_k", top_k, 1)
         self._size = None if buffer_size is None else checks.integer("buffer_size", buffer_size, 1)
         self._chunk_tokens = checks.integer("chunk_tokens", chunk_tokens, 1)
-        self._directory = None if spill_directory is None else Path(spill_directory)
+        self._directory = None if spill_directory is None else checks.path("spill_directory", spill_directory)
         spills = mode == "per_token" and buffer_size is None
         checks.holds(
             "spill_directory", "None but for 'per_token' of all passes", spills or not self._directory, self._directory

@@ -101,16 +101,15 @@ def make_app(
     from starlette.responses import Response
     from starlette.routing import Route
 
-    place = Path(directory).resolve()
+    checks.instance("recorder", recorder, ExpertDistributionRecorder)
+    place = checks.path("directory", directory).resolve()
     checks.holds("directory", "a directory", place.is_dir(), directory)
-    checks.number("timeout", timeout)
-    checks.holds("timeout", "positive", timeout > 0, timeout)
     checks.boolean("allow_get", allow_get)
     if token is not None:
         if not isinstance(token, str):
             raise TypeError(f"`token` must be a str or None, got {type(token).__name__}")
         checks.holds("token", "of printable characters, at least one", token.isprintable() and bool(token), "another")
-    commands = _Commands(recorder, place, float(timeout))
+    commands = _Commands(recorder, place, checks.seconds("timeout", timeout))
 
     def route(name: str, parameters: dict[str, tuple[Any, ...]], methods: set[str]) -> Any:
         follow = getattr(commands, name)

@@ -115,8 +115,7 @@ def _check_rotation(recorder: Any, path: Any, passes: Any, seconds: Any) -> Path
         fits = size is None or passes <= size
         checks.holds("rotate_passes", f"at most buffer_size = {size}, past which passes are lost", fits, passes)
     if seconds is not None:
-        checks.number("rotate_seconds", seconds)
-        checks.holds("rotate_seconds", "above 0", seconds > 0, seconds)
+        checks.seconds("rotate_seconds", seconds)
         checks.holds("rotate_seconds", "None with a buffer_size, past which passes are lost", size is None, seconds)
         alone = recorder.process_group is None or recorder.mode not in MODES[:2]
         checks.holds("rotate_seconds", "None where ranks sum their counts, as their clocks differ", alone, seconds)

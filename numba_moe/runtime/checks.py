@@ -12,8 +12,10 @@ import importlib.util
 import itertools
 import math
 import operator
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,6 +27,7 @@ from numba_moe.runtime.plans import Foreign, Layout, Parts, Unreadable, kind_of,
 LARGEST_INT32 = 2**31 - 1
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 LARGEST_INT64 = 2**63 - 1
+MOST_SECONDS = 10**9  # 31 years, which timers of every kind can hold
 VALIDATE = environment.Switch("NUMBA_MOE_VALIDATE")
 IDS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -82,6 +85,12 @@ def subset(argument: str, numbers: Any, size: int) -> list[int]:
     return found
 
 
+def instance(argument: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        _wrong_type(argument, f"{article} {kind.__name__}", type(value).__name__)
+
+
 def boolean(argument: str, value: Any) -> None:
     if not isinstance(value, bool):
         _wrong_type(argument, "True or False", repr(value))
@@ -93,6 +102,21 @@ def number(argument: str, value: Any, infinite: bool = False) -> None:
         _wrong_type(argument, "a number", type(value).__name__)
     if not (abs(value) <= LARGEST_FLOAT32 or (infinite and value in (math.inf, -math.inf))):
         _wrong_value(argument, "a finite number that float32 holds" + ", or infinity" * infinite, value)
+
+
+def seconds(argument: str, value: Any) -> float:
+    """Return a time that something may take or wait."""
+    number(argument, value)
+    holds(argument, "above 0", value > 0, value)
+    holds(argument, f"at most {MOST_SECONDS} seconds", value <= MOST_SECONDS, value)
+    return float(value)
+
+
+def path(argument: str, value: Any) -> Path:
+    """Return a path, given by itself or as text."""
+    if not isinstance(value, str | os.PathLike):
+        _wrong_type(argument, "a str or a path", type(value).__name__)
+    return Path(value)
 
 
 def choice(argument: str, value: Any, options: Sequence[str]) -> None:

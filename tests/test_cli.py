@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -380,6 +381,13 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
         "1 of 3 kernels, about 0 s left",
         "2 of 3 kernels, about 0 s left",
     ]
+
+
+def test_what_takes_long_says_so_before_anything_is_done(capsys, monkeypatch):
+    monkeypatch.setattr(text, "BETWEEN_LINES", 1.0)
+    with text.ticking(4, "layer"):
+        time.sleep(1.5)
+    assert re.fullmatch(r"0 of 4 layers, [12] s so far\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in commands.COMMANDS)], ids=lambda words: " ".join(words))

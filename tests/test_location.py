@@ -299,7 +299,7 @@ def test_a_file_whose_arrays_disagree(suffix, tmp_path):
 
 
 def test_other_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing/x.json"):  # and no name of our own
+    with pytest.raises(FileNotFoundError, match=r"missing/x\.json"):  # and no name of our own
         LOCATION.save(tmp_path / "missing" / "x.json")
     with pytest.raises(TypeError, match="`path` must be a str or a path, got int"):
         LOCATION.save(3)

@@ -1,5 +1,6 @@
 """The simulation: numbers by hand and by loops, scenarios replayed with public functions, files and the command."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -289,27 +290,19 @@ def test_a_picture_has_room_for_few_lines():
     assert max(s.held_out for s in drawn[1:] if s.interval is not None) <= min(left)
 
 
-def test_the_bar_counts_layers(monkeypatch):
-    bars = []
+def test_the_ticks_of_a_simulation_are_as_many_as_it_says(monkeypatch):
+    told = []
 
-    class Bar:
-        def __init__(self, **options):
-            self.total, self.done = None, 0
-            bars.append(self)
+    @contextlib.contextmanager
+    def ticking(total, noun):
+        told.append((total, noun))
+        yield lambda: told.append(1)
 
-        def reset(self, total):
-            self.total = total
-
-        def update(self):
-            self.done += 1
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr("numba_moe.placement.simulation.tqdm", Bar)
+    monkeypatch.setattr("numba_moe.placement.simulation.ticking", ticking)
     loads = np.random.default_rng(6).pareto(1, (9, 3, 8)) + 0.1
     simulate(loads, [8, 12], 1, 1, 4, intervals=[0, 2], once_after=[3], progress=True)
-    assert bars[0].done == bars[0].total == 2 * 2 * 3 * (2 + 5 + 1)
+    total = 2 * 2 * 3 * (2 + 5 + 1)
+    assert told == [(total, "layer"), *[1] * total]
 
 
 def test_every_number_of_slots_is_compared_with_staying():

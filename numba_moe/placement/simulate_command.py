@@ -3,7 +3,6 @@
 import argparse
 import functools
 import json
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -280,7 +279,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
             bytes_per_expert=options.bytes_per_expert,
             step_ms=options.step_ms,
             bandwidth=options.bandwidth,
-            progress=sys.stderr.isatty(),
+            progress=True,
         )
     return functools.partial(run, options, loads, found)
 

@@ -1,5 +1,6 @@
 """Replay recorded loads with several ways of placing experts."""
 
+import contextlib
 import itertools
 import math
 import sys
@@ -7,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from numba_moe.placement.location import ExpertLocation, check_location
 from numba_moe.placement.rebalance import ALGORITHMS, Tick, check_loads, place
 from numba_moe.reference.migration import plan_migration
 from numba_moe.runtime import checks
-from numba_moe.runtime.text import counted
+from numba_moe.runtime.text import counted, ticking
 
 STAY = "stay"
 LONGEST = 1e15  # steps: a longer time is never
@@ -310,7 +310,7 @@ def simulate(
     bandwidth : float
         GB/s that a rank can send, and receive at the same time.
     progress : bool
-        Whether to show a bar on the standard error.
+        Whether to show progress on the standard error: a bar, or lines where that is no terminal.
 
     Returns
     -------
@@ -405,14 +405,27 @@ def simulate(
         everywhere = bool((current.physical_to_logical_map >= 0).all())
         checks.holds("current", "a location with experts on every rank", everywhere, current)
 
-    num_layers, num_experts = loads.shape[1:3]
-    bar = tqdm(unit=" layers placed", disable=not progress, leave=False)
-    trace = _Trace(loads, num_groups, max_moves, step_ms, bytes_per_expert, bandwidth, bar.update)
-    scenarios: list[Scenario] = []
     policies = [(interval, False) for interval in intervals] + [(steps, True) for steps in once_after]
     tried = [(algorithm, *policy) for algorithm in algorithms for policy in policies]
+    trace = _Trace(loads, num_groups, max_moves, step_ms, bytes_per_expert, bandwidth, lambda: None)
     placed = sum(len(trace.begins(interval, once)) + (not once) for _, interval, once in tried)
-    bar.reset(total=len(sizes) * num_layers * placed)
+    shown = ticking(len(sizes) * loads.shape[1] * placed, "layer") if progress else contextlib.nullcontext(trace.tick)
+    with shown as tick:
+        scenarios = _scenarios(trace._replace(tick=tick), sizes, (num_gpus, num_nodes), current, tried)
+    return Simulation(scenarios, min(scenarios, key=trace.cost))
+
+
+def _scenarios(
+    trace: _Trace,
+    sizes: Sequence[int],
+    places: tuple[int, int],
+    current: ExpertLocation | None,
+    tried: Sequence[tuple[str, int, bool]],
+) -> list[Scenario]:
+    """Replay a trace with each number of slots: staying, and then all that is tried."""
+    scenarios: list[Scenario] = []
+    num_layers, num_experts = trace.loads.shape[1:3]
+    num_gpus, num_nodes = places
     for size in sizes:
         start = current
         if start is None:
@@ -424,5 +437,4 @@ def simulate(
         scenarios.append(stay)
         for algorithm, interval, then_stays in tried:
             scenarios.append(trace.run(start, stay, algorithm, interval, then_stays))
-    bar.close()
-    return Simulation(scenarios, min(scenarios, key=trace.cost))
+    return scenarios

@@ -3,17 +3,14 @@
 import argparse
 import datetime
 import functools
-import sys
 from collections.abc import Callable, Sequence
-
-from tqdm import tqdm
 
 from numba_moe.recorder.dump_files import load
 from numba_moe.recorder.report_findings import Findings, Placement
 from numba_moe.recorder.report_page import page
 from numba_moe.recorder.report_pictures import pictures, png
 from numba_moe.runtime import checks, files
-from numba_moe.runtime.text import counted
+from numba_moe.runtime.text import counted, ticking
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
@@ -29,9 +26,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     findings = Findings(dump, num_gpus)
     placements: list[Placement] = []
     if num_gpus > 1 and findings.total.any():
-        total, shown = findings.layers_to_place, sys.stderr.isatty()
-        with tqdm(total=total, unit=" layers placed", disable=not shown, leave=False) as bar:
-            placements = findings.placements(options.algorithm, bar.update)
+        with ticking(findings.layers_to_place, "layer") as tick:
+            placements = findings.placements(options.algorithm, tick)
     return functools.partial(run, options, findings, placements)
 
 

@@ -1,8 +1,10 @@
 """Words, tables and progress for people."""
 
+import contextlib
 import shutil
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -29,21 +31,56 @@ def room() -> int:
     return shutil.get_terminal_size((UNBOUNDED, 24)).columns
 
 
-def progress(items: Sequence[T], noun: str) -> Iterator[T]:
-    """Yield items, on a terminal with a bar, elsewhere with a line every ten seconds; both estimate the time left."""
+@contextlib.contextmanager
+def ticking(total: int, noun: str) -> Iterator[Callable[[], object]]:
+    """Yield what to call when one more thing is done, on a terminal with a bar, elsewhere with lines.
+
+    A line comes every ten seconds, also while nothing is done. Both estimate the time left.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, unit=noun)
+        with tqdm(total=total, unit=f" {noun}s", leave=False) as bar:
+            yield bar.update
         return
     begin = last = time.monotonic()
-    for done, item in enumerate(items):
+    done, ended = 0, threading.Event()
+
+    def say() -> None:
+        nonlocal last
         now = time.monotonic()
-        if done and now >= last + BETWEEN_LINES:
-            left = (now - begin) / done * (len(items) - done)
-            print(f"{done} of {counted(len(items), noun)}, about {left:.0f} s left", file=sys.stderr, flush=True)
+        if now >= last + BETWEEN_LINES:
             last = now
-        yield item
+            spent = now - begin
+            time_of = f"about {spent / done * (total - done):.0f} s left" if done else f"{spent:.0f} s so far"
+            print(f"{done} of {counted(total, noun)}, {time_of}", file=sys.stderr, flush=True)
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if done < total:
+            say()
+
+    def say_in_turn() -> None:
+        with contextlib.suppress(OSError):  # nobody reads
+            while not ended.wait(max(BETWEEN_LINES, 1.0)):
+                say()
+
+    thread = threading.Thread(target=say_in_turn, daemon=True)
+    thread.start()
+    try:
+        yield tick
+    finally:
+        ended.set()
+        thread.join()
+
+
+def progress(items: Sequence[T], noun: str) -> Iterator[T]:
+    """Yield items, and tick for each."""
+    with ticking(len(items), noun) as tick:
+        for item in items:
+            yield item
+            tick()
 
 
 def fitted(

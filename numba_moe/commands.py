@@ -49,7 +49,7 @@ def verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-experts", type=int, metavar="N", help="of topk_ids in --input (default: largest id + 1)")
     text = f"for logits in --input (default {TOP_K}, or all experts if they are fewer)"
     parser.add_argument("--top-k", type=int, metavar="K", help=text)
-    parser.add_argument("--block-size", type=int, default=64, metavar="ROWS", help="for --input (default 64)")
+    parser.add_argument("--block-size", type=int, metavar="ROWS", help="for --input (default 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcomes there too")
     parser.add_argument("--verbose", action="store_true", help="print every case, not only those that fail")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")

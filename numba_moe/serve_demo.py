@@ -33,14 +33,12 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
         )
     is_place = options.directory.is_dir() and os.access(options.directory, os.W_OK)
     checks.holds("--directory", "a folder that can be written", is_place, options.directory)
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    checks.holds("--host", "a name or an address", bool(options.host), "none")  # which would be all addresses
     try:
-        listening.bind((options.host, options.port))
-        listening.listen()  # what comes before the server waits for it
-    except OSError as error:
-        listening.close()
-        what = f"`--host` and `--port` must be free, got {options.host}:{options.port} ({error.strerror or error})"
+        family, *_, place = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.create_server(place[:2], family=family)  # what comes before the server waits for it
+    except (OSError, UnicodeError) as error:
+        what = f"`--host` and `--port` must be free, got {options.host}:{options.port} ({getattr(error, 'strerror', None) or error})"
         raise ValueError(what) from error
     return functools.partial(serve, options, listening)
 
@@ -70,6 +68,7 @@ def serve(options: argparse.Namespace, listening: socket.socket) -> int:
         for rank, child in enumerate(children, 1):
             print(f"rank {rank} is process {child.pid}")
         host, port = listening.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         print(f"http://{host}:{port}/status_expert_distribution_record", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
         return 0

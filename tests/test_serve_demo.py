@@ -71,6 +71,8 @@ def test_a_session_with_two_ranks(tmp_path):
     ("options", "message"),
     [
         (["--port", "70000"], "`--port` must be at most 65535, got 70000"),
+        (["--host", ""], "`--host` must be a name or an address, got none"),
+        (["--host", "a" * 70], "`--host` and `--port` must be free, got aaa"),
         (["--port", "-1"], "`--port` must be at least 0, got -1"),
         (["--ranks", "0"], "`--ranks` must be at least 1, got 0"),
         (["--ranks", "99"], "`--ranks` must be at most 16, got 99"),

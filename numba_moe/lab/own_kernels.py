@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from numba_moe.lab import checking, own
-from numba_moe.runtime import files
+from numba_moe.runtime import checks, files
 from numba_moe.verify import verification
 
 NEEDS_MODULE = ("like", "library", "grid", "fill")
@@ -31,10 +31,12 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     if options.json is not None:
         files.check_output("--json", options.json)
     function = load(options.module)
-    try:
-        given = own.Own(function, options.like, options.library, options.grid, options.fill)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    names = {"function": "--module", **{name: f"--{name}" for name in NEEDS_MODULE}}
+    with checks.under_names(**names):
+        try:
+            given = own.Own(function, options.like, options.library, options.grid, options.fill)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
     cases = checking.select(options.like, options.case, checking.device_of(None))
     if options.list:
         return functools.partial(verification.list_cases, cases)
@@ -56,7 +58,7 @@ def load(text: str) -> Any:
     sys.path.insert(0, str(path.resolve().parent))  # as when the file is run
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{place} fails when it is imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)

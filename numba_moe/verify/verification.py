@@ -35,6 +35,7 @@ PAYLOADS = (  # whose dtype and layout a case chooses
     *("gate_up_proj", "down_proj", "gate_up_bias", "down_bias", "constants", "combined"),
 )
 PACKAGES = ("numba-moe", "numba", "numba-cuda", "cuda-core", "numpy", "torch")
+BLOCK_SIZE = 64  # rows of a block, for --input
 MOST_PROCESSES = 8  # of the simulator; each takes seconds to start, and some 400 MB
 CASES_OF_A_PROCESS = 20  # at least
 SCRATCH = "workspace"  # what a kernel leaves there is its own affair
@@ -198,9 +199,13 @@ def select_cases(options: argparse.Namespace, on_gpu: bool) -> list[Case]:
     """Return the cases that the options ask for."""
     sizes = {name: f"--{name.replace('_', '-')}" for name in ("num_experts", "top_k", "block_size")}
     if options.input is not None:
-        with checks.under_names(path="--input", **sizes):
-            cases = list(input_cases(options.input, options.num_experts, options.top_k, options.block_size))
+        rows = BLOCK_SIZE if options.block_size is None else options.block_size
+        with checks.under_names(path="--input", array="--input", **sizes):
+            cases = list(input_cases(options.input, options.num_experts, options.top_k, rows))
     else:
+        for name, option in sizes.items():
+            if getattr(options, name) is not None:
+                raise ValueError(f"`{option}` must be given with --input")
         level = "quick" if options.quick else "full" if options.full else "default"
         cases = [*model_cases(level if on_gpu else "simulator"), *edge_cases()]
     for pattern in options.op or []:

@@ -38,7 +38,8 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
         family, *_, place = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(place[:2], family=family)  # what comes before the server waits for it
     except (OSError, UnicodeError) as error:
-        what = f"`--host` and `--port` must be free, got {options.host}:{options.port} ({getattr(error, 'strerror', None) or error})"
+        why = getattr(error, "strerror", None) or error
+        what = f"`--host` and `--port` must be free, got {options.host}:{options.port} ({why})"
         raise ValueError(what) from error
     return functools.partial(serve, options, listening)
 

@@ -369,8 +369,11 @@ def test_tables_fit_the_terminal(arguments, columns, folder, monkeypatch, capsys
     """Their rules, lines of dashes, say how wide they are."""
     monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.main(arguments) == 0
-    rules = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--")]
+    lines = capsys.readouterr().out.splitlines()
+    rules = [line for line in lines if line.startswith("--")]
     assert rules
+    if arguments[0] == "rebalance":
+        assert max(map(len, lines)) <= columns
     assert max(map(len, rules)) <= columns
     if arguments[0] == "rebalance":
         monkeypatch.delenv("COLUMNS")

@@ -31,8 +31,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     if options.json is not None:
         files.check_output("--json", options.json)
     function = load(options.module)
-    names = {"function": "--module", **{name: f"--{name}" for name in NEEDS_MODULE}}
-    with checks.under_names(**names):
+    with checks.under_names(function="--module", like="--like"):
         try:
             given = own.Own(function, options.like, options.library, options.grid, options.fill)
         except TypeError as error:

@@ -15,7 +15,7 @@ from numba_moe.placement.location import FORMATS, MOST_BYTES, ExpertLocation, ch
 from numba_moe.placement.simulation import Scenario, Simulation, simulate
 from numba_moe.placement.traces import load_trace
 from numba_moe.runtime import checks, files
-from numba_moe.runtime.text import UNBOUNDED, counted, fitted, room
+from numba_moe.runtime.text import UNBOUNDED, counted, filled, fitted, room
 
 PICTURES = (".png", ".svg", ".pdf")
 # What the command calls the arguments of `simulate`, and of what that calls.
@@ -50,8 +50,9 @@ COLUMNS = {  # what the columns say, and how numbers are written
 }
 LEFT_OUT_FIRST = (7, 6, 8, 9, 10, 4, 11, 12, 3, 5)  # columns, if a terminal is too narrow
 NOTES = """\
-balance: mean load of GPUs over that of the busiest. time: of the busiest GPUs, over that of perfect balance; once is in
-hindsight. time, not fitted: of the second half of the steps, placed by steps before."""
+balance: mean load of GPUs over that of the busiest.
+time: of the busiest GPUs, over that of perfect balance; once is in hindsight.
+time, not fitted: of the second half of the steps, placed by steps before."""
 
 
 def search_sizes(num_experts: int, num_gpus: int) -> list[int]:
@@ -93,18 +94,18 @@ def table(found: Simulation, num_choices: float, width: int | None = None) -> st
     known = [column for column in range(len(COLUMNS)) if any(row[column] is not None for row in rows)]
     names, formats, left_out = [*COLUMNS], [*COLUMNS.values()], []
 
-    def drawn() -> str:
+    def drawn(formatted: Callable[..., str] = tabulate) -> str:
         chosen = [[row[column] for column in known] for row in rows]
         texts = [place for place, column in enumerate(known) if column in (2, 13)]
         headers, written = ([part[column] for column in known] for part in (names, formats))
-        return tabulate(chosen, headers, floatfmt=written, missingval="-", disable_numparse=texts)
+        return formatted(chosen, headers, floatfmt=written, missingval="-", disable_numparse=texts)
 
     for column in LEFT_OUT_FIRST:
         if width is not None and column in known and max(map(len, drawn().splitlines())) > width:
             known.remove(column)
             left_out.append(names[column].replace("-\n", "").replace("\n", " ").partition(" (")[0])
     note = textwrap.wrap(f"(no room for {', '.join(left_out)})", width or 120) if left_out else []
-    return "\n".join([drawn(), *note])
+    return "\n".join([drawn(tabulate if width is None else fitted), *note])
 
 
 def over_time(rows: dict[str, np.ndarray], title: str) -> str:
@@ -288,16 +289,16 @@ def run(options: argparse.Namespace, loads: np.ndarray, found: Simulation) -> in
     """Print the tables, write what is asked for, and return the exit status."""
     kind = "" if loads.ndim == 3 else ", tokens on the ranks that it says"
     sizes = ", ".join(map(counted, loads.shape, ("step", "layer", "expert")))
-    print(f"{options.dump.name}: {sizes}{kind}\n")
+    print(filled(f"{options.dump.name}: {sizes}{kind}"), end="\n\n")
     width = room() if room() < UNBOUNDED else None
     print(table(found, float(loads.sum()), width), end="\n\n")
-    print(NOTES, end="\n\n")
+    print(filled(NOTES), end="\n\n")
     title = "balance (mean/max) at steps"
     print(over_time({s.name: s.balancedness.mean(axis=1) for s in lines_of(found)}, title), end="\n\n")
     if options.detail:
         for scenario in best_and_before(found):
             print_detail(scenario)
-    print(verdict(found, len(loads)))
+    print(filled(verdict(found, len(loads))))
     if options.json is not None:
         with files.replacing(options.json) as file:
             file.write(json.dumps(report(found)).encode())

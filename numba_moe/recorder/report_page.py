@@ -11,7 +11,7 @@ import numpy as np
 from numba_moe import __version__
 from numba_moe.recorder.report_charts import Charts, number
 from numba_moe.recorder.report_colours import DARK, LIGHT, Scale
-from numba_moe.recorder.report_findings import MOST_BINS, Findings, Placement, bounds, over_mean
+from numba_moe.recorder.report_findings import MORE_SLOTS, MOST_BINS, Findings, Placement, bounds, over_mean
 from numba_moe.reference.recorder import expert_entropy, traffic_matrix
 from numba_moe.runtime import formats
 from numba_moe.runtime.text import counted
@@ -358,9 +358,11 @@ class Page:
         """Say what the placements mean."""
         now, *tried = self.placements
         if now.held_out is None:
+            several = len(self.dump.forward_pass_id) > 1
+            why = "Nothing was counted in one half of the passes, so" if several else "There is one pass, so"
             return (
                 "All numbers are in hindsight: each placement is chosen by the same counts that it is scored on. "
-                "Record several passes to see how a placement does on passes that it was not chosen by."
+                f"{why} nothing says how a placement does on passes that it was not chosen by."
             )
 
         def score(placement: Placement) -> float:
@@ -375,7 +377,8 @@ class Page:
             text = f"With the same slots no placement is better on passes that it was not chosen by: {score(same):.3f} "
             text += f"against {score(now):.3f} as recorded."
         if best.slots_per_gpu == now.slots_per_gpu:
-            text += f" Slots for copies of busy experts would bring at most {most - score(same):.3f} more."
+            extra = f"1 to {MORE_SLOTS[-1]} more slots on each GPU"
+            text += f" With {extra}, for copies of busy experts, it would be {most:.3f} at best."
         else:
             more = best.slots_per_gpu - now.slots_per_gpu
             text += f" With {counted(more, 'more slot')} on each GPU, for copies of busy experts, {best.name} has "

@@ -26,6 +26,20 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}"
 
 
+def filled(text: str) -> str:
+    """Break the lines of a text where the terminal ends; where output is no terminal they stay as they are.
+
+    >>> import os
+    >>> os.environ["COLUMNS"] = "22"
+    >>> print(filled("Best: stay, 8 slots. No rebalance takes less time."))
+    Best: stay, 8 slots.
+    No rebalance takes
+    less time.
+    >>> del os.environ["COLUMNS"]
+    """
+    return "\n".join(textwrap.fill(line, room()) for line in text.splitlines())
+
+
 def room() -> int:
     """Return how wide the terminal is, or what `COLUMNS` says, or `UNBOUNDED` where output is no terminal."""
     return shutil.get_terminal_size((UNBOUNDED, 24)).columns

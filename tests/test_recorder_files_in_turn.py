@@ -135,6 +135,64 @@ def test_the_last_file_that_fails_is_an_error_and_loses_nothing(tmp_path, monkey
     assert np.array_equal(recorder.dump_record("object").logical_count, wanted(range(3)))
 
 
+def test_a_folder_that_is_away_for_a_while_stops_no_pass(tmp_path):
+    folder, recorder = tmp_path / "here", make("stat")
+    folder.mkdir()
+    with recorder.recording(folder, rotate_passes=1):
+        run(recorder, [0])
+        folder.rename(tmp_path / "away")
+        with pytest.warns(RuntimeWarning, match="they are kept for the next"):
+            run(recorder, [1])
+        (tmp_path / "away").rename(folder)
+        run(recorder, [2])
+    merged = merge(files(folder))
+    assert merged.forward_pass_id.tolist() == [0, 1, 2]
+    assert (merged.logical_count == wanted(range(3))).all()
+
+
+def test_recordings_into_one_folder_take_names_of_their_own(tmp_path):
+    recorders = make("stat"), make("per_pass")
+    with contextlib.ExitStack() as recording:
+        for recorder in recorders:
+            recording.enter_context(recorder.recording(tmp_path, rotate_passes=1))
+        for number in range(3):
+            for recorder in recorders:
+                run(recorder, [number])
+    dumps = [load(path) for path in files(tmp_path)]
+    assert sorted(dump.forward_pass_id.tolist() for dump in dumps) == [[0], [0], [1], [1], [2], [2]]
+    assert sorted(dump.mode for dump in dumps) == ["per_pass"] * 3 + ["stat"] * 3
+
+
+def test_a_name_that_another_process_is_about_to_write_is_left_to_it(tmp_path):
+    (tmp_path / ".expert_distribution_000001").touch()
+    recorder = make("stat")
+    with recorder.recording(tmp_path, rotate_passes=1):
+        run(recorder, range(3))
+    names = [path.name for path in files(tmp_path)]
+    assert names == [".expert_distribution_000001", *(f"expert_distribution_00000{n}.npz" for n in (0, 2, 3))]
+
+
+def test_numbers_go_on_where_files_are_taken_away(tmp_path):
+    recorder = make("stat")
+    with recorder.recording(tmp_path, rotate_passes=1):
+        run(recorder, [0])
+        files(tmp_path)[0].unlink()
+        run(recorder, [1])
+    assert [path.name for path in files(tmp_path)] == ["expert_distribution_000001.npz"]
+
+
+def test_a_file_that_was_there_outlives_a_write_that_fails(tmp_path, monkeypatch):
+    path, recorder = tmp_path / "x.npz", make("stat")
+    with recorder.recording(path):
+        run(recorder, [0])
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"), recorder.recording(path):
+        run(recorder, [1])
+    assert load(path).forward_pass_id.tolist() == [0]
+    monkeypatch.undo()
+    assert recorder.dump_record("object").forward_pass_id.tolist() == [1]
+
+
 def test_other_threads_that_dump_and_switch_while_files_rotate(tmp_path):
     recorder = make("per_pass")
     other, done = [], threading.Event()

@@ -292,7 +292,7 @@ class ExpertDistributionRecorder(Hooks):
 
     def _dump(self, output_mode: str, path_of: Callable[[str], Path], warns: bool = True) -> Path | Dump | None:
         """Give out what `dump_record` does; a path is of the text that tells this rank's file from those of others."""
-        taken = path = None
+        taken, path, is_new = None, None, False
         try:
             with self._dumping:
                 taken = self._finished()
@@ -306,6 +306,7 @@ class ExpertDistributionRecorder(Hooks):
                     summed = self.mode in MODES[:2]
                     if not summed or self.rank == 0:
                         path = path_of("" if summed else f"_{self.rank}")
+                        is_new = not path.exists()
                     with sums.together(self.process_group if summed else None):
                         if path is not None:
                             dump.save(path)
@@ -313,7 +314,7 @@ class ExpertDistributionRecorder(Hooks):
                 self._forget(taken)
             return found
         except BaseException:
-            if path is not None:
+            if path is not None and is_new:
                 with contextlib.suppress(OSError):
                     path.unlink()
             if taken is not None:

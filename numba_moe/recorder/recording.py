@@ -83,12 +83,12 @@ class Recording(int):
         """
         recorder = self.recorder
         checks.choice("format", format, FORMATS)
-        rotation = None
+        place = None if path is None else checks.path("path", path)
         if rotate_passes is not None or rotate_seconds is not None:
-            folder = _check_rotation(recorder, path, rotate_passes, rotate_seconds)
-            rotation = Rotation(recorder, folder, format, rotate_passes, rotate_seconds)
-        elif path is not None and not Path(path).is_dir():
-            files.check_output("path", Path(path), [f".{name}" for name in FORMATS])
+            _check_rotation(recorder, place, rotate_passes, rotate_seconds)
+        elif place is not None and not place.is_dir():
+            files.check_output("path", place, [f".{name}" for name in FORMATS])
+        rotation = None if place is None else Rotation(recorder, place, format, rotate_passes, rotate_seconds)
         if not self:
             recorder.start_record()
         if rotation is not None:
@@ -103,12 +103,12 @@ class Recording(int):
             if not self and recorder.recording:
                 recorder.stop_record()
             sums = recorder.process_group is not None and recorder.mode in MODES[:2]
-            if path is not None and recorder.mode is not None and not (failed and sums):
-                (rotation or Rotation(recorder, Path(path), format, None, None)).write()
+            if rotation is not None and recorder.mode is not None and not (failed and sums):
+                rotation.write()
 
 
-def _check_rotation(recorder: Any, path: Any, passes: Any, seconds: Any) -> Path:
-    """Check what a rotation is asked for, and return its folder."""
+def _check_rotation(recorder: Any, path: Path | None, passes: Any, seconds: Any) -> None:
+    """Check what a rotation is asked for."""
     size = recorder.buffer_size
     if passes is not None:
         checks.integer("rotate_passes", passes, 1)
@@ -119,8 +119,7 @@ def _check_rotation(recorder: Any, path: Any, passes: Any, seconds: Any) -> Path
         checks.holds("rotate_seconds", "None with a buffer_size, past which passes are lost", size is None, seconds)
         alone = recorder.process_group is None or recorder.mode not in MODES[:2]
         checks.holds("rotate_seconds", "None where ranks sum their counts, as their clocks differ", alone, seconds)
-    checks.holds("path", "a folder, where files rotate", path is not None and Path(path).is_dir(), path)
-    return Path(path)
+    checks.holds("path", "a folder, where files rotate", path is not None and path.is_dir(), path)
 
 
 class Rotation:
@@ -128,10 +127,12 @@ class Rotation:
 
     def __init__(self, recorder: Any, path: Path, format: str, passes: int | None, seconds: float | None) -> None:
         self._recorder, self._path, self._format = recorder, path, format
+        self._is_folder = path.is_dir()  # now: later it may be gone for a while
+        self._claim: Path | None = None
         self._passes, self._seconds = passes, seconds
         alone = recorder.num_ranks == 1 or recorder.mode in MODES[:2]
         own = re.compile(rf"{NAME}_(\d+){'' if alone else f'_{recorder.rank}'}\.\w+")  # others are ahead, or behind
-        found = (own.fullmatch(file.name) for file in path.iterdir()) if path.is_dir() else ()
+        found = (own.fullmatch(file.name) for file in path.iterdir()) if self._is_folder else ()
         self._number = 1 + max((int(match[1]) for match in found if match), default=-1)
         self._start()
 
@@ -152,13 +153,29 @@ class Rotation:
 
     def write(self) -> None:
         """Write what there is, if anything."""
-        path = self._recorder._dump("file", self._name, warns=False)
-        self._number += path is not None
+        try:
+            self._number += self._recorder._dump("file", self._name, warns=False) is not None
+        finally:
+            if self._claim is not None:
+                self._claim.unlink(missing_ok=True)
+                self._claim = None
         self._start()
 
     def _name(self, rank: str) -> Path:
-        """Return the path of a file; `rank` tells those apart that ranks write."""
+        """Return the path of a file; `rank` tells those apart that ranks write.
+
+        In a folder it is the next that no other process has, or has claimed by a file until its own is there.
+        """
         rank = rank if self._recorder.num_ranks > 1 else ""
-        if self._path.is_dir():
-            return self._path / f"{NAME}_{self._number:06d}{rank}.{self._format}"
-        return self._path.with_name(f"{self._path.stem}{rank}{self._path.suffix}")
+        if not self._is_folder:
+            return self._path.with_name(f"{self._path.stem}{rank}{self._path.suffix}")
+        while True:
+            path = self._path / f"{NAME}_{self._number:06d}{rank}.{self._format}"
+            claim = path.with_name(f".{path.stem}")
+            with contextlib.suppress(FileExistsError):
+                claim.touch(exist_ok=False)
+                self._claim = claim
+                if not path.exists():
+                    return path
+                claim.unlink()
+            self._number += 1

@@ -335,8 +335,7 @@ class MoEBlock(torch.nn.Module):
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.return_router_logits = return_router_logits
         self.dispatcher, self.layer = dispatcher, layer
-        self._local = None if dispatcher is None else self._slots(top_k)
-        num_local = experts if self._local is None else len(self._local)
+        num_local = experts if dispatcher is None else self._check_dispatcher(top_k)
         self.router = Router(hidden, experts, top_k, correction_bias, options, numerics, **kind)
         halves = RULES[activation].halves
         self.gate_up_proj = _parameter(num_local, halves * width, hidden, **kind)
@@ -353,25 +352,28 @@ class MoEBlock(torch.nn.Module):
         self._reset_experts()
 
     def _reset_experts(self) -> None:
-        _draw_matrices(self.gate_up_proj, self.num_experts, self._local)
-        _draw_matrices(self.down_proj, self.num_experts, self._local)
+        slots = None
+        if self.dispatcher is not None:
+            from numba_moe.parallel.group_experts import local_experts
+
+            slots = local_experts(self.dispatcher, self.layer).tolist()  # where experts are now: they move
+        _draw_matrices(self.gate_up_proj, self.num_experts, slots)
+        _draw_matrices(self.down_proj, self.num_experts, slots)
         _draw(self.shared_gate_up)
         _draw(self.shared_down)
         _clear(self.gate_up_bias)
         _clear(self.down_bias)
 
-    def _slots(self, top_k: int) -> Sequence[int]:
-        """Return the expert of each slot of this rank."""
-        from numba_moe.parallel.group_experts import local_experts
-
+    def _check_dispatcher(self, top_k: int) -> int:
+        """Check that a dispatcher is for such a block; return the number of this rank's slots."""
         sizes = {"num_experts": self.num_experts, "top_k": top_k, "hidden": self.hidden_size}
         for name, size in sizes.items():
             found = getattr(self.dispatcher, name)
             checks.holds("dispatcher", f"one of {name} = {size}", found == size, found)
         last = self.dispatcher.location.num_layers - 1
         checks.integer("layer", self.layer, 0, last, f"num_layers - 1 = {last}")
-        slots: list[int] = local_experts(self.dispatcher, self.layer).tolist()
-        return slots
+        num_local: int = self.dispatcher.num_local_experts
+        return num_local
 
     @property
     def top_k(self) -> int:

@@ -75,7 +75,8 @@ def share(gate: np.ndarray, activation: str, rule: Rule) -> tuple[np.ndarray, np
     """Return what silu or gelu multiplies gates by, and its derivative."""
     if activation.startswith("gelu") and "tanh" not in activation:
         return normal_cdf(gate), np.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
-    inside, slope = gate * (rule.alpha or 1.0), rule.alpha or 1.0
+    alpha = 1.0 if rule.alpha is None else rule.alpha
+    inside, slope = gate * alpha, alpha
     if activation.startswith("gelu"):  # 1 + tanh(x) == 2 * sigmoid(2 * x), which is accurate far below zero
         inside = math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3)
         slope = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * gate**2)

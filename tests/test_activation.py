@@ -20,6 +20,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 OPTIONS = {
     "silu": {"activation": "silu"},
     "silu alpha": {"activation": "silu", "alpha": 0.5},
+    "silu without alpha": {"activation": "silu", "alpha": 0.0},
     "silu limit": {"activation": "silu", "limit": 1.0},
     "silu interleaved": {"activation": "silu", "interleaved": True},
     "gelu": {"activation": "gelu"},
@@ -72,7 +73,7 @@ def by_torch(rows, activation, interleaved=None, limit=None, alpha=None, beta=No
         beta = beta or 4.0
         up = linear_beta * torch.tanh(up / linear_beta) if linear_beta else up
         return beta * torch.tanh(gate / beta) * torch.sigmoid(gate) * up
-    gate = gate * torch.sigmoid((alpha or (1.702 if oai else 1.0)) * gate)
+    gate = gate * torch.sigmoid((alpha if alpha is not None else 1.702 if oai else 1.0) * gate)
     if step:
         gate = gate.clamp(max=limit)
     return gate * (up + (beta if beta is not None else oai))

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from numba_moe.ops.activation.activate import check_rule, moe_activation
 from numba_moe.ops.experts import fused_experts
-from numba_moe.ops.gating.select import select_experts, weigh_experts
+from numba_moe.ops.gating.select import options_of, plan_selection, select_experts, weigh_experts
 from numba_moe.reference.activation import ACTIVATIONS, OPTIONS, RULES
 from numba_moe.reference.capacity import DROP_POLICIES, expert_capacity
 from numba_moe.reference.gating import TopK
@@ -336,8 +336,8 @@ class MoEBlock(torch.nn.Module):
         }
         logits, moved = (Layout(torch.Size(shape), torch.float32, CPU, None, 0) for shape in ((1, experts), (experts,)))
         arrays = {"gating_output": logits, "correction_bias": moved if correction_bias else None}
-        choosing = select_experts.declaration
-        choosing.plan(choosing.given_of({**arrays, "top_k": top_k, **options}))  # which checks how experts are chosen
+        choosing = select_experts.declaration.given_of({**arrays, "top_k": top_k, **options})
+        plan_selection(choosing, options_of(choosing))  # which checks how experts are chosen
         checks.integer("layer", layer, 0)
         checks.holds("layer", "0 without a dispatcher", dispatcher is not None or layer == 0, layer)
         if device is not None:
@@ -379,7 +379,7 @@ class MoEBlock(torch.nn.Module):
         _clear(self.down_bias)
 
     def _check_dispatcher(self, top_k: int) -> int:
-        """Check that a dispatcher is for such a block; return the number of this rank's slots."""
+        """Check that the dispatcher has this block's sizes; return the number of this rank's slots."""
         from numba_moe.parallel.dispatcher import TokenDispatcher
 
         if not isinstance(self.dispatcher, TokenDispatcher):

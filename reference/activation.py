@@ -139,14 +139,17 @@ def of_ups(up: np.ndarray, activation: str, rule: Rule) -> tuple[np.ndarray, np.
 def biased_rows(
     gate_up: np.ndarray, expert_first_token_offset: np.ndarray | None, bias: np.ndarray | None
 ) -> np.ndarray:
-    """Return the rows in use, in float64, each with the bias of its expert."""
+    """Return the rows in use, in float64, each with the bias of its expert.
+
+    >>> biased_rows(np.zeros((3, 1)), np.array([1, 2, 3]), np.array([[1.0], [5.0]])).ravel()
+    array([1., 1., 5.])
+    """
     if expert_first_token_offset is None:
         return gate_up.astype(np.float64)
-    rows = gate_up[: expert_first_token_offset[-1]].astype(np.float64)
-    if bias is not None:
-        first = np.clip(expert_first_token_offset, 0, len(rows))
-        rows += np.repeat(bias, np.diff(first), axis=0)
-    return rows
+    first = np.clip(expert_first_token_offset, 0, len(gate_up))
+    first[0] = 0
+    rows = gate_up[: first[-1]].astype(np.float64)
+    return rows if bias is None else rows + np.repeat(bias, np.diff(first), axis=0)
 
 
 def halves(rows: np.ndarray, interleaved: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -146,6 +146,20 @@ def test_digits_are_kept_far_below_zero(name):
     np.testing.assert_allclose(on_device[normal], exact[normal], rtol=3e-5)
 
 
+@pytest.mark.parametrize("offset", [[2, 4, 7], [0, 4, 30], [-3, 4, 7], [0, 0, -1]])
+def test_offsets_count_within_the_rows(offset):
+    rows, bias, _ = drawn(6)
+    rows, offset = np.nan_to_num(rows)[:7], np.array(offset)
+    with running():
+        given = (torch.from_numpy(part).to(DEVICE) for part in (rows, offset, bias[:2]))
+        found = moe.moe_activation(*given).cpu().numpy()
+    expert = np.repeat([0, 1], [4, 3])
+    used = np.arange(7)[:, None] < offset[-1]
+    wanted = np.where(used, reference.moe_activation(rows + bias[expert]), 0)
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(reference.moe_activation(rows, offset, bias[:2]), wanted, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])
 def test_what_lies_at_its_limit_has_a_gradient(activation):
     """A clamp's edge belongs to what it leaves alone, as in torch."""

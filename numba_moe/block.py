@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from numba_moe.ops.activation.activate import moe_activation
+from numba_moe.ops.activation.activate import check_rule, moe_activation
 from numba_moe.ops.experts import fused_experts
-from numba_moe.ops.gating.select import select_experts, weigh_experts
+from numba_moe.ops.gating.select import options_of, plan_selection, select_experts, weigh_experts
 from numba_moe.reference.activation import ACTIVATIONS, OPTIONS, RULES
 from numba_moe.reference.capacity import DROP_POLICIES, expert_capacity
-from numba_moe.reference.gating import SCORING, TopK
+from numba_moe.reference.gating import TopK
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import is_traced
+from numba_moe.runtime.plans import Layout
 from numba_moe.runtime.torch_private import is_in_backward
 from numba_moe.training import tape
 from numba_moe.training.capacity import apply_capacity
 
+CPU = torch.device("cpu")
 # Options of the choice that the weights of given experts depend on.
 WEIGHING = ("scoring_func", "renormalize", "routed_scaling_factor")
 
@@ -231,7 +233,7 @@ class MoEBlock(torch.nn.Module):
     device : torch.device, optional
         Where parameters are.
     dtype : torch.dtype, optional
-        float32, float16 or bfloat16, that of all parameters and of the input.
+        float32, float16 or bfloat16, that of all parameters and of the input; by default torch's own default.
     dispatcher : TokenDispatcher, optional
         Spreads the experts over the ranks of a group (`numba_moe.parallel`): this rank then has matrices for its own
         slots alone, and each rank calls the block with tokens of its own, or none.
@@ -241,9 +243,10 @@ class MoEBlock(torch.nn.Module):
     Raises
     ------
     TypeError
-        A value that is not an integer.
+        A value of another type than is asked for.
     ValueError
-        A size below 1, more experts for a token than there are, an unknown activation or `scoring_func`.
+        A size below 1, more experts or groups for a token than there are, a name or a number that does not exist, a
+        dtype that is not served.
 
     Notes
     -----
@@ -306,10 +309,15 @@ class MoEBlock(torch.nn.Module):
         checks.choice("activation", activation, ACTIVATIONS)
         for name in activation_options or {}:
             checks.choice("activation_options", name, OPTIONS)
-        checks.choice("scoring_func", scoring_func, tuple(SCORING))
-        checks.number("routed_scaling_factor", routed_scaling_factor)
+        check_rule(moe_activation.declaration.given_of({"activation": activation, **(activation_options or {})}))
+        flags = {"bias": bias, "correction_bias": correction_bias, "count_tokens": count_tokens}
+        flags |= {"apply_router_weight_on_input": apply_router_weight_on_input}
+        for name, flag in {**flags, "return_router_logits": return_router_logits}.items():
+            checks.boolean(name, flag)
+        if dtype is not None:
+            dtype = checks.dtype("dtype", dtype, checks.FLOATS)
         if router_dtype is not None:
-            checks.dtype("router_dtype", router_dtype, checks.FLOATS)
+            router_dtype = checks.dtype("router_dtype", router_dtype, checks.FLOATS)
         checks.number("jitter", jitter)
         checks.holds("jitter", "from 0 up to 1", 0 <= jitter < 1, jitter)
         checks.number("input_scale", input_scale)
@@ -326,6 +334,12 @@ class MoEBlock(torch.nn.Module):
             "group_score": group_score,
             "routed_scaling_factor": routed_scaling_factor,
         }
+        logits, moved = (Layout(torch.Size(shape), torch.float32, CPU, None, 0) for shape in ((1, experts), (experts,)))
+        arrays = {"gating_output": logits, "correction_bias": moved if correction_bias else None}
+        choosing = select_experts.declaration.given_of({**arrays, "top_k": top_k, **options})
+        plan_selection(choosing, options_of(choosing))  # which checks how experts are chosen
+        checks.integer("layer", layer, 0)
+        checks.holds("layer", "0 without a dispatcher", dispatcher is not None or layer == 0, layer)
         if device is not None:
             device = checks.device("device", device, ("cpu", "cuda", "meta"))
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -335,8 +349,7 @@ class MoEBlock(torch.nn.Module):
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.return_router_logits = return_router_logits
         self.dispatcher, self.layer = dispatcher, layer
-        self._local = None if dispatcher is None else self._slots(top_k)
-        num_local = experts if self._local is None else len(self._local)
+        num_local = experts if dispatcher is None else self._check_dispatcher(top_k)
         self.router = Router(hidden, experts, top_k, correction_bias, options, numerics, **kind)
         halves = RULES[activation].halves
         self.gate_up_proj = _parameter(num_local, halves * width, hidden, **kind)
@@ -353,25 +366,32 @@ class MoEBlock(torch.nn.Module):
         self._reset_experts()
 
     def _reset_experts(self) -> None:
-        _draw_matrices(self.gate_up_proj, self.num_experts, self._local)
-        _draw_matrices(self.down_proj, self.num_experts, self._local)
+        slots = None
+        if self.dispatcher is not None:
+            from numba_moe.parallel.group_experts import local_experts
+
+            slots = local_experts(self.dispatcher, self.layer).tolist()  # where experts are now: they move
+        _draw_matrices(self.gate_up_proj, self.num_experts, slots)
+        _draw_matrices(self.down_proj, self.num_experts, slots)
         _draw(self.shared_gate_up)
         _draw(self.shared_down)
         _clear(self.gate_up_bias)
         _clear(self.down_bias)
 
-    def _slots(self, top_k: int) -> Sequence[int]:
-        """Return the expert of each slot of this rank."""
-        from numba_moe.parallel.group_experts import local_experts
+    def _check_dispatcher(self, top_k: int) -> int:
+        """Check that the dispatcher has this block's sizes; return the number of this rank's slots."""
+        from numba_moe.parallel.dispatcher import TokenDispatcher
 
+        if not isinstance(self.dispatcher, TokenDispatcher):
+            raise TypeError(f"`dispatcher` must be a TokenDispatcher, got {type(self.dispatcher).__name__}")
         sizes = {"num_experts": self.num_experts, "top_k": top_k, "hidden": self.hidden_size}
         for name, size in sizes.items():
             found = getattr(self.dispatcher, name)
             checks.holds("dispatcher", f"one of {name} = {size}", found == size, found)
         last = self.dispatcher.location.num_layers - 1
         checks.integer("layer", self.layer, 0, last, f"num_layers - 1 = {last}")
-        slots: list[int] = local_experts(self.dispatcher, self.layer).tolist()
-        return slots
+        num_local: int = self.dispatcher.num_local_experts
+        return num_local
 
     @property
     def top_k(self) -> int:
@@ -399,6 +419,8 @@ class MoEBlock(torch.nn.Module):
         if torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         rows = rows.to(dtype)
+        if rows.stride(1) != 1:  # as transposing leaves it: kernels read rows
+            rows = rows.contiguous()
         with_logits = self.return_router_logits if return_router_logits is None else return_router_logits
         weights, ids, *logits = self.router(rows, True) if with_logits else self.router(rows)
         given, own = rows, (weights, ids)

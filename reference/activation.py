@@ -75,7 +75,8 @@ def share(gate: np.ndarray, activation: str, rule: Rule) -> tuple[np.ndarray, np
     """Return what silu or gelu multiplies gates by, and its derivative."""
     if activation.startswith("gelu") and "tanh" not in activation:
         return normal_cdf(gate), np.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
-    inside, slope = gate * (rule.alpha or 1.0), rule.alpha or 1.0
+    alpha = 1.0 if rule.alpha is None else rule.alpha
+    inside, slope = gate * alpha, alpha
     if activation.startswith("gelu"):  # 1 + tanh(x) == 2 * sigmoid(2 * x), which is accurate far below zero
         inside = math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3)
         slope = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * gate**2)
@@ -138,14 +139,17 @@ def of_ups(up: np.ndarray, activation: str, rule: Rule) -> tuple[np.ndarray, np.
 def biased_rows(
     gate_up: np.ndarray, expert_first_token_offset: np.ndarray | None, bias: np.ndarray | None
 ) -> np.ndarray:
-    """Return the rows in use, in float64, each with the bias of its expert."""
+    """Return the rows in use, in float64, each with the bias of its expert.
+
+    >>> biased_rows(np.zeros((3, 1)), np.array([1, 2, 3]), np.array([[1.0], [5.0]])).ravel()
+    array([1., 1., 5.])
+    """
     if expert_first_token_offset is None:
         return gate_up.astype(np.float64)
-    rows = gate_up[: expert_first_token_offset[-1]].astype(np.float64)
-    if bias is not None:
-        first = np.clip(expert_first_token_offset, 0, len(rows))
-        rows += np.repeat(bias, np.diff(first), axis=0)
-    return rows
+    first = np.clip(expert_first_token_offset, 0, len(gate_up))
+    first[0] = 0
+    rows = gate_up[: first[-1]].astype(np.float64)
+    return rows if bias is None else rows + np.repeat(bias, np.diff(first), axis=0)
 
 
 def halves(rows: np.ndarray, interleaved: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 OPTIONS = {
     "silu": {"activation": "silu"},
     "silu alpha": {"activation": "silu", "alpha": 0.5},
+    "silu without alpha": {"activation": "silu", "alpha": 0.0},
     "silu limit": {"activation": "silu", "limit": 1.0},
     "silu interleaved": {"activation": "silu", "interleaved": True},
     "gelu": {"activation": "gelu"},
@@ -72,7 +73,7 @@ def by_torch(rows, activation, interleaved=None, limit=None, alpha=None, beta=No
         beta = beta or 4.0
         up = linear_beta * torch.tanh(up / linear_beta) if linear_beta else up
         return beta * torch.tanh(gate / beta) * torch.sigmoid(gate) * up
-    gate = gate * torch.sigmoid((alpha or (1.702 if oai else 1.0)) * gate)
+    gate = gate * torch.sigmoid((alpha if alpha is not None else 1.702 if oai else 1.0) * gate)
     if step:
         gate = gate.clamp(max=limit)
     return gate * (up + (beta if beta is not None else oai))
@@ -143,6 +144,20 @@ def test_digits_are_kept_far_below_zero(name):
         on_device = moe.moe_activation(torch.from_numpy(narrow.copy()).to(DEVICE), **options).cpu().numpy()[:, 0]
     normal = np.abs(exact) > 100 * np.finfo(np.float32).tiny  # where the share of the gate is no less than that
     np.testing.assert_allclose(on_device[normal], exact[normal], rtol=3e-5)
+
+
+@pytest.mark.parametrize("offset", [[2, 4, 7], [0, 4, 30], [-3, 4, 7], [0, 0, -1]])
+def test_offsets_count_within_the_rows(offset):
+    rows, bias, _ = drawn(6)
+    rows, offset = np.nan_to_num(rows)[:7], np.array(offset)
+    with running():
+        given = (torch.from_numpy(part).to(DEVICE) for part in (rows, offset, bias[:2]))
+        found = moe.moe_activation(*given).cpu().numpy()
+    expert = np.repeat([0, 1], [4, 3])
+    used = np.arange(7)[:, None] < offset[-1]
+    wanted = np.where(used, reference.moe_activation(rows + bias[expert]), 0)
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(reference.moe_activation(rows, offset, bias[:2]), wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("activation", ["silu", "swiglu_oai"])

@@ -47,6 +47,8 @@ def test_read_only_and_reversed_numpy_arrays_work():
     frozen.flags.writeable = False
     assert moe.count_tokens_per_expert(frozen, 4).tolist() == [1, 1, 1, 2]
     assert moe.count_tokens_per_expert(IDS[::-1], 4).tolist() == [1, 1, 1, 2]
+    logits = np.broadcast_to(np.array([0, 3, 1, 2], np.float32), (2, 4))
+    assert moe.topk_softmax(logits, 2).topk_ids.tolist() == [[1, 3], [1, 3]]
 
 
 def test_first_argument_by_name():

@@ -3,6 +3,7 @@
 Ranks are processes that meet at a store of the test's own.
 """
 
+import copy
 import os
 import signal
 import sys
@@ -234,6 +235,23 @@ def gradients(rank, size):
             assert not len(rows) or not known.any() or found[1].abs().max() > 0
 
 
+def gradients_of_some_ranks(rank, size):
+    """Want gradients by rows or by weights on rank 0 alone: the others take part in them."""
+    sizes = {"num_experts": 4, "top_k": 2, "hidden": 8, "max_tokens": 3, "dtype": torch.float32}
+    ids = torch.tensor([[0, 3], [1, 2], [3, 1]])[: 3 - rank]
+    for reduce, by_rows in ((reduce, by_rows) for reduce in ("rank", "source") for by_rows in (True, False)):
+        dispatcher = TokenDispatcher(**sizes, reduce=reduce, timeout=TIMEOUT)
+        rows = torch.rand(len(ids), 8, requires_grad=by_rows and not rank)
+        weights = torch.rand(len(ids), 2, requires_grad=not by_rows and not rank)
+        factor = torch.tensor(3.0, requires_grad=rank == 1)
+        sent = dispatcher.dispatch(rows, ids, weights)
+        dispatcher.combine(sent.permuted_hidden_states * factor, sent).sum().backward()
+        if rank == 0:
+            found, other = (rows.grad, weights) if by_rows else (weights.grad, rows)
+            torch.testing.assert_close(found, 3 * other.detach().sum(1, keepdim=True).expand_as(found))
+        assert rank != 1 or factor.grad > 0
+
+
 def batches(size, steps, tokens):
     """Return what all ranks learn from: rows for each rank, some with none, and what they shall become."""
     rng = np.random.default_rng(5)
@@ -375,11 +393,21 @@ def moving(rank, size):
     for layer, held in enumerate(layers):
         assert torch.equal(gather_experts(held, dispatcher, layer)["up"], every[2 * layer])
 
+    shape = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 2 * size, "top_k": 2}
+    block = MoEBlock(**shape, dispatcher=dispatcher)
+    dispatcher.update(old)
+    for made in (whole := MoEBlock(**shape), block):
+        torch.manual_seed(5)
+        made.reset_parameters()
+    for name, tensor in gather_state_dict(block).items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+
 
 def everything(rank, size):
     """Run what needs no ranks that are lost, in one process each."""
     random_cases(rank, size)
     gradients(rank, size)
+    gradients_of_some_ranks(rank, size)
     training(rank, size)
     moving(rank, size)
 
@@ -480,6 +508,55 @@ def test_dispatch_and_combine_take_turns():
     assert pending.wait() is pending.wait()
     with pytest.raises(TypeError, match="`sent` must be what `dispatch` returned, got PendingDispatch"):
         dispatcher.combine(ROWS, pending)
+
+
+BAD_EXPERTS = {
+    "matrix": ({"down_proj": torch.ones(4, 8, 5)}, ValueError, r"`gate_up_proj` must be of shape .* = \(4, 10, 8\)"),
+    "dtype": ({"gate_up_proj": torch.ones(4, 8, 8).half()}, TypeError, "`gate_up_proj` must be of dtype float32, got"),
+    "bias": ({"down_bias": torch.ones(3, 8)}, ValueError, "`down_bias` must be of shape"),
+    "number": ({"alpha": "1"}, TypeError, "`alpha` must be a number, got str"),
+    "activation": ({"activation": "none"}, ValueError, "`activation` must be one of 'silu', .*, got 'none'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EXPERTS)
+def test_bad_experts_are_refused_before_tokens_are_sent(name):
+    bad, error, message = BAD_EXPERTS[name]
+    dispatcher = TokenDispatcher(**SIZES)
+    matrices = {"gate_up_proj": torch.ones(4, 8, 8), "down_proj": torch.ones(4, 8, 4)}
+    with pytest.raises(error, match=message):
+        fused_experts(hidden_states=ROWS, topk_ids=IDS, topk_weights=WEIGHTS, dispatcher=dispatcher, **matrices | bad)
+    assert next(dispatcher._steps) == 0
+
+
+def test_experts_that_fail_let_go_of_their_tokens(monkeypatch):
+    dispatcher, matrices = TokenDispatcher(**SIZES), (torch.ones(4, 8, 8), torch.ones(4, 8, 4))
+    with monkeypatch.context() as patched:
+        patched.setattr("numba_moe.parallel.group_experts.feed_forward", _fail)
+        with pytest.raises(MemoryError):
+            fused_experts(ROWS, *matrices, WEIGHTS, IDS, dispatcher)
+    fused_experts(ROWS, *matrices, WEIGHTS, IDS, dispatcher)
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatcher._end, "dispatch", lambda *_: _fail)
+        pending = dispatcher.dispatch(ROWS, IDS, WEIGHTS, wait=False)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            pending.wait()
+    sent = dispatcher.dispatch(ROWS, IDS, WEIGHTS)
+    with pytest.raises(TypeError, match=r"`rows` must be a torch tensor, .*, got builtins\.NoneType"):
+        dispatcher.combine(None, sent)
+
+
+def _fail(*_, **__):
+    raise MemoryError
+
+
+def test_a_copy_of_a_block_has_the_same_dispatcher():
+    block = MoEBlock(8, 4, 4, 2, dispatcher=TokenDispatcher(**SIZES))
+    other = copy.deepcopy(block)
+    assert other.dispatcher is block.dispatcher
+    assert torch.equal(other(ROWS), block(ROWS))
+    assert other.down_proj is not block.down_proj
 
 
 def test_dropped_slots_are_the_same_each_time_and_can_be_an_error():

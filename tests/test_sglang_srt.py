@@ -3,6 +3,7 @@
 import argparse
 import csv
 import inspect
+import math
 import types
 import warnings
 
@@ -286,6 +287,85 @@ def test_rows_go_where_the_caller_says_and_come_back(scales):
     torch.testing.assert_close(output, 3 * picked * given[[2, 0, 4, 1]].float())
     with pytest.raises(ValueError, match="`num_tokens` must be that of the tensors, 4, got 5"):
         srt.pre_reorder_for_cutlass_moe(HIDDEN[:4], given, rows, ids, scales, 4, 2, 5, 16)
+
+
+SCORED, NUMBERS = torch.rand(4, 8), torch.tensor([2, 3])
+WEIGHTS_OF_4, SHARED = torch.empty(4, 2), {"num_fused_shared_experts": 1, "routed_scaling_factor": 2.0}
+ROUTE = {"custom_routing_function": lambda hidden_states, gating_output, topk, renormalize: gating_output.topk(topk)}
+PACKED = torch.empty(4, 2, dtype=torch.int32)
+MOVED = (HIDDEN[:2], torch.empty(3, 16), torch.tensor([2, 0, -1, 1]), torch.tensor([[1, 0], [-1, 0]]))
+
+
+def fused(logits=SCORED, topk=2, **options):
+    return srt.fused_topk(logits, logits, topk, True, **options)
+
+
+def select(**options):
+    return srt.select_experts(SCORED, SCORED, 2, **options)
+
+
+def simulate(ids=PACKED, weights=WEIGHTS_OF_4, experts=8, **options):
+    srt.simulate_balanced_routing(ids, weights, experts, random=True, **options)
+
+
+BAD = {
+    "packed rows": (lambda: fused(packed_out=PACKED[:3]), ValueError, r"`packed_out` must be of shape .* = \(4, 2\)"),
+    "packed dtype": (lambda: fused(packed_out=PACKED.long()), TypeError, "`packed_out` must be of dtype int32, got"),
+    "packed onto": (
+        lambda: fused(SCORED, packed_out=SCORED.view(torch.int32)[:, :2]),
+        ValueError,
+        "`packed_out` must be in memory of its own",
+    ),
+    "numbers": (
+        lambda: fused(**SHARED, num_token_non_padded=NUMBERS),
+        ValueError,
+        "`num_token_non_padded` must be of sh",
+    ),
+    "a float": (
+        lambda: fused(**SHARED, num_token_non_padded=torch.tensor(2.0)),
+        TypeError,
+        "`num_token_non_padded` must be of dtype int32 or int64, got float32",
+    ),
+    "shared alone": (lambda: fused(**SHARED, topk=1), ValueError, "`topk` must be at least 2, got 1"),
+    "bias": (lambda: select(**ROUTE, correction_bias=SCORED[0]), ValueError, "`correction_bias` must be left out with"),
+    "scoring": (lambda: select(**ROUTE, scoring_func="sigmoid"), ValueError, "`scoring_func` must be left out with"),
+    "groups": (lambda: select(num_expert_group=2), ValueError, "`num_expert_group` must be None without `use_grouped_"),
+    "columns": (
+        lambda: simulate(experts=1),
+        ValueError,
+        "`topk_ids` must be of at most num_experts = 1 columns, got 2",
+    ),
+    "weights": (lambda: simulate(weights=WEIGHTS_OF_4[:3]), ValueError, "`topk_weights` must be of shape `topk_ids`"),
+    "ids": (
+        lambda: simulate(ids=WEIGHTS_OF_4.clone()),
+        TypeError,
+        "`topk_ids` must be of dtype int32 or int64, got float32",
+    ),
+    "scale": (lambda: simulate(weight_scale=math.nan), ValueError, "`weight_scale` must be a finite number"),
+    "scales": (
+        lambda: srt.pre_reorder_for_cutlass_moe(*MOVED, torch.ones(2), 2, 2, 2, 16),
+        ValueError,
+        r"`a1_scales` must be of one number, got shape \(2,\)",
+    ),
+    "places": (
+        lambda: srt.pre_reorder_for_cutlass_moe(*MOVED[:2], NUMBERS, MOVED[3], None, 2, 2, 2, 16),
+        ValueError,
+        "`src2dst` must be of 4 slots, as `topk_ids`, got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_changes_nothing_or_does_not_fit_is_refused_by_name(name):
+    call, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_no_tokens_are_moved_nowhere():
+    given = torch.full((3, 16), 7.0)
+    srt.pre_reorder_for_cutlass_moe(HIDDEN[:0], given, MOVED[2][:0], MOVED[3][:0], None, 2, 2, 0, 16)
+    assert given.eq(7).all()
 
 
 def test_the_allocator_hands_out_every_element_one_by_one():

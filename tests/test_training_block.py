@@ -258,6 +258,23 @@ BAD = {
     "dtype": ({"router_dtype": torch.int32}, ValueError, "`router_dtype` must be one of float32"),
     "factor": ({"capacity_factor": 0.0}, ValueError, "`capacity_factor` must be above 0, got 0.0"),
     "policy": ({"drop_policy": "last"}, ValueError, "`drop_policy` must be one of 'probs', 'position'"),
+    "option": ({"activation_options": {"limit": -1.0}}, ValueError, "`limit` must be above 0, got -1.0"),
+    "its kind": (
+        {"activation": "gelu", "activation_options": {"beta": 1.0}},
+        ValueError,
+        "`beta` must be None for 'ge",
+    ),
+    "groups": ({"num_expert_group": 5}, ValueError, "`num_expert_group` must be a divisor of num_experts"),
+    "score": ({"group_score": "least"}, ValueError, "`group_score` must be one of 'max', 'top2_sum', 'topk_sum'"),
+    "scoring": ({"scoring_func": "exp"}, ValueError, "`scoring_func` must be one of 'softmax', "),
+    "flag": ({"correction_bias": 1}, TypeError, "`correction_bias` must be True or False, got 1"),
+    "of parameters": (
+        {"dtype": torch.float64},
+        ValueError,
+        "`dtype` must be one of float32, float16, bfloat16, got float64",
+    ),
+    "layer": ({"layer": 1}, ValueError, "`layer` must be 0 without a dispatcher, got 1"),
+    "dispatcher": ({"dispatcher": 5}, TypeError, "`dispatcher` must be a TokenDispatcher, got int"),
 }
 
 
@@ -266,6 +283,15 @@ def test_bad_arguments(name):
     options, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         block(**options)
+
+
+def test_transposed_tokens_are_served():
+    made, given = block(), torch.randn(2, HIDDEN, 5)
+    assert torch.equal(made(given.transpose(1, 2)), made(given.transpose(1, 2).contiguous()))
+    assert torch.equal(made(given[0].T), made(given[0].T.contiguous()))
+
+
+def test_bad_arguments_of_capacities():
     with pytest.raises(ValueError, match="`capacity` must be at most num_tokens = 3, got 4"):
         training.expert_choice(torch.zeros(3, 2), 4)
     with pytest.raises(ValueError, match="`topk_weights` must be of the shape of `topk_ids`"):

@@ -6,6 +6,8 @@ import torch
 
 import numba_moe
 from numba_moe.interop import into
+from numba_moe.runtime import checks
+from numba_moe.runtime.plans import layout
 
 
 def float32_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -26,6 +28,9 @@ def packed_ids(topk_weights: torch.Tensor, topk_ids: torch.Tensor, out: torch.Te
     >>> hex(packed_ids(torch.tensor([[1.0]]), torch.tensor([[3]], dtype=torch.int32)).item())
     '0x33f80'
     """
+    if out is not None:
+        checks.array("packed_out", layout(out), (torch.int32,), (2,), like=("topk_ids", layout(topk_ids)), rows=True)
+        checks.shape("packed_out", layout(out), tuple(topk_ids.shape), "(num_tokens, topk)")
     bits = topk_weights.to(torch.bfloat16).view(torch.int16).to(torch.int32)
     return torch.bitwise_or(topk_ids.to(torch.int32) << 16, bits & 0xFFFF, out=out)
 

@@ -25,6 +25,7 @@ from numba_moe.recorder.hooks import Setting
 from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.runtime import checks, workspace
 from numba_moe.runtime.arrays import apart
+from numba_moe.runtime.plans import layout
 
 Choice = tuple[torch.Tensor, torch.Tensor]
 
@@ -47,17 +48,7 @@ class StandardTopKOutput(NamedTuple):
     router_logits: torch.Tensor
 
 
-class Rules(NamedTuple):
-    """What routing functions have in common besides logits and sizes."""
-
-    renormalize: bool
-    routed_scaling_factor: float | None
-    apply_routed_scaling_factor_on_output: bool
-    num_shared: int
-    num_token_non_padded: Any
-    expert_location_dispatch_info: Any
-
-
+@apart("packed_out")
 def fused_topk(
     hidden_states: torch.Tensor,
     gating_output: torch.Tensor,
@@ -89,11 +80,12 @@ def fused_topk(
     names = {"softmax": "softmax", "sigmoid": "sigmoid", "sqrtsoftplus": "softplus_sqrt"}
     checks.choice("scoring_func", scoring_func, tuple(names))
     _same_tokens(hidden_states, "gating_output", gating_output)
-    num_shared = checks.integer("num_fused_shared_experts", num_fused_shared_experts, 0)
-    factor = (routed_scaling_factor, apply_routed_scaling_factor_on_output)
-    rules = Rules(renormalize, *factor, num_shared, num_token_non_padded, expert_location_dispatch_info)
-    options = {"scoring_func": names[scoring_func], "correction_bias": float32_bias(correction_bias)}
-    weights, ids = _choose(gating_output, topk, rules, options)
+    weights, ids = _choose(
+        *(gating_output, topk, renormalize, routed_scaling_factor, apply_routed_scaling_factor_on_output),
+        *(_shared(0, num_fused_shared_experts), num_token_non_padded, expert_location_dispatch_info),
+        scoring_func=names[scoring_func],
+        correction_bias=float32_bias(correction_bias),
+    )
     if packed_out is not None:
         packed_ids(weights, ids, packed_out)
     return weights, ids
@@ -122,10 +114,14 @@ def grouped_topk(
     checks.choice("scoring_func", scoring_func, ("softmax", "sigmoid"))
     _same_tokens(hidden_states, "gating_output", gating_output)
     num_shared = _shared(n_share_experts_fusion, num_fused_shared_experts)
-    factor = (routed_scaling_factor, apply_routed_scaling_factor_on_output)
-    rules = Rules(renormalize, *factor, num_shared, num_token_non_padded, expert_location_dispatch_info)
-    options = {"num_expert_group": num_expert_group, "topk_group": topk_group, "group_score": "max"}
-    return _choose(gating_output, topk, rules, {"scoring_func": scoring_func, **options})
+    return _choose(
+        *(gating_output, topk, renormalize, routed_scaling_factor, apply_routed_scaling_factor_on_output),
+        *(num_shared, num_token_non_padded, expert_location_dispatch_info),
+        scoring_func=scoring_func,
+        group_score="max",
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+    )
 
 
 def biased_grouped_topk(
@@ -191,11 +187,15 @@ def biased_grouped_topk(
     checks.boolean("compiled", compiled)
     _same_tokens(hidden_states, "gating_output", gating_output)
     num_shared = _shared(n_share_experts_fusion, num_fused_shared_experts)
-    factor = (routed_scaling_factor, apply_routed_scaling_factor_on_output)
-    rules = Rules(renormalize, *factor, num_shared, num_token_non_padded, expert_location_dispatch_info)
-    options: dict[str, Any] = {"scoring_func": "sigmoid", "correction_bias": float32_bias(correction_bias)}
-    options |= {"num_expert_group": num_expert_group, "topk_group": topk_group, "group_score": "top2_sum"}
-    return _choose(gating_output, topk, rules, options)
+    return _choose(
+        *(gating_output, topk, renormalize, routed_scaling_factor, apply_routed_scaling_factor_on_output),
+        *(num_shared, num_token_non_padded, expert_location_dispatch_info),
+        scoring_func="sigmoid",
+        group_score="top2_sum",
+        correction_bias=float32_bias(correction_bias),
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+    )
 
 
 def select_experts(
@@ -254,6 +254,9 @@ def select_experts(
     checks.boolean("torch_native", torch_native)
     _same_tokens(hidden_states, "router_logits", router_logits)
     num_shared = _shared(n_share_experts_fusion, num_fused_shared_experts)
+    if not use_grouped_topk:
+        for name, value in (("num_expert_group", num_expert_group), ("topk_group", topk_group)):
+            checks.holds(name, "None without `use_grouped_topk`", value in (None, 0, 1), value)
     common: dict[str, Any] = {
         "routed_scaling_factor": routed_scaling_factor,
         "num_token_non_padded": num_token_non_padded,
@@ -276,6 +279,9 @@ def select_experts(
         weights, ids = fused_topk(*first, top_k, renormalize, **common)
     else:
         checks.holds("num_fused_shared_experts", "0 with `custom_routing_function`", num_shared == 0, num_shared)
+        rule = "left out with `custom_routing_function`, which does not get it"
+        checks.holds("correction_bias", rule, correction_bias is None, "a bias")
+        checks.holds("scoring_func", rule, scoring_func == "softmax", repr(scoring_func))
         weights, ids = custom_routing_function(
             hidden_states=hidden_states, gating_output=router_logits, topk=top_k, renormalize=renormalize
         )
@@ -320,7 +326,14 @@ def simulate_balanced_routing(
     num_ranks = checks.integer("num_ranks", num_ranks, 1)
     checks.divides("num_ranks", num_ranks, "num_experts", num_experts)
     first = 0 if layer_id is None else checks.integer("layer_id", layer_id, 0)
+    ids, weights = layout(topk_ids), layout(topk_weights)
+    checks.array("topk_ids", ids, checks.IDS, (2,), rows=True)
+    checks.array("topk_weights", weights, checks.FLOATS, (2,), like=("topk_ids", ids), rows=True)
+    checks.shape("topk_weights", weights, tuple(ids.shape), "`topk_ids`.shape")
+    checks.number("weight_scale", weight_scale)
     num_tokens, top_k = topk_ids.shape
+    rule = f"of at most num_experts = {num_experts} columns"
+    checks.holds("topk_ids", rule, top_k <= num_experts, top_k)
     device = topk_ids.device
     if random:
         generator = None if seed is None else torch.Generator(device).manual_seed(checks.integer("seed", seed, 0))
@@ -333,10 +346,9 @@ def simulate_balanced_routing(
         turn = turn.view(num_tokens, top_k)
         each = num_experts // num_ranks
         found = turn % num_ranks * each + turn // num_ranks % each
-    weights = torch.full_like(topk_weights, weight_scale / top_k)
-    weights, found = _finished(weights, found, num_token_non_padded, None)
+    scaled, found = _finished(torch.full_like(topk_weights, weight_scale / top_k), found, num_token_non_padded, None)
     topk_ids.copy_(found)
-    topk_weights.copy_(weights)
+    topk_weights.copy_(scaled)
 
 
 def _shared(older: int, newer: int) -> int:
@@ -352,28 +364,35 @@ def _same_tokens(hidden_states: torch.Tensor, name: str, logits: torch.Tensor) -
     checks.holds(name, f"of {tokens} tokens, like `hidden_states`", logits.shape[0] == tokens, logits.shape[0])
 
 
-def _choose(logits: torch.Tensor, topk: int, rules: Rules, options: dict[str, Any]) -> Choice:
+def _choose(
+    logits: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    factor: float | None,
+    on_output: bool,
+    num_shared: int,
+    num_token_non_padded: Any,
+    info: Any,
+    **options: Any,
+) -> Choice:
     """Choose in one launch; a shared expert's slot is torch's, in front of what is done to all ids."""
-    factor = rules.routed_scaling_factor
-    checks.boolean("apply_routed_scaling_factor_on_output", rules.apply_routed_scaling_factor_on_output)
+    checks.boolean("apply_routed_scaling_factor_on_output", on_output)
     if factor is not None:
         checks.number("routed_scaling_factor", factor)
-    scaled = factor if factor is not None and rules.apply_routed_scaling_factor_on_output else 1.0
-    options |= {"renormalize": rules.renormalize, "routed_scaling_factor": scaled}
-    if not rules.num_shared:
-        dispatch = _tables(rules.expert_location_dispatch_info)
-        padding = _on_device(rules.num_token_non_padded, logits)
-        found = numba_moe.select_experts(logits, topk, num_token_non_padded=padding, dispatch=dispatch, **options)
+    options |= {"renormalize": renormalize, "routed_scaling_factor": 1.0 if factor is None or not on_output else factor}
+    if not num_shared:
+        padding = _on_device(num_token_non_padded, logits)
+        found = numba_moe.select_experts(logits, topk, num_token_non_padded=padding, dispatch=_tables(info), **options)
         return found.topk_weights, found.topk_ids
     if not factor:
         raise ValueError(f"`routed_scaling_factor` must be a number other than 0 with shared experts, got {factor}")
-    weights, ids = numba_moe.select_experts(logits, topk - 1, **options)
+    weights, ids = numba_moe.select_experts(logits, checks.integer("topk", topk, 2) - 1, **options)
     num_experts, (num_tokens, _) = logits.shape[1], ids.shape
-    last = num_experts + rules.num_shared
+    last = num_experts + num_shared
     shared = torch.randint(num_experts, last, (num_tokens, 1), dtype=ids.dtype, device=ids.device)
     weights = torch.cat([weights, weights.sum(1, keepdim=True) / factor], 1)
     ids = torch.cat([ids, shared], 1)
-    return _finished(weights, ids, rules.num_token_non_padded, rules.expert_location_dispatch_info)
+    return _finished(weights, ids, num_token_non_padded, info)
 
 
 def _finished(weights: torch.Tensor, ids: torch.Tensor, num_token_non_padded: Any, info: Any) -> Choice:
@@ -391,6 +410,10 @@ def _finished(weights: torch.Tensor, ids: torch.Tensor, num_token_non_padded: An
 
 def _on_device(number: Any, like: torch.Tensor) -> torch.Tensor | None:
     """Return a number of tokens as a tensor."""
+    if isinstance(number, torch.Tensor):
+        given = layout(number)
+        checks.array("num_token_non_padded", given, checks.IDS, (0, 1), like=("gating_output", layout(like)))
+        checks.shape("num_token_non_padded", given, (1,) * number.dim(), "() or (1,)")
     if number is None or isinstance(number, torch.Tensor):
         return number
     number = checks.integer("num_token_non_padded", number, 0)
@@ -476,11 +499,15 @@ def pre_reorder_for_cutlass_moe(
 ) -> None:
     """Write each token's row, divided by `a1_scales` if that is given, to the rows that `src2dst` has for its slots.
 
-    Slots of ids outside ``[0, num_local_experts)`` have none; rows of no slot keep what they hold. By torch alone, as
-    `moe_permute` finds rows by itself.
+    The scales are one number. Slots of ids outside ``[0, num_local_experts)`` have no row; rows of no slot keep what
+    they hold. By torch alone, as `moe_permute` finds rows by itself.
     """
     _check_sizes(input, topk_ids, topk, num_tokens, hidden_size)
     rows = _rows_of(src2dst, topk_ids, num_local_experts)
+    if a1_scales is not None:
+        checks.holds("a1_scales", "of one number", a1_scales.numel() == 1, f"shape {tuple(a1_scales.shape)}")
+    if not num_tokens:
+        return
     num_rows = gateup_input.shape[0]
     slots = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=input.device)
     numbers = torch.arange(rows.numel(), dtype=torch.int64, device=input.device)
@@ -534,6 +561,8 @@ def deepep_post_reorder(
 def _rows_of(src2dst: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return the row of each slot, int32 [num_tokens, top_k], -1 where its id is no expert of this rank."""
     local = (topk_ids >= 0) & (topk_ids < num_experts)
+    length = topk_ids.numel()
+    checks.holds("src2dst", f"of {length} slots, as `topk_ids`", src2dst.numel() == length, src2dst.numel())
     return torch.where(local, src2dst.view(topk_ids.shape), -1).to(torch.int32)
 
 
@@ -688,54 +717,23 @@ class NoRecorder:
 
     recording = False
 
-    def with_current_layer(self, layer_idx: int) -> contextlib.AbstractContextManager[None]:
+    def with_current_layer(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
         """Do nothing."""
         return contextlib.nullcontext()
 
-    def with_debug_name(self, debug_name: str) -> contextlib.AbstractContextManager[None]:
-        """Do nothing."""
-        return contextlib.nullcontext()
+    with_debug_name = with_forward_pass = disable_this_region = with_current_layer
 
-    def with_forward_pass(
-        self, forward_pass_id: int, forward_batch: Any = None
-    ) -> contextlib.AbstractContextManager[None]:
-        """Do nothing."""
-        return contextlib.nullcontext()
-
-    def disable_this_region(self) -> contextlib.AbstractContextManager[None]:
-        """Do nothing."""
-        return contextlib.nullcontext()
-
-    def set_current_layer(self, layer: int) -> None:
+    def on_select_experts(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
-    def record_new_token(self, topk_ids: Any) -> None:
-        """Do nothing."""
+    set_current_layer = record_new_token = on_select_experts
+    on_deepep_dispatch_normal = on_deepep_dispatch_low_latency = on_select_experts
 
-    def on_select_experts(self, topk_ids: Any, topk_weights: Any = None) -> None:
-        """Do nothing."""
-
-    def on_deepep_dispatch_normal(
-        self,
-        local_physical_count_of_layer: Sequence[int],
-        num_tokens_per_rank: Any = None,
-        num_tokens_per_rdma_rank: Any = None,
-        num_tokens_per_expert: Any = None,
-    ) -> None:
-        """Do nothing."""
-
-    def on_deepep_dispatch_low_latency(self, local_physical_count_of_layer: torch.Tensor) -> None:
-        """Do nothing."""
-
-    def start_record(self) -> None:
+    def start_record(self, *_: Any, **__: Any) -> None:
         """Raise RuntimeError."""
         raise RuntimeError("`set_global_expert_distribution_recorder` must be called with a recorder first")
 
-    stop_record = reset = start_record
-
-    def dump_record(self, output_mode: str = "file", *, format: str = "csv", directory: Any = None) -> None:
-        """Raise RuntimeError."""
-        self.start_record()
+    stop_record = reset = dump_record = start_record
 
 
 _recorder: Any = NoRecorder()

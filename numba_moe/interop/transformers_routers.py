@@ -37,7 +37,8 @@ class Rule(NamedTuple):
     factor: str | None
     renormalize: bool | str
     in_float32: bool = False  # the product with the weight
-    scores_dtype: torch.dtype | None = None  # None: that of the logits
+    logits_in_float32: bool = False  # what becomes of the product
+    scores_like: str = "logits"  # whose dtype weights have: "logits", "rows", or "float32"
 
 
 def route(router: Any, rule: Rule, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,6 +50,8 @@ def route(router: Any, rule: Rule, hidden_states: torch.Tensor) -> tuple[torch.T
     else:
         weight = router.weight
     logits = torch.nn.functional.linear(rows, weight, bias)
+    if rule.logits_in_float32:
+        logits = logits.float()
     options: dict[str, Any] = {"scoring_func": rule.scoring_func}
     name = rule.renormalize
     options["renormalize"] = bool(getattr(router, name)) if isinstance(name, str) else name
@@ -74,7 +77,8 @@ def route(router: Any, rule: Rule, hidden_states: torch.Tensor) -> tuple[torch.T
         found = replay.steer(layer, len(logits), select, weigh)
     else:
         found = tape.choose(select, weigh) if not is_traced() and tape.is_steered() else select()
-    return logits, found.topk_weights.to(rule.scores_dtype or logits.dtype), found.topk_ids.to(torch.int64)
+    dtype = {"logits": logits.dtype, "rows": hidden_states.dtype, "float32": torch.float32}[rule.scores_like]
+    return logits, found.topk_weights.to(dtype), found.topk_ids.to(torch.int64)
 
 
 def _candidates(router: Any) -> Iterator[Rule]:
@@ -118,14 +122,22 @@ def find_rule(router: Any) -> Rule | None:
         except (ValueError, TypeError):  # no such groups, for instance
             continue
         if _same(wanted, found):
-            half = own.to(torch.bfloat16)
-            of_half = _results(half, rows.to(torch.bfloat16))
-            if of_half is None:
-                return None
-            kept = of_half[1].dtype == of_half[0].dtype
-            dtype = None if kept else of_half[1].dtype
-            return rule._replace(in_float32=of_half[0].dtype == torch.float32, scores_dtype=dtype)
+            return _of_half(own.to(torch.bfloat16), rule, rows.to(torch.bfloat16))
     return None
+
+
+def _of_half(router: Any, rule: Rule, rows: torch.Tensor) -> Rule | None:
+    """Return a rule with the dtypes that a router in bfloat16 has between its steps."""
+    wanted = _results(router, rows)
+    if wanted is None:
+        return None
+    logits, weights, _ = wanted
+    if weights.dtype != logits.dtype:
+        rule = rule._replace(scores_like="rows" if weights.dtype == rows.dtype else "float32")
+    if logits.dtype != torch.float32:
+        return rule
+    ways = [rule._replace(in_float32=wide, logits_in_float32=True) for wide in (False, True)]
+    return min(ways, key=lambda way: float((route(router, way, rows)[0] - logits).abs().max()))
 
 
 def _results(router: Any, rows: torch.Tensor) -> tuple[torch.Tensor, ...] | None:

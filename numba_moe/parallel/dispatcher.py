@@ -118,7 +118,9 @@ class TokenDispatcher:
     rows of a token's slots in order of k; the source adds those of ranks in order of ranks. Each sum is one of
     `moe_unpermute`, whose result has the dtype of the rows. So results are the same at every run.
 
-    Results have gradients by the rows and by the weights, which travel the way back; every rank has to run backward.
+    Results have gradients by the rows and by the weights, which travel the way back; every rank has to run backward,
+    also one that wants none of them itself. With "nvlink" and with `padded`, where the host is told nothing, gradients
+    are wanted by the same arguments on every rank.
 
     Examples
     --------
@@ -254,6 +256,10 @@ class TokenDispatcher:
             rule = "the same on every rank" + ", as `padded`, `slots`, `algorithm` and `seed`" * (name == "timeout")
             checks.holds(name, rule, not differing, f"others on ranks {differing} than on rank 0")
 
+    def __deepcopy__(self, _: Any) -> "TokenDispatcher":
+        """Return the dispatcher itself, as copies of a module send their tokens by the same ranks."""
+        return self
+
     @property
     def location(self) -> ExpertLocation:
         """Where experts are."""
@@ -355,7 +361,7 @@ class TokenDispatcher:
             try:
                 found = finish(layout, alignment, self.capacity)
             except BaseException:
-                del self._open[step]
+                self._open.pop(step, None)  # gone already where a failed dispatch is waited for again
                 raise
             self._open[step] = found.num_dropped
             return found
@@ -391,7 +397,8 @@ class TokenDispatcher:
         """
         self._take(sent)
         n, top_k = sent.topk_ids.shape
-        checks.array("rows", layout_of(rows.detach()), checks.FLOATS, (2, 3), rows=True)
+        given = layout_of(rows.detach() if isinstance(rows, torch.Tensor) else rows)
+        checks.array("rows", given, checks.FLOATS, (2, 3), rows=True)
         by_slot = self.reduce == "source"
         places = sent.inv_permuted_idx
         if places is None:

@@ -1,14 +1,16 @@
 """Experts whose matrices are spread over the ranks of a group, and state dicts of all of them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from numba_moe.ops.experts import feed_forward
+from numba_moe.ops.experts import check_experts, feed_forward
+from numba_moe.ops.experts import fused_experts as on_one_rank
 from numba_moe.parallel.dispatcher import TokenDispatcher
-from numba_moe.runtime import checks
+from numba_moe.runtime import checks, plans
 
 
 def fused_experts(
@@ -83,21 +85,20 @@ def fused_experts(
     for name, matrix in {"gate_up_proj": gate_up_proj, "down_proj": down_proj}.items():
         rule = f"of num_local_experts = {num_local} matrices"
         checks.holds(name, rule, matrix.dim() == 3 and len(matrix) == num_local, f"shape {tuple(matrix.shape)}")
+    numbers = {"interleaved": interleaved, "limit": limit, "alpha": alpha, "beta": beta, "linear_beta": linear_beta}
+    options: dict[str, Any] = {"activation": activation, **numbers}
+    arrays = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, gate_up_bias, down_bias)
+    names = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "topk_ids", "gate_up_bias", "down_bias")
+    described = {name: plans.layout(array) for name, array in zip(names, arrays, strict=True)}
+    check_experts(on_one_rank.declaration.given_of({**described, **options}))  # before other ranks are told anything
     sent = dispatcher.dispatch(hidden_states, topk_ids, topk_weights, layer=layer)
-    rows = feed_forward(
-        sent.permuted_hidden_states,
-        sent.expert_first_token_offset,
-        gate_up_proj,
-        down_proj,
-        gate_up_bias,
-        down_bias,
-        activation=activation,
-        interleaved=interleaved,
-        limit=limit,
-        alpha=alpha,
-        beta=beta,
-        linear_beta=linear_beta,
-    )
+    biases = (gate_up_bias, down_bias)
+    arrived = (sent.permuted_hidden_states, sent.expert_first_token_offset)
+    try:
+        rows = feed_forward(*arrived, gate_up_proj, down_proj, *biases, **options)
+    except BaseException:
+        dispatcher.release(sent)
+        raise
     return dispatcher.combine(rows, sent)
 
 

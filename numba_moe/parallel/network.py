@@ -17,7 +17,7 @@ from numba_moe.ops.destinations import dispatch_layout
 from numba_moe.ops.permute.layouts import moe_reorder
 from numba_moe.ops.permute.permutation import moe_unpermute
 from numba_moe.parallel.arrival import lay_out, pick_rows
-from numba_moe.parallel.peers import Peers, exchange
+from numba_moe.parallel.peers import Peers, exchange, in_backward, wants_gradient
 from numba_moe.reference.parallel import DispatchedTokens
 from numba_moe.runtime import checks
 
@@ -110,12 +110,18 @@ class Network:
             summed = order.src2dst.view(slots.shape)
             numbers.append(order.seg_indptr.diff())
         mine = torch.stack(numbers, 1).tolist()
-        listen = self.peers.tell("dispatch", step, mine)
+        wanted = [wants_gradient(rows), wants_gradient(weights)]
+        listen = self.peers.tell("dispatch", step, [[*wanted, *counts] for counts in mine])
 
         def finish(*layout: Any) -> DispatchedTokens:
             theirs = listen()
-            sizes = Sizes([counts[0] for counts in mine], [counts[0] for counts in theirs])
-            tensors = [pick_rows(rows, tokens, places), slots[tokens], pick_rows(weights, tokens, places)]
+            by_rows, by_weights, arriving, *_ = zip(*theirs, strict=True)
+            sizes = Sizes([counts[0] for counts in mine], list(arriving))
+            tensors = [
+                pick_rows(in_backward(rows, any(by_rows)), tokens, places),
+                slots[tokens],
+                pick_rows(in_backward(weights, any(by_weights)), tokens, places),
+            ]
             tensors += [] if scales is None else [pick_rows(scales, tokens, places)]
             found = exchange(self.peers, tensors, *sizes, "dispatch", step)
             returned = Sizes([counts[-1] for counts in theirs], [counts[-1] for counts in mine])
@@ -183,7 +189,8 @@ class Network:
             if not self.padded:
                 rows = rows[(sent.topk_ids >= 0).flatten()]
         if not self.padded:
-            self.peers.tell("combine", way.step, [[0]] * self.peers.size)()
+            told = self.peers.tell("combine", way.step, [[wants_gradient(rows)]] * self.peers.size)()
+            rows = in_backward(rows, any(wanted for [wanted] in told))
         [returned] = exchange(self.peers, [rows], *way.returned, "combine", way.step)
         weights = way.topk_weights
         if not self.by_slot:

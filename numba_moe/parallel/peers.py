@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from numba_moe.runtime import torch_private
 
@@ -196,6 +197,7 @@ class Exchange(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (sent, received), needed = ctx.sizes, ctx.needs_input_grad[6:]
         wanted = [grad.contiguous() for grad, need in zip(grads, needed, strict=True) if need]
@@ -206,6 +208,16 @@ class Exchange(torch.autograd.Function):
             pairs = zip(found, ctx.shapes, strict=True)
             found = [part if part is None else part.view(-1, *shape).sum(0) for part, shape in pairs]
         return *(None,) * 6, *found
+
+
+def wants_gradient(tensor: torch.Tensor) -> bool:
+    """Whether a gradient by a tensor is wanted here."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def in_backward(tensor: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """Return a tensor that is part of backward if it is on some rank: gradients of all ranks then meet."""
+    return tensor.detach().requires_grad_() if wanted and not tensor.requires_grad else tensor
 
 
 def exchange(

@@ -62,7 +62,7 @@ class _NumpyKind(_Kind):
     def wrap(self, array: Any) -> torch.Tensor:
         # A tensor can express none of these; the reference answers CPU arrays anyway.
         if not array.flags.writeable or any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
-            array = array.astype(array.dtype.newbyteorder("="))
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(array)
 
     def unwrap(self, tensor: torch.Tensor) -> Any:

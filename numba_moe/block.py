@@ -9,16 +9,18 @@ import torch
 from torch.nn.functional import linear
 
 from numba_moe.ops.activation.activate import moe_activation
+from numba_moe.ops.count import count_tokens_per_expert
 from numba_moe.ops.experts import fused_experts
 from numba_moe.ops.gating.select import select_experts, weigh_experts
 from numba_moe.reference.activation import ACTIVATIONS, OPTIONS, RULES
-from numba_moe.reference.capacity import DROP_POLICIES, expert_capacity
+from numba_moe.reference.capacity import DROP_POLICIES, ROUNDINGS, expert_capacity
 from numba_moe.reference.gating import SCORING, TopK
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import is_traced
 from numba_moe.runtime.torch_private import is_in_backward
 from numba_moe.training import tape
 from numba_moe.training.capacity import apply_capacity
+from numba_moe.training.rounding import token_rounding as round_tokens
 
 # Options of the choice that the weights of given experts depend on.
 WEIGHING = ("scoring_func", "renormalize", "routed_scaling_factor")
@@ -32,6 +34,9 @@ class Numerics(NamedTuple):
     input_scale: float = 1.0
     capacity_factor: float | None = None
     drop_policy: str = "probs"
+    token_rounding: int | None = None
+    rounding: str = "nearest"
+    spare_picks: int = 0
     count_tokens: bool = False
 
 
@@ -153,11 +158,13 @@ class Router(torch.nn.Module):
         # What autograd computes anew is counted already.
         counts = self.tokens_per_expert if self.training and (is_traced() or not is_in_backward()) else None
 
-        def select() -> TopK:
-            return select_experts(logits, self.top_k, correction_bias=bias, counts=counts, **self.options)
-
         def weigh(ids: torch.Tensor) -> TopK:
             return weigh_experts(logits, ids, **{name: self.options[name] for name in WEIGHING})
+
+        def select() -> TopK:
+            if self.numerics.token_rounding is None:
+                return select_experts(logits, self.top_k, correction_bias=bias, counts=counts, **self.options)
+            return weigh(self._rounded(logits.detach(), bias, counts))
 
         if self.replay is not None and self.replay[0].is_active:
             replay, layer = self.replay
@@ -165,6 +172,22 @@ class Router(torch.nn.Module):
         if not is_traced() and tape.is_steered():
             return tape.choose(select, weigh)
         return select()
+
+    def _rounded(self, logits: torch.Tensor, bias: Any, counts: torch.Tensor | None) -> torch.Tensor:
+        """Return the experts of tokens, each expert's number rounded: `picks` of them, -1 for none."""
+        num_experts, numerics = len(self.weight), self.numerics
+        options = self.options | {"renormalize": False, "routed_scaling_factor": 1.0}
+        scores, ids = select_experts(logits, self.picks, correction_bias=bias, **options)
+        if counts is not None:
+            counts += count_tokens_per_expert(ids[:, : self.top_k].contiguous(), num_experts)
+        tile = numerics.token_rounding
+        assert tile is not None
+        return round_tokens(scores, ids, num_experts, tile, top_k=self.top_k, rounding=numerics.rounding).topk_ids
+
+    @property
+    def picks(self) -> int:
+        """Columns of the choice: `top_k`, and with token rounding the spare ones."""
+        return self.top_k + self.numerics.spare_picks
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
@@ -221,6 +244,13 @@ class MoEBlock(torch.nn.Module):
         Experts take their even share times this of the slots, and drop the others: `training.apply_capacity`.
     drop_policy : {"probs", "position"}
         Which slots they keep: those that weigh most, or the first.
+    token_rounding : int, optional
+        A tile: each expert has a multiple of it of tokens, which are ranked by score (`training.token_rounding`).
+    rounding : {"nearest", "up", "down"}
+        To which multiple.
+    spare_picks : int
+        How many experts past `top_k` a token may be added to; none with "down". Each is a column of the choice, and
+        takes memory.
     count_tokens : bool
         While the block is trained, ``router.tokens_per_expert`` counts the slots of each expert, once where activations
         are computed anew.
@@ -289,6 +319,9 @@ class MoEBlock(torch.nn.Module):
         input_scale: float = 1.0,
         capacity_factor: float | None = None,
         drop_policy: str = "probs",
+        token_rounding: int | None = None,
+        rounding: str = "nearest",
+        spare_picks: int = 2,
         count_tokens: bool = False,
         apply_router_weight_on_input: bool = False,
         return_router_logits: bool = False,
@@ -317,7 +350,19 @@ class MoEBlock(torch.nn.Module):
             checks.number("capacity_factor", capacity_factor)
             checks.holds("capacity_factor", "above 0", capacity_factor > 0, capacity_factor)
         checks.choice("drop_policy", drop_policy, DROP_POLICIES)
-        numerics = Numerics(router_dtype, jitter, input_scale, capacity_factor, drop_policy, count_tokens)
+        checks.choice("rounding", rounding, ROUNDINGS)
+        spare = checks.integer("spare_picks", spare_picks, 0)
+        if token_rounding is not None:
+            token_rounding = checks.integer("token_rounding", token_rounding, 1)
+            checks.holds("capacity_factor", "None with `token_rounding`", capacity_factor is None, capacity_factor)
+        if token_rounding is None or rounding == "down":
+            spare = 0
+        elif num_expert_group >= 1:
+            spare = min(spare, experts // num_expert_group * topk_group - top_k)
+            if group_score == "topk_sum":  # which sums the best top_k // topk_group
+                spare = min(spare, topk_group - 1 - top_k % topk_group)
+        limits = (capacity_factor, drop_policy, token_rounding, rounding, spare)
+        numerics = Numerics(router_dtype, jitter, input_scale, *limits, count_tokens)
         options = {
             "scoring_func": scoring_func,
             "renormalize": renormalize,
@@ -335,7 +380,7 @@ class MoEBlock(torch.nn.Module):
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.return_router_logits = return_router_logits
         self.dispatcher, self.layer = dispatcher, layer
-        self._local = None if dispatcher is None else self._slots(top_k)
+        self._local = None if dispatcher is None else self._slots(top_k + spare)
         num_local = experts if self._local is None else len(self._local)
         self.router = Router(hidden, experts, top_k, correction_bias, options, numerics, **kind)
         halves = RULES[activation].halves

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "training.capacity": "apply_capacity expert_capacity expert_choice",
         "training.losses": "load_balancing_loss z_loss",
         "training.replay": "RoutingReplay",
+        "training.rounding": "token_rounding",
         "training.tape": "same_routing",
     },
 )

@@ -20,6 +20,7 @@ from numba_moe.runtime.arrays import is_traced
 from numba_moe.runtime.torch_private import is_in_backward
 from numba_moe.training import tape
 from numba_moe.training.capacity import apply_capacity
+from numba_moe.training.into_grad import fused_experts_into_grad
 from numba_moe.training.rounding import token_rounding as round_tokens
 
 # Options of the choice that the weights of given experts depend on.
@@ -256,6 +257,9 @@ class MoEBlock(torch.nn.Module):
         are computed anew.
     apply_router_weight_on_input : bool
         The weights multiply the experts' input instead of their output, as in Llama 4 and Megatron-LM.
+    accumulate_into_grad : bool
+        Backward adds the gradients of the experts' matrices to their `.grad` itself, or to `main_grad`, and their hooks
+        get None: `training.fused_experts_into_grad`. Not with a dispatcher.
     return_router_logits : bool
         Calls return the router's logits beside the output, unless they say otherwise.
     device : torch.device, optional
@@ -324,6 +328,7 @@ class MoEBlock(torch.nn.Module):
         spare_picks: int = 2,
         count_tokens: bool = False,
         apply_router_weight_on_input: bool = False,
+        accumulate_into_grad: bool = False,
         return_router_logits: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -378,7 +383,11 @@ class MoEBlock(torch.nn.Module):
         self.num_experts = experts
         self.activation, self.activation_options = activation, dict(activation_options or {})
         self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.accumulate_into_grad = accumulate_into_grad
         self.return_router_logits = return_router_logits
+        checks.boolean("accumulate_into_grad", accumulate_into_grad)
+        rule = "False with a dispatcher"
+        checks.holds("accumulate_into_grad", rule, dispatcher is None or not accumulate_into_grad, accumulate_into_grad)
         self.dispatcher, self.layer = dispatcher, layer
         self._local = None if dispatcher is None else self._slots(top_k + spare)
         num_local = experts if self._local is None else len(self._local)
@@ -428,7 +437,7 @@ class MoEBlock(torch.nn.Module):
         experts = f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation!r}"
         bias = "" if self.gate_up_bias is None else ", bias=True"
         shared = f", shared_size={self.shared_size}" if self.shared_size else ""
-        names = ("apply_router_weight_on_input", "return_router_logits")
+        names = ("apply_router_weight_on_input", "accumulate_into_grad", "return_router_logits")
         told = "".join(f", {name}=True" for name in names if getattr(self, name))
         if self.activation_options:
             told = f", activation_options={self.activation_options}{told}"
@@ -458,8 +467,13 @@ class MoEBlock(torch.nn.Module):
             from numba_moe.parallel import group_experts
 
             experts = functools.partial(group_experts.fused_experts, dispatcher=self.dispatcher, layer=self.layer)
+        matrices = (self.gate_up_proj, self.down_proj)
+        if self.accumulate_into_grad:
+            experts = fused_experts_into_grad
+        else:
+            matrices = tuple(matrix.to(dtype) for matrix in matrices)
         combined = experts(
-            *(given, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), *own),
+            *(given, *matrices, *own),
             activation=self.activation,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,

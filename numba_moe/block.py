@@ -17,7 +17,7 @@ from numba_moe.reference.capacity import DROP_POLICIES, ROUNDINGS, expert_capaci
 from numba_moe.reference.gating import SCORING, TopK
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import is_traced
-from numba_moe.runtime.torch_private import is_in_backward
+from numba_moe.runtime.torch_private import is_in_backward, reshaped
 from numba_moe.training import tape
 from numba_moe.training.capacity import apply_capacity
 from numba_moe.training.into_grad import fused_experts_into_grad
@@ -54,10 +54,23 @@ def _parameter(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.
 
 
 def _draw(weights: torch.Tensor | None) -> None:
-    """Draw weights as torch.nn.Linear does, whose inputs are the last dimension."""
-    if weights is not None:
-        bound = 1 / math.sqrt(weights.shape[-1])
+    """Draw weights as torch.nn.Linear does, whose inputs are the last dimension.
+
+    Those that are spread over ranks are drawn whole: ranks with one seed then have what one process has.
+    """
+    if weights is None:
+        return
+    bound, mesh = 1 / math.sqrt(weights.shape[-1]), getattr(weights, "device_mesh", None)
+    if mesh is None:
         torch.nn.init.uniform_(weights, -bound, bound)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = torch.nn.init.uniform_(
+        torch.empty(weights.shape, dtype=weights.dtype, device=weights.device), -bound, bound
+    )
+    placements: Any = weights.placements  # type: ignore[attr-defined]
+    weights.detach().copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
 
 
 def _draw_matrices(weights: torch.Tensor, experts: int, slots: Sequence[int] | None) -> None:
@@ -485,5 +498,5 @@ class MoEBlock(torch.nn.Module):
             shared = linear(rows, self.shared_gate_up)
             shared = moe_activation(shared, activation=self.activation, **self.activation_options)
             combined = combined + linear(shared, self.shared_down)
-        combined = combined.reshape(hidden_states.shape)
+        combined = reshaped(combined.contiguous(), hidden_states.shape)
         return (combined, *logits) if with_logits else combined

@@ -90,6 +90,9 @@ def is_in_backward() -> bool:
     return _graph_task() != -1
 
 
+# The same memory in another shape, as a result of its own and no view: FSDP2 warns of modules that return views.
+reshaped = _private("ops.aten._unsafe_view", torch.Tensor.view)
+
 # Whether the backward pass that runs will come to a node. There is no public name; without it all nodes are ones that
 # it comes to.
 _will_execute = _private("_C._will_engine_execute_node", lambda node: True)

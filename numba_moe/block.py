@@ -480,7 +480,7 @@ class MoEBlock(torch.nn.Module):
             from numba_moe.parallel import group_experts
 
             experts = functools.partial(group_experts.fused_experts, dispatcher=self.dispatcher, layer=self.layer)
-        matrices = (self.gate_up_proj, self.down_proj)
+        matrices: tuple[torch.Tensor, ...] = (self.gate_up_proj, self.down_proj)
         if self.accumulate_into_grad:
             experts = fused_experts_into_grad
         else:

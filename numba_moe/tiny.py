@@ -65,6 +65,7 @@ class Report(NamedTuple):
     step_ms: float
     trace: dict[str, np.ndarray]
     busiest: np.ndarray
+    model: Any
 
     @property
     def loss(self) -> float:
@@ -301,4 +302,4 @@ def train(settings: Settings, device: str, sharded: bool = False) -> Report:
             dist.all_reduce(reported, group=group)
         losses.append(reported.item())  # waits for the step
         times.append(time.perf_counter() - begin)
-    return Report(losses, 1e3 * median(times), tracer.result(), balancer.result())
+    return Report(losses, 1e3 * median(times), tracer.result(), balancer.result(), model)

@@ -13,17 +13,17 @@ from numba_moe.runtime.torch_private import Asked, asked_of, is_transformed
 MATRICES = ("gate_up_proj", "down_proj")
 
 
-def _accumulate(matrix: torch.Tensor, *factors: torch.Tensor) -> None:
+def _accumulate(matrix: Any, grad: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> None:
     """Add the gradient of a matrix to its `main_grad`, or to its `grad`, as autograd would."""
     sums = getattr(matrix, "main_grad", None)
     if sums is not None:
-        add_outer_by_expert(*factors, sums)
+        add_outer_by_expert(grad, rows, ends, sums)
         if hasattr(matrix, "grad_added_to_main_grad"):
             matrix.grad_added_to_main_grad = True
     elif matrix.grad is not None:
-        add_outer_by_expert(*factors, matrix.grad)
+        add_outer_by_expert(grad, rows, ends, matrix.grad)
     else:
-        matrix.grad = outer_by_expert(*factors).to(getattr(matrix, "grad_dtype", None) or matrix.dtype)
+        matrix.grad = outer_by_expert(grad, rows, ends).to(getattr(matrix, "grad_dtype", None) or matrix.dtype)
 
 
 class _IntoGrad(torch.autograd.Function):
@@ -32,8 +32,10 @@ class _IntoGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         *arrays, first, second, options = arguments
-        declaration, given = fused_experts_keeping.declaration, {**dict(zip(TENSORS, arrays, strict=True)), **options}
+        declaration = fused_experts_keeping.declaration
+        given: dict[str, Any] = {**dict(zip(TENSORS, arrays, strict=True)), **options}
         found = fused_experts_keeping(**given)
+        assert declaration.saves is not None
         declaration.saves(ctx, declaration.given_of(given), *found)
         ctx.matrices = {"gate_up_proj": first, "down_proj": second}
         return found.combined
@@ -134,7 +136,8 @@ def fused_experts_into_grad(
     detached = (matrix.detach().to(hidden_states.dtype) for matrix in matrices)
     arrays = (hidden_states, *detached, topk_weights, topk_ids, expert_map, gate_up_bias, down_bias)
     if not torch_library.wanted(matrices):
-        plain: torch.Tensor = fused_experts(**dict(zip(TENSORS, arrays, strict=True)), **options)
+        given: dict[str, Any] = dict(zip(TENSORS, arrays, strict=True))
+        plain: torch.Tensor = fused_experts(**given, **options)
         return plain
     if expert_map is not None:
         num_local = down_proj.shape[0]

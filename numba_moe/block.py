@@ -9,17 +9,20 @@ import torch
 from torch.nn.functional import linear
 
 from numba_moe.ops.activation.activate import check_rule, moe_activation
+from numba_moe.ops.count import count_tokens_per_expert
 from numba_moe.ops.experts import fused_experts
 from numba_moe.ops.gating.select import options_of, plan_selection, select_experts, weigh_experts
 from numba_moe.reference.activation import ACTIVATIONS, OPTIONS, RULES
-from numba_moe.reference.capacity import DROP_POLICIES, expert_capacity
+from numba_moe.reference.capacity import DROP_POLICIES, ROUNDINGS, expert_capacity
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import checks
 from numba_moe.runtime.arrays import is_traced
 from numba_moe.runtime.plans import Layout
-from numba_moe.runtime.torch_private import is_in_backward
+from numba_moe.runtime.torch_private import is_in_backward, reshaped
 from numba_moe.training import tape
 from numba_moe.training.capacity import apply_capacity
+from numba_moe.training.into_grad import fused_experts_into_grad
+from numba_moe.training.rounding import token_rounding as round_tokens
 
 CPU = torch.device("cpu")
 # Options of the choice that the weights of given experts depend on.
@@ -34,6 +37,9 @@ class Numerics(NamedTuple):
     input_scale: float = 1.0
     capacity_factor: float | None = None
     drop_policy: str = "probs"
+    token_rounding: int | None = None
+    rounding: str = "nearest"
+    spare_picks: int = 0
     count_tokens: bool = False
 
 
@@ -50,10 +56,23 @@ def _parameter(*shape: int, device: Any, dtype: torch.dtype | None) -> torch.nn.
 
 
 def _draw(weights: torch.Tensor | None) -> None:
-    """Draw weights as torch.nn.Linear does, whose inputs are the last dimension."""
-    if weights is not None:
-        bound = 1 / math.sqrt(weights.shape[-1])
+    """Draw weights as torch.nn.Linear does, whose inputs are the last dimension.
+
+    Those that are spread over ranks are drawn whole: ranks with one seed then have what one process has.
+    """
+    if weights is None:
+        return
+    bound, mesh = 1 / math.sqrt(weights.shape[-1]), getattr(weights, "device_mesh", None)
+    if mesh is None:
         torch.nn.init.uniform_(weights, -bound, bound)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = torch.nn.init.uniform_(
+        torch.empty(weights.shape, dtype=weights.dtype, device=weights.device), -bound, bound
+    )
+    placements: Any = weights.placements  # type: ignore[attr-defined]
+    weights.detach().copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
 
 
 def _draw_matrices(weights: torch.Tensor, experts: int, slots: Sequence[int] | None) -> None:
@@ -155,11 +174,13 @@ class Router(torch.nn.Module):
         # What autograd computes anew is counted already.
         counts = self.tokens_per_expert if self.training and (is_traced() or not is_in_backward()) else None
 
-        def select() -> TopK:
-            return select_experts(logits, self.top_k, correction_bias=bias, counts=counts, **self.options)
-
         def weigh(ids: torch.Tensor) -> TopK:
             return weigh_experts(logits, ids, **{name: self.options[name] for name in WEIGHING})
+
+        def select() -> TopK:
+            if self.numerics.token_rounding is None:
+                return select_experts(logits, self.top_k, correction_bias=bias, counts=counts, **self.options)
+            return weigh(self._rounded(logits.detach(), bias, counts))
 
         if self.replay is not None and self.replay[0].is_active:
             replay, layer = self.replay
@@ -167,6 +188,22 @@ class Router(torch.nn.Module):
         if not is_traced() and tape.is_steered():
             return tape.choose(select, weigh)
         return select()
+
+    def _rounded(self, logits: torch.Tensor, bias: Any, counts: torch.Tensor | None) -> torch.Tensor:
+        """Return the experts of tokens, each expert's number rounded: `picks` of them, -1 for none."""
+        num_experts, numerics = len(self.weight), self.numerics
+        options = self.options | {"renormalize": False, "routed_scaling_factor": 1.0}
+        scores, ids = select_experts(logits, self.picks, correction_bias=bias, **options)
+        if counts is not None:
+            counts += count_tokens_per_expert(ids[:, : self.top_k].contiguous(), num_experts)
+        tile = numerics.token_rounding
+        assert tile is not None
+        return round_tokens(scores, ids, num_experts, tile, top_k=self.top_k, rounding=numerics.rounding).topk_ids
+
+    @property
+    def picks(self) -> int:
+        """Columns of the choice: `top_k`, and with token rounding the spare ones."""
+        return self.top_k + self.numerics.spare_picks
 
     def extra_repr(self) -> str:
         num_experts, hidden_size = self.weight.shape
@@ -223,11 +260,21 @@ class MoEBlock(torch.nn.Module):
         Experts take their even share times this of the slots, and drop the others: `training.apply_capacity`.
     drop_policy : {"probs", "position"}
         Which slots they keep: those that weigh most, or the first.
+    token_rounding : int, optional
+        A tile: each expert has a multiple of it of tokens, which are ranked by score (`training.token_rounding`).
+    rounding : {"nearest", "up", "down"}
+        To which multiple.
+    spare_picks : int
+        How many experts past `top_k` a token may be added to; none with "down". Each is a column of the choice, and
+        takes memory.
     count_tokens : bool
         While the block is trained, ``router.tokens_per_expert`` counts the slots of each expert, once where activations
         are computed anew.
     apply_router_weight_on_input : bool
         The weights multiply the experts' input instead of their output, as in Llama 4 and Megatron-LM.
+    accumulate_into_grad : bool
+        Backward adds the gradients of the experts' matrices to their `.grad` itself, or to `main_grad`, and their hooks
+        get None: `training.fused_experts_into_grad`. Not with a dispatcher.
     return_router_logits : bool
         Calls return the router's logits beside the output, unless they say otherwise.
     device : torch.device, optional
@@ -292,8 +339,12 @@ class MoEBlock(torch.nn.Module):
         input_scale: float = 1.0,
         capacity_factor: float | None = None,
         drop_policy: str = "probs",
+        token_rounding: int | None = None,
+        rounding: str = "nearest",
+        spare_picks: int = 2,
         count_tokens: bool = False,
         apply_router_weight_on_input: bool = False,
+        accumulate_into_grad: bool = False,
         return_router_logits: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -312,6 +363,7 @@ class MoEBlock(torch.nn.Module):
         check_rule(moe_activation.declaration.given_of({"activation": activation, **(activation_options or {})}))
         flags = {"bias": bias, "correction_bias": correction_bias, "count_tokens": count_tokens}
         flags |= {"apply_router_weight_on_input": apply_router_weight_on_input}
+        flags |= {"accumulate_into_grad": accumulate_into_grad}
         for name, flag in {**flags, "return_router_logits": return_router_logits}.items():
             checks.boolean(name, flag)
         if dtype is not None:
@@ -325,7 +377,6 @@ class MoEBlock(torch.nn.Module):
             checks.number("capacity_factor", capacity_factor)
             checks.holds("capacity_factor", "above 0", capacity_factor > 0, capacity_factor)
         checks.choice("drop_policy", drop_policy, DROP_POLICIES)
-        numerics = Numerics(router_dtype, jitter, input_scale, capacity_factor, drop_policy, count_tokens)
         options = {
             "scoring_func": scoring_func,
             "renormalize": renormalize,
@@ -338,6 +389,19 @@ class MoEBlock(torch.nn.Module):
         arrays = {"gating_output": logits, "correction_bias": moved if correction_bias else None}
         choosing = select_experts.declaration.given_of({**arrays, "top_k": top_k, **options})
         plan_selection(choosing, options_of(choosing))  # which checks how experts are chosen
+        checks.choice("rounding", rounding, ROUNDINGS)
+        spare = checks.integer("spare_picks", spare_picks, 0)
+        if token_rounding is not None:
+            token_rounding = checks.integer("token_rounding", token_rounding, 1)
+            checks.holds("capacity_factor", "None with `token_rounding`", capacity_factor is None, capacity_factor)
+        if token_rounding is None or rounding == "down":
+            spare = 0
+        else:
+            spare = min(spare, experts // num_expert_group * topk_group - top_k)
+            if group_score == "topk_sum":  # which sums the best top_k // topk_group
+                spare = min(spare, topk_group - 1 - top_k % topk_group)
+        limits = (capacity_factor, drop_policy, token_rounding, rounding, spare)
+        numerics = Numerics(router_dtype, jitter, input_scale, *limits, count_tokens)
         checks.integer("layer", layer, 0)
         checks.holds("layer", "0 without a dispatcher", dispatcher is not None or layer == 0, layer)
         if device is not None:
@@ -347,9 +411,12 @@ class MoEBlock(torch.nn.Module):
         self.num_experts = experts
         self.activation, self.activation_options = activation, dict(activation_options or {})
         self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.accumulate_into_grad = accumulate_into_grad
         self.return_router_logits = return_router_logits
+        rule = "False with a dispatcher"
+        checks.holds("accumulate_into_grad", rule, dispatcher is None or not accumulate_into_grad, accumulate_into_grad)
         self.dispatcher, self.layer = dispatcher, layer
-        num_local = experts if dispatcher is None else self._check_dispatcher(top_k)
+        num_local = experts if dispatcher is None else self._check_dispatcher(top_k + spare)
         self.router = Router(hidden, experts, top_k, correction_bias, options, numerics, **kind)
         halves = RULES[activation].halves
         self.gate_up_proj = _parameter(num_local, halves * width, hidden, **kind)
@@ -403,7 +470,7 @@ class MoEBlock(torch.nn.Module):
         experts = f"num_experts={self.num_experts}, top_k={self.top_k}, activation={self.activation!r}"
         bias = "" if self.gate_up_bias is None else ", bias=True"
         shared = f", shared_size={self.shared_size}" if self.shared_size else ""
-        names = ("apply_router_weight_on_input", "return_router_logits")
+        names = ("apply_router_weight_on_input", "accumulate_into_grad", "return_router_logits")
         told = "".join(f", {name}=True" for name in names if getattr(self, name))
         if self.activation_options:
             told = f", activation_options={self.activation_options}{told}"
@@ -435,8 +502,13 @@ class MoEBlock(torch.nn.Module):
             from numba_moe.parallel import group_experts
 
             experts = functools.partial(group_experts.fused_experts, dispatcher=self.dispatcher, layer=self.layer)
+        matrices: tuple[torch.Tensor, ...] = (self.gate_up_proj, self.down_proj)
+        if self.accumulate_into_grad:
+            experts = fused_experts_into_grad
+        else:
+            matrices = tuple(matrix.to(dtype) for matrix in matrices)
         combined = experts(
-            *(given, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), *own),
+            *(given, *matrices, *own),
             activation=self.activation,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
@@ -448,5 +520,5 @@ class MoEBlock(torch.nn.Module):
             shared = linear(rows, self.shared_gate_up)
             shared = moe_activation(shared, activation=self.activation, **self.activation_options)
             combined = combined + linear(shared, self.shared_down)
-        combined = combined.reshape(hidden_states.shape)
+        combined = reshaped(combined.contiguous(), hidden_states.shape)
         return (combined, *logits) if with_logits else combined

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention, silu
 
 from numba_moe.block import MoEBlock, Routed, Router
@@ -64,6 +65,7 @@ class Report(NamedTuple):
     step_ms: float
     trace: dict[str, np.ndarray]
     busiest: np.ndarray
+    model: Any
 
     @property
     def loss(self) -> float:
@@ -197,9 +199,9 @@ class Tracer:
 class Balancer:
     """Balances the experts of a model in one of three ways, and measures how busy the busiest is."""
 
-    def __init__(self, model: TinyModel, settings: Settings) -> None:
+    def __init__(self, model: TinyModel, settings: Settings, group: Any = None) -> None:
         checks.choice("balance", settings.balance, BALANCES)
-        self.settings = settings
+        self.settings, self.group = settings, group
         self.busiest: list[torch.Tensor] = []
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self._routed: list[Routed] = []
@@ -214,11 +216,14 @@ class Balancer:
         logits, ids = (tuple(getattr(one, name) for one in self._routed) for name in ("router_logits", "topk_ids"))
         self._routed.clear()
         pairs = zip(logits, ids, strict=True)
-        return sum(load_balancing_loss(*pair, coefficient=self.settings.coefficient) for pair in pairs)
+        coefficient = self.settings.coefficient * (1 if self.group is None else self.group.size())  # gradients' mean
+        return sum(load_balancing_loss(*pair, coefficient=coefficient, group=self.group) for pair in pairs)
 
     def after_step(self) -> None:
         """Move biases, and begin to count anew."""
         counts = [router.tokens_per_expert for router in self.routers if router.tokens_per_expert is not None]
+        for count in counts if self.group is not None else ():
+            dist.all_reduce(count, group=self.group)
         if counts:
             loads = torch.stack(counts).float()
             self.busiest.append(loads.amax(1) / loads.mean(1))
@@ -252,17 +257,36 @@ def share_of_rate(step: int, steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
 
 
-def train(settings: Settings, device: str) -> Report:
-    """Train a model from its seed; on a GPU the matrices multiply in bfloat16, and parameters stay float32."""
+def shard(model: TinyModel, device: str) -> None:
+    """Spread the parameters of a model over the ranks of the process group (FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh)
+
+
+def train(settings: Settings, device: str, sharded: bool = False) -> Report:
+    """Train a model from its seed; on a GPU the matrices multiply in bfloat16, and parameters stay float32.
+
+    With `sharded` the ranks of the process group train one model (FSDP2), each with its part of every batch.
+    """
     torch.manual_seed(settings.seed)
     with torch.device("cpu"):
         model = TinyModel(settings)
     model.to(device=device, dtype=torch.float32)
+    group, rank, ranks = None, 0, 1
+    if sharded:
+        group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+        checks.holds("batch", f"a multiple of the {ranks} ranks", settings.batch % ranks == 0, settings.batch)
+        shard(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), fused=device == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, settings.steps))
-    tracer, balancer = Tracer(model, settings), Balancer(model, settings)
+    tracer, balancer = Tracer(model, settings), Balancer(model, settings, group)
     losses, times = [], []
-    for step, passages in enumerate(batches(settings, device)):
+    for step, whole in enumerate(batches(settings, device)):
+        passages = whole.chunk(ranks)[rank]
         tracer.begin(step)
         begin = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -273,6 +297,9 @@ def train(settings: Settings, device: str) -> Report:
         optimizer.step()
         balancer.after_step()
         schedule.step()
-        losses.append(loss.item())  # waits for the step
+        reported = loss.detach() / ranks
+        if group is not None:
+            dist.all_reduce(reported, group=group)
+        losses.append(reported.item())  # waits for the step
         times.append(time.perf_counter() - begin)
-    return Report(losses, 1e3 * median(times), tracer.result(), balancer.result())
+    return Report(losses, 1e3 * median(times), tracer.result(), balancer.result(), model)

@@ -11,7 +11,7 @@ from numba_moe.reference.activation import moe_activation
 from numba_moe.reference.align import AlignedBlocks, moe_align_block_size
 from numba_moe.reference.balancer import layers_worth_moving
 from numba_moe.reference.batched import batched_moe_align_block_size
-from numba_moe.reference.capacity import ExpertChoice, apply_capacity, expert_capacity, expert_choice
+from numba_moe.reference.capacity import ExpertChoice, apply_capacity, expert_capacity, expert_choice, token_rounding
 from numba_moe.reference.counting import count_tokens_per_expert, expert_offsets
 from numba_moe.reference.dispatch import DispatchTables, dispatch_ids
 from numba_moe.reference.experts import fused_experts
@@ -110,6 +110,7 @@ __all__ = [
     "route",
     "router_losses",
     "select_experts",
+    "token_rounding",
     "topk_raw",
     "topk_sigmoid",
     "topk_softmax",

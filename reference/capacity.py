@@ -1,4 +1,4 @@
-"""How many tokens an expert takes: slots past its capacity are dropped, or experts choose their tokens."""
+"""How many tokens an expert takes: at most its capacity, a multiple of a tile, or those that it chooses."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import numpy as np
 from numba_moe.reference.gating import SCORING, TopK, best
 
 DROP_POLICIES = ("probs", "position")
+ROUNDINGS = ("nearest", "up", "down")
 
 
 class ExpertChoice(NamedTuple):
@@ -92,6 +93,62 @@ def apply_capacity(
     kept = np.zeros(ids.size, bool)
     for expert in range(num_experts):
         kept[order[ids[order] == expert][:capacity]] = True
+    kept = kept.reshape(topk_ids.shape)
+    return TopK(np.where(kept, topk_weights, 0).astype(topk_weights.dtype), np.where(kept, topk_ids, -1))
+
+
+def token_rounding(
+    topk_weights: np.ndarray,
+    topk_ids: np.ndarray,
+    num_experts: int,
+    tile: int,
+    *,
+    top_k: int | None = None,
+    rounding: str = "nearest",
+) -> TopK:
+    """Round the number of slots of each expert to a multiple of a tile: some are dropped, or spare ones are added.
+
+    Parameters
+    ----------
+    topk_weights
+        float [num_tokens, picks], by which slots are ranked.
+    topk_ids
+        int of the same shape, each expert of a token at most once; ids that are no expert's are dropped too.
+    num_experts
+        Number of experts.
+    tile
+        What numbers are to be multiples of.
+    top_k
+        The picks that were chosen, the first of each token; those after them are spare. None: all were chosen.
+    rounding
+        "nearest" multiple, of two the even one; "up", or "down".
+
+    Returns
+    -------
+    TopK
+        Of the shapes and dtypes that are given; -1 with weight 0 for slots that were dropped or not added.
+
+    Notes
+    -----
+    An expert keeps what was chosen before what is spare, and the larger weights first, of equals the first. One without
+    enough spare slots takes all.
+
+    Examples
+    --------
+    >>> ids = np.array([[0, 1], [0, 1], [0, 1], [1, 0]])
+    >>> weights = np.array([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1], [0.8, 0.2]])
+    >>> token_rounding(weights, ids, 2, 2, top_k=1).topk_ids.tolist()
+    [[0, -1], [0, -1], [0, -1], [-1, 0]]
+    """
+    slots = np.arange(topk_ids.size).reshape(topk_ids.shape)
+    is_spare = np.zeros(topk_ids.shape, bool)
+    is_spare[:, topk_ids.shape[1] if top_k is None else top_k :] = True
+    order = np.lexsort((slots.ravel(), -topk_weights.ravel(), is_spare.ravel()))
+    kept = np.zeros(topk_ids.size, bool)
+    for expert in range(num_experts):
+        chosen = int(((topk_ids == expert) & ~is_spare).sum())
+        number = {"nearest": round(chosen / tile), "up": -(-chosen // tile), "down": chosen // tile}[rounding] * tile
+        kept[order[topk_ids.ravel()[order] == expert][:number]] = True
     kept = kept.reshape(topk_ids.shape)
     return TopK(np.where(kept, topk_weights, 0).astype(topk_weights.dtype), np.where(kept, topk_ids, -1))
 

@@ -5,17 +5,22 @@ python scripts/train_tiny_moe.py --plain                    # the same model wit
 python scripts/train_tiny_moe.py --trim tests/data/tiny_moe_routing.npz
 python scripts/train_tiny_moe.py --compare docs/balance.svg --layers 2 --hidden 32 --heads 2 --experts 8 --top-k 2 \
     --width 16 --length 32 --batch 8 --steps 300 --rate 3e-3    # three ways to balance, a minute and a half on a CPU
+python scripts/train_tiny_moe.py --steps 100 --rollouts 4   # samples text, and trains on it with the sampling's experts
+torchrun --nproc-per-node 2 scripts/train_tiny_moe.py --shard --steps 100   # FSDP2: gloo without a GPU, else NCCL
 """
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from numba_moe.tiny import BALANCES, Settings, train, trim
+from numba_moe.tiny_rollouts import replay_rollouts
 
 
 def compare(settings: Settings, device: str, path: Path) -> None:
@@ -50,20 +55,39 @@ def main() -> None:
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="train once for each way to balance; draw the loads"
     )
+    parser.add_argument("--rollouts", type=int, default=0, metavar="N", help="sample, and replay the experts")
+    parser.add_argument("--shard", action="store_true", help="share the model with the other ranks of torchrun")
     given = parser.parse_args()
-    if given.plain and (given.trace or given.trim):
+    if given.plain and (given.trace or given.trim or given.rollouts):
         parser.error("--plain leaves no trace")
+    if given.shard and (given.trace or given.trim or given.rollouts or given.compare):
+        parser.error("--shard trains, and does nothing else")
     settings = Settings(**{name: getattr(given, name) for name in Settings._fields})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if given.compare:
         compare(settings, device, given.compare)
         return
-    report = train(settings, device)
+    if given.shard:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    report = train(settings, device, given.shard)
+    if given.shard:
+        rank = dist.get_rank()
+        dist.destroy_process_group()
+        if rank:
+            return
     for step in sorted({*range(0, settings.steps, max(1, settings.steps // 10)), settings.steps - 1}):
         print(f"step {step:6} loss {report.losses[step]:.4f}")
     print(f"seed {settings.seed}: loss {report.loss:.4f}, step {report.step_ms:.2f} ms on {device}")
     if not settings.plain:
         print(f"busiest expert {report.load:.2f} of the mean, balance {settings.balance!r}")
+    if given.rollouts:
+        found = replay_rollouts(report.model, settings, device, given.rollouts)
+        print(
+            f"rollouts: {found.differing:.2%} of the picks would be others; log-probabilities are {found.own:.5f} off"
+            f" with the training pass' own experts, {found.replayed:.5f} with those of the sampling"
+        )
     written: list[tuple[Path | None, dict[str, Any]]] = [(given.trace, report.trace)]
     if given.trim:
         written.append((given.trim, trim(report.trace)))

@@ -9,6 +9,7 @@ from numba_moe.reference.activation import moe_activation, weighted_activation_b
 from numba_moe.reference.permute import spread_rows as spread_by_reference
 
 import numba_moe as moe
+from numba_moe.bench.steps import kept_bytes
 from numba_moe.device import simulator
 from numba_moe.ops.activation.weighted import weighted_activation_backward as op
 from numba_moe.ops.permute.row_gradients import spread_rows
@@ -107,21 +108,6 @@ def test_rows_are_spread_as_permuted(hidden, dtype):
             assert np.array_equal(testing.to_numpy(found)[:7], wanted[:7])
         else:
             assert bool((found[:7] == rows[0]).all())
-
-
-def kept_bytes(call, ours):
-    """Return the bytes that a call keeps for its gradient, besides those of some tensors."""
-    known, kept = {tensor.untyped_storage().data_ptr() for tensor in ours}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = call()
-    return sum(kept.values()), result
 
 
 @pytest.mark.parametrize("bias", [False, True])

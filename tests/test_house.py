@@ -15,7 +15,7 @@ FLOORS = [
     {"sizes", "device"},
     {"runtime"},
     {"ops"},
-    {"block", "tiny", "training", "placement", "parallel", "recorder", "interop"},
+    {"block", "tiny", "tiny_rollouts", "training", "placement", "parallel", "recorder", "interop"},
     {"verify", "bench", "serve_demo"},
     {"lab"},
     {"kernel_commands", "commands"},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from numba_moe import tiny
+from numba_moe import tiny, tiny_rollouts
 from numba_moe.verify import cases
 
 SMALL = tiny.Settings(layers=2, hidden=16, heads=2, experts=6, top_k=2, width=16, length=24, batch=2, steps=3)
@@ -80,6 +80,26 @@ def test_a_plain_model_leaves_no_trace(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script(monkeypatch, "--plain", "--trace", "trace.npz")
     assert "--plain leaves no trace" in capsys.readouterr().err
+
+
+def test_a_training_pass_has_the_experts_of_its_rollouts(monkeypatch, capsys):
+    settings = SMALL._replace(steps=20, rate=1e-2, length=16, experts=16, top_k=4)
+    model = tiny.train(settings, "cpu").model
+    model.zero_grad()
+    found = tiny_rollouts.replay_rollouts(model, settings, "cpu", 16)
+    assert found.tokens.shape == (16, 16)
+    assert 0 < found.differing < 0.1
+    assert found.replayed < found.own < 0.1
+    assert all(layer.experts.router.weight.grad.any() for layer in model.layers)
+    assert torch.equal(found.tokens, tiny_rollouts.replay_rollouts(model, settings, "cpu", 16).tokens)
+    script(monkeypatch, "--rollouts", "1")
+    assert "of the picks would be others" in capsys.readouterr().out
+
+
+def test_ranks_train_and_do_nothing_else(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        script(monkeypatch, "--shard", "--rollouts", "2")
+    assert "--shard trains, and does nothing else" in capsys.readouterr().err
 
 
 def test_a_trimmed_trace_is_small():

@@ -4,6 +4,7 @@ Where experts have few slots, tensor cores multiply at the speed of memory (`exp
 are torch's own: its grouped one, where a device has it without the host reading the offsets, or one for each expert.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -367,9 +368,14 @@ TENSORS = tuple(fused_experts_keeping.declaration.arrays)
 
 @fused_experts_keeping.backward
 def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
+    wanted = {name for name, needed in zip(TENSORS, ctx.needs_input_grad, strict=False) if needed}
+    return differentiate(ctx, grad, wanted, lambda _, *factors: outer_by_expert(*factors))
+
+
+def differentiate(ctx: Any, grad: torch.Tensor, wanted: set[str], by_matrix: Callable[..., Any]) -> dict[str, Any]:
+    """Return the gradients that are wanted; `by_matrix` takes a matrix' name and the factors of its gradient."""
     hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias, *rest = ctx.saved_tensors
     topk_weights, topk_ids, expert_map, gate_up, offset, places = rest
-    wanted = {name for name, needed in zip(TENSORS, ctx.needs_input_grad, strict=False) if needed}
     ends = offset[1:].to(torch.int32)
     slopes = spread_rows(grad, places)  # of the rows of the second matrix, without weights
     by_activated = multiply_by_expert(slopes, down_proj.transpose(1, 2), ends)
@@ -378,7 +384,7 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
         of_bias="gate_up_bias" in wanted,
         **ctx.options,
     )
-    grads = {}
+    grads: dict[str, Any] = {}
     if "gate_up_bias" in wanted:
         grads["gate_up_bias"] = of_first.bias
     if "topk_weights" in wanted:
@@ -387,13 +393,13 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
             through = _through_bias(grad, down_bias, topk_ids, expert_map)
             grads["topk_weights"] = of_first.weights + through.to(topk_weights.dtype)
     if "down_proj" in wanted:
-        grads["down_proj"] = outer_by_expert(slopes, of_first.weighted, ends)
+        grads["down_proj"] = by_matrix("down_proj", slopes, of_first.weighted, ends)
     if "down_bias" in wanted:
         weighted = unpermute_backward(slopes, topk_weights, places, grad, 1.0, True, False).rows
         options: dict[str, Any] = {**dict.fromkeys(OPTIONS), "activation": "none", "of_bias": True}
         grads["down_bias"] = activation_backward(weighted, weighted, offset, down_bias, **options).bias
     if "gate_up_proj" in wanted:
-        grads["gate_up_proj"] = outer_by_expert(of_first.rows, spread_rows(hidden_states, places), ends)
+        grads["gate_up_proj"] = by_matrix("gate_up_proj", of_first.rows, spread_rows(hidden_states, places), ends)
     if "hidden_states" in wanted:
         rows = multiply_by_expert(of_first.rows, gate_up_proj.transpose(1, 2), ends)
         grads["hidden_states"] = permute_backward(places, rows)

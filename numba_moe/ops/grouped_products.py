@@ -11,7 +11,7 @@ import torch
 
 from numba_moe.runtime.arrays import Array, Contiguous, contiguous
 from numba_moe.runtime.op import op
-from numba_moe.runtime.plans import Layout
+from numba_moe.runtime.plans import Layout, layout
 
 # torch.nn.functional has it from 2.10 on.
 _grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -138,5 +138,24 @@ def _(given: Any) -> bool:
 def _(grouped: bool, given: Any) -> torch.Tensor:
     if grouped:
         return _grouped_mm(given.grad.T, given.rows, offs=given.ends)
-    pairs = itertools.pairwise([0, *given.ends.tolist()])
-    return torch.stack([torch.mm(given.grad[begin:end].T, given.rows[begin:end]) for begin, end in pairs])
+    products = given.rows.new_empty(len(given.ends), given.grad.shape[1], given.rows.shape[1])
+    for product, rows in zip(products, rows_of_experts(given.ends), strict=True):
+        torch.mm(given.grad[rows].T, given.rows[rows], out=product)
+    return products
+
+
+def rows_of_experts(ends: torch.Tensor) -> list[slice]:
+    """Return where the rows of each expert are; the host waits for the device."""
+    return [slice(*pair) for pair in itertools.pairwise([0, *ends.tolist()])]
+
+
+def add_outer_by_expert(grad: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add what `outer_by_expert` returns to sums of any float dtype, without its memory but for the grouped GEMM's."""
+    if is_grouped(True, *map(layout, (grad, rows))):
+        sums += outer_by_expert(grad, rows, ends)  # torch's adds to nothing
+        return
+    for products, own in zip(sums, rows_of_experts(ends), strict=True):
+        if sums.dtype == rows.dtype:
+            products.addmm_(grad[own].T, rows[own])
+        else:
+            products += torch.mm(grad[own].T, rows[own])

@@ -273,6 +273,16 @@ def answered_by_reference(tensor: torch.Tensor) -> bool:
     return not tensor.is_cuda and not simulator.is_running()
 
 
+def _in_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return an array over the memory of a CPU tensor; FSDP2 can still free that of a parameter, by its resizing."""
+    if tensor.dtype in (torch.float32, torch.float16):
+        array = np.from_dlpack(tensor)
+        if array.flags.writeable:  # older releases lend it to be read alone
+            return array
+    found: np.ndarray = tensor.numpy()  # from now on torch refuses to resize it
+    return found
+
+
 def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function of the reference on CPU tensors and return CPU tensors."""
 
@@ -282,7 +292,7 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         if not isinstance(value, torch.Tensor):
             return value
         value = value.detach().resolve_neg()
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return _in_numpy(value.float() if value.dtype == torch.bfloat16 else value)
 
     result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})
     return each(torch.from_numpy, result)

@@ -4,6 +4,7 @@
 instead of 1.3 (CPU, torch 2.13).
 """
 
+import enum
 import importlib
 import os
 import types
@@ -87,6 +88,31 @@ _graph_task = _private("_C._current_graph_task_id", lambda: -1)
 def is_in_backward() -> bool:
     """Whether autograd runs backward in this thread, and computes a forward pass anew if it does that at all."""
     return _graph_task() != -1
+
+
+# The same memory in another shape, as a result of its own and no view: FSDP2 warns of modules that return views.
+reshaped = _private("ops.aten._unsafe_view", torch.Tensor.view)
+
+# Whether the backward pass that runs will come to a node. There is no public name; without it all nodes are ones that
+# it comes to.
+_will_execute = _private("_C._will_engine_execute_node", lambda node: True)
+
+
+class Asked(enum.Enum):
+    """What the backward pass that runs does with the gradient of a leaf."""
+
+    ADD = "add it to `.grad`"
+    RETURN = "return it, as torch.autograd.grad does"
+    LEAVE = "leave it alone"
+
+
+def asked_of(leaf: torch.Tensor) -> Asked:
+    """Return what the backward pass that runs in this thread does with the gradient of a leaf."""
+    try:
+        adds = _will_execute(torch.autograd.graph.get_gradient_edge(leaf).node)
+    except RuntimeError:  # how torch says that the leaf's gradient is to be returned
+        return Asked.RETURN
+    return Asked.ADD if adds else Asked.LEAVE
 
 
 def mark_static(tensor: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """How many tokens an expert takes: slots past its capacity are dropped, or experts choose their tokens."""
 
+from typing import Any
+
 import torch
 
 from numba_moe.ops.permute.layouts import moe_reorder
@@ -63,15 +65,21 @@ def apply_capacity(
     capacity = checks.integer("capacity", capacity, 0)
     rule = f"of the shape of `topk_ids`, {tuple(topk_ids.shape)}"
     checks.holds("topk_weights", rule, topk_weights.shape == topk_ids.shape, tuple(topk_weights.shape))
-    ids = topk_ids.reshape(-1)
     order = None
     if drop_policy == "probs":
         order = topk_weights.detach().reshape(-1).sort(descending=True, stable=True).indices
-        ids = ids[order]
+    limits = torch.full((num_experts,), capacity, dtype=torch.int64, device=topk_ids.device)
+    return keep_first(topk_weights, topk_ids, limits, order)
+
+
+def keep_first(topk_weights: torch.Tensor, topk_ids: torch.Tensor, limits: torch.Tensor, order: Any) -> TopK:
+    """Keep the first slots of each expert, in an order of the slots or in their own, up to the limit of the expert."""
+    ids = topk_ids.reshape(-1) if order is None else topk_ids.reshape(-1)[order]
+    num_experts = len(limits)
     reordered = moe_reorder(ids, num_experts)
     places = reordered.src2dst.to(torch.int64)
-    before = reordered.seg_indptr[ids.to(torch.int64).clamp(0, num_experts - 1)]
-    kept = (places >= 0) & (places - before < capacity)
+    experts = ids.to(torch.int64).clamp(0, num_experts - 1)
+    kept = (places >= 0) & (places - reordered.seg_indptr[experts] < limits[experts])
     if order is not None:
         kept = torch.zeros_like(kept).scatter(0, order, kept)
     kept = kept.view(topk_ids.shape)

@@ -21,7 +21,6 @@ from numba_moe.runtime.plans import Layout
 from numba_moe.runtime.torch_private import is_in_backward, reshaped
 from numba_moe.training import tape
 from numba_moe.training.capacity import apply_capacity
-from numba_moe.training.into_grad import fused_experts_into_grad
 from numba_moe.training.rounding import token_rounding as round_tokens
 
 CPU = torch.device("cpu")
@@ -504,6 +503,8 @@ class MoEBlock(torch.nn.Module):
             experts = functools.partial(group_experts.fused_experts, dispatcher=self.dispatcher, layer=self.layer)
         matrices: tuple[torch.Tensor, ...] = (self.gate_up_proj, self.down_proj)
         if self.accumulate_into_grad:
+            from numba_moe.training.into_grad import fused_experts_into_grad  # loads torch's compiler
+
             experts = fused_experts_into_grad
         else:
             matrices = tuple(matrix.to(dtype) for matrix in matrices)

@@ -66,6 +66,16 @@ def test_placement_imports_numba_when_something_is_rebalanced(without_simulator)
     assert without_simulator(program) == "True\n"
 
 
+@pytest.mark.slow
+def test_torchs_compiler_is_imported_by_those_who_compile(without_simulator):
+    program = (
+        "import sys, torch; from numba_moe import MoEBlock, recorder;"
+        "MoEBlock(8, 8, 4, 2)(torch.ones(3, 8)).sum().backward();"
+        "recorder.ExpertDistributionRecorder(1, 4, mode='stat', device='cpu'); print('torch._dynamo' in sys.modules)"
+    )
+    assert without_simulator(program) == "False\n"
+
+
 def test_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'moe_sort'"):
         _ = numba_moe.moe_sort

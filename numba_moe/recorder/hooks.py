@@ -294,7 +294,7 @@ class Hooks:
         in_pass = self._pass is not None
         rows_of = None if capturing and in_pass else self._rows_of  # what is captured in a pass is not of it
         first_row = 0 if rows_of is None else rows_of.get(key, 0)
-        with self._on_device():
+        with torch_private.Untraced(), self._on_device():
             if self.mode == "per_token":
                 self._store(name, layer, first_row, topk_ids, topk_weights, capturing)
             else:
@@ -331,7 +331,7 @@ class Hooks:
         checks.holds("counts", rule, 0 <= first_slot <= self.num_slots - length, f"{length} from slot {first_slot} on")
         counter = self._counter(PRIMARY).first_rows[self._where()][first_slot : first_slot + length]
         launch = plan_add(layout(counts), layout(counter))
-        with self._on_device():
+        with torch_private.Untraced(), self._on_device():
             if not arrays.answered_by_reference(counts):
                 launch(given=counts, enabled=self._flags[0], counts=counter)
             elif self._flags[0]:

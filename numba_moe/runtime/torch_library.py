@@ -272,7 +272,7 @@ class Traits(NamedTuple):
     tallies: tuple[str, ...]
 
 
-@torch.compiler.assume_constant_result  # what compiled code would otherwise look up at each call, to see it unchanged
+@torch_private.assume_constant_result  # what compiled code would otherwise look up at each call, to see it unchanged
 def _traits(name: str) -> Traits:
     register()
     one = DECLARATIONS[name]
@@ -290,12 +290,12 @@ def _traits(name: str) -> Traits:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch_private.assume_constant_result
 def _variant(name: str, which: str) -> str:
     return variants(DECLARATIONS[name])[which].name
 
 
-@torch.compiler.assume_constant_result
+@torch_private.assume_constant_result
 def _is_exporting() -> bool:
     # the compiler would take torch's own function for true wherever it compiles (torch 2.11)
     return bool(getattr(torch.compiler, "is_exporting", lambda: True)())

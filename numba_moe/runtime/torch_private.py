@@ -9,12 +9,13 @@ import importlib
 import os
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from numba_moe.device import simulator
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 ALLOWED = os.environ.get("NUMBA_MOE_TORCH_PRIVATE", "1") != "0"
 
 
@@ -71,6 +72,31 @@ num_modes = _private("_C._len_torch_dispatch_stack", int)
 forward_ad: Any = torch.autograd.forward_ad if ALLOWED else None
 if not hasattr(forward_ad, "_current_level"):
     forward_ad = types.SimpleNamespace(_current_level=-1)
+
+
+def assume_constant_result(function: Function) -> Function:
+    """Mark a function as torch.compiler's own does, which loads all of torch's compiler: that takes a second."""
+    if not ALLOWED:
+        return torch.compiler.assume_constant_result(function)
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# Says what compiles frames from now on, None for nothing, and returns what did.
+set_eval_frame = _private("_C._dynamo.eval_frame.set_eval_frame", lambda callback: None)
+
+
+class Untraced:
+    """Within it torch.compile traces nothing: past a break of its graph it goes on with each function called."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = set_eval_frame(None)
+
+    def __exit__(self, *_: object) -> None:
+        set_eval_frame(self._before)
+
 
 # Whether torch's functionalisation made a tensor.
 is_functional = _private("_is_functional_tensor", lambda tensor: False)

@@ -270,7 +270,8 @@ class MoEBlock(torch.nn.Module):
         While the block is trained, ``router.tokens_per_expert`` counts the slots of each expert, once where activations
         are computed anew.
     apply_router_weight_on_input : bool
-        The weights multiply the experts' input instead of their output, as in Llama 4 and Megatron-LM.
+        The weights multiply the experts' input instead of their output, as in Llama 4 and Megatron-LM; with a
+        dispatcher only where `top_k` is 1.
     accumulate_into_grad : bool
         Backward adds the gradients of the experts' matrices to their `.grad` itself, or to `main_grad`, and their hooks
         get None: `training.fused_experts_into_grad`. Not with a dispatcher.
@@ -454,6 +455,9 @@ class MoEBlock(torch.nn.Module):
         for name, size in sizes.items():
             found = getattr(self.dispatcher, name)
             checks.holds("dispatcher", f"one of {name} = {size}", found == size, found)
+        rule = "False with a dispatcher, unless top_k is 1"  # it would send a row for each slot
+        on_input = self.apply_router_weight_on_input
+        checks.holds("apply_router_weight_on_input", rule, not on_input or top_k == 1, on_input)
         last = self.dispatcher.location.num_layers - 1
         checks.integer("layer", self.layer, 0, last, f"num_layers - 1 = {last}")
         num_local: int = self.dispatcher.num_local_experts

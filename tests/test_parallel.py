@@ -323,6 +323,13 @@ def faults(rank, size):
 
     all_ranks = (rank + 1) * torch.arange(1.0, size + 1)[:3, None].expand(-1, 4)
     assert torch.equal(there_and_back(), all_ranks)
+    backward = TokenDispatcher(**sizes, timeout=1.5)
+    sent = backward.dispatch(rows.requires_grad_(), ids, weights)
+    combined = backward.combine(sent.permuted_hidden_states, sent).sum()
+    rows = rows.detach()
+    if rank != 1:
+        with pytest.raises(PeerTimeoutError, match=r"ranks \[1\] were not in gradient of combine 0 together with"):
+            combined.backward()
     dist.barrier()
     if rank == 1:
         time.sleep(3.5)
@@ -527,6 +534,17 @@ def test_bad_experts_are_refused_before_tokens_are_sent(name):
     with pytest.raises(error, match=message):
         fused_experts(hidden_states=ROWS, topk_ids=IDS, topk_weights=WEIGHTS, dispatcher=dispatcher, **matrices | bad)
     assert next(dispatcher._steps) == 0
+
+
+def test_weights_on_the_input_are_sent_for_one_expert_alone():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 4, "apply_router_weight_on_input": True}
+    with pytest.raises(ValueError, match="`apply_router_weight_on_input` must be False with a dispatcher, unless"):
+        MoEBlock(**sizes, top_k=2, dispatcher=TokenDispatcher(**SIZES))
+    spread = MoEBlock(**sizes, top_k=1, dispatcher=TokenDispatcher(**SIZES | {"top_k": 1}))
+    whole = MoEBlock(**sizes, top_k=1)
+    whole.load_state_dict(spread.state_dict())
+    torch.testing.assert_close(spread(ROWS), whole(ROWS))
 
 
 def test_experts_that_fail_let_go_of_their_tokens(monkeypatch):

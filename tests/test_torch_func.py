@@ -151,6 +151,16 @@ def test_torch_func_maps(name):
         assert torch.equal(got[2], wanted) or (got[2] - wanted).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["moe_activation", "topk_softmax", "fused_experts"])
+def test_torch_func_maps_over_nothing(name):
+    place = first_tensor(name)
+    batch = torch.stack([CALLS[name][place]] * 3, dim=1)[:, :0]
+    found = torch.vmap(lambda value: tuple(leaves(function(name)(*replaced(name, value)))), in_dims=1)(batch)
+    for got, wanted in zip(found, leaves(function(name)(*CALLS[name])), strict=True):
+        assert got.shape == (0, *wanted.shape)
+        assert got.dtype == wanted.dtype
+
+
 def test_a_block_has_gradients_for_each_sample():
     block = moe.MoEBlock(16, 4, 8, 2, shared_size=4, bias=True)
     given = dict(block.named_parameters())

@@ -69,6 +69,18 @@ def test_attributes_are_read_at_every_call():
         torch.testing.assert_close(part, wanted)
 
 
+@pytest.mark.parametrize("wrap", [lambda router: router, lambda router: torch.compile(router, backend="eager")])
+def test_a_number_that_no_rule_has_is_noticed(wrap):
+    router = make_router("laguna.LagunaTopKRouter")
+    own, rows = copy.deepcopy(router), torch.randn(5, 32)
+    assert routers.replace_routers(torch.nn.Sequential(router)) == ["0"]
+    called = wrap(router)
+    for cap in (0.0, 0.5, 0.0):
+        router.router_logit_softcapping = own.router_logit_softcapping = cap
+        for part, wanted in zip(sorted_by_id(called(rows)), sorted_by_id(own(rows)), strict=True):
+            torch.testing.assert_close(part, wanted)
+
+
 def test_a_rule_is_found_under_another_default_dtype():
     router = make_router("mixtral.MixtralTopKRouter")
     expected = routers.find_rule(router)

@@ -7,6 +7,7 @@ router that does something else keeps its own.
 
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -39,10 +40,14 @@ class Rule(NamedTuple):
     in_float32: bool = False  # the product with the weight
     logits_in_float32: bool = False  # what becomes of the product
     scores_like: str = "logits"  # whose dtype weights have: "logits", "rows", or "float32"
+    others: tuple[tuple[str, Any], ...] = ()  # what else the router's own forward reads; with other values it runs
 
 
 def route(router: Any, rule: Rule, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return logits, weights and ids of experts, as a router of transformers does."""
+    if any(getattr(router, name) != value for name, value in rule.others):
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = type(router).forward(router, hidden_states)
+        return found
     rows = hidden_states.reshape(-1, router.weight.shape[1])
     bias = None if rule.linear_bias is None else getattr(router, rule.linear_bias)
     if rule.in_float32:
@@ -74,11 +79,11 @@ def route(router: Any, rule: Rule, hidden_states: torch.Tensor) -> tuple[torch.T
 
     replay, layer = getattr(router, "replay", None) or (None, 0)
     if replay is not None and replay.is_active:
-        found = replay.steer(layer, len(logits), select, weigh)
+        chosen = replay.steer(layer, len(logits), select, weigh)
     else:
-        found = tape.choose(select, weigh) if not is_traced() and tape.is_steered() else select()
+        chosen = tape.choose(select, weigh) if not is_traced() and tape.is_steered() else select()
     dtype = {"logits": logits.dtype, "rows": hidden_states.dtype, "float32": torch.float32}[rule.scores_like]
-    return logits, found.topk_weights.to(dtype), found.topk_ids.to(torch.int64)
+    return logits, chosen.topk_weights.to(dtype), chosen.topk_ids.to(torch.int64)
 
 
 def _candidates(router: Any) -> Iterator[Rule]:
@@ -122,8 +127,17 @@ def find_rule(router: Any) -> Rule | None:
         except (ValueError, TypeError):  # no such groups, for instance
             continue
         if _same(wanted, found):
+            rule = rule._replace(others=_others(router, rule))
             return _of_half(own.to(torch.bfloat16), rule, rows.to(torch.bfloat16))
     return None
+
+
+def _others(router: Any, rule: Rule) -> tuple[tuple[str, Any], ...]:
+    """Return the numbers that a router's own forward reads and a rule does not."""
+    read = {"top_k", rule.factor, rule.renormalize, *(rule.groups or ())}
+    code = getattr(inspect.unwrap(type(router).forward), "__code__", None)
+    pairs = [(name, getattr(router, name, None)) for name in getattr(code, "co_names", ()) if name not in read]
+    return tuple((name, value) for name, value in pairs if isinstance(value, bool | int | float))
 
 
 def _of_half(router: Any, rule: Rule, rows: torch.Tensor) -> Rule | None:

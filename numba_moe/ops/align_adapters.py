@@ -12,6 +12,7 @@ import torch
 from numba_moe.device.dialect import cuda, int64
 from numba_moe.device.instructions import present, quotient, wait_for_earlier
 from numba_moe.device.types import Ids, Int32, Int32Array, Int64Array, OptionalInt32Array
+from numba_moe.ops.align import moe_align_block_size
 from numba_moe.ops.sort import counting_sort
 from numba_moe.ops.sort.count_and_place import Slots
 from numba_moe.reference import lora as reference
@@ -119,7 +120,7 @@ def spread_adapters(grouped: Grouped, spread: Spread):
         spread.expert_ids[adapter * spread.num_blocks + block] = expert
 
 
-@op(reference.moe_lora_align_block_size)
+@op(reference.moe_lora_align_block_size, like=moe_align_block_size)
 def moe_lora_align_block_size(
     topk_ids: Array,
     token_lora_mapping: Array,
@@ -143,10 +144,6 @@ def moe_lora_align_block_size(
     token_lora_mapping : array of int32 or int64, shape [num_tokens]
         The adapter of each token. A number outside ``[0, max_loras)``, such as -1, means no adapter, and the token is
         skipped.
-    block_size : int
-        Rows of one GEMM block.
-    num_experts : int
-        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     max_loras : int
         Number of adapters.
     adapter_enabled : array of int32, shape [max_loras] or longer, optional
@@ -158,8 +155,6 @@ def moe_lora_align_block_size(
         this rank's ids.
     pad_sorted_ids : bool
         Round the row length of `sorted_token_ids` up to a multiple of the block size.
-    inactive_expert_id : int
-        Value of `expert_ids` after the last block in use.
     out : tuple of three arrays as in the result, optional
         Written: memory for the result.
 

@@ -39,7 +39,7 @@ def _is_matrix_by_matrix(weights: Layout) -> bool:
     return weights.strides is None or weights.strides == (height * width, 1, height)
 
 
-@op(reference.fused_experts)
+@op(reference.fused_experts, like=moe_activation)
 def fused_experts(
     hidden_states: Array,
     gate_up_proj: Array,
@@ -85,14 +85,6 @@ def fused_experts(
     interleaved : bool, optional
         True if the rows of the first matrix are gate, up, gate, up, ..., False if all gates come before all ups. By
         default True for "swiglu_oai" only.
-    limit : float, optional
-        The bound of gates and ups, as in `moe_activation`, as are the next three.
-    alpha : float, optional
-        The alpha of silu.
-    beta : float, optional
-        What is added to ups, or the beta of "situ".
-    linear_beta : float, optional
-        The bound of the ups of "situ".
     out : array of the dtype of `hidden_states`, shape [num_tokens, hidden], optional
         Written: memory for the result.
 
@@ -275,7 +267,7 @@ class KeptExperts(NamedTuple):
     inv_permuted_idx: Any
 
 
-@op()
+@op(like=fused_experts)
 def fused_experts_keeping(
     hidden_states: Array,
     gate_up_proj: Array,
@@ -303,16 +295,8 @@ def fused_experts_keeping(
 
     Parameters
     ----------
-    hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids : array
-        As in `fused_experts`, as are the others.
-    expert_map, gate_up_bias, down_bias : array, optional
-        A place past the matrices is -1 here.
-    activation : str
-        The step between the matrices.
-    interleaved : bool, optional
-        How gates and ups lie.
-    limit, alpha, beta, linear_beta : float, optional
-        The numbers of its rule.
+    expert_map : array of int32 or int64, shape [experts of all ranks], optional
+        The index in the matrices of each expert of all ranks, -1 for one that is not there.
 
     Returns
     -------

@@ -39,7 +39,7 @@ from numba_moe.sizes import sorted_slots
 ALONE, EACH, MOST_TOKENS = 16, 8, 64
 
 
-@op(reference.route, writes=("identity_weights", "counts"), tallies=("counts",))
+@op(reference.route, writes=("identity_weights", "counts"), tallies=("counts",), like=select_experts)
 def route(
     gating_output: Array,
     top_k: int,
@@ -79,65 +79,8 @@ def route(
 
     Parameters
     ----------
-    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The router's logits; rows may be strided.
-    top_k : int
-        Number of experts per token, at most the experts in `topk_group` groups.
     block_size : int
         Rows of one GEMM block.
-    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
-        How logits become scores.
-    renormalize : bool
-        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
-    renormalize_epsilon : float
-        Added to the sum that `renormalize` divides by, if that sum is positive: 0, or at least 1e-30.
-    correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores when groups and experts are chosen. The weights do not contain it.
-    num_expert_group : int
-        Number of groups. Consecutive experts form a group, and all groups have the same size. The best `topk_group`
-        groups of a token are chosen first.
-    topk_group : int
-        Number of groups that each token chooses.
-    group_score : {"max", "top2_sum", "topk_sum"}, optional
-        How a group is scored, as in `grouped_topk`. It has no effect with one group.
-    routed_scaling_factor : float
-        Factor of the weights, applied after renormalising.
-    expert_scale : array of float32, shape [num_experts], optional
-        Factors of the experts' weights, applied after renormalising, as in Gemma 4.
-    softcap : float
-        Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
-    bias_mode : {"choice", "logits"}
-        "choice": the correction bias changes which experts are chosen, not their weights. "logits": it is added to the
-        logits after the cap, so it changes the weights too, as in SGLang's softmax gating.
-    num_fused_shared_experts : int
-        Number of shared-expert slots appended to each token. Their ids are num_real, num_real + 1, ..., where num_real
-        is ``num_experts - num_zero_experts``. Each has the sum of the token's chosen scores as its weight, or 1 with
-        `renormalize`.
-    shared_expert_weight : float, optional
-        The weight of each shared expert, instead of the sum or 1, and divided by nothing.
-    apply_routed_scaling_factor_on_output : bool
-        Multiply the weights by `routed_scaling_factor`. Otherwise the caller scales the layer's output by it, and the
-        weights of shared experts are divided by it here.
-    num_zero_experts : int
-        Number of zero experts, the last ones. A zero expert returns a token unchanged. Its slots get the id
-        `zero_expert_id` and weight 0.
-    zero_expert_id : int
-        Id written for a zero expert: -1, or the id of a real expert, whose output then has weight 0 (vLLM writes 0).
-    identity_weights : array of float32, shape [num_tokens], optional
-        Written: the sum of the weights of each token's zero experts.
-    num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        Number of real tokens, on the device. The tokens after them are padding and get ids of -1 and weights of 0.
-    is_padding : array of bool, shape [num_tokens], optional
-        True for each token that is padding.
-    dispatch : DispatchTables, optional
-        Return physical ids: the ids are mapped as `placement.dispatch_ids` maps them with these tables.
-        `ExpertDispatch.tables` makes them for a layer. Zero experts are not mapped.
-    counts : array of int32 or int64, shape [any] or [rows, any], optional
-        Written: 1 is added to the counter of each slot's returned id, if that id has a counter. Padding and zero
-        experts are not counted. Token t adds to row ``t % rows``, and `rows` must be a power of two. With 32 rows fewer
-        threads add to the same counter at once, which is faster for many tokens.
-    counts_enabled : array of int32, shape [1], optional
-        A switch on the device: nothing is counted while it holds 0.
     indices_dtype : {"int32", "int64", "int16"}
         Dtype of `topk_ids`: its name, or a dtype object of that name.
     expert_map : array of int32 or int64, shape [num_sorted], optional

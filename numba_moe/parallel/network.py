@@ -72,7 +72,7 @@ class Network:
         padded: bool,
     ) -> None:
         self.peers, self.first_slot, self.num_local, self.max_tokens = peers, first_slot, num_local, max_tokens
-        self.by_slot, self.padded = by_slot, padded
+        self.by_slot, self.padded, peers.tells_of_gradients = by_slot, padded, not padded
         self._rank_of_slot = rank_of_slot
         self.activate(peers.active)
 

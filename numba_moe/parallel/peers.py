@@ -55,6 +55,7 @@ class Peers:
 
     def __init__(self, group: Any, name: str, timeout: float) -> None:
         self.group, self.timeout = group, timeout
+        self.tells_of_gradients = True  # not where the host is to do nothing
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.active = [True] * self.size
@@ -202,6 +203,8 @@ class Exchange(torch.autograd.Function):
         (sent, received), needed = ctx.sizes, ctx.needs_input_grad[6:]
         wanted = [grad.contiguous() for grad, need in zip(grads, needed, strict=True) if need]
         kind = len(KINDS) - 1 - ctx.kind
+        if ctx.peers.tells_of_gradients:
+            ctx.peers.tell(KINDS[kind], ctx.step, [[0]] * ctx.peers.size)()
         parts = iter(ctx.peers.exchange(wanted, received, sent, kind, ctx.step))
         found = [next(parts) if need else None for need in needed]
         if ctx.shapes is not None:

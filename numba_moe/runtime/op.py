@@ -35,6 +35,7 @@ import torch
 
 from numba_moe.runtime import arrays, checks, observe, torch_library, torch_private
 from numba_moe.runtime.declaration import WANTS_GRADIENT, Declaration, flat
+from numba_moe.runtime.docstrings import completed
 
 Tensor, is_traced = torch.Tensor, torch.compiler.is_dynamo_compiling
 # What eager calls pay for, 0.1 us together: is torch compiling, is torch.jit tracing, and how many dispatch modes (of
@@ -88,6 +89,7 @@ def op(
     absent: Mapping[str, str] | None = None,
     is_gradient: bool = False,
     tallies: tuple[str, ...] = (),
+    like: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Return a decorator that makes an op of a function without a body.
 
@@ -109,9 +111,13 @@ def op(
         The op is the gradient of another, and has none itself.
     tallies : tuple of str
         Those of the written parameters that hold integers, which a call may write where a gradient is wanted.
+    like : callable, optional
+        Another op, whose docstring has what this one's leaves out: parameters, results, errors.
     """
 
     def decorate(function: Callable[P, R]) -> Op[P, R]:
+        if like is not None:
+            function.__doc__ = completed(function, like)
         declaration = Declaration(function, twin, writes, out, own_out, onto or {}, absent or {}, is_gradient, tallies)
         call = cast(Op[P, R], _callable(declaration))
         for part in PARTS:

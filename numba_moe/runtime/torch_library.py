@@ -439,16 +439,22 @@ def _is_functional(value: Any) -> bool:
 
 
 def _over_batch(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """Call a function for each element of a batch and stack what it returns."""
-    given = [
-        [value] * info.batch_size if dim is None else [part.contiguous() for part in value.unbind(dim)]
-        for value, dim in zip(args, in_dims, strict=True)
-    ]
+    """Call a function for each element of a batch and stack what it returns; zeros say what an empty one returns."""
+    size = info.batch_size
+
+    def elements(value: Any, dim: int | None) -> list[Any]:
+        if dim is None:
+            return [value] * max(size, 1)
+        if not size:
+            return [value.new_zeros(value.movedim(dim, 0).shape[1:])]
+        return [part.contiguous() for part in value.unbind(dim)]
+
+    given = [elements(value, dim) for value, dim in zip(args, in_dims, strict=True)]
     results = [function(*one) for one in zip(*given, strict=True)]
     if isinstance(results[0], tuple):
-        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        stacked = tuple(torch.stack(parts)[:size] for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
-    return torch.stack(results), 0
+    return torch.stack(results)[:size], 0
 
 
 def _define_function(name: str, rules: tuple[Callable[..., None], Callable[..., Any]] | None) -> None:

@@ -401,7 +401,7 @@ def activation_options(rng: np.random.Generator, names: tuple[str, ...]) -> dict
     drawn: dict[str, Any] = {"activation": name}
     if rule.halves == 2 and flag(rng):
         drawn["interleaved"] = bool(flag(rng))
-    choices = {"limit": [0.5, 7], "alpha": [0.5, 1.702], "beta": [0.5, 4], "linear_beta": [0.5, 25]}
+    choices = {"limit": [0.5, 7], "alpha": [0, 0.5, 1.702], "beta": [0.5, 4], "linear_beta": [0.5, 25]}
     for option, values in choices.items():
         if getattr(rule, option) is not None and flag(rng):
             drawn[option] = float(rng.choice(values))

@@ -216,7 +216,7 @@ class ActivationGradients(NamedTuple):
     bias: Any
 
 
-@op(is_gradient=True)
+@op(is_gradient=True, like=moe_activation)
 def activation_backward(
     gate_up: Array,
     grad_activated: Array,
@@ -234,20 +234,8 @@ def activation_backward(
 
     Parameters
     ----------
-    gate_up : array of float32, float16 or bfloat16, shape [num_rows, columns]
-        The argument of `moe_activation`, as are all parameters except `grad_activated` and `of_bias`.
     grad_activated : array of the dtype of `gate_up`, shape [num_rows, width]
         The gradient by the result.
-    expert_first_token_offset : array of int64, shape [num_experts + 1], optional
-        Where the rows of experts begin.
-    bias : array of the dtype of `gate_up`, shape [num_experts, columns], optional
-        The bias of each expert.
-    activation : str
-        Which one.
-    interleaved : bool, optional
-        How gates and ups lie.
-    limit, alpha, beta, linear_beta : float, optional
-        The numbers of its rule.
     of_bias : bool
         Whether to compute the gradient by the bias.
 

@@ -13,7 +13,7 @@ from numba_moe.device.dialect import cuda, float32, int32, int64
 from numba_moe.device.instructions import load_float, store_float, wait_for_earlier
 from numba_moe.device.primitives import WARP, warp_index, warp_sum
 from numba_moe.device.types import LIKE, Family, FloatArray, Int32, Int32Array, Run
-from numba_moe.ops.activation.activate import check_rows, options_of, plan_sums
+from numba_moe.ops.activation.activate import activation_backward, check_rows, options_of, plan_sums
 from numba_moe.ops.activation.activate_rows import (
     Experts,
     LikeRows,
@@ -95,7 +95,7 @@ class WeightedGradients(NamedTuple):
     bias: Any
 
 
-@op(is_gradient=True)
+@op(is_gradient=True, like=activation_backward)
 def weighted_activation_backward(
     gate_up: Array,
     grad: Array,
@@ -115,26 +115,12 @@ def weighted_activation_backward(
 
     Parameters
     ----------
-    gate_up : array of float32, float16 or bfloat16, shape [num_rows, columns]
-        The argument of `moe_activation`, as are `expert_first_token_offset`, `bias`, and the six after that.
     grad : array of the dtype of `gate_up`, shape [num_rows, width]
         The gradient by the weighted rows.
     topk_weights : array of float32, float16 or bfloat16, shape [num_tokens, top_k]
         The weight of each slot.
     inv_permuted_idx : array of int32, shape [num_tokens, top_k]
         The row of each slot. Each row must belong to at most one slot.
-    expert_first_token_offset : array of int64, shape [num_experts + 1], optional
-        Where the rows of experts begin.
-    bias : array of the dtype of `gate_up`, shape [num_experts, columns], optional
-        The bias of each expert.
-    activation : str
-        Which one.
-    interleaved : bool, optional
-        How gates and ups lie.
-    limit, alpha, beta, linear_beta : float, optional
-        The numbers of its rule.
-    of_bias : bool
-        Whether to compute the gradient by the bias.
 
     Returns
     -------

@@ -86,7 +86,7 @@ def topk_softmax(
     """
 
 
-@op(reference.topk_sigmoid)
+@op(reference.topk_sigmoid, like=topk_softmax)
 def topk_sigmoid(
     gating_output: Array,
     top_k: int,
@@ -96,32 +96,6 @@ def topk_sigmoid(
     out: TopK | None = None,
 ) -> TopK:
     """Choose the experts of each token by sigmoid scores.
-
-    Parameters
-    ----------
-    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The router's logits; rows may be strided.
-    top_k : int
-        Number of experts per token, at most num_experts.
-    renormalize : bool
-        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
-    correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores when experts are chosen. The weights do not contain it.
-    out : tuple of two arrays as in the result, optional
-        Written: memory for the result.
-
-    Returns
-    -------
-    TopK
-        topk_weights : float32 [num_tokens, top_k], best first. topk_ids : int32 of the same shape, distinct in
-        each row.
-
-    Raises
-    ------
-    TypeError
-        An array or a dtype of the wrong kind.
-    ValueError
-        A wrong shape or layout, mixed devices, or `top_k` above num_experts.
 
     Notes
     -----
@@ -138,7 +112,7 @@ def topk_sigmoid(
     """
 
 
-@op(reference.topk_softplus_sqrt)
+@op(reference.topk_softplus_sqrt, like=topk_softmax)
 def topk_softplus_sqrt(
     gating_output: Array,
     top_k: int,
@@ -148,32 +122,6 @@ def topk_softplus_sqrt(
     out: TopK | None = None,
 ) -> TopK:
     """Choose the experts of each token by the square roots of softplus scores, ``sqrt(log(1 + exp(x)))``.
-
-    Parameters
-    ----------
-    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The router's logits; rows may be strided.
-    top_k : int
-        Number of experts per token, at most num_experts.
-    renormalize : bool
-        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
-    correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores when experts are chosen. The weights do not contain it.
-    out : tuple of two arrays as in the result, optional
-        Written: memory for the result.
-
-    Returns
-    -------
-    TopK
-        topk_weights : float32 [num_tokens, top_k], best first. topk_ids : int32 of the same shape, distinct in
-        each row.
-
-    Raises
-    ------
-    TypeError
-        An array or a dtype of the wrong kind.
-    ValueError
-        A wrong shape or layout, mixed devices, or `top_k` above num_experts.
 
     Notes
     -----
@@ -190,7 +138,7 @@ def topk_softplus_sqrt(
     """
 
 
-@op(reference.topk_raw)
+@op(reference.topk_raw, like=topk_softmax)
 def topk_raw(
     gating_output: Array,
     top_k: int,
@@ -205,27 +153,6 @@ def topk_raw(
     ----------
     gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
         The scores; rows may be strided.
-    top_k : int
-        Number of experts per token, at most num_experts.
-    renormalize : bool
-        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
-    correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores when experts are chosen. The weights do not contain it.
-    out : tuple of two arrays as in the result, optional
-        Written: memory for the result.
-
-    Returns
-    -------
-    TopK
-        topk_weights : float32 [num_tokens, top_k], best first. topk_ids : int32 of the same shape, distinct in
-        each row.
-
-    Raises
-    ------
-    TypeError
-        An array or a dtype of the wrong kind.
-    ValueError
-        A wrong shape or layout, mixed devices, or `top_k` above num_experts.
 
     Notes
     -----
@@ -242,7 +169,7 @@ def topk_raw(
     """
 
 
-@op(reference.grouped_topk)
+@op(reference.grouped_topk, like=topk_softmax)
 def grouped_topk(
     gating_output: Array,
     top_k: int,
@@ -260,16 +187,12 @@ def grouped_topk(
 
     Parameters
     ----------
-    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The router's logits; rows may be strided.
     top_k : int
         Number of experts per token, at most the experts in `topk_group` groups.
     num_expert_group : int
         Number of groups. Consecutive experts form a group, and all groups have the same size.
     topk_group : int
         Number of groups that each token chooses.
-    renormalize : bool
-        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
         How logits become scores.
     correction_bias : array of float32, shape [num_experts], optional
@@ -280,14 +203,6 @@ def grouped_topk(
         bias and "max" without one, as in vLLM and SGLang.
     routed_scaling_factor : float
         Factor of the weights, applied after renormalising.
-    out : tuple of two arrays as in the result, optional
-        Written: memory for the result.
-
-    Returns
-    -------
-    TopK
-        topk_weights : float32 [num_tokens, top_k], best first. topk_ids : int32 of the same shape, distinct in
-        each row.
 
     Raises
     ------

@@ -252,7 +252,7 @@ def answer_by(twin: Callable[..., Any], given: Any) -> Any:
     return by_reference(twin, **arguments)
 
 
-@op(reference.select_experts, writes=("identity_weights", "counts"), tallies=("counts",))
+@op(reference.select_experts, writes=("identity_weights", "counts"), tallies=("counts",), like=choose.grouped_topk)
 def select_experts(
     gating_output: Array,
     top_k: int,
@@ -286,27 +286,13 @@ def select_experts(
 
     Parameters
     ----------
-    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The router's logits; rows may be strided.
-    top_k : int
-        Number of experts per token, at most the experts in `topk_group` groups.
-    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
-        How logits become scores.
-    renormalize : bool
-        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
     renormalize_epsilon : float
         Added to the sum that `renormalize` divides by, if that sum is positive: 0, or at least 1e-30.
-    correction_bias : array of float32, shape [num_experts], optional
-        Added to the scores when groups and experts are chosen. The weights do not contain it.
     num_expert_group : int
         Number of groups. Consecutive experts form a group, and all groups have the same size. The best `topk_group`
         groups of a token are chosen first.
-    topk_group : int
-        Number of groups that each token chooses.
     group_score : {"max", "top2_sum", "topk_sum"}, optional
         How a group is scored, as in `grouped_topk`. It has no effect with one group.
-    routed_scaling_factor : float
-        Factor of the weights, applied after renormalising.
     expert_scale : array of float32, shape [num_experts], optional
         Factors of the experts' weights, applied after renormalising, as in Gemma 4.
     softcap : float
@@ -346,8 +332,6 @@ def select_experts(
     indices_dtype : {"int32", "int64", "int16"}
         Dtype of `topk_ids`: its name, or a dtype object of that name. A physical id of `dispatch` that it cannot hold
         is an error on the CPU, and -1, for no place, on the GPU, where nobody reads the map beforehand.
-    out : tuple of two arrays as in the result, optional
-        Written: memory for the result.
 
     Returns
     -------
@@ -491,7 +475,7 @@ def _give_again(given: Any) -> torch.Tensor:
     return weigh_experts(given.gating_output.detach(), given.topk_ids, **padding).topk_ids
 
 
-@op(reference.weigh_experts, writes=("identity_weights", "counts"), tallies=("counts",))
+@op(reference.weigh_experts, writes=("identity_weights", "counts"), tallies=("counts",), like=select_experts)
 def weigh_experts(
     gating_output: Array,
     topk_ids: Array,
@@ -522,68 +506,19 @@ def weigh_experts(
 
     Parameters
     ----------
-    gating_output : array of float32, float16 or bfloat16, shape [num_tokens, num_experts]
-        The router's logits; rows may be strided.
     topk_ids : array of int32, int64 or int16, shape [num_tokens, top_k]
         The experts. Ids outside ``[0, num_experts)`` become -1 with weight 0.
     input_ids : array of int32 or int64, shape [num_tokens], optional
         The row of `topk_ids` that each token takes (hash routing). `topk_ids` is then a table [any, top_k]. A token
         whose row is outside the table has no experts.
-    scoring_func : {"softmax", "sigmoid", "softplus_sqrt", "raw"}
-        How logits become scores.
-    renormalize : bool
-        Divide the weights of each token by their sum, or by 1 if that sum is not positive.
-    renormalize_epsilon : float
-        Added to the sum that `renormalize` divides by, if that sum is positive: 0, or at least 1e-30.
-    routed_scaling_factor : float
-        Factor of the weights, applied after renormalising.
-    expert_scale : array of float32, shape [num_experts], optional
-        Factors of the experts' weights, applied after renormalising, as in Gemma 4.
-    softcap : float
-        Cap of the logits: a finite logit x becomes ``softcap * tanh(x / softcap)``. 0 and infinity mean no cap.
     logit_bias : array of float32, shape [num_experts], optional
         Added to the logits, after the cap.
-    num_fused_shared_experts : int
-        As in `select_experts`, and so are the parameters below.
-    shared_expert_weight : float, optional
-        The weight of each shared expert, instead of the sum or 1, and divided by nothing.
-    apply_routed_scaling_factor_on_output : bool
-        Multiply the weights by `routed_scaling_factor`.
-    num_zero_experts : int
-        Number of zero experts, the last ones. A zero expert returns a token unchanged.
-    zero_expert_id : int
-        Id written for a zero expert.
-    identity_weights : array of float32, shape [num_tokens], optional
-        Written: the sum of the weights of each token's zero experts.
-    num_token_non_padded : array of int32 or int64, shape [1] or [], optional
-        Number of real tokens, on the device. The tokens after them are padding.
-    is_padding : array of bool, shape [num_tokens], optional
-        True for each token that is padding.
-    dispatch : DispatchTables, optional
-        The tables that map ids to physical ids.
-    counts : array of int32 or int64, shape [any] or [rows, any], optional
-        Written: 1 is added to the counter of each slot's returned id, as in `select_experts`.
-    counts_enabled : array of int32, shape [1], optional
-        A switch on the device: nothing is counted while it holds 0.
-    indices_dtype : {"int32", "int64", "int16"}
-        Of the ids that are returned, as in `select_experts`.
-    out : tuple of two arrays as in the result, optional
-        Written: memory for the result.
 
     Returns
     -------
     TopK
         topk_weights : float32 [num_tokens, top_k + num_fused_shared_experts]. topk_ids : of the same shape, in the
         order in which they are given.
-
-    Raises
-    ------
-    TypeError
-        An array or a dtype of the wrong kind.
-    ValueError
-        Wrong shape or layout, mixed devices, unknown names, ids that `indices_dtype` cannot hold, numbers past float32,
-        `identity_weights` where a gradient is wanted, arrays to be written that share memory with each other or another
-        argument.
 
     Notes
     -----

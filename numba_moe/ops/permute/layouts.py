@@ -7,7 +7,9 @@ import torch
 from numba_moe.device.dialect import cuda, int32
 from numba_moe.device.instructions import quotient, wait_for_earlier
 from numba_moe.device.types import Int32, Int32Array, Int64Array
+from numba_moe.ops.count import count_tokens_per_expert
 from numba_moe.ops.permute.move_rows import Gather, check_rows, deal, gather, permute_by_reference, plan_gather
+from numba_moe.ops.permute.permutation import moe_permute
 from numba_moe.ops.permute.row_gradients import permute_backward
 from numba_moe.ops.sort import counting_sort
 from numba_moe.reference import permute as reference
@@ -63,7 +65,7 @@ def lay_out_rows(grouped: Grouped, batches: Batches):
         row = int32(row + batches.parts * cuda.blockDim.x)
 
 
-@op(reference.moe_permute_masked, absent={"permuted_scales": "scales"})
+@op(reference.moe_permute_masked, absent={"permuted_scales": "scales"}, like=moe_permute)
 def moe_permute_masked(
     hidden_states: Array,
     topk_ids: Array,
@@ -80,25 +82,13 @@ def moe_permute_masked(
 
     Parameters
     ----------
-    hidden_states : array of float32, float16, bfloat16, uint8, int8 or float8, shape [num_tokens, hidden]
-        Rows may be strided.
-    topk_ids : array of int32 or int64, shape [num_tokens, top_k]
-        Contiguous. Ids outside ``[0, num_experts)`` are skipped.
-    num_experts : int
-        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     max_m : int
         Number of rows of a batch. Further slots of the expert are skipped. If the experts of each token are distinct,
         an expert never has more than num_tokens slots.
-    expert_map : array of int32 or int64, shape [num_experts], optional
-        This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped.
     num_local_experts : int, optional
         Number of batches, by default num_experts. Slots of experts without a batch are skipped.
-    scales : array of any of these dtypes or int32, shape [num_tokens] or [num_tokens, groups], optional
-        Scales of quantised rows; they move together with the rows.
     zero_padding : bool
         Write zeros to rows without a slot. Otherwise these rows are not written, so a batch costs only the rows in use.
-    out : tuple of arrays as in the result, None where the result has None, optional
-        Written: memory for the result.
 
     Returns
     -------
@@ -108,13 +98,6 @@ def moe_permute_masked(
         the slot of each row, num_slots for a row without a slot. inv_permuted_idx : int32 [num_tokens, top_k], ``expert
         * max_m + row`` of each slot, -1 for skipped slots. permuted_scales : [num_local_experts, max_m] or
         [num_local_experts, max_m, groups], None without scales.
-
-    Raises
-    ------
-    TypeError
-        An array or a dtype of the wrong kind.
-    ValueError
-        A wrong shape or layout, mixed devices, or more slots or rows than int32 can count.
 
     Notes
     -----
@@ -222,7 +205,7 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
     return {"hidden_states": permute_backward(inv_permuted_idx, grad)}
 
 
-@op(reference.moe_reorder)
+@op(reference.moe_reorder, like=count_tokens_per_expert)
 def moe_reorder(
     topk_ids: Array, num_experts: int, expert_map: Array | None = None, *, out: ReorderedSlots | None = None
 ) -> ReorderedSlots:
@@ -232,8 +215,6 @@ def moe_reorder(
     ----------
     topk_ids : array of int32 or int64, shape [num_tokens, top_k] or [num_slots]
         Contiguous. Ids outside ``[0, num_experts)`` are skipped.
-    num_experts : int
-        Number of experts. Valid ids are 0 to ``num_experts - 1``.
     expert_map : array of int32 or int64, shape [num_experts], optional
         This rank's id of each expert, -1 for an expert of another rank, whose slots are skipped.
     out : tuple of three arrays as in the result, optional
@@ -245,13 +226,6 @@ def moe_reorder(
         reorder_topk_ids : int32 [num_slots], the expert of each row, -1 for unused rows at the end. src2dst : int32
         [num_slots], the row of each slot, -1 for skipped slots. seg_indptr : int64 [num_experts + 1]; expert e has the
         rows from ``seg_indptr[e]`` up to ``seg_indptr[e + 1]``.
-
-    Raises
-    ------
-    TypeError
-        An array or a dtype of the wrong kind.
-    ValueError
-        A wrong shape or layout, mixed devices, or more slots than int32 can count.
 
     Notes
     -----

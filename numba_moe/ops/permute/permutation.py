@@ -295,7 +295,7 @@ def _(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
     return {"permuted": found[0] if by_rows else None, "topk_weights": found[1] if by_weights else None}
 
 
-@op(reference.moe_sum)
+@op(reference.moe_sum, like=moe_unpermute)
 def moe_sum(
     hidden_states: Array,
     topk_ids: Array | None = None,
@@ -312,23 +312,12 @@ def moe_sum(
         Contiguous in its last dimension; tokens and slots may be strided.
     topk_ids : array of int32 or int64, shape [num_tokens, top_k], optional
         Experts of the slots. A slot with an id below 0 adds nothing, whatever its row holds.
-    routed_scaling_factor : float
-        Factor of the sums.
     out_dtype : torch dtype or its name, optional
         Dtype of the result: float32, float16 or bfloat16. By default the dtype of `hidden_states`.
-    out : array of `out_dtype`, shape [num_tokens, hidden], optional
-        Written: memory for the result.
 
     Returns
     -------
     array of `out_dtype`, shape [num_tokens, hidden]
-
-    Raises
-    ------
-    TypeError
-        An array or a dtype of the wrong kind.
-    ValueError
-        A wrong shape or layout, or mixed devices.
 
     Notes
     -----

@@ -32,14 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if hasattr(item, "callspec"):
             by_test.setdefault(item.function, []).append(item)
     for found in by_test.values():
-        if sweep := found[0].get_closest_marker("sweep"):
-            found = [item for item in found if not {"gpu", "slow"} & {mark.name for mark in item.iter_markers()}]
-            kept = random.Random(len(found)).sample(range(len(found)), min(*sweep.args, len(found)))
-        elif simulator.ENABLED and isinstance(found[0].callspec.params.get("case"), Case):
+        kept = list(range(len(found)))
+        if simulator.ENABLED and isinstance(found[0].callspec.params.get("case"), Case):
             cases = [item.callspec.params["case"] for item in found]
             kept = few(cases, verification.call, least=1, most_threads=1024)
-        else:
-            continue
+        if sweep := found[0].get_closest_marker("sweep"):
+            marked = [{"gpu", "slow"} & {mark.name for mark in item.iter_markers()} for item in found]
+            drawn = [number for number in kept if not marked[number]]
+            kept = random.Random(len(found)).sample(drawn, min(*sweep.args, len(drawn)))
         for number in set(range(len(found))) - set(kept):
             found[number].add_marker(pytest.mark.slow)
 

@@ -477,7 +477,7 @@ def taking_interrupts():
 
 @POSIX
 @pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("seconds", [0, 0.5, 2, 5, 15])
 def test_an_interrupt_is_silence(seconds, to_all, folder, taking_interrupts):
     """A signal while modules are imported, while kernels compile or while cases run, here or in other processes."""

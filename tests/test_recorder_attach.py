@@ -146,7 +146,7 @@ def test_every_model_eagerly(name):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "tiny"])
 def test_what_checkpointing_computes_anew_counts_once(name, use_reentrant):
@@ -218,6 +218,7 @@ def test_every_mode_with_inductor(mode):
         assert np.allclose(found.topk_weights.sum(axis=2), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_before():
     model = make("tiny")
     fast = compiled(model, backend="eager")

@@ -154,7 +154,7 @@ def test_a_pass_that_stops_leaves_no_setting_behind(mode):
 
 
 # Python runs the line of a `with` again before it closes the file.
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("output", ["object", "npz", "json", "pt"])
@@ -207,6 +207,7 @@ CONTROL = {
 }
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token"])
 @pytest.mark.parametrize("name", CONTROL)
 def test_control_that_stops_at_any_line_leaves_a_recorder_that_counts(name, mode):

@@ -111,6 +111,7 @@ def test_a_trimmed_trace_is_small():
     assert np.array_equal(few["topk_ids"][-1], ids[-1, :, :1024])
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("balance", tiny.BALANCES)
 def test_each_way_to_balance_trains_and_measures_loads(balance):
     report = tiny.train(SMALL._replace(balance=balance), "cpu")

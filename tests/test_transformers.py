@@ -128,6 +128,7 @@ def assert_agrees(model, tolerance):
             assert error(gradients[name], gradient) <= tolerance, name
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_agree_with_eager(name):
     assert_agrees(make(name), 1e-5)

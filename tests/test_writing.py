@@ -86,6 +86,7 @@ class Other(torch.Tensor):
     """A tensor of another class, which takes the way through torch's dispatcher."""
 
 
+@pytest.mark.sweep(20)
 @pytest.mark.parametrize("through", ["eager", "op", "compiled"])
 @pytest.mark.parametrize(("name", "keyword"), WRITTEN)
 def test_what_is_written_counts_up_its_version(name, keyword, through):

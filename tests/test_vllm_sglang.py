@@ -134,6 +134,9 @@ def test_vllm_permutes_rows_and_their_scales_and_back(dtype):
         vllm.moe_unpermute(out, permuted, torch.full((4, 2), 0.5), inverse)
         weight = torch.tensor([1.0, 0.5, 0.0, 0.5])[:, None]  # slots of this rank's experts, halved
         assert torch.equal(out, (ROWS * weight).to(dtype))
+        again = torch.full_like(rows, torch.nan)
+        vllm.moe_unpermute(again, permuted.view(4, 2, 16), torch.full((4, 2), 0.5), inverse)  # as some callers view it
+        assert torch.equal(again, out)
 
 
 def test_vllm_index_of_other_ranks_rows_is_left_out():
@@ -267,6 +270,33 @@ def test_vllm_writes_into_scratch():
         vllm.moe_permute(ROWS, None, IDS, 5, 2, scratch=scratch)
     with pytest.raises(ValueError, match=r"`scratch.num_local_experts` must be that of the call, 4, got 2"):
         vllm.moe_permute(ROWS, None, IDS, 4, scratch=scratch)
+
+
+class ScratchOfEarlierReleases:
+    """Stand for a MoEPermuteScratch of release 0.27, which has its length, and memory for rows, from the start."""
+
+    num_experts, num_local_experts = 4, 2
+
+    def __init__(self, rows, hidden_states=None):
+        self.expert_first_token_offset = torch.full((3,), -7)
+        self.max_expanded_rows, self.permuted_hidden_states = rows, hidden_states
+        self.permuted_idx, self.inv_permuted_idx = ints(rows), ints(rows)
+
+
+def test_vllm_writes_into_scratch_of_earlier_releases():
+    expected = vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL)
+    scratch = ScratchOfEarlierReleases(11, torch.full((11 * 16,), torch.nan))
+    for given, memory in ((None, scratch.permuted_hidden_states), (rows := torch.full((8, 16), torch.nan), rows)):
+        found = vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL, given, scratch)
+        assert found[0].data_ptr() == memory.data_ptr()
+        assert all(map(torch.equal, (found[0], *found[2:]), (expected[0], *expected[2:])))
+    assert torch.equal(
+        vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL, None, ScratchOfEarlierReleases(8))[0], expected[0]
+    )
+    with pytest.raises(
+        ValueError, match=r"`scratch.max_expanded_rows` must be at least the slots of the call = 8, got 7"
+    ):
+        vllm.moe_permute(ROWS, None, IDS, 4, 2, LOCAL, None, ScratchOfEarlierReleases(7))
 
 
 def test_vllm_ops_with_scratch_write_what_those_without_do():

@@ -9,6 +9,7 @@ With NUMBA_MOE_VLLM=1 in the environment vLLM patches itself, in every process, 
 """
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -262,7 +263,8 @@ def moe_permute(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copy rows into expert order; scales of rows go with them. Slots of other ranks have row -1, their rows are 0.
 
-    Indices and offsets are written into `scratch`, a MoEPermuteScratch of vLLM's, if there is one.
+    Indices and offsets are written into `scratch`, a MoEPermuteScratch of vLLM's, if there is one, and so are the rows
+    where it has memory for them and none is given.
     """
     scales = a1q_scale if a1q_scale is not None and a1q_scale.dim() > 1 else None
     ids = signed_ids(topk_ids)
@@ -270,7 +272,11 @@ def moe_permute(
     memory = {} if permuted_hidden_states is None else {"permuted_hidden_states": permuted_hidden_states}
     if scratch is not None:
         _check_scratch(scratch, n_expert, local)
-        scratch.reserve(ids.numel())
+        _reserve(scratch, ids.numel())
+        rows = getattr(scratch, "permuted_hidden_states", None)  # of a release before 0.33
+        if rows is not None and permuted_hidden_states is None:
+            shape = (ids.numel(), hidden_states.shape[1])
+            memory["permuted_hidden_states"] = rows[: math.prod(shape)].view(shape)
         memory["expert_first_token_offset"] = scratch.expert_first_token_offset
         memory["inv_permuted_idx"] = scratch.inv_permuted_idx[: ids.numel()]
         memory["permuted_idx"] = scratch.permuted_idx[: ids.numel()]
@@ -289,7 +295,7 @@ def moe_prepare_scatter(
 
     The order is that of `moe_permute`, whose sort alone this is; skipped slots have row -1.
     """
-    scratch.reserve(topk_ids.numel())
+    _reserve(scratch, topk_ids.numel())
     offset = scratch.expert_first_token_offset
     rows = scratch.inv_permuted_idx[: topk_ids.numel()].view(topk_ids.shape)
     sizes = (scratch.num_experts, scratch.num_local_experts)
@@ -302,6 +308,14 @@ def _check_scratch(scratch: Any, n_expert: int, n_local_expert: int) -> None:
     for name, number in (("num_experts", n_expert), ("num_local_experts", n_local_expert)):
         given = getattr(scratch, name)
         checks.holds(f"scratch.{name}", f"that of the call, {number}", given == number, given)
+
+
+def _reserve(scratch: Any, num_slots: int) -> None:
+    """Make scratch long enough for a call; before release 0.33 it has its length from the start."""
+    if hasattr(scratch, "reserve"):
+        scratch.reserve(num_slots)
+    else:
+        checks.at_least("scratch.max_expanded_rows", scratch.max_expanded_rows, num_slots, "the slots of the call")
 
 
 @apart("out")

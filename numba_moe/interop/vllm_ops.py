@@ -437,11 +437,15 @@ def moe_unpermute(
     topk: int,
     hidden_states: torch.Tensor,
 ) -> None:
-    """Sum each token's rows, weighted, into the last argument; rows past the last offset are not in use."""
+    """Sum each token's rows, weighted, into the last argument; rows past the last offset are not in use.
+
+    The rows may be in any shape: callers view them as [num_tokens, topk, hidden] too.
+    """
+    rows = permuted_hidden_states.reshape(-1, permuted_hidden_states.shape[-1])
     index = inv_permuted_idx.view(-1, topk)
     if expert_first_token_offset is not None:  # vLLM's own index has rows for slots of other ranks, after all others
         index = torch.where(index < expert_first_token_offset[-1], index, -1)
-    into.moe_unpermute(hidden_states, permuted_hidden_states, topk_weights.contiguous(), index.contiguous())
+    into.moe_unpermute(hidden_states, rows, topk_weights.contiguous(), index.contiguous())
 
 
 # What of this is in `vllm._custom_ops`, by the same name and with the same arguments.

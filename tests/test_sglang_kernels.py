@@ -221,6 +221,8 @@ def test_experts_of_a_table_are_weighed(shared):
 
 def test_ids_of_padding_are_masked_in_place():
     ids = IDS.clone()
+    with pytest.raises(ValueError, match=r"`num_token_non_padded` must be of shape \(\) or \(1,\) = \(1,\), got shape"):
+        kernels.mask_topk_ids(ids, torch.tensor([1, 2]))
     kernels.mask_topk_ids(ids, torch.tensor([2]))
     assert ids.tolist() == [[3, 1], [0, 3], [-1, -1], [-1, -1]]
 

@@ -44,6 +44,14 @@ def local_slots(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torc
     return known
 
 
+def real_tokens(tokens: torch.Tensor, argument: str, number: torch.Tensor) -> torch.Tensor:
+    """Return which tokens are before a number on the device, which an argument has: bool [num_tokens, 1]."""
+    given = layout(number)
+    checks.array(argument, given, checks.IDS, (0, 1))
+    checks.shape(argument, given, (1,) * number.dim(), "() or (1,)")
+    return torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)[:, None] < number
+
+
 def slots_of(rows: torch.Tensor) -> torch.Tensor:
     """Return the number of each slot of rows [num_tokens, top_k, hidden], int32."""
     num_tokens, top_k, _ = rows.shape
@@ -59,16 +67,16 @@ def weighted_sum(
     num_valid_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sum rows [num_tokens, top_k, hidden], weighted; `out` keeps the rows of tokens that are none or have no id."""
-    num_tokens, _, hidden = rows.shape
+    hidden = rows.shape[2]
     places = slots_of(rows)
     kept: Any = None
     if topk_ids is not None:
         places = places.where(local_slots(topk_ids, expert_map), -1)
         kept = (topk_ids >= 0).any(1)
     if num_valid_tokens is not None:
-        valid = torch.arange(num_tokens, dtype=torch.int32, device=rows.device) < num_valid_tokens
-        places = places.where(valid[:, None], -1)
-        kept = valid if kept is None else kept & valid
+        valid = real_tokens(rows, "num_valid_tokens", num_valid_tokens)
+        places = places.where(valid, -1)
+        kept = valid[:, 0] if kept is None else kept & valid[:, 0]
     rows = rows.reshape(-1, hidden)
     if out is not None and kept is None:
         into.moe_unpermute(out, rows, topk_weights, places)

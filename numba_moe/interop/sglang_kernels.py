@@ -9,7 +9,7 @@ import torch
 
 import numba_moe
 from numba_moe.interop import into
-from numba_moe.interop.composed import chosen_where, float32_bias, local_slots, packed_ids, slots_of
+from numba_moe.interop.composed import chosen_where, float32_bias, local_slots, packed_ids, real_tokens, slots_of
 from numba_moe.interop.into import select_experts as choose_into
 from numba_moe.interop.vllm_ops import align_into
 from numba_moe.runtime import checks
@@ -356,8 +356,7 @@ def hash_topk(
 
 def mask_topk_ids(topk_ids: torch.Tensor, num_token_non_padded: torch.Tensor) -> None:
     """Write -1 for the ids of tokens from a number on the device on, by torch."""
-    rows = torch.arange(len(topk_ids), dtype=torch.int32, device=topk_ids.device)[:, None]
-    topk_ids.masked_fill_(rows >= num_token_non_padded, -1)
+    topk_ids.masked_fill_(~real_tokens(topk_ids, "num_token_non_padded", num_token_non_padded), -1)
 
 
 @apart("outputs")

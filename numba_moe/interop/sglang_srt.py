@@ -19,7 +19,7 @@ import torch
 import numba_moe
 from numba_moe import recorder
 from numba_moe.interop import into
-from numba_moe.interop.composed import float32_bias, packed_ids
+from numba_moe.interop.composed import float32_bias, packed_ids, real_tokens
 from numba_moe.ops.dispatch import dispatch_ids
 from numba_moe.recorder.hooks import Setting
 from numba_moe.reference.dispatch import DispatchTables
@@ -403,17 +403,13 @@ def _finished(weights: torch.Tensor, ids: torch.Tensor, num_token_non_padded: An
         ids = dispatch_ids(ids.contiguous(), places, replicas, algorithm=algorithm, seed=seed, step=step)
     limit = _on_device(num_token_non_padded, ids)
     if limit is not None:
-        padded = torch.arange(len(ids), dtype=torch.int32, device=ids.device)[:, None] >= limit
+        padded = ~real_tokens(ids, "num_token_non_padded", limit)
         weights, ids = weights.masked_fill(padded, 0), ids.masked_fill(padded, -1)
     return weights, ids
 
 
 def _on_device(number: Any, like: torch.Tensor) -> torch.Tensor | None:
     """Return a number of tokens as a tensor."""
-    if isinstance(number, torch.Tensor):
-        given = layout(number)
-        checks.array("num_token_non_padded", given, checks.IDS, (0, 1), like=("gating_output", layout(like)))
-        checks.shape("num_token_non_padded", given, (1,) * number.dim(), "() or (1,)")
     if number is None or isinstance(number, torch.Tensor):
         return number
     number = checks.integer("num_token_non_padded", number, 0)

@@ -19,7 +19,7 @@ import torch
 
 import numba_moe
 from numba_moe.interop import into, vllm_ops
-from numba_moe.interop.composed import float32_bias, weighted_sum
+from numba_moe.interop.composed import float32_bias, real_tokens, weighted_sum
 from numba_moe.interop.patching import Patch
 from numba_moe.interop.vllm_ops import scored_by_sigmoid, signed_ids
 from numba_moe.ops.dispatch import dispatch_ids
@@ -191,8 +191,7 @@ def eplb_map_to_physical_and_record(
     physical = dispatch_ids(ids, places, replicas, algorithm="hash")
     counted = record_enabled.view(1, 1) != 0
     if num_unpadded_tokens is not None:
-        rows = torch.arange(len(physical), dtype=torch.int32, device=physical.device)[:, None]
-        counted = counted & (rows < num_unpadded_tokens)
+        counted = counted & real_tokens(physical, "num_unpadded_tokens", num_unpadded_tokens)
     expert_load_view += numba_moe.count_tokens_per_expert(torch.where(counted, physical, -1), len(expert_load_view))
     return physical.view(topk_ids.dtype)
 

@@ -375,6 +375,10 @@ PEERS = {
         [*zip(PROBLEMS, [(5,), (4, 3), (4, 3), (6,), (6,)], strict=True), ("blockscale_offsets", (5,))],
         {"topk_ids": IDS, "num_experts": 4, "n": 16, "k": 8},
     ),
+    sglang_srt.fused_topk: (
+        [("packed_out", (3, 2))],
+        {"hidden_states": ROWS, "gating_output": LOGITS, "topk": 2, "renormalize": True},
+    ),
     sglang_srt.simulate_balanced_routing: (CHOICE, {"num_experts": 4, "random": False}),
     sglang_srt.pre_reorder_for_cutlass_moe: (
         [("gateup_input", (6, 8))],

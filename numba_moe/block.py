@@ -486,7 +486,7 @@ class MoEBlock(torch.nn.Module):
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         dtype = rows.dtype
-        if torch.is_autocast_enabled(rows.device.type):
+        if torch.amp.is_autocast_available(rows.device.type) and torch.is_autocast_enabled(rows.device.type):
             dtype = torch.get_autocast_dtype(rows.device.type)
         rows = rows.to(dtype)
         if rows.stride(1) != 1:  # as transposing leaves it: kernels read rows

@@ -569,6 +569,22 @@ def _fail(*_, **__):
     raise MemoryError
 
 
+def test_strided_matrices_and_choices_are_taken():
+    dispatcher, matrices = TokenDispatcher(**SIZES), (torch.randn(8, 8, 8)[::2], torch.randn(4, 4, 8).transpose(1, 2))
+    strided = (torch.cat([part, part], 1)[:, :2] for part in (WEIGHTS, IDS))
+    wanted = fused_experts(ROWS, *(matrix.contiguous() for matrix in matrices), WEIGHTS, IDS, dispatcher)
+    torch.testing.assert_close(fused_experts(ROWS, *matrices, *strided, dispatcher), wanted)
+
+
+def test_layers_and_state_dicts_that_do_not_fit_are_named():
+    dispatcher = TokenDispatcher(**SIZES)
+    for move, layer in ((gather_experts, 1), (shard_experts, 1), (gather_experts, -1), (shard_experts, -1)):
+        with pytest.raises(ValueError, match=r"`layer` must be at (least 0|most num_layers - 1 = 0), got"):
+            move({"bias": torch.zeros(4)}, dispatcher, layer)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict.*gate_up_proj"):
+        load_gathered_state_dict(MoEBlock(8, 4, 4, 2, dispatcher=dispatcher), {})
+
+
 def test_a_copy_of_a_block_has_the_same_dispatcher():
     block = MoEBlock(8, 4, 4, 2, dispatcher=TokenDispatcher(**SIZES))
     other = copy.deepcopy(block)

@@ -291,6 +291,11 @@ def test_transposed_tokens_are_served():
     assert torch.equal(made(given[0].T), made(given[0].T.contiguous()))
 
 
+def test_a_block_on_the_meta_device_says_where_it_runs():
+    with pytest.raises(ValueError, match="`gating_output` must be on a CUDA device or the CPU, got meta"):
+        block(device="meta")(torch.empty(3, HIDDEN, device="meta"))
+
+
 def test_bad_arguments_of_capacities():
     with pytest.raises(ValueError, match="`capacity` must be at most num_tokens = 3, got 4"):
         training.expert_choice(torch.zeros(3, 2), 4)

@@ -90,6 +90,9 @@ def fused_experts(
     arrays = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, gate_up_bias, down_bias)
     names = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "topk_ids", "gate_up_bias", "down_bias")
     described = {name: plans.layout(array) for name, array in zip(names, arrays, strict=True)}
+    for name in names[1:]:  # which may be strided, as torch's products and `dispatch` take them
+        if isinstance(described[name], plans.Layout):
+            described[name] = described[name]._replace(strides=None)
     check_experts(on_one_rank.declaration.given_of({**described, **options}))  # before other ranks are told anything
     sent = dispatcher.dispatch(hidden_states, topk_ids, topk_weights, layer=layer)
     biases = (gate_up_bias, down_bias)
@@ -136,7 +139,7 @@ def gather_experts(
     >>> gather_experts({"bias": torch.tensor([1.5, 2.5])}, dispatcher)
     {'bias': tensor([1.5000, 2.5000])}
     """
-    location = dispatcher.location
+    location, layer = dispatcher.location, _checked(layer, dispatcher)
     sizes = location.slots_per_rank
     most = int(sizes.max())
     slots = location.logical_to_all_physical_map[layer, :, 0]
@@ -199,8 +202,14 @@ def shard_experts(
 
 def local_experts(dispatcher: TokenDispatcher, layer: int = 0) -> torch.Tensor:
     """Return the expert of each of this rank's slots, -1 for none: int64 [num_local_experts]."""
-    location = dispatcher.location
+    location, layer = dispatcher.location, _checked(layer, dispatcher)
     return torch.from_numpy(location.physical_to_logical_map[layer, location.rank_of_slot == dispatcher.rank])
+
+
+def _checked(layer: int, dispatcher: TokenDispatcher) -> int:
+    """Return a layer of the dispatcher's location."""
+    last = dispatcher.location.num_layers - 1
+    return checks.integer("layer", layer, 0, last, f"num_layers - 1 = {last}")
 
 
 def _check_slots(name: str, tensor: torch.Tensor, count: int) -> None:

@@ -125,7 +125,9 @@ def load_gathered_state_dict(module: torch.nn.Module, state: Mapping[str, torch.
     """
     mine = dict(state)
     for prefix, block, held in _spread(module):
-        tensors = {key: mine[prefix + key] for key in held}
+        tensors = {
+            key: mine[prefix + key] for key in held if prefix + key in mine
+        }  # torch names those that are missing
         found = shard_experts(tensors, block.dispatcher, block.layer)
         mine |= {prefix + key: tensor for key, tensor in found.items()}
     module.load_state_dict(mine)

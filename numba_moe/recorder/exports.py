@@ -1,5 +1,6 @@
 """What a recorder counts, for Prometheus and for TensorBoard: totals that dumps and resets do not change."""
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -176,7 +177,8 @@ class PrometheusExport:
 
     def close(self) -> None:
         """Leave the registry and the recorder."""
-        self._registry.unregister(self)
+        with contextlib.suppress(KeyError):  # it was closed before
+            self._registry.unregister(self)
         self._totals.close()
 
 

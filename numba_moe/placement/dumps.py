@@ -27,6 +27,8 @@ def read_file(path: Path, num_layers: int | None = None, num_experts: int | None
     if path.suffix == ".csv":
         return {"logical_count": formats.read_csv(path, num_layers, num_experts)}
     content = formats.read(path, FORMATS)
+    if isinstance(content, list) and content and all(isinstance(row, list) for row in content):
+        return {"physical_to_logical_map": content}  # alone
     records, mapping = content, None
     if isinstance(content, dict):
         records, mapping = content.get("records"), content.get("last_physical_to_logical_map")

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -196,10 +196,10 @@ class ExpertLocation:
         ----------
         path : path
             A ``.json``, ``.npz``, ``.pt``, ``.safetensors`` or ``.csv`` file (read without running code from it). It
-            holds what `save` writes; or ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or
-            [steps, L, E], as recorders dump it, in ``.csv`` one line for an expert. A list of records will do as well:
-            each with ``logical_count`` [L, E], or SGLang's ``records`` of a rank with their ``global_physical_count``
-            [L, P], or with ``topk_ids_of_layer`` [L, T, K] alone.
+            holds what `save` writes; or ``physical_to_logical_map`` alone, in ``.json`` also without its name; or
+            ``logical_count`` [L, E] or [steps, L, E], as recorders dump it, in ``.csv`` one line for an expert. A list
+            of records will do as well: each with ``logical_count`` [L, E], or SGLang's ``records`` of a rank with their
+            ``global_physical_count`` [L, P], or with ``topk_ids_of_layer`` [L, T, K] alone.
         num_nodes, num_gpus, slots_per_rank : optional
             Where slots are, for a file that does not say. It needs `num_gpus`; the others are those of `from_mapping`.
         num_replicas, num_groups, **options : optional
@@ -217,7 +217,9 @@ class ExpertLocation:
             one that the file has no use for.
         """
         path = checks.path("path", path)
-        content = _read(path, num_layers, num_experts)
+        content = read_file(path, num_layers, num_experts)
+        known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
+        checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
         of_csv = {} if path.suffix == ".csv" else {"num_layers": num_layers, "num_experts": num_experts}
         of_ranks = {"num_gpus": num_gpus, "num_nodes": num_nodes, "slots_per_rank": slots_per_rank}
         of_counts = {"num_replicas": num_replicas, "num_groups": num_groups, **options}
@@ -301,7 +303,12 @@ class ExpertLocation:
             "node_of_slot": self.node_of_slot,
         }
         with files.replacing(path) as file:
-            _write(file, path.suffix, arrays)
+            if path.suffix == ".json":
+                file.write(json.dumps({name: array.tolist() for name, array in arrays.items()}).encode())
+            elif path.suffix == ".npz":
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            else:
+                formats.write_pt(file, arrays)
 
     def __eq__(self, other: object) -> bool:
         """Compare all arrays."""
@@ -474,19 +481,3 @@ def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(f"`layers` must be integers, got {type(chosen).__name__}")
     return [checks.integer("layers", layer, 0, last, f"num_layers - 1 = {last}") for layer in chosen]
-
-
-def _write(file: IO[bytes], suffix: str, arrays: dict[str, np.ndarray]) -> None:
-    if suffix == ".json":
-        file.write(json.dumps({name: array.tolist() for name, array in arrays.items()}).encode())
-    elif suffix == ".npz":
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    else:
-        formats.write_pt(file, arrays)
-
-
-def _read(path: Path, num_layers: int | None, num_experts: int | None) -> dict[str, Any]:
-    content = read_file(path, num_layers, num_experts)
-    known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
-    checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
-    return content

@@ -521,20 +521,8 @@ def migrate(
 
     Parameters
     ----------
-    weights : sequence of L mappings or sequences of tensors
-        This rank's weights of each layer: tensors of any dtypes whose first dimension is the slots of this rank,
-        contiguous in each slot, all on one device. They are written.
-    old : ExpertLocation
-        Where the experts are.
-    new : ExpertLocation
-        Where the experts will be: a location with the same sizes, ranks and nodes.
-    group : ProcessGroup, optional
-        The processes: rank i of the group is rank i of the locations. By default all processes. A single rank needs no
-        group.
-    layers : iterable of int, optional
-        Distinct layers to move. By default all layers.
-    verify : bool
-        Whether to compare the checksums of the weights that were sent and that arrived.
+    weights, old, new, group, layers, verify
+        As in `migrate_in_chunks`.
 
     Returns
     -------

@@ -72,6 +72,15 @@ class Totals:
             self.recorder.after_pass.remove(self.add)
 
 
+def what_counts_say(counts: np.ndarray, last: np.ndarray, num_gpus: int) -> dict[str, np.ndarray]:
+    """Return what both exports have of each layer, by name: of counts, and of the last pass."""
+    return {
+        "balancedness": reference.utilization(last, num_gpus),
+        "entropy": reference.expert_entropy(counts),
+        "busiest_load": counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300),
+    }
+
+
 class PrometheusExport:
     """Metrics of a recorder for Prometheus, read when they are scraped.
 
@@ -153,14 +162,12 @@ class PrometheusExport:
 
         counts = seen.counts
         yield CounterMetricFamily(f"{PREFIX}_passes", "Recorded forward passes.", value=seen.passes)
-        busiest, entropy = counts.argmax(axis=1), reference.expert_entropy(counts)
-        balance = reference.utilization(seen.last, self._totals.recorder.num_gpus)
-        load = counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300)
+        balance, entropy, load = what_counts_say(counts, seen.last, self._totals.recorder.num_gpus).values()
         of_layers = [
             (CounterMetricFamily, "slots", "Slots of routing.", counts.sum(axis=1)),
             (GaugeMetricFamily, "balancedness", "Mean over busiest load of ranks, of the last pass.", balance),
             (GaugeMetricFamily, "entropy", "Entropy of choices over that of even ones.", entropy),
-            (GaugeMetricFamily, "busiest_expert", "Id of the busiest expert.", busiest),
+            (GaugeMetricFamily, "busiest_expert", "Id of the busiest expert.", counts.argmax(axis=1)),
             (GaugeMetricFamily, "busiest_expert_load", "Slots of the busiest expert over the mean.", load),
         ]
         for kind, name, text, values in of_layers:
@@ -265,11 +272,7 @@ class TensorBoardExport:
             return
         counts = seen.counts - self._before.counts
         self._before = seen
-        values = {
-            "balancedness": reference.utilization(seen.last, recorder.num_gpus),
-            "entropy": reference.expert_entropy(counts),
-            "busiest_load": counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300),
-        }
+        values = what_counts_say(counts, seen.last, recorder.num_gpus)
         for name, of_layers in values.items():
             self._writer.add_scalar(f"{self._prefix}/{name}", float(of_layers.mean()), seen.passes)
         for layer in range(min(self._max_layers, len(counts))):

@@ -218,29 +218,15 @@ class TokenStream:
             row += count
 
     def _store(
-        self,
-        staging: Rows,
-        layer: int,
-        row: int,
-        place: int,
-        ids: torch.Tensor,
-        weights: Any,
-        state: list[torch.Tensor],
+        self, staging: Rows, layer: int, row: int, place: int, ids: torch.Tensor, weights: Any, state: Any
     ) -> None:
         launch = plan_store(layout(ids), layout(weights), staging.layout, row, place, self._num_experts)
         stored = self._staging[0].stored
         if not arrays.answered_by_reference(ids):
             there = staging.weights if staging.weights is None else staging.weights[:, layer]
             enabled, num_tokens = state
-            launch(
-                topk_ids=ids,
-                topk_weights=weights,
-                enabled=enabled,
-                num_tokens=num_tokens,
-                ids=staging.ids[:, layer],
-                weights=there,
-                stored=stored[layer:],
-            )
+            into = {"ids": staging.ids[:, layer], "weights": there, "stored": stored[layer:]}
+            launch(topk_ids=ids, topk_weights=weights, enabled=enabled, num_tokens=num_tokens, **into)
             return
         real = min(len(ids), max(int(state[1]) - row, 0))
         if int(state[0]) and real:

@@ -524,6 +524,8 @@ WRONG = {
     "zeros": (["zeros.npz", "--gpus", "2"], "`DUMP` must be above 0 somewhere, got 0 everywhere"),
     "an overflow": (["large.npz", "--gpus", "2"], "`logical_count` must be counts whose sum is at most"),
     "out": (["dump.npz", "--gpus", "2", "--out", "x.csv"], "`--out` must be one of '.json', '.npz', '.pt', got '.csv'"),
+    "many GPUs": (["dump.npz", "--gpus", "100000"], "`--gpus` must be few enough for 4 experts"),
+    "many slots": (["dump.npz", "--gpus", "2", "--replicas", "100000"], "`--replicas` must be few enough for 4 experts"),
     "GPUs": (["dump.npz", "--gpus", "0"], "`--gpus` must be at least 1, got 0"),
     "interval": (["dump.npz", "--gpus", "2", "--interval", "5"], "`--interval` must be at most the number of steps - 1 = 2"),
     "algorithm": (["dump.npz", "--gpus", "2", "--algorithm", "best"], "`--algorithm` must be one of"),

@@ -24,6 +24,7 @@ NAMES = {"num_gpus": "--gpus", "num_nodes": "--nodes", "num_groups": "--groups",
 NAMES |= {"algorithms": "--algorithm", "intervals": "--interval", "current": "--location"}
 NAMES |= {name: f"--{name.replace('_', '-')}" for name in ("once_after", "max_moves", "bytes_per_expert", "step_ms")}
 NAMES |= {"bandwidth": "--bandwidth"}
+MOST_PAIRS = 10**8  # of copies, in a layer; a million take a second
 PERIODS = 8  # columns of the tables over time
 DRAWN = 6  # lines that a picture has room for
 COLUMNS = {  # what the columns say, and how numbers are written
@@ -264,7 +265,10 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     if current is not None and not options.replicas:
         sizes = [current.num_physical_experts]
     for num_slots in sizes:
-        check_tables("--replicas" if options.replicas else "--gpus", num_layers, num_experts, num_slots)
+        name = "--replicas" if options.replicas else "--gpus"
+        check_tables(name, num_layers, num_experts, num_slots)
+        rule = f"few enough for {num_experts} experts: a move compares all copies of each with all others"
+        checks.holds(name, rule, num_slots**2 <= MOST_PAIRS * num_experts, num_slots)
     most = max(MOST_BYTES, 4 * loads.nbytes)
     wanted = 8 * len(loads) * num_layers * num_gpus
     checks.holds("--gpus", f"few enough for their loads to take at most {most} bytes", wanted <= most, num_gpus)

@@ -231,7 +231,7 @@ class ExpertLocation:
             return cls._from_content(content, path)
         for name, value in {"num_gpus": num_gpus, **({} if has_map else {"num_replicas": num_replicas})}.items():
             checks.holds(name, f"given for {path.name}, which does not say", value is not None, value)
-        num_gpus, num_nodes = _or_one(num_gpus), _or_one(num_nodes)
+        num_gpus, num_nodes = num_gpus or 0, 1 if num_nodes is None else num_nodes
         if has_map:
             mapping = formats.array("physical_to_logical_map", content["physical_to_logical_map"], (2,))
             check_tables("physical_to_logical_map", len(mapping), int(mapping.max()) + 1, mapping.shape[1])
@@ -248,7 +248,8 @@ class ExpertLocation:
         num_slots = checks.integer("num_replicas", num_replicas, 1)
         check_tables("num_replicas", counts.shape[-2], counts.shape[-1], num_slots)
         with checks.under_names(weight="logical_count"):
-            return cls.from_counts(counts, num_slots, _or_one(num_groups), num_nodes, num_gpus, **options)
+            num_groups = 1 if num_groups is None else num_groups
+            return cls.from_counts(counts, num_slots, num_groups, num_nodes, num_gpus, **options)
 
     @classmethod
     def _from_content(cls, content: dict[str, Any], path: Path) -> "ExpertLocation":
@@ -468,10 +469,6 @@ def check_tables(argument: str, num_layers: int, num_experts: int, num_slots: in
     wanted = 8 * num_layers * num_experts * (num_slots - num_experts + 1)
     rule = f"small enough for the slots of every expert to take at most {MOST_BYTES} bytes"
     checks.holds(argument, rule, wanted <= MOST_BYTES, f"{wanted} bytes")
-
-
-def _or_one(number: int | None) -> int:
-    return 1 if number is None else number
 
 
 def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:

@@ -526,8 +526,8 @@ def migrate(
 
     Parameters
     ----------
-    weights, old, new, group, layers, verify
-        As in `migrate_in_chunks`.
+    weights, old, new, group, layers, verify : as in `migrate_in_chunks`
+        The weights, which are written; where experts are and where they will be; which layers move.
 
     Returns
     -------

@@ -353,8 +353,8 @@ def balancedness(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, sl
 
     Parameters
     ----------
-    weight, physical_to_logical_map, num_gpus, slots_per_rank
-        As in `rank_loads`.
+    weight, physical_to_logical_map, num_gpus, slots_per_rank : as in `rank_loads`
+        Loads of experts, and the slots and ranks that they are in.
 
     Returns
     -------

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import io
 import os
 import signal
 import sys
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command of a shell and return its exit status; a fault of our own shows its traceback, and is 70."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have what a terminal's encoding lacks
     try:
         return main(arguments)
     except Exception:

@@ -17,6 +17,7 @@ SIZES: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "experts": 8, "t
 
 def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Check everything and take the port; return what serves."""
+    from numba_moe.recorder.http import check_token
     from numba_moe.runtime import checks
 
     checks.installed("the server", "http", "starlette", "uvicorn")
@@ -24,13 +25,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     checks.integer("--ranks", options.ranks, 1, MOST_RANKS)
     for name in ("seconds", "timeout"):
         checks.seconds(f"--{name}", getattr(options, name))
-    if options.token is not None:
-        checks.holds(
-            "--token",
-            "of printable characters, at least one",
-            options.token.isprintable() and bool(options.token),
-            "another",
-        )
+    check_token("--token", options.token)
     is_place = options.directory.is_dir() and os.access(options.directory, os.W_OK)
     checks.holds("--directory", "a folder that can be written", is_place, options.directory)
     checks.holds("--host", "a name or an address", bool(options.host), "none")  # which would be all addresses

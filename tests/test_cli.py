@@ -439,6 +439,17 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"numba-moe {numba_moe.__version__}\n"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_path_is_printed_in_any_encoding(encoding, tmp_path):
+    np.savez(tmp_path / "counts.npz", logical_count=np.ones((1, 1, 2), np.int64))
+    command = [sys.executable, "-m", "numba_moe.cli", "report", "counts.npz", "--out", b"\xc3\xbc\xff.html"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"\\udcff.html: 1 pass on 1 rank\n")
+
+
 def test_a_fault_of_our_own_is_70_with_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", lambda *_: 1 / 0)
     assert cli.run(["info"]) == 70

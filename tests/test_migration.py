@@ -404,6 +404,10 @@ BAD = {
     "fewer slots": (([{"up": torch.zeros(3, 2)}], OLD, NEW), {}, ValueError, r"`weights` must be of 4 slots, those of rank 0, got shape \(3, 2\) at layer 0, tensor up"),
     "a number": (([[torch.zeros(())]], OLD, NEW), {}, ValueError, r"`weights` must be of 4 slots, .* got shape \(\) at layer 0"),
     "transposed": (([[torch.zeros(4, 3, 2).mT]], OLD, NEW), {}, ValueError, r"`weights` must be contiguous in each slot, got strides \(6, 1, 2\) at layer 0"),
+    "slots that share memory": (([[torch.zeros(9).as_strided((4, 3), (2, 1))]], OLD, NEW), {}, ValueError, r"`weights` must be of slots that share no memory, got strides \(2, 1\) at layer 0"),
+    "one slot four times": (([[torch.zeros(1, 3).expand(4, 3)]], OLD, NEW), {}, ValueError, "`weights` must be of slots that share no memory"),
+    "sparse": (([[torch.eye(4).to_sparse()]], OLD, NEW), {}, TypeError, "`weights` must be a tensor with memory to read, got one of layout torch.sparse_coo"),
+    "conjugate": (([[torch.zeros(4, 2, dtype=torch.complex64).conj()]], OLD, NEW), {}, ValueError, "`weights` must be neither quantized"),
     "two devices": (([[W[0][0], torch.zeros(4, 2, device="meta")]], OLD, NEW), {}, ValueError, "`weights` must be all on cpu, got meta at layer 0, tensor 1"),
 }  # fmt: skip
 

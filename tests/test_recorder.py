@@ -359,6 +359,12 @@ def test_numpy_ids_are_answered_as_well():
     assert dump(recorder).logical_count[0, 0].tolist() == [1, 2, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("ranks", "gpus"), [(1, 1), (5, 5), (3, 1), (8, 1)])
+def test_ranks_that_do_not_divide_the_slots_are_no_gpus_of_theirs(ranks, gpus, monkeypatch):
+    monkeypatch.setattr("numba_moe.recorder.sums.place_in", lambda _group: (0, ranks))
+    assert make("per_pass").num_gpus == gpus
+
+
 BAD = {
     "mode": (lambda: make("all"), ValueError, "`mode` must be one of 'stat', 'stat_approx', 'per_pass', 'per_token', got 'all'"),
     "layers": (lambda: ExpertDistributionRecorder(0, 1, mode=None), ValueError, "`num_layers` must be at least 1, got 0"),
@@ -388,6 +394,11 @@ BAD = {
     "no mode": (lambda: ExpertDistributionRecorder(1, 4), TypeError, r"ExpertDistributionRecorder.__init__\(\) missing 1 required keyword-only argument: 'mode'"),
     "unknown option": (lambda: make("stat", buffers=1), TypeError, r"ExpertDistributionRecorder.__init__\(\) got an unexpected keyword argument 'buffers'"),
     "counts of a dispatcher": (lambda: in_dispatch(started("stat_approx"), [0.5]), TypeError, "`counts` must be an array that converts to int64"),
+    "a device": (lambda: ExpertDistributionRecorder(1, 4, mode="stat", device="nope"), ValueError, "`device` must be a CUDA device"),
+    "a device without memory": (lambda: ExpertDistributionRecorder(1, 4, mode="stat", device="meta"), ValueError, "`device` must be"),
+    "a kind of device": (lambda: ExpertDistributionRecorder(1, 4, mode="stat", device=0.5), TypeError, "`device` must be"),
+    "a name that is a number": (lambda: make("per_pass").with_debug_name(3), TypeError, "`name` must be a str, got int"),
+    "a slot by name": (lambda: in_dispatch(started("stat_approx"), [1], "0"), TypeError, "`first_slot` must be an integer, got str"),
     "metrics of tokens": (lambda: started("per_token").metrics(), RuntimeError, "`metrics` must be asked of a mode that counts, got 'per_token'"),
 }  # fmt: skip
 IDS = torch.zeros(4, 2, dtype=torch.int32)
@@ -404,9 +415,9 @@ def in_layer(recorder, *given):
         recorder.on_select_experts(*given)
 
 
-def in_dispatch(recorder, counts):
+def in_dispatch(recorder, *given):
     with recorder.with_current_layer(0):
-        recorder.on_dispatch_counts(counts)
+        recorder.on_dispatch_counts(*given)
 
 
 def in_pass(recorder, *given, number=0):

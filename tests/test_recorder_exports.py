@@ -66,6 +66,7 @@ def test_prometheus():
     text = client.generate_latest(registry).decode()
     assert f'numba_moe_expert_slots_total{{expert="3",layer="1"}} {float(total[1, 3])}' in text
     export.close()
+    export.close()
     assert scraped(registry) == {}
     assert recorder.after_pass == []
 

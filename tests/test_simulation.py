@@ -506,7 +506,7 @@ def test_matplotlib_is_imported_for_plots_alone(dump, without_simulator):
 
 WRONG = {
     "no file": (["nothing.npz", "--gpus", "2"], "No such file"),
-    "another kind": (["dump.txt", "--gpus", "2"], "`DUMP` must be a .npy, .npz"),
+    "another kind": (["dump.txt", "--gpus", "2"], "`DUMP` must be a .npy, .npz, .safetensors, .pt, .json or .csv file, got dump.txt"),
     "no header": (["dump.csv", "--gpus", "2"], "`DUMP` must be a file with the header layer_id,expert_id,count"),
     "no folder": (["dump.npz", "--gpus", "2", "--json", "gone/x.json"], "`--json` must be in a folder, got no folder for gone/x.json"),
     "a folder": (["dump.npz", "--gpus", "2", "--json", "."], "`--json` must be a file, got the folder ."),
@@ -520,9 +520,12 @@ WRONG = {
     "experts": (["dump.npz", "--gpus", "2", "--num-experts", "0"], "`--num-experts` must be at least 1, got 0"),
     "steps of tokens": (["dump.npz", "--gpus", "2", "--tokens-per-step", "2"], "`--tokens-per-step` must be left out for dump.npz"),
     "location": (["dump.npz", "--gpus", "2", "--location", "dump.txt"], "`--location` must be one of"),
+    "counts as a location": (["dump.npz", "--gpus", "2", "--location", "dump.npz"], "`--location` must be a file with physical_to_logical_map, got dump.npz"),
     "zeros": (["zeros.npz", "--gpus", "2"], "`DUMP` must be above 0 somewhere, got 0 everywhere"),
     "an overflow": (["large.npz", "--gpus", "2"], "`logical_count` must be counts whose sum is at most"),
     "out": (["dump.npz", "--gpus", "2", "--out", "x.csv"], "`--out` must be one of '.json', '.npz', '.pt', got '.csv'"),
+    "many GPUs": (["dump.npz", "--gpus", "100000"], "`--gpus` must be few enough for 4 experts"),
+    "many slots": (["dump.npz", "--gpus", "2", "--replicas", "100000"], "`--replicas` must be few enough for 4 experts"),
     "GPUs": (["dump.npz", "--gpus", "0"], "`--gpus` must be at least 1, got 0"),
     "interval": (["dump.npz", "--gpus", "2", "--interval", "5"], "`--interval` must be at most the number of steps - 1 = 2"),
     "algorithm": (["dump.npz", "--gpus", "2", "--algorithm", "best"], "`--algorithm` must be one of"),
@@ -543,6 +546,17 @@ def test_command_refuses(name, dump, monkeypatch, capsys):
     assert message in printed.err
     assert len(printed.err.splitlines()) == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_ranks_of_a_map_alone_are_those_of_the_command(named, dump, capsys):
+    places, path = [[3, 2, 1, 0]], dump.parent / "map.json"
+    path.write_text(json.dumps({"physical_to_logical_map": places} if named else places))
+    assert ExpertLocation.load(path, num_gpus=2).physical_to_logical_map.tolist() == places
+    assert main(["rebalance", str(dump), "--gpus", "2", "--location", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("dump.npz: ")
+    assert main(["rebalance", str(dump), "--gpus", "5", "--location", str(path)]) == 2
+    assert "`--gpus` must be at most the number of slots = 4, got 5" in capsys.readouterr().err
 
 
 def test_command_reads_our_csv(tmp_path, capsys):

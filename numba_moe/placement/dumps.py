@@ -27,9 +27,13 @@ def read_file(path: Path, num_layers: int | None = None, num_experts: int | None
     if path.suffix == ".csv":
         return {"logical_count": formats.read_csv(path, num_layers, num_experts)}
     content = formats.read(path, FORMATS)
+    if isinstance(content, list) and content and all(isinstance(row, list) for row in content):
+        return {"physical_to_logical_map": content}  # alone
     records, mapping = content, None
     if isinstance(content, dict):
         records, mapping = content.get("records"), content.get("last_physical_to_logical_map")
+    if not (isinstance(records, list) and records and all(isinstance(record, dict) for record in records)):
+        return content
     of_ids = None if mapping is not None else map_of_ids(records, num_experts, path.stat().st_size)
     if of_ids is not None:
         mapping = of_ids
@@ -39,13 +43,11 @@ def read_file(path: Path, num_layers: int | None = None, num_experts: int | None
     return content
 
 
-def map_of_ids(records: Any, num_experts: int | None, size: int) -> np.ndarray | None:
+def map_of_ids(records: list[dict[str, Any]], num_experts: int | None, size: int) -> np.ndarray | None:
     """Return a map with expert i in slot i, if records have ids alone: neither counts nor a map.
 
     `num_experts` is by default the largest id + 1, and `size` that of the file in bytes.
     """
-    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
-        return None
     other = {"logical_count", "global_physical_count", "physical_to_logical_map"}
     if any("topk_ids_of_layer" not in record or other & record.keys() for record in records):
         return None
@@ -58,13 +60,8 @@ def map_of_ids(records: Any, num_experts: int | None, size: int) -> np.ndarray |
     return np.tile(np.arange(experts), (len(ids[0]), 1))
 
 
-def _are_counted(records: Any, mapping: Any) -> bool:
-    if not isinstance(records, list) or not records:
-        return False
-
-    def is_counted(record: Any) -> bool:
-        if not isinstance(record, dict):
-            return False
+def _are_counted(records: list[dict[str, Any]], mapping: Any) -> bool:
+    def is_counted(record: dict[str, Any]) -> bool:
         of_slots = {"global_physical_count", "topk_ids_of_layer"} & record.keys()
         has_map = mapping is not None or "physical_to_logical_map" in record
         return "logical_count" in record or bool(of_slots and has_map)

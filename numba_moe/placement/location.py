@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -196,10 +196,10 @@ class ExpertLocation:
         ----------
         path : path
             A ``.json``, ``.npz``, ``.pt``, ``.safetensors`` or ``.csv`` file (read without running code from it). It
-            holds what `save` writes; or ``physical_to_logical_map`` alone; or ``logical_count`` [L, E] or
-            [steps, L, E], as recorders dump it, in ``.csv`` one line for an expert. A list of records will do as well:
-            each with ``logical_count`` [L, E], or SGLang's ``records`` of a rank with their ``global_physical_count``
-            [L, P], or with ``topk_ids_of_layer`` [L, T, K] alone.
+            holds what `save` writes; or ``physical_to_logical_map`` alone, in ``.json`` also without its name; or
+            ``logical_count`` [L, E] or [steps, L, E], as recorders dump it, in ``.csv`` one line for an expert. A list
+            of records will do as well: each with ``logical_count`` [L, E], or SGLang's ``records`` of a rank with their
+            ``global_physical_count`` [L, P], or with ``topk_ids_of_layer`` [L, T, K] alone.
         num_nodes, num_gpus, slots_per_rank : optional
             Where slots are, for a file that does not say. It needs `num_gpus`; the others are those of `from_mapping`.
         num_replicas, num_groups, **options : optional
@@ -217,7 +217,9 @@ class ExpertLocation:
             one that the file has no use for.
         """
         path = checks.path("path", path)
-        content = _read(path, num_layers, num_experts)
+        content = read_file(path, num_layers, num_experts)
+        known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
+        checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
         of_csv = {} if path.suffix == ".csv" else {"num_layers": num_layers, "num_experts": num_experts}
         of_ranks = {"num_gpus": num_gpus, "num_nodes": num_nodes, "slots_per_rank": slots_per_rank}
         of_counts = {"num_replicas": num_replicas, "num_groups": num_groups, **options}
@@ -229,7 +231,7 @@ class ExpertLocation:
             return cls._from_content(content, path)
         for name, value in {"num_gpus": num_gpus, **({} if has_map else {"num_replicas": num_replicas})}.items():
             checks.holds(name, f"given for {path.name}, which does not say", value is not None, value)
-        num_gpus, num_nodes = _or_one(num_gpus), _or_one(num_nodes)
+        num_gpus, num_nodes = num_gpus or 0, 1 if num_nodes is None else num_nodes
         if has_map:
             mapping = formats.array("physical_to_logical_map", content["physical_to_logical_map"], (2,))
             check_tables("physical_to_logical_map", len(mapping), int(mapping.max()) + 1, mapping.shape[1])
@@ -246,7 +248,8 @@ class ExpertLocation:
         num_slots = checks.integer("num_replicas", num_replicas, 1)
         check_tables("num_replicas", counts.shape[-2], counts.shape[-1], num_slots)
         with checks.under_names(weight="logical_count"):
-            return cls.from_counts(counts, num_slots, _or_one(num_groups), num_nodes, num_gpus, **options)
+            num_groups = 1 if num_groups is None else num_groups
+            return cls.from_counts(counts, num_slots, num_groups, num_nodes, num_gpus, **options)
 
     @classmethod
     def _from_content(cls, content: dict[str, Any], path: Path) -> "ExpertLocation":
@@ -301,7 +304,12 @@ class ExpertLocation:
             "node_of_slot": self.node_of_slot,
         }
         with files.replacing(path) as file:
-            _write(file, path.suffix, arrays)
+            if path.suffix == ".json":
+                file.write(json.dumps({name: array.tolist() for name, array in arrays.items()}).encode())
+            elif path.suffix == ".npz":
+                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+            else:
+                formats.write_pt(file, arrays)
 
     def __eq__(self, other: object) -> bool:
         """Compare all arrays."""
@@ -463,10 +471,6 @@ def check_tables(argument: str, num_layers: int, num_experts: int, num_slots: in
     checks.holds(argument, rule, wanted <= MOST_BYTES, f"{wanted} bytes")
 
 
-def _or_one(number: int | None) -> int:
-    return 1 if number is None else number
-
-
 def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     """Return the layers asked for, all by default."""
     last = num_layers - 1
@@ -474,19 +478,3 @@ def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(f"`layers` must be integers, got {type(chosen).__name__}")
     return [checks.integer("layers", layer, 0, last, f"num_layers - 1 = {last}") for layer in chosen]
-
-
-def _write(file: IO[bytes], suffix: str, arrays: dict[str, np.ndarray]) -> None:
-    if suffix == ".json":
-        file.write(json.dumps({name: array.tolist() for name, array in arrays.items()}).encode())
-    elif suffix == ".npz":
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    else:
-        formats.write_pt(file, arrays)
-
-
-def _read(path: Path, num_layers: int | None, num_experts: int | None) -> dict[str, Any]:
-    content = read_file(path, num_layers, num_experts)
-    known = isinstance(content, dict) and bool({"physical_to_logical_map", "logical_count"} & content.keys())
-    checks.holds("path", "a file with physical_to_logical_map or logical_count", known, path.name)
-    return content

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from numba_moe.placement.location import ExpertLocation, check_alike, check_layers, check_location
 from numba_moe.reference import migration as reference
 from numba_moe.runtime import checks
+from numba_moe.runtime.plans import layout
 
 LayerWeights = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
 WORD = 8  # bytes that a checksum takes at a time
@@ -361,13 +362,17 @@ def check_weights(weights: Any, location: ExpertLocation, rank: int, those_of: s
                 raise TypeError(f"`weights` must be of torch tensors, got {type(tensor).__name__} {place}")
             device = device or tensor.device
             checks.holds("weights", f"all on {device}", tensor.device == device, f"{tensor.device} {place}")
+            checks.readable("weights", layout(tensor))
             rule = f"of {num_slots} slots, those of rank {rank}"
             fits = tensor.dim() > 0 and len(tensor) == num_slots
             checks.holds("weights", rule, fits, f"shape {tuple(tensor.shape)} {place}")
-            whole = tensor[0].is_contiguous()
-            checks.holds("weights", "contiguous in each slot", whole, f"strides {tensor.stride()} {place}")
+            plain = not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+            checks.holds("weights", "neither quantized nor views that conjugate or negate", plain, f"one {place}")
+            elements, strides = math.prod(tensor.shape[1:]), f"strides {tensor.stride()} {place}"
+            checks.holds("weights", "contiguous in each slot", tensor[0].is_contiguous(), strides)
+            apart = num_slots == 1 or tensor.stride(0) >= elements
+            checks.holds("weights", "of slots that share no memory", apart, strides)
             if tensor.numel():
-                elements = math.prod(tensor.shape[1:])
                 rows = tensor.detach().as_strided((num_slots, elements), (tensor.stride(0), 1)).view(torch.uint8)
                 found[-1].append(Rows(layer, f"tensor {name}", rows))
     return found
@@ -521,20 +526,8 @@ def migrate(
 
     Parameters
     ----------
-    weights : sequence of L mappings or sequences of tensors
-        This rank's weights of each layer: tensors of any dtypes whose first dimension is the slots of this rank,
-        contiguous in each slot, all on one device. They are written.
-    old : ExpertLocation
-        Where the experts are.
-    new : ExpertLocation
-        Where the experts will be: a location with the same sizes, ranks and nodes.
-    group : ProcessGroup, optional
-        The processes: rank i of the group is rank i of the locations. By default all processes. A single rank needs no
-        group.
-    layers : iterable of int, optional
-        Distinct layers to move. By default all layers.
-    verify : bool
-        Whether to compare the checksums of the weights that were sent and that arrived.
+    weights, old, new, group, layers, verify : as in `migrate_in_chunks`
+        The weights, which are written; where experts are and where they will be; which layers move.
 
     Returns
     -------

@@ -353,14 +353,8 @@ def balancedness(weight: Any, physical_to_logical_map: Any, num_gpus: int, *, sl
 
     Parameters
     ----------
-    weight : array of numbers, shape [L, E] or [steps, L, E]
-        Load of each expert of each layer.
-    physical_to_logical_map : array of int, shape [L, P]
-        The expert of each slot, -1 throughout a rank without experts.
-    num_gpus : int
-        Ranks (R).
-    slots_per_rank : array of int, shape [R], optional
-        Slots of each rank, as equal as can be by default.
+    weight, physical_to_logical_map, num_gpus, slots_per_rank : as in `rank_loads`
+        Loads of experts, and the slots and ranks that they are in.
 
     Returns
     -------

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from numba_moe.placement.dumps import read_file
 from numba_moe.placement.location import FORMATS, MOST_BYTES, ExpertLocation, check_tables
 from numba_moe.placement.simulation import Scenario, Simulation, simulate
 from numba_moe.placement.traces import load_trace
@@ -20,14 +21,10 @@ from numba_moe.runtime.text import UNBOUNDED, counted, filled, fitted, room
 PICTURES = (".png", ".svg", ".pdf")
 # What the command calls the arguments of `simulate`, and of what that calls.
 NAMES = {"num_gpus": "--gpus", "num_nodes": "--nodes", "num_groups": "--groups", "num_replicas": "--replicas"}
-NAMES |= {
-    "algorithms": "--algorithm",
-    "intervals": "--interval",
-    "once_after": "--once-after",
-    "current": "--location",
-    "max_moves": "--max-moves",
-}
-NAMES |= {"bytes_per_expert": "--bytes-per-expert", "step_ms": "--step-ms", "bandwidth": "--bandwidth"}
+NAMES |= {"algorithms": "--algorithm", "intervals": "--interval", "current": "--location"}
+NAMES |= {name: f"--{name.replace('_', '-')}" for name in ("once_after", "max_moves", "bytes_per_expert", "step_ms")}
+NAMES |= {"bandwidth": "--bandwidth"}
+MOST_PAIRS = 10**8  # of copies, in a layer; a million take a second
 PERIODS = 8  # columns of the tables over time
 DRAWN = 6  # lines that a picture has room for
 COLUMNS = {  # what the columns say, and how numbers are written
@@ -53,6 +50,15 @@ NOTES = """\
 balance: mean load of GPUs over that of the busiest.
 time: of the busiest GPUs, over that of perfect balance; once is in hindsight.
 time, not fitted: of the second half of the steps, placed by steps before."""
+
+
+def load_location(path: Path, num_gpus: int, num_nodes: int) -> ExpertLocation:
+    """Read where experts are now; the ranks of a map alone are those of the command."""
+    content = read_file(path)
+    has_map = isinstance(content, dict) and "physical_to_logical_map" in content
+    checks.holds("path", "a file with physical_to_logical_map", has_map, path.name)
+    sizes = {} if "rank_of_slot" in content else {"num_gpus": num_gpus, "num_nodes": num_nodes}
+    return ExpertLocation.load(path, **sizes)
 
 
 def search_sizes(num_experts: int, num_gpus: int) -> list[int]:
@@ -252,14 +258,17 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     num_layers, num_experts = loads.shape[1:3]
     current = None
     if options.location is not None:
-        with checks.under_names(path="--location"):
-            current = ExpertLocation.load(options.location)
+        with checks.under_names(path="--location", num_nodes="--nodes", num_gpus="--gpus"):
+            current = load_location(options.location, num_gpus, options.nodes)
     sizes = search_sizes(num_experts, num_gpus)
     sizes = options.replicas or (sizes if options.search else sizes[:1])
     if current is not None and not options.replicas:
         sizes = [current.num_physical_experts]
     for num_slots in sizes:
-        check_tables("--replicas" if options.replicas else "--gpus", num_layers, num_experts, num_slots)
+        name = "--replicas" if options.replicas else "--gpus"
+        check_tables(name, num_layers, num_experts, num_slots)
+        rule = f"few enough for {num_experts} experts: a move compares all copies of each with all others"
+        checks.holds(name, rule, num_slots**2 <= MOST_PAIRS * num_experts, num_slots)
     most = max(MOST_BYTES, 4 * loads.nbytes)
     wanted = 8 * len(loads) * num_layers * num_gpus
     checks.holds("--gpus", f"few enough for their loads to take at most {most} bytes", wanted <= most, num_gpus)

@@ -416,11 +416,7 @@ def simulate(
 
 
 def _scenarios(
-    trace: _Trace,
-    sizes: Sequence[int],
-    places: tuple[int, int],
-    current: ExpertLocation | None,
-    tried: Sequence[tuple[str, int, bool]],
+    trace: _Trace, sizes: Sequence[int], places: tuple[int, int], current: ExpertLocation | None, tried: list[Any]
 ) -> list[Scenario]:
     """Replay a trace with each number of slots: staying, and then all that is tried."""
     scenarios: list[Scenario] = []

@@ -44,6 +44,8 @@ def load_trace(
     and perhaps ``rank_of_token`` [steps, T] or [T]; or an array [T, K] of integers for each layer, in the order of the
     file. `tokens_per_step` divides the tokens of a step into several steps; the last may be shorter.
     """
+    known = path.suffix in (*dumps.FORMATS, *formats.ROUTING_FORMATS)
+    checks.holds("path", "a .npy, .npz, .safetensors, .pt, .json or .csv file", known, path.name)
     content = dumps.read_file(path, num_layers, num_experts) if path.suffix in dumps.FORMATS else None
     content = content if isinstance(content, dict) else {}
     ids, homes = content.get("topk_ids"), content.get("rank_of_token")

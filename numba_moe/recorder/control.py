@@ -55,7 +55,8 @@ class ExpertDistributionRecorder(Hooks):
         The expert of each slot if ids are physical. By default ids are experts. Call `set_physical_to_logical_map`
         after a rebalance.
     num_gpus : int, optional
-        Number of ranks that share the P slots equally, for metrics. By default the ranks of the group, or 1.
+        Number of ranks that share the P slots equally, for metrics. By default the ranks of the group if they divide
+        the slots, otherwise 1.
     chunk_tokens : int
         For "per_token": number of tokens that move to the host together, and the most tokens of a captured graph. The
         recorder takes memory for ``5 * chunk_tokens`` tokens on the device, and pinned memory for ``4 * chunk_tokens``

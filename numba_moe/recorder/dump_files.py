@@ -194,10 +194,14 @@ def _json_of(array: np.ndarray) -> Iterator[str]:
     yield "]"
 
 
+def csv_of(counts: np.ndarray) -> str:
+    """Return counts [L, E] as lines of layer, expert and count."""
+    lines = [f"{layer},{expert},{count}" for (layer, expert), count in np.ndenumerate(counts)]
+    return "\n".join([formats.CSV_HEADER, *lines, ""])
+
+
 def _write_csv(file: IO[bytes], dump: Dump) -> None:
-    total = dump.logical_count.sum(axis=0)
-    lines = [f"{layer},{expert},{count}" for (layer, expert), count in np.ndenumerate(total)]
-    file.write("\n".join([formats.CSV_HEADER, *lines, ""]).encode())
+    file.write(csv_of(dump.logical_count.sum(axis=0)).encode())
 
 
 def _write_pt(file: IO[bytes], dump: Dump) -> None:

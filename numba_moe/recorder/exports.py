@@ -1,5 +1,6 @@
 """What a recorder counts, for Prometheus and for TensorBoard: totals that dumps and resets do not change."""
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -69,6 +70,15 @@ class Totals:
     def close(self) -> None:
         if self.add in self.recorder.after_pass:
             self.recorder.after_pass.remove(self.add)
+
+
+def what_counts_say(counts: np.ndarray, last: np.ndarray, num_gpus: int) -> dict[str, np.ndarray]:
+    """Return what both exports have of each layer, by name: of counts, and of the last pass."""
+    return {
+        "balancedness": reference.utilization(last, num_gpus),
+        "entropy": reference.expert_entropy(counts),
+        "busiest_load": counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300),
+    }
 
 
 class PrometheusExport:
@@ -152,14 +162,12 @@ class PrometheusExport:
 
         counts = seen.counts
         yield CounterMetricFamily(f"{PREFIX}_passes", "Recorded forward passes.", value=seen.passes)
-        busiest, entropy = counts.argmax(axis=1), reference.expert_entropy(counts)
-        balance = reference.utilization(seen.last, self._totals.recorder.num_gpus)
-        load = counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300)
+        balance, entropy, load = what_counts_say(counts, seen.last, self._totals.recorder.num_gpus).values()
         of_layers = [
             (CounterMetricFamily, "slots", "Slots of routing.", counts.sum(axis=1)),
             (GaugeMetricFamily, "balancedness", "Mean over busiest load of ranks, of the last pass.", balance),
             (GaugeMetricFamily, "entropy", "Entropy of choices over that of even ones.", entropy),
-            (GaugeMetricFamily, "busiest_expert", "Id of the busiest expert.", busiest),
+            (GaugeMetricFamily, "busiest_expert", "Id of the busiest expert.", counts.argmax(axis=1)),
             (GaugeMetricFamily, "busiest_expert_load", "Slots of the busiest expert over the mean.", load),
         ]
         for kind, name, text, values in of_layers:
@@ -176,7 +184,8 @@ class PrometheusExport:
 
     def close(self) -> None:
         """Leave the registry and the recorder."""
-        self._registry.unregister(self)
+        with contextlib.suppress(KeyError):  # it was closed before
+            self._registry.unregister(self)
         self._totals.close()
 
 
@@ -219,17 +228,13 @@ class TensorBoardExport:
     ...         print(tag, values.shape, step)
     >>> block = numba_moe.MoEBlock(16, 8, num_experts=4, top_k=4)
     >>> recorder = attach(block)
-    >>> export = TensorBoardExport(recorder, Printer(), every=2, max_layers=1)
+    >>> export = TensorBoardExport(recorder, Printer(), every=2, max_layers=0)
     >>> with recorder.recording():
     ...     for _ in range(2):
     ...         _ = block(torch.randn(5, 16))
     experts/balancedness 1.0 2
     experts/entropy 1.0 2
     experts/busiest_load 1.0 2
-    experts/layer_0/balancedness 1.0 2
-    experts/layer_0/entropy 1.0 2
-    experts/layer_0/busiest_load 1.0 2
-    experts/layer_0/slots (4,) 2
     >>> export.close()
     """
 
@@ -263,11 +268,7 @@ class TensorBoardExport:
             return
         counts = seen.counts - self._before.counts
         self._before = seen
-        values = {
-            "balancedness": reference.utilization(seen.last, recorder.num_gpus),
-            "entropy": reference.expert_entropy(counts),
-            "busiest_load": counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-300),
-        }
+        values = what_counts_say(counts, seen.last, recorder.num_gpus)
         for name, of_layers in values.items():
             self._writer.add_scalar(f"{self._prefix}/{name}", float(of_layers.mean()), seen.passes)
         for layer in range(min(self._max_layers, len(counts))):

@@ -119,7 +119,9 @@ class Hooks:
         checks.holds(
             "spill_directory", "None but for 'per_token' of all passes", spills or not self._directory, self._directory
         )
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = checks.device("device", device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._is_cuda = self.device.type == "cuda"
@@ -129,7 +131,9 @@ class Hooks:
             places = np.tile(np.arange(num_experts, dtype=np.int64), (num_layers, 1))
         self._maps = [self._check_map(places)]
         self.num_slots = self._maps[0].shape[1]
-        self.num_gpus = self.num_ranks if num_gpus is None else checks.integer("num_gpus", num_gpus, 1)
+        if num_gpus is None:  # more ranks than experts may each have all of them
+            num_gpus = 1 if self.num_slots % self.num_ranks else self.num_ranks
+        self.num_gpus = checks.integer("num_gpus", num_gpus, 1)
         checks.divides("num_gpus", self.num_gpus, "the number of slots", self.num_slots)
 
         self._attachment: Any = None
@@ -230,6 +234,7 @@ class Hooks:
 
     def with_debug_name(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Keep the records inside separately, under this name, in the modes that have records."""
+        checks.instance("name", name, str)
         return setting(self, "_name", name)
 
     def disable_this_region(self) -> contextlib.AbstractContextManager[None]:
@@ -327,8 +332,9 @@ class Hooks:
         length = len(counts)
         if first_slot is None:
             first_slot = 0 if length == self.num_slots else self.rank * length
+        first_slot = checks.integer("first_slot", first_slot, 0)
         rule = f"in slots [0, {self.num_slots})"
-        checks.holds("counts", rule, 0 <= first_slot <= self.num_slots - length, f"{length} from slot {first_slot} on")
+        checks.holds("counts", rule, first_slot <= self.num_slots - length, f"{length} from slot {first_slot} on")
         counter = self._counter(PRIMARY).first_rows[self._where()][first_slot : first_slot + length]
         launch = plan_add(layout(counts), layout(counter))
         with torch_private.Untraced(), self._on_device():

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 MOST_BODY = 1 << 16  # bytes
+STATUS: dict[type[Exception], int]  # that answers to errors have
+STATUS = {RanksMissingError: 504, BusyError: 503, NotLeadingError: 409, StoreGoneError: 503}
 
 
 class RefusedError(Exception):
@@ -105,10 +107,7 @@ def make_app(
     place = checks.path("directory", directory).resolve()
     checks.holds("directory", "a directory", place.is_dir(), directory)
     checks.boolean("allow_get", allow_get)
-    if token is not None:
-        if not isinstance(token, str):
-            raise TypeError(f"`token` must be a str or None, got {type(token).__name__}")
-        checks.holds("token", "of printable characters, at least one", token.isprintable() and bool(token), "another")
+    check_token("token", token)
     commands = _Commands(recorder, place, checks.seconds("timeout", timeout))
 
     def route(name: str, parameters: dict[str, tuple[Any, ...]], methods: set[str]) -> Any:
@@ -152,6 +151,14 @@ def make_app(
     app = Starlette(routes=routes, exception_handlers={HTTPException: refuse, Exception: fail})
     app.router.redirect_slashes = False
     return app
+
+
+def check_token(argument: str, token: Any) -> None:
+    """Check what requests must bring; an error does not say what it is."""
+    if not isinstance(token, str | None):
+        raise TypeError(f"`{argument}` must be a str or None, got {type(token).__name__}")
+    good = token is None or (token.isprintable() and bool(token))
+    checks.holds(argument, "of printable characters, at least one", good, "another")
 
 
 class _Commands:
@@ -202,14 +209,8 @@ def _followed(command: Callable[..., dict[str, Any]], given: dict[str, Any]) -> 
     """Do a command; what the caller or the ranks have to do with is an answer, and what is our fault an exception."""
     try:
         return command(**given)
-    except RanksMissingError as error:
-        raise RefusedError(504, str(error), missing=error.ranks) from error
-    except BusyError as error:
-        raise RefusedError(503, str(error)) from error
-    except NotLeadingError as error:
-        raise RefusedError(409, str(error)) from error
-    except StoreGoneError as error:
-        raise RefusedError(503, str(error)) from error
+    except tuple(STATUS) as error:
+        raise RefusedError(STATUS[type(error)], str(error), **_named(getattr(error, "ranks", []))) from error
 
 
 def _check_token(request: "Request", token: str | None) -> None:

@@ -121,7 +121,7 @@ class Member:
 
     def _turn(self, on: bool) -> None:
         recorder = self.recorder
-        if recorder.recording != on:
+        if bool(recorder.recording) != on:
             (recorder.start_record if on else recorder.stop_record)()
 
     def hear(self, message: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """What was recorded until it is dumped: counts on the device, tokens on the host or on disk."""
 
 import itertools
+import math
 import tempfile
 import threading
 import weakref
@@ -103,7 +104,7 @@ class Spill:
                 weakref.finalize(self, file.close)  # arrays that were read keep what they need open
                 self._files.append(file)
             for file, column in zip(self._files, columns, strict=True):
-                file.seek(self._rows * column.itemsize * int(np.prod(self._row_shape)))
+                file.seek(self._rows * column.itemsize * math.prod(self._row_shape))
                 data = column.reshape(-1).view(np.uint8).data
                 while data:
                     data = data[file.write(data) :]
@@ -114,11 +115,9 @@ class Spill:
 
     def read(self, begin: int, end: int) -> list[np.ndarray]:
         """Return rows as arrays that are read from disk when they are used."""
-        found: list[np.ndarray] = []
-        for file, kind in zip(self._files, KINDS, strict=False):
-            offset = begin * kind.itemsize * int(np.prod(self._row_shape))
-            found.append(np.memmap(file, kind, "r", offset, (end - begin, *self._row_shape)))
-        return found
+        first, shape = begin * math.prod(self._row_shape), (end - begin, *self._row_shape)
+        files = zip(self._files, KINDS, strict=False)
+        return [np.memmap(file, kind, "r", first * kind.itemsize, shape) for file, kind in files]
 
 
 def gathered(parts: Sequence[Any], directory: Path | None, row_shape: tuple[int, ...], num_columns: int) -> Any:
@@ -218,29 +217,15 @@ class TokenStream:
             row += count
 
     def _store(
-        self,
-        staging: Rows,
-        layer: int,
-        row: int,
-        place: int,
-        ids: torch.Tensor,
-        weights: Any,
-        state: list[torch.Tensor],
+        self, staging: Rows, layer: int, row: int, place: int, ids: torch.Tensor, weights: Any, state: Any
     ) -> None:
         launch = plan_store(layout(ids), layout(weights), staging.layout, row, place, self._num_experts)
         stored = self._staging[0].stored
         if not arrays.answered_by_reference(ids):
             there = staging.weights if staging.weights is None else staging.weights[:, layer]
             enabled, num_tokens = state
-            launch(
-                topk_ids=ids,
-                topk_weights=weights,
-                enabled=enabled,
-                num_tokens=num_tokens,
-                ids=staging.ids[:, layer],
-                weights=there,
-                stored=stored[layer:],
-            )
+            into = {"ids": staging.ids[:, layer], "weights": there, "stored": stored[layer:]}
+            launch(topk_ids=ids, topk_weights=weights, enabled=enabled, num_tokens=num_tokens, **into)
             return
         real = min(len(ids), max(int(state[1]) - row, 0))
         if int(state[0]) and real:

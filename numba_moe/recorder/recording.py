@@ -20,11 +20,6 @@ class Recording(int):
 
     recorder: Any
 
-    def __eq__(self, other: object) -> bool:
-        return int(self) == other
-
-    __hash__ = int.__hash__
-
     @contextlib.contextmanager
     def __call__(
         self,

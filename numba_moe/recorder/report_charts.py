@@ -84,19 +84,9 @@ class Charts:
         says += f"to {number(float(values.max()))} {unit}"
         left = [((tick + 0.5) / num_rows, number(tick)) for tick in whole_ticks(num_rows)]
         below = [((tick + 0.5) / num_columns, number(tick)) for tick in whole_ticks(num_columns)]
-        height = "tall" if num_rows > 12 else "low"
-        return self._figure(
-            name,
-            title,
-            says,
-            drawn,
-            (num_columns, num_rows),
-            left,
-            below,
-            (rows, columns),
-            _legend(scale, values, unit),
-            height,
-        )
+        height, legend = "tall" if num_rows > 12 else "low", _legend(scale, values, unit)
+        size, axes = (num_columns, num_rows), (rows, columns)
+        return self._figure(name, title, says, drawn, size, left, below, axes, legend, height)
 
     def lines(
         self,

@@ -33,31 +33,10 @@ DARK = {
     "series-4": "#cf9cff",
     "series-5": "#e0bd54",
 }
-# What is drawn on what, and the least contrast that WCAG 2.2 AA asks for: 4.5 of text, 3 of graphics.
-IN_USE = [(text, ground, 4.5) for text in ("text", "muted", "link") for ground in ("page", "panel")]
-IN_USE += [("page", "text", 4.5)]  # the label of a value
-IN_USE += [(f"series-{number}", "page", 3.0) for number in range(1, 6)] + [("axis", "page", 3.0), ("link", "page", 3.0)]
-
 # Of maps, from low to high: dark to light, so that they can be read without colours as well.
 MAP = ("#1b0c42", "#4b0c6b", "#781c6d", "#a52c60", "#cf4446", "#ed6925", "#fb9b06", "#f7d13d", "#fcffa4")
 NOTHING = "#98a2ad"  # of 0, on light and dark
 LOWEST, HIGHEST = 1 / 64, 64.0  # ends of scales
-
-
-def contrast(one: str, other: str) -> float:
-    """Return the contrast of two colours as WCAG defines it, 1 to 21.
-
-    >>> contrast("#000000", "#ffffff")
-    21.0
-    """
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 class Scale(NamedTuple):

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from numba_moe import __version__
+from numba_moe.recorder.dump_files import csv_of
 from numba_moe.recorder.report_charts import Charts, number
 from numba_moe.recorder.report_colours import DARK, LIGHT, Scale
 from numba_moe.recorder.report_findings import MORE_SLOTS, MOST_BINS, Findings, Placement, bounds, over_mean
 from numba_moe.reference.recorder import expert_entropy, traffic_matrix
-from numba_moe.runtime import formats
 from numba_moe.runtime.text import counted
 
 MOST_ROWS = 24  # of a table over time
@@ -152,7 +152,7 @@ class Page:
         if self.dump.num_experts == 1:
             yield "<p>Layers have one expert each, which has all the load.</p>"
         yield self.charts.heat("map", "Load of experts", found.load, "layer", "expert", unit)
-        code = base64.b64encode(self.csv().encode()).decode()
+        code = base64.b64encode(csv_of(found.total).encode()).decode()
         yield f'<p><a download="counts.csv" href="data:text/csv;base64,{code}">Download all counts as CSV</a></p>'
         mean, uneven = found.sorted_shares()
         series = {"mean of layers": mean.tolist(), "most uneven layer": uneven.tolist()}
@@ -172,11 +172,6 @@ class Page:
         rows = [[layer, len(experts), _named(experts)] for layer, experts in dead]
         listed = table("Dead experts: those that were never chosen", ["layer", "number", "experts"], rows, words=True)
         yield listed if len(rows) <= MOST_ROWS else folded(f"Dead experts in {counted(len(rows), 'layer')}", listed)
-
-    def csv(self) -> str:
-        """Return all counts as lines of layer, expert and count."""
-        lines = [f"{layer},{expert},{count}" for (layer, expert), count in np.ndenumerate(self.findings.total)]
-        return "\n".join([formats.CSV_HEADER, *lines, ""])
 
     def layers(self) -> Iterator[str]:
         """Draw how even each layer is."""
@@ -338,13 +333,8 @@ class Page:
             held_out = None if placement.held_out is None else f"{placement.held_out:.3f}"
             row: list[Cell] = [placement.name, f"{placement.balance:.3f}", f"{placement.worst:.3f}", held_out]
             rows.append([*row, placement.slots_per_gpu, f"+{more:.1%}" if more else "same", placement.changed])
-        header = [
-            "placement",
-            "balancedness, in hindsight",
-            "of the worst layer",
-            "on the second half, chosen by the first",
-        ]
-        header += ["slots per GPU", "memory of experts", "slots that change"]
+        header = ["placement", "balancedness, in hindsight", "of the worst layer"]
+        header += ["on the second half, chosen by the first", "slots per GPU", "memory of experts", "slots that change"]
         yield table("Placements", header, rows)
         yield f"<p>{html.escape(self.verdict())}</p>"
         unit = "x the mean of the layer"

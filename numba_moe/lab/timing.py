@@ -99,7 +99,7 @@ class Roofline(NamedTuple):
         """The share of the roofline: of time on a GPU, of bytes in the simulator."""
         if self.device_us is not None and self.least_us is not None:
             return self.least_us / self.device_us
-        return self.bytes_needed / max(self.bytes_moved or 0, 1)
+        return self.bytes_needed / self.bytes_moved if self.bytes_moved else float("nan")
 
 
 def roofline(
@@ -145,8 +145,8 @@ def roofline(
 
     Notes
     -----
-    In the simulator a share says how many of the bytes that kernels move are needed: more than 1 where another thread's
-    work, such as that of NumPy, is not counted.
+    In the simulator a share says how many of the bytes that kernels move are needed: more than 1 where memory is filled
+    by something else, such as NumPy, which is not counted; NaN where no kernel ran.
 
     Examples
     --------
@@ -162,7 +162,10 @@ def roofline(
 
 def table(found: Sequence[Roofline]) -> str:
     """Format roofs for a terminal."""
-    rows = [(*one[:3], one.bytes_moved, one.least_us, one.device_us, f"{one.share:.0%}") for one in found]
+    rows = [
+        (*one[:3], one.bytes_moved, one.least_us, one.device_us, None if np.isnan(one.share) else f"{one.share:.0%}")
+        for one in found
+    ]
     headers = ("name", "shape", "bytes needed", "bytes moved", "least us", "device us", "share")
     return fitted(rows, headers, keys=2, floatfmt=("", "", "", "", ".2f", ".2f", ""), missingval="-")
 

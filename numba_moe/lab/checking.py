@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from numba_moe import reference
 from numba_moe.device import simulator, switch
 from numba_moe.lab.own import Grid, Own
 from numba_moe.runtime import checks, text
@@ -72,6 +71,7 @@ def select(like: str, wanted: Cases, device: str) -> list[Case]:
         return own
     level = "default" if device == "cuda" else "simulator"
     known = [case for case in (*model_cases(level), *edge_cases()) if case.op == like]
+    checks.holds("cases", f"given for {like}, which the library has no cases of", bool(known), repr(wanted))
     for pattern in patterns:
         names = ", ".join(case.name for case in known)
         checks.holds(
@@ -101,9 +101,9 @@ def check(
         arrays, of any library. Or it is a ``@cuda.jit`` kernel, which takes arguments of the op by their names too, and
         the arrays of its result by theirs or in their order; those are made for it.
     like : str
-        The op that it is like: "topk_softmax", "moe_align_block_size" and so on.
+        The op that it is like: "topk_softmax", "moe_align_block_size" and so on, or one that you declared by ``@op``.
     cases : str, or sequence of str and Case, optional
-        Only those whose name contains this; or cases of one's own.
+        Only those whose name contains this; or cases of one's own, which an op of one's own needs.
     device : str, optional
         "cuda" or "cpu"; by default "cuda" where there is a GPU. On the CPU kernels run in the simulator.
     library : str, optional
@@ -201,7 +201,7 @@ def _shortened(own: Own, option: str, left_out: Sequence[tuple[Case, list[str]]]
 
         short = case._replace(name=f"{case.name} without {' and '.join(lacks)}", arguments=without)
         try:
-            getattr(reference, case.op)(**_given(short, seed))
+            verification.twin_of(case.op)(**_given(short, seed))
         except (TypeError, ValueError):  # what is left is no call
             continue
         return short

@@ -12,7 +12,7 @@ import torch
 
 from numba_moe.lab.bridge import as_device_array
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.declaration import Declaration, flat, names_of, rebuild
+from numba_moe.runtime.declaration import DECLARATIONS, Declaration, flat, names_of, rebuild
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import Case
 
@@ -23,7 +23,10 @@ MOST_THREADS = 1024  # of a block, on every GPU
 
 
 def declaration_of(like: str) -> Declaration:
-    """Return the declaration of an op by its name."""
+    """Return the declaration of an op by its name, of the library's or of one that somebody else declared."""
+    declared = DECLARATIONS.get(like) if isinstance(like, str) and like not in verification.OPS else None
+    if declared is not None and declared.twin is not None:
+        return declared
     checks.choice("like", like, tuple(verification.OPS))
     return getattr(verification.OPS[like], like).declaration
 
@@ -80,7 +83,8 @@ class Own:
         if library is not None:
             checks.choice("library", library, LIBRARIES)
         self.function, self.name, self.declaration = function, name_of(function), declaration_of(like)
-        self.library, self._grid, self._fill = library, grid, fill
+        self.library = library or ("torch" if hasattr(function, "declaration") else None)  # an op takes all
+        self._grid, self._fill = grid, fill
         self.is_kernel = is_kernel(function)
         self._check_launch()
         self._results = [name.rpartition(".")[2] for name in names_of(self.declaration.result, "result")]

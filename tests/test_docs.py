@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -62,6 +63,23 @@ def test_examples_run(name, peers):
     found = doctest.DocTestRunner().run(test, clear_globs=False)  # which torch's compiler holds on to
     assert found.attempted > 10
     assert found.failed == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one of them turns the simulator on")
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("verify.md", "[1 2 3 4 0 4 4]"),
+        ("your-own-in-the-lab.md", "27 passed, 0 failed, 1 left out"),
+        ("your-own-kernel.md", "[1, 0, 2]"),
+    ],
+)
+def test_the_program_of_a_page_runs(name, printed, tmp_path, capsys):
+    text = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL))
+    program = tmp_path / "program.py"
+    program.write_text(text)  # where Numba finds the source
+    runpy.run_path(str(program))
+    assert printed in capsys.readouterr().out
 
 
 def test_every_function_of_sglangs_slice_is_there_and_has_its_test():

@@ -604,13 +604,14 @@ def test_the_script_times_alignment(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("Duration: 0.")
 
 
+@pytest.mark.parametrize("top_k", [2, np.int64(2)])
 @pytest.mark.parametrize("convert", [np.asarray, torch.as_tensor])
-def test_the_other_order_of_arguments_is_named(convert):
+def test_the_other_order_of_arguments_is_named(convert, top_k):
     ids = convert(np.zeros((4, 2), np.int32))
     with pytest.raises(
         TypeError, match=r"the order is \(topk_ids, block_size, num_experts, expert_map\), not \(topk_ids"
     ):
-        numba_moe.moe_align_block_size(ids, 64, 128, 2)
+        numba_moe.moe_align_block_size(ids, 64, 128, top_k)
 
 
 def test_what_libraries_allocate_is_poisoned():

@@ -107,6 +107,8 @@ def test_the_pages_build_without_a_warning(tmp_path):
     lesson = (tmp_path / "pages" / "course" / "built" / "05_counting_and_atomics.html").read_text()
     assert "<svg" in lesson
     assert "1 passed, 1 failed" in lesson
+    course = (tmp_path / "pages" / "course" / "index.html").read_text()
+    assert "_downloads" not in course  # links lead to the pages of lessons and steps, not to their files
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -485,9 +485,10 @@ def test_a_missing_barrier_shows():
 
 @IN_SIMULATOR
 def test_the_roofline_counts_bytes():
-    found = lab.roofline(like="moe_sum", case="top 5", show=False)
+    found = lab.roofline(like="count_tokens_per_expert", case="hot", show=False)
     assert found.bytes_moved >= found.bytes_needed > 0
     assert 0 < found.share <= 1
+    assert "barriers: " in found.accesses
     nothing = lab.roofline(functools.partial(count, expert_map=None), like="count_tokens_per_expert", show=False)
     assert np.isnan(nothing.share)
     assert nothing.name == "count"

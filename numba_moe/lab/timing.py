@@ -93,6 +93,7 @@ class Roofline(NamedTuple):
     least_us: float | None  # time that a copy of bytes_needed takes
     device_us: float | None
     bytes_moved: int | None  # that threads loaded and stored, counted in the simulator
+    accesses: str = ""  # what threads did in the simulator: loads, stores, atomics, barriers
 
     @property
     def share(self) -> float:
@@ -136,7 +137,7 @@ def roofline(
     Roofline
         share : float. bytes_needed : int, each input read once and each result written once. least_us, device_us :
         float, on a GPU the times in microseconds of a copy of bytes_needed, and of the call. bytes_moved : int, in the
-        simulator what threads loaded and stored.
+        simulator what threads loaded and stored. accesses : str, the numbers of loads, barriers and so on there.
 
     Raises
     ------
@@ -156,7 +157,7 @@ def roofline(
     own = Own(function or functools.partial(_op(like)), like, library if function else "torch", grid, fill)
     found = _on_gpu(own, case) if torch.cuda.is_available() else _in_simulator(own, case)
     if show:
-        print(table([found]))
+        print(table([found]), *([found.accesses] if found.accesses else []), sep="\n")
     return found
 
 
@@ -215,4 +216,5 @@ def _in_simulator(own: Own, case: str | Case | None) -> Roofline:
     arguments = verification.on_device(own.case_for(chosen), chosen.arguments(np.random.default_rng(0)), "cpu")
     with simulator.running(), checking.counting() as counts, testing.poisoned_memory():
         result = own(**arguments)
-    return Roofline(own.name, chosen.name, measure.bytes_moved(arguments, result), None, None, counts.bytes_moved)
+    needed = measure.bytes_moved(arguments, result)
+    return Roofline(own.name, chosen.name, needed, None, None, counts.bytes_moved, str(counts))

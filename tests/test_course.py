@@ -179,10 +179,68 @@ def adds_half_a_warp(values, result):
     result[cuda.laneid] = value
 
 
-def one_warp(values):
-    result = np.zeros_like(values)
-    adds_half_a_warp[1, 32](values, result)
+@cuda.jit
+def adds_in_shared_memory(values, result):
+    shared = cuda.shared.array(32, np.float32)
+    shared[cuda.laneid] = values[cuda.laneid]
+    cuda.syncthreads()
+    total = np.float32(0)
+    for lane in range(32):
+        total += shared[lane]
+    result[cuda.laneid] = total
+
+
+@cuda.jit
+def adds_downwards(values, result):
+    value = values[cuda.laneid]
+    for distance in (16, 8, 4, 2, 1):
+        value += cuda.shfl_down_sync(0xFFFFFFFF, value, distance)
+    result[cuda.laneid] = cuda.shfl_sync(0xFFFFFFFF, value, 0)
+
+
+def one_warp(kernel):
+    def call(values):
+        result = np.zeros_like(values)
+        kernel[1, 32](values, result)
+        return result
+
+    return call
+
+
+@cuda.jit
+def double_in_strides(values, result):
+    for index in range(cuda.grid(1), values.size, cuda.gridsize(1)):
+        result[index] = values[index] + values[index]
+
+
+def doubles_in_place(values):
+    double_in_strides[2, 32](values, values)
+    return values
+
+
+def doubles_in_strides(values):
+    result = cuda.device_array(values.shape, values.dtype)
+    double_in_strides[2, 32](cuda.to_device(values), result)
     return result
+
+
+@cuda.jit
+def count_slot(ids, counts):
+    slot = cuda.grid(1)
+    if slot < ids.size and 0 <= ids[slot] < counts.size:
+        cuda.atomic.add(counts, ids[slot], 1)
+
+
+def counts_into(allocate):
+    def call(ids, num_experts):
+        counts = allocate(num_experts, np.int32)
+        count_slot[8, 64](ids, counts)
+        return counts
+
+    return call
+
+
+counts_into_new_memory = counts_into(np.empty)
 
 
 def places_of(order):
@@ -201,13 +259,19 @@ def topk(logits, top_k, renormalize):
 WRONG = {
     "active_share": [lambda n, k: n / k, lambda n, k: k // n, lambda n, k: 1 / n],
     "num_skipped": [
+        lambda ids, n: len({one for one in ids.ravel() if not 0 <= one < n}),
+        lambda ids, n: int(((ids < 0) | (ids >= n)).any(axis=1).sum()),
         lambda ids, n: int((ids < 0).sum()),
         lambda ids, n: int((ids == -1).sum()),
         lambda ids, n: int(((ids < 0) | (ids > n)).sum()),
     ],
-    "doubled": [launched(doubles_past_the_end), launched(doubles_one_block), lambda values: values + 2],
+    "doubled": [
+        *(launched(doubles_past_the_end), launched(doubles_one_block), doubles_in_place),
+        *(lambda values: values + 2, lambda values: values * 2),
+    ],
     "shifted": [launched(shifts_past_the_end), launched(shifts_and_keeps_the_last), launched(shifts_the_other_way)],
     "histogram": [
+        counts_into_new_memory,
         launched(counts_without_atomics),
         launched(counts_below_zero),
         lambda ids, n: np.bincount(ids[ids >= 0], minlength=n),
@@ -217,7 +281,10 @@ WRONG = {
         places_of(lambda ids: np.lexsort((-np.arange(ids.size), ids))),
         lambda ids, n: np.argsort(ids, kind="stable").astype(np.int32),
     ],
-    "sum_in_every_lane": [one_warp, lambda values: values.sum(), lambda values: np.cumsum(values)],
+    "sum_in_every_lane": [
+        *(one_warp(adds_half_a_warp), one_warp(adds_in_shared_memory)),
+        *(lambda values: values.sum(), lambda values: np.full(32, values.sum(), np.float32)),
+    ],
     "topk_softmax": [
         lambda gating_output, top_k, renormalize=False: topk(gating_output, top_k, False),
         lambda gating_output, top_k, renormalize=False: topk(np.nan_to_num(gating_output), top_k, renormalize),
@@ -246,6 +313,23 @@ WRONG = {
 }
 
 
+# Right in another way than the solutions.
+OTHERS = {
+    "active_share": [lambda num_experts, top_k: np.float64(top_k) / num_experts],
+    "num_skipped": [lambda ids, n: ids.size - reference.count_tokens_per_expert(ids, n).sum()],
+    "doubled": [doubles_in_strides],
+    "histogram": [counts_into(lambda n, dtype: cuda.to_device(np.zeros(n, dtype)))],
+    "places": [lambda ids, n: np.argsort(np.argsort(ids, kind="stable"), kind="stable").astype(np.int32)],
+    "sum_in_every_lane": [one_warp(adds_downwards)],
+    "is_right": [
+        lambda count: all(
+            count(np.array(ids), 4).tolist() == wanted
+            for ids, wanted in (([0, 3, 3], [1, 0, 0, 2]), ([-1, 4, 1], [0, 1, 0, 0]), ([-1, 0], [1, 0, 0, 0]))
+        )
+    ],
+}
+
+
 @pytest.mark.parametrize(
     "exercise",
     [name if name in ("histogram", "is_right") else pytest.param(name, marks=pytest.mark.slow) for name in WRONG],
@@ -256,9 +340,11 @@ def test_a_check_accepts_the_solution_and_rejects_what_is_wrong(exercise, lesson
 
     assert set(checks.CHECKS) == set(WRONG)
     assert checks.fault_of(exercise, getattr(solutions, exercise)) == ""
-    assert len(WRONG[exercise]) == 3
+    assert len(WRONG[exercise]) >= 3
     for wrong in WRONG[exercise]:
         assert checks.fault_of(exercise, wrong) != ""
+    for other in OTHERS.get(exercise, []):
+        assert checks.fault_of(exercise, other) == ""
 
 
 @pytest.mark.slow

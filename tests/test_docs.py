@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -64,6 +65,23 @@ def test_examples_run(name, peers):
     assert found.failed == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one of them turns the simulator on")
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("verify.md", "[1 2 3 4 0 4 4]"),
+        ("your-own-in-the-lab.md", "27 passed, 0 failed, 1 left out"),
+        ("your-own-kernel.md", "[1, 0, 2]"),
+    ],
+)
+def test_the_program_of_a_page_runs(name, printed, tmp_path, capsys):
+    text = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL))
+    program = tmp_path / "program.py"
+    program.write_text(text)  # where Numba finds the source
+    runpy.run_path(str(program))
+    assert printed in capsys.readouterr().out
+
+
 def test_every_function_of_sglangs_slice_is_there_and_has_its_test():
     page = (ROOT / "docs" / "from-sglang.md").read_text().partition("## Function by function")[2].partition("\n## ")[0]
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "::" in line]
@@ -91,6 +109,8 @@ def test_the_pages_build_without_a_warning(tmp_path):
     lesson = (tmp_path / "pages" / "course" / "built" / "05_counting_and_atomics.html").read_text()
     assert "<svg" in lesson
     assert "1 passed, 1 failed" in lesson
+    course = (tmp_path / "pages" / "course" / "index.html").read_text()
+    assert "_downloads" not in course  # links lead to the pages of lessons and steps, not to their files
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """A kernel of one's own is checked as ours are: what is wrong with it is named, whatever arrays it takes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -233,10 +234,15 @@ def test_the_library_of_arrays_is_found_out():
 
 
 RESULTS = {
-    "a dtype": (lambda topk_ids, num_experts: count(topk_ids, num_experts).astype(np.int64), "of int32, got int64"),
+    "a dtype": (lambda topk_ids, num_experts: np.zeros(num_experts, np.int64), "`result` must be int32, got int64"),
     "a shape": (lambda topk_ids, num_experts: count(topk_ids, num_experts)[None], "must be of shape (8,), got shape"),
     "nothing": (lambda topk_ids, num_experts: None, "must be an array, got None"),
-    "too many": (lambda topk_ids, num_experts: (count(topk_ids, num_experts),) * 2, "must be an array, got 2"),
+    "too many": (lambda topk_ids, num_experts: (topk_ids, topk_ids), "must be an array, got a tuple of 2"),
+    "a list": (lambda topk_ids, num_experts: [0] * num_experts, "must be an array, got a list of 8"),
+    "no memory": (
+        lambda topk_ids, num_experts: torch.zeros(num_experts, dtype=torch.int32).to_sparse(),
+        "`result` must be an array whose every element is in memory, got torch.sparse_coo on cpu",
+    ),
     "an error": (lambda topk_ids, num_experts: 1 // 0, "ZeroDivisionError"),
 }
 
@@ -261,7 +267,7 @@ def test_a_changed_input_and_a_changing_result_fail():
         return count(topk_ids, num_experts) + np.int32(next(calls))
 
     given = {"like": "count_tokens_per_expert", "cases": "one slot", "device": "cpu", "show": False}
-    assert "`topk_ids` is not as the reference leaves it" in lab.check(writes, **given).outcomes[0].message
+    assert "`topk_ids` was changed, which it must not be" in lab.check(writes, **given).outcomes[0].message
     assert "two calls" in lab.check(changes, library="numpy", **given).outcomes[0].message
 
 
@@ -270,6 +276,55 @@ def test_cases_that_give_what_it_does_not_take_are_left_out():
     assert report.left_out == [("saturated bias", "in_torch does not take correction_bias")]
     nothing = lab.check(lambda: 0, like="topk_softmax", cases="saturated", device="cpu", show=False)
     assert nothing.passed is False
+
+
+def test_an_option_that_no_case_gives_alone_is_tried(capsys):
+    def forgets_the_factor(hidden_states, routed_scaling_factor=1.0):
+        return reference.moe_sum(hidden_states)
+
+    report = lab.check(forgets_the_factor, like="moe_sum", device="cpu", show=False)
+    assert report.failed == ["33 float32 to float32 without out_dtype"]
+
+    def weighs(gating_output, topk_ids, is_padding=None):
+        return reference.weigh_experts(gating_output, topk_ids)
+
+    report = lab.check(weighs, like="weigh_experts", device="cpu")
+    assert report.untried == ["is_padding"]
+    assert "no case that it takes gives is_padding" in capsys.readouterr().out
+
+
+def test_every_array_of_a_result_is_named():
+    def rows_of_slots(hidden_states, topk_ids, num_experts):
+        found = reference.moe_permute(hidden_states, topk_ids, num_experts)
+        return found._replace(permuted_hidden_states=-found.permuted_hidden_states)
+
+    report = lab.check(rows_of_slots, like="moe_permute", cases="top 5", device="cpu", show=False)
+    assert report.outcomes[0].message.startswith("permuted_hidden_states first at (0, 0)")
+
+
+@IN_SIMULATOR
+@pytest.mark.parametrize("grid", [(1, 256), (256, 1)])
+def test_an_order_that_is_chance_shows(grid):
+    @cuda.jit
+    def align(topk_ids, block_size, num_experts, sorted_token_ids, expert_ids, num_tokens_post_padded):
+        slot = cuda.grid(1)
+        if slot < topk_ids.size:
+            place = cuda.atomic.add(num_tokens_post_padded, 0, 1)
+            sorted_token_ids[place] = slot
+
+    report = lab.check(align, "moe_align_block_size", "one hot", grid=grid, fill=0, show=False)
+    assert "two calls with equal arguments have different results" in report.outcomes[0].message
+
+
+@IN_SIMULATOR
+def test_a_launch_leaves_the_next_one_its_own_grid():
+    bound = count_slots_by_hand[1, 4]
+    count_slots_by_hand[1, 1, 0, 64](np.array([[1]]), 2, np.zeros(2, np.int32))
+    counts = np.zeros(2, np.int32)
+    bound(np.array([[1, 0, 1]]), 2, counts)
+    assert counts.tolist() == [1, 2]
+    with pytest.raises(TypeError, match="`grid` must be"):
+        lab.check(count_slots_by_hand, "count_tokens_per_expert", "one slot", fill=0)
 
 
 def test_ones_own_case_is_run():
@@ -287,8 +342,33 @@ REFUSED = {
     "no grid": (lambda: lab.check(broken_grid, like="count_tokens_per_expert"), "`grid` must be"),
     "parameters": (lambda: lab.check(count_slots_by_hand, like="topk_softmax", grid=(1, 1)), "the parameters of"),
     "a library": (lambda: lab.check(count, like="route", library="jax"), "`library` must be one of"),
+    "no cases": (lambda: lab.check(count, like="route", cases=[]), "`cases` must be at least one, got none"),
+    "a number of cases": (lambda: lab.check(count, like="route", cases=3), "`cases` must be parts of names, or cases"),
+    "a grid of a function": (lambda: lab.check(count, like="route", grid=(1, 1)), "`grid` must be None for a function"),
+    "a short grid": (lambda: launched(grid=(8,)), r"`grid` must be \(blocks, threads\), got"),
+    "no blocks": (lambda: launched(grid=(0, 64)), "`grid: blocks` must be at least 1, got 0"),
+    "half a thread": (lambda: launched(grid=(1, 1.5)), "`grid: threads` must be an integer, got float"),
+    "a large block": (
+        lambda: launched(grid=(1, (64, 32))),
+        "`grid` must be of at most 1024 threads to a block, got 2048",
+    ),
+    "a fill": (lambda: launched(grid=(1, 1), fill="0"), "`fill` must be a number, got str"),
+    "a kernel's library": (lambda: launched(grid=(1, 1), library="torch"), "`library` must be 'numba' for a kernel"),
+    "faults": (lambda: lab.planted(count, "count_tokens_per_expert", ["a"], "one slot"), "`faults` must be a mapping"),
+    "no program": (
+        lambda: lab.planted(count, "count_tokens_per_expert", {"a": ("topk_ids", "topk_ids[")}, "one slot"),
+        "`faults` must leave a program",
+    ),
+    "no def": (
+        lambda: lab.planted(functools.partial(count, expert_map=None), "count_tokens_per_expert", None, "one slot"),
+        "`function` must be written with def, got count",
+    ),
     "a device": (lambda: lab.check(count, like="route", device="tpu"), "`device` must be one of"),
 }
+
+
+def launched(**options):
+    return lab.check(broken_grid, "count_tokens_per_expert", "one slot", **options)
 
 
 @cuda.jit
@@ -317,6 +397,15 @@ def test_planted_faults_in_ones_own_kernel_are_caught(capsys):
     assert planted.missed == ["nothing"]
     with pytest.raises(ValueError, match="`faults` must be pieces of count_slots_by_hand"):
         lab.planted(count_slots_by_hand, faults={"gone": ("not there", "x")}, **given)
+
+
+@IN_SIMULATOR
+def test_a_fault_of_one_text_is_planted_in_each_place():
+    planted = lab.planted(
+        count_slots_by_hand, "count_tokens_per_expert", cases="-1", grid=slots_grid, fill=0, show=False
+    )
+    twice = [fault for fault in planted.caught if fault.endswith(": 1 becomes 2 (2)")]
+    assert len(twice) == 1  # both of topk_ids.shape[1]
 
 
 @IN_SIMULATOR
@@ -396,9 +485,13 @@ def test_a_missing_barrier_shows():
 
 @IN_SIMULATOR
 def test_the_roofline_counts_bytes():
-    found = lab.roofline(like="moe_sum", case="top 5", show=False)
+    found = lab.roofline(like="count_tokens_per_expert", case="hot", show=False)
     assert found.bytes_moved >= found.bytes_needed > 0
     assert 0 < found.share <= 1
+    assert "barriers: " in found.accesses
+    nothing = lab.roofline(functools.partial(count, expert_map=None), like="count_tokens_per_expert", show=False)
+    assert np.isnan(nothing.share)
+    assert nothing.name == "count"
 
 
 @pytest.mark.gpu
@@ -512,13 +605,14 @@ def test_the_script_times_alignment(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("Duration: 0.")
 
 
+@pytest.mark.parametrize("top_k", [2, np.int64(2)])
 @pytest.mark.parametrize("convert", [np.asarray, torch.as_tensor])
-def test_the_other_order_of_arguments_is_named(convert):
+def test_the_other_order_of_arguments_is_named(convert, top_k):
     ids = convert(np.zeros((4, 2), np.int32))
     with pytest.raises(
         TypeError, match=r"the order is \(topk_ids, block_size, num_experts, expert_map\), not \(topk_ids"
     ):
-        numba_moe.moe_align_block_size(ids, 64, 128, 2)
+        numba_moe.moe_align_block_size(ids, 64, 128, top_k)
 
 
 def test_what_libraries_allocate_is_poisoned():

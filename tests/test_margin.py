@@ -1,5 +1,6 @@
 """The worked example of the course, a new op outside of the package, is an op like the library's own."""
 
+import contextlib
 import sys
 import types
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 import numba_moe
-from numba_moe import reference
+from numba_moe import lab
+from numba_moe.device import simulator
 from numba_moe.runtime import declaration
-from numba_moe.verify import verification
 
 FOLDER = Path(__file__).parents[1] / "docs" / "course" / "margin"
 NAME = "topk_softmax_with_margin"
@@ -39,13 +40,30 @@ def test_it_is_short():
     assert sum(len(file.read_text().splitlines()) for file in files if file.suffix == ".py") <= 150
 
 
-def test_every_case_passes(margin, monkeypatch):
-    monkeypatch.setattr(reference, NAME, margin.twin, raising=False)
-    monkeypatch.setitem(verification.OPS, NAME, types.SimpleNamespace(**{NAME: margin.op}))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    outcomes = [verification.run_case(case, 0, device) for case in margin.cases]
-    assert len(outcomes) > 10
-    assert [outcome for outcome in outcomes if not outcome.passed] == []
+def test_every_case_passes(margin):
+    report = lab.check(margin.op, like=NAME, cases=margin.cases, show=False)
+    assert report.passed, report.failed
+    assert len(report.outcomes) > 10
+    with pytest.raises(ValueError, match="`cases` must be given for topk_softmax_with_margin"):
+        lab.check(margin.op, like=NAME)
+
+    def forgets_an_option(gating_output, top_k, renormalize=False):
+        return margin.twin(gating_output, top_k)
+
+    wrong = lab.check(forgets_an_option, like=NAME, cases=margin.cases, show=False)
+    assert 0 < len(wrong.failed) < len(wrong.outcomes)
+    messages = [outcome.message for outcome in wrong.outcomes if not outcome.passed]
+    assert all(message.startswith("topk_weights first at") for message in messages)
+
+
+def test_the_program_of_the_page_runs_its_kernel(margin, capsys):
+    program = (FOLDER / "index.md").read_text().partition("```python\n")[2].partition("```")[0]
+    with lab.counting() if simulator.ENABLED else contextlib.nullcontext() as counts:
+        exec(program, {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("[1.5]\n")
+    assert f"{len(margin.cases)} passed, 0 failed" in printed
+    assert counts is None or counts.launches >= 2 * (len(margin.cases) - 1)  # one has no tokens
 
 
 def test_its_choice_and_its_gradient_are_those_of_topk_softmax(margin, device):

@@ -23,6 +23,7 @@ _ALL_LANES = 0xFFFFFFFF
 # Blocks of a cluster, which are simulated together.
 MOST_IN_CLUSTER = 4
 _running = False
+_order = 0
 
 
 @contextlib.contextmanager
@@ -36,6 +37,17 @@ def running() -> Iterator[None]:
         yield
     finally:
         _running = before
+
+
+@contextlib.contextmanager
+def in_another_order() -> Iterator[None]:
+    """Let threads take turns in another order, and blocks of launches by hand, so that what depends on it changes."""
+    global _order
+    _order += 1
+    try:
+        yield
+    finally:
+        _order -= 1
 
 
 def is_running() -> bool:
@@ -173,6 +185,8 @@ if ENABLED:
 
         def run(self, grid_point: tuple[int, ...], *arguments: Any) -> None:
             points = [grid_point]
+            if _order and self.by_hand:  # the last block first
+                points = [tuple(size - 1 - place for size, place in zip(self._grid_dim, grid_point, strict=True))]
             if self.together:
                 if any(grid_point):
                     return  # with the first block
@@ -190,7 +204,7 @@ if ENABLED:
             self._ready = list(self.threads)
             self.alive = {block[0]: len(self.threads) // len(points) for block in points}
             self._waiting: dict[Any, dict[_Thread, Any]] = {}
-            order = random.Random(len(self.threads))
+            order = random.Random(len(self.threads) + (_order << 32))
             try:
                 while self._ready:
                     thread = self._ready.pop(order.randrange(len(self._ready)))

@@ -5,8 +5,8 @@ import sys
 
 VARIABLE = "NUMBA_ENABLE_CUDASIM"
 HOW = (
-    "put `from numba_moe import lab; lab.use_simulator()` first in the program, before numba is imported, "
-    f"or start it as `{VARIABLE}=1 python ...`; a notebook has to be restarted"
+    "put `from numba_moe import lab; lab.use_simulator()` first in the program, before numba is imported or an op of "
+    f"numba_moe is used, or start it as `{VARIABLE}=1 python ...`; a notebook has to be restarted"
 )
 TOO_LATE = f"it is too late to turn on Numba's simulator: {HOW}"
 

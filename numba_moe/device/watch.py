@@ -6,6 +6,7 @@ as on a GPU, where the library's own launches, which the tests are made of, run 
 """
 
 import contextlib
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -150,7 +151,7 @@ def install(kernel: Any, give_way: Callable[[], None]) -> None:
     global _give_way
     _give_way = give_way
     kernel.FakeWithinKernelCUDAArray = WatchedArray
-    launch = kernel.FakeCUDAKernel.__call__
+    launch, configure = kernel.FakeCUDAKernel.__call__, kernel.FakeCUDAKernel.__getitem__
     local = FakeCUDALocal.array
 
     def call(self: Any, *arguments: Any) -> Any:
@@ -169,7 +170,13 @@ def install(kernel: Any, give_way: Callable[[], None]) -> None:
         _replace_cuda(function.__globals__, simulated)
         yield
 
-    kernel.FakeCUDAKernel.__call__, kernel.swapped_cuda_module = call, with_cuda_replaced
+    def configured(self: Any, configuration: Any) -> Any:
+        found = copy.copy(self)  # else the next launch had what this one is given
+        found.dynshared_size = 0
+        return configure(found, configuration)
+
+    kernel.FakeCUDAKernel.__call__, kernel.FakeCUDAKernel.__getitem__ = call, configured
+    kernel.swapped_cuda_module = with_cuda_replaced
     FakeCUDALocal.array = lambda self, *shape_and_dtype, **options: poisoned(local(self, *shape_and_dtype, **options))
     for name, function in list(vars(FakeCUDAAtomic).items()):
         if not name.startswith("__"):

@@ -1,6 +1,8 @@
 """A function or a kernel of one's own, called as the op that it is like: with tensors, and for a result of tensors."""
 
+import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,18 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from numba_moe.lab.bridge import as_device_array, as_tensor
+from numba_moe.lab.bridge import as_device_array
 from numba_moe.runtime import arrays, checks
-from numba_moe.runtime.declaration import Declaration, flat, names_of, rebuild
+from numba_moe.runtime.declaration import DECLARATIONS, Declaration, flat, names_of, rebuild
 from numba_moe.verify import testing, verification
 from numba_moe.verify.cases import Case
 
 LIBRARIES = ("torch", "numpy", "numba", "cupy")  # whose arrays a function may want
-Grid = Sequence[int] | Callable[..., Sequence[int]]
+Grid = Sequence[Any] | Callable[..., Sequence[Any]]
+GRID = "(blocks, threads)"
+MOST_THREADS = 1024  # of a block, on every GPU
 
 
 def declaration_of(like: str) -> Declaration:
-    """Return the declaration of an op by its name."""
+    """Return the declaration of an op by its name, of the library's or of one that somebody else declared."""
+    declared = DECLARATIONS.get(like) if isinstance(like, str) and like not in verification.OPS else None
+    if declared is not None and declared.twin is not None:
+        return declared
     checks.choice("like", like, tuple(verification.OPS))
     return getattr(verification.OPS[like], like).declaration
 
@@ -41,6 +48,8 @@ def _without_grid(function: Any) -> Any:
 def name_of(function: Any) -> str:
     """Return what tables call a function."""
     plain = plain_function(function)
+    if isinstance(plain, functools.partial):
+        return name_of(plain.func)
     return getattr(plain, "__name__", type(plain).__name__)
 
 
@@ -74,19 +83,31 @@ class Own:
         if library is not None:
             checks.choice("library", library, LIBRARIES)
         self.function, self.name, self.declaration = function, name_of(function), declaration_of(like)
-        self.library, self._grid, self._fill = library, grid, fill
+        self.library = library or ("torch" if hasattr(function, "declaration") else None)  # an op takes all
+        self._grid, self._fill = grid, fill
         self.is_kernel = is_kernel(function)
+        self._check_launch()
         self._results = [name.rpartition(".")[2] for name in names_of(self.declaration.result, "result")]
         self.parameters = inspect.signature(plain_function(function)).parameters
         self._takes_all = any(one.kind is one.VAR_KEYWORD for one in self.parameters.values())
         if self.is_kernel:
             self.library = "numba"
             self._places = self._places_of_results()
-            has_grid = hasattr(function, "dispatcher") or getattr(function, "grid_dim", None) is not None
-            if grid is None and not has_grid:
-                raise TypeError(
-                    "`grid` must be (blocks, threads), or a function that returns them, for a kernel, got None"
-                )
+
+    def _check_launch(self) -> None:
+        """Check what says how a kernel is launched, which a function is given none of."""
+        if not self.is_kernel:
+            for name, value in (("grid", self._grid), ("fill", self._fill)):
+                checks.holds(name, "None for a function, which launches its kernels itself", value is None, value)
+            return
+        checks.holds("library", "'numba' for a kernel", self.library in (None, "numba"), repr(self.library))
+        if self._fill is not None and not isinstance(self._fill, int | float):
+            raise TypeError(f"`fill` must be a number, got {type(self._fill).__name__}")
+        has_grid = hasattr(self.function, "dispatcher") or getattr(self.function, "grid_dim", None) is not None
+        if self._grid is not None and not callable(self._grid):
+            _check_grid(self._grid)
+        elif self._grid is None and not has_grid:
+            raise TypeError(f"`grid` must be {GRID}, or a function that returns them, for a kernel, got None")
 
     def _places_of_results(self) -> dict[str, int]:
         """Return which of the result's arrays each of a kernel's own parameters is: by name, or by order."""
@@ -100,6 +121,13 @@ class Own:
             rule += f" and its results ({', '.join(self._results)})"
             raise TypeError(f"the parameters of `{self.name}` must be {rule}, got {', '.join(self.parameters)}")
         return {name: place for place, name in enumerate(own)}
+
+    @property
+    def options(self) -> list[str]:
+        """The optional arguments of the op that it takes, but for those that a kernel's results are."""
+        results = self._places if self.is_kernel else {}
+        optional = self.declaration.defaults.keys() - {self.declaration.out} - results.keys()
+        return [name for name in self.parameters if name in optional]
 
     def lacks(self, arguments: Mapping[str, Any]) -> list[str]:
         """Return the arguments of a call that it does not take, and of a kernel those it takes and the call has not."""
@@ -205,10 +233,13 @@ class Own:
             return self.function
         grid = self._grid
         if callable(grid):
-            grid = grid(**{name: self._argument(name, given) for name in inspect.signature(grid).parameters})
+            wanted = inspect.signature(grid).parameters
+            unknown = [name for name in wanted if name not in self.declaration.names]
+            checks.holds("grid", f"a function of {', '.join(self.declaration.names)}", not unknown, ", ".join(unknown))
+            grid = grid(**{name: self._argument(name, given) for name in wanted})
+            if not _check_grid(grid, fewest=0):
+                return None
         blocks, threads, *rest = grid
-        if not np.prod(blocks):
-            return None
         if device.type == "cuda" and not rest:
             from numba import cuda
 
@@ -221,9 +252,12 @@ class Own:
         leaves = _leaves(found)
         if found is None or len(leaves) != len(wanted):
             rule = "an array" if len(wanted) == 1 else f"a tuple of {len(wanted)} arrays ({', '.join(self._results)})"
-            raise TypeError(f"the result must be {rule}, got {'None' if found is None else len(leaves)}")
+            got = "None" if found is None else type(found).__name__
+            got = f"a {got} of {len(leaves)}" if isinstance(found, tuple | list) else got
+            raise TypeError(f"the result must be {rule}, got {got}")
         device = arguments[self.declaration.first].device
-        tensors = [leaf if leaf is None else as_tensor(leaf).detach().to(device) for leaf in leaves]
+        named = zip(self._results, leaves, strict=True)
+        tensors = [leaf if leaf is None else _dense(name, leaf).to(device) for name, leaf in named]
         for name, tensor, spec in zip(self._results, tensors, wanted, strict=True):
             if tensor is None or spec is None:
                 checks.holds(
@@ -237,8 +271,29 @@ class Own:
         return rebuild(self.declaration.result, iter(tensors))
 
 
+def _check_grid(grid: Any, fewest: int = 1) -> int:
+    """Check blocks and threads, each a number or up to three; return how many blocks there are."""
+    if not isinstance(grid, Sequence) or not 2 <= len(grid) <= 4:
+        raise TypeError(f"`grid` must be {GRID}, got {grid!r}")
+    numbers = []
+    for what, part, least in (("blocks", grid[0], fewest), ("threads", grid[1], 1)):
+        sizes = part if isinstance(part, Sequence) else (part,)
+        checks.holds("grid", f"of one to three numbers of {what}", 1 <= len(sizes) <= 3, repr(grid))
+        numbers.append(math.prod(checks.integer(f"grid: {what}", size, least) for size in sizes))
+    checks.holds("grid", f"of at most {MOST_THREADS} threads to a block", numbers[1] <= MOST_THREADS, numbers[1])
+    return numbers[0]
+
+
 def _new(spec: Any, device: torch.device) -> torch.Tensor:
     return testing.poison(torch.empty(spec.shape, dtype=spec.dtype, device=device))
+
+
+def _dense(name: str, array: Any) -> torch.Tensor:
+    """Return an array of a result as a tensor whose memory can be compared."""
+    tensor = arrays.to_tensor(name, array).detach()
+    is_dense = tensor.layout is torch.strided and tensor.device.type != "meta"
+    checks.holds(name, "an array whose every element is in memory", is_dense, f"{tensor.layout} on {tensor.device}")
+    return tensor
 
 
 def _leaves(found: Any) -> list[Any]:

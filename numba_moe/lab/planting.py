@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from numba_moe.device import simulator, switch
 from numba_moe.lab import checking
 from numba_moe.lab.checking import Cases
-from numba_moe.lab.own import Grid, Own, is_kernel, plain_function
+from numba_moe.lab.own import Grid, Own, is_kernel, name_of, plain_function
 from numba_moe.runtime import checks
 from numba_moe.runtime.text import fitted
 from numba_moe.verify import faults, verification
@@ -161,6 +162,8 @@ def _in_own(
     good = [case for case in chosen if not own.lacks_in(case) and _run(own, case).passed]
     if not good:
         raise ValueError(f"`function` must pass a case before faults are planted, got {own.name}, which passes none")
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"`faults` must be a mapping of names to pairs of text, got {type(given).__name__}")
     texts = program.with_texts(given) if given is not None else program.with_faults()
     for name, changed in texts:
         other = own.with_function(changed)
@@ -175,6 +178,8 @@ class Program:
     """The source of a function and of those that it calls, from the same file."""
 
     def __init__(self, function: Any) -> None:
+        if not inspect.isfunction(plain_function(function)):
+            raise ValueError(f"`function` must be written with def, got {name_of(function)}")
         self.name = plain_function(function).__name__
         self.trees: dict[str, ast.FunctionDef] = {}
         self.namespace: dict[str, Any] = {}
@@ -212,7 +217,10 @@ class Program:
             old, new = (text if "\n" in text else _unparsed(text) for text in (old, new))
             where = ", ".join(self.trees)
             checks.holds("faults", f"pieces of {where}", any(old in text for text in sources.values()), repr(old))
-            parsed = {key: ast.parse(text.replace(old, new)).body[0] for key, text in sources.items()}
+            try:
+                parsed = {key: ast.parse(text.replace(old, new)).body[0] for key, text in sources.items()}
+            except SyntaxError as error:
+                raise ValueError(f"`faults` must leave a program, got {new!r} for {old!r}: {error.msg}") from error
             yield name, self.made(parsed)  # type: ignore[arg-type]
 
     def with_faults(self) -> Iterator[tuple[str, Any]]:
@@ -223,13 +231,15 @@ class Program:
             for number, node in enumerate(ast.walk(tree))
             for place, _ in enumerate(_changes(node, tree))
         ]
-        step = max(1, -(-len(places) // MOST_FAULTS))
+        step, times = max(1, -(-len(places) // MOST_FAULTS)), Counter[str]()
         for key, number, place in places[::step]:
             trees = copy.deepcopy(self.trees)
             node = list(ast.walk(trees[key]))[number]
             what, change = list(_changes(node, trees[key]))[place]
             change()
-            yield f"{key}, line {getattr(node, 'lineno', 0)}: {what}", self.made(trees)
+            name = f"{key}, line {getattr(node, 'lineno', 0)}: {what}"
+            times[name] += 1
+            yield name if times[name] == 1 else f"{name} ({times[name]})", self.made(trees)
 
 
 def _unparsed(text: str) -> str:

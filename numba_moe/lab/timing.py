@@ -93,13 +93,14 @@ class Roofline(NamedTuple):
     least_us: float | None  # time that a copy of bytes_needed takes
     device_us: float | None
     bytes_moved: int | None  # that threads loaded and stored, counted in the simulator
+    accesses: str = ""  # what threads did in the simulator: loads, stores, atomics, barriers
 
     @property
     def share(self) -> float:
         """The share of the roofline: of time on a GPU, of bytes in the simulator."""
         if self.device_us is not None and self.least_us is not None:
             return self.least_us / self.device_us
-        return self.bytes_needed / max(self.bytes_moved or 0, 1)
+        return self.bytes_needed / self.bytes_moved if self.bytes_moved else float("nan")
 
 
 def roofline(
@@ -136,7 +137,7 @@ def roofline(
     Roofline
         share : float. bytes_needed : int, each input read once and each result written once. least_us, device_us :
         float, on a GPU the times in microseconds of a copy of bytes_needed, and of the call. bytes_moved : int, in the
-        simulator what threads loaded and stored.
+        simulator what threads loaded and stored. accesses : str, the numbers of loads, barriers and so on there.
 
     Raises
     ------
@@ -145,8 +146,8 @@ def roofline(
 
     Notes
     -----
-    In the simulator a share says how many of the bytes that kernels move are needed: more than 1 where another thread's
-    work, such as that of NumPy, is not counted.
+    In the simulator a share says how many of the bytes that kernels move are needed: more than 1 where memory is filled
+    by something else, such as NumPy, which is not counted; NaN where no kernel ran.
 
     Examples
     --------
@@ -156,13 +157,16 @@ def roofline(
     own = Own(function or functools.partial(_op(like)), like, library if function else "torch", grid, fill)
     found = _on_gpu(own, case) if torch.cuda.is_available() else _in_simulator(own, case)
     if show:
-        print(table([found]))
+        print(table([found]), *([found.accesses] if found.accesses else []), sep="\n")
     return found
 
 
 def table(found: Sequence[Roofline]) -> str:
     """Format roofs for a terminal."""
-    rows = [(*one[:3], one.bytes_moved, one.least_us, one.device_us, f"{one.share:.0%}") for one in found]
+    rows = [
+        (*one[:3], one.bytes_moved, one.least_us, one.device_us, None if np.isnan(one.share) else f"{one.share:.0%}")
+        for one in found
+    ]
     headers = ("name", "shape", "bytes needed", "bytes moved", "least us", "device us", "share")
     return fitted(rows, headers, keys=2, floatfmt=("", "", "", "", ".2f", ".2f", ""), missingval="-")
 
@@ -212,4 +216,5 @@ def _in_simulator(own: Own, case: str | Case | None) -> Roofline:
     arguments = verification.on_device(own.case_for(chosen), chosen.arguments(np.random.default_rng(0)), "cpu")
     with simulator.running(), checking.counting() as counts, testing.poisoned_memory():
         result = own(**arguments)
-    return Roofline(own.name, chosen.name, measure.bytes_moved(arguments, result), None, None, counts.bytes_moved)
+    needed = measure.bytes_moved(arguments, result)
+    return Roofline(own.name, chosen.name, needed, None, None, counts.bytes_moved, str(counts))

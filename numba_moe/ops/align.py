@@ -183,7 +183,7 @@ def _(given: Any) -> counting_sort.SortPlan:
 
 def _check_order(expert_map: Any) -> None:
     """Say which order is meant where somebody gives the number of picks at the end, as older functions took it."""
-    if isinstance(expert_map, Foreign) and expert_map.what == "builtins.int":
+    if isinstance(expert_map, Foreign) and expert_map.what.startswith(("builtins.int", "numpy.int", "numpy.uint")):
         order = "(topk_ids, block_size, num_experts, expert_map), not (topk_ids, num_experts, block_size, topk)"
         raise TypeError(f"`expert_map` must be an array or None, got an integer: the order is {order}")
 

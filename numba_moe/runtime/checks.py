@@ -136,7 +136,7 @@ def dtype(argument: str, value: Any, dtypes: Sequence[torch.dtype] | None = None
             _wrong_value(argument, rule, repr(value))
         _wrong_type(argument, rule, type(value).__name__)
     if dtypes is not None and found not in dtypes:
-        _wrong_value(argument, "one of " + ", ".join(map(_name, dtypes)), _name(found))
+        _wrong_value(argument, "one of " * (len(dtypes) > 1) + ", ".join(map(_name, dtypes)), _name(found))
     return found
 
 

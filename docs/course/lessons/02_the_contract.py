@@ -1,10 +1,11 @@
 # %% [markdown]
 # # 2. The contract
 #
-# You will read what an op promises, down to the corners. A kernel is right if it keeps the contract, and a contract
-# with holes makes kernels that differ.
+# You will read what an op promises, down to the corners. An *op* is a function of this library, such as
+# `moe_align_block_size`. A kernel of it is right if it keeps the contract, and a contract with holes makes kernels that
+# differ.
 #
-# Every op of the library has a twin in `numba_moe.reference`, written in NumPy. The twin *is* the contract.
+# Every op has a twin in `numba_moe.reference`, written in NumPy. The twin *is* the contract.
 
 # %%
 import checks
@@ -20,8 +21,8 @@ print(reference.count_tokens_per_expert(ids, num_experts=3))
 # The -1 was skipped: it is no expert. So is 3 here, and any other number outside of 0 to 2. Servers use -1 for
 # padding, and for experts that live on another GPU.
 #
-# Alignment groups slots by expert and pads each group to whole blocks, as a grouped GEMM wants them. There are six
-# slots, so 6 is no slot and means padding:
+# Alignment groups slots by expert and pads each group to whole blocks. A *GEMM*, a multiplication of matrices, wants
+# them so: it takes a block of rows at a time. There are six slots, so 6 is no slot and means padding:
 
 # %%
 blocks = reference.moe_align_block_size(ids, block_size=2, num_experts=3)
@@ -36,7 +37,8 @@ pictures.show("blocks")
 
 # %%
 weights, chosen = reference.topk_softmax(np.array([[1.0, 3.0, 3.0], [np.nan, 1.0, 2.0]]), top_k=2)
-print(chosen.tolist(), weights.round(3).tolist())
+print(chosen)
+print(weights.round(3))
 
 # %% [markdown]
 # A row with a NaN has no scores at all: experts 0, 1, ... come with weight 0. It is a rule like another, and it keeps

@@ -51,7 +51,7 @@ except IndexError as error:
 @cuda.jit
 def wait_in_vain(result):
     if cuda.threadIdx.x < 2:
-        cuda.syncwarp()
+        cuda.syncwarp()  # another barrier, of lesson 7
     else:
         cuda.syncthreads()
 

@@ -50,8 +50,8 @@ pictures.show("lost")
 # last bits depend on it. So this library never adds floats by atomics, and its results have the same bits at every
 # run.
 #
-# Now give a kernel of yours to the library's own tests. `lab.check` makes the array for the result, and poisons it,
-# unless you say what it holds:
+# Now give a kernel of yours to the library's own tests. `lab.check` makes the array for the result. It *poisons* it,
+# which means that it fills it with large numbers, unless `fill` says what it holds:
 
 
 # %%

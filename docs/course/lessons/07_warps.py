@@ -3,9 +3,9 @@
 #
 # You will let 32 threads talk without memory: add, vote, and find ranks.
 #
-# A GPU runs threads in groups of 32, called *warps*. The threads of a warp are its *lanes*. They can hand registers
-# to each other, which is faster than any memory, and needs no barrier. All lanes that a mask names must come
-# together.
+# A GPU runs threads in groups of 32, called *warps*. The threads of a warp are its *lanes*. They can hand
+# values to each other, which is faster than any memory, and needs no barrier. A *mask* is a number with a bit for each
+# lane. All lanes that a mask names must come together.
 
 # %%
 from numba_moe import lab
@@ -34,7 +34,7 @@ ranks[1, 32](ids, result)
 print(result)
 
 # %% [markdown]
-# The mask has a bit for each lane. `popc` counts bits, and `(1 << lane) - 1` has those below this lane's own.
+# `popc` counts the bits of a mask, and `(1 << lane) - 1` is the mask of the lanes before this one.
 #
 # `shfl_xor_sync` hands a value to the lane whose number differs in one bit. After distances 16, 8, 4, 2 and 1 every
 # lane knows the largest of all:

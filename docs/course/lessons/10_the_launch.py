@@ -30,7 +30,7 @@ lab.check(step.count_tokens_per_expert, like="count_tokens_per_expert", cases=["
 # %% [markdown]
 # Three more ways to pay less. *One launch instead of three*: `steps/alignment/05_one_launch.py`. *A graph*: CUDA
 # records many launches and replays them for the price of one; ops that never ask the device for a number can be
-# recorded. *Overlap*: from Hopper on a kernel may start while the one ahead of it ends, so that its start is hidden.
+# recorded. *Overlap*: from H100 on a kernel may start while the one ahead of it ends, so that its start is hidden.
 #
 # **Exercise.** Write `time_of(calls, host_us, device_us)`: the microseconds from the first call until the device is
 # done with all of `calls`. The host makes one launch after another; the device runs each as soon as it is launched

@@ -27,8 +27,8 @@ def forgets_empty_experts(topk_ids, num_experts):
 lab.check(forgets_empty_experts, like="count_tokens_per_expert", cases="one slot", device="cpu")
 
 # %% [markdown]
-# Each case calls twice, with arguments of its own. Two calls must give the same bits, and leave their inputs as they
-# were.
+# Each case calls twice, with arguments of its own, and in the simulator with threads in another order. Two calls must
+# give the same bits, and leave their inputs as they were.
 #
 # But are the cases enough? *Plant faults* and see which are caught. `lab.planted` changes one comparison, one sum or
 # one number of your kernel at a time, leaves out a barrier or an atomic, and runs the cases:

@@ -1,5 +1,6 @@
 """What the exercises of the lessons are judged by. Look after you have tried."""
 
+import copy
 import importlib.util
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from numba_moe import reference
+from numba_moe.verify import testing
 
 STEPS = Path(__file__).parents[1] / "steps"
 
@@ -40,18 +42,53 @@ def fault_of(exercise: str, solution: Callable[..., Any]) -> str:
 def compare(solution: Callable[..., Any], expected: Callable[..., Any], *calls: tuple[Any, ...]) -> str:
     """Return for which of some calls a solution differs from what is expected, in value, dtype or shape."""
     for arguments in calls:
-        found, wanted = solution(*arguments), expected(*arguments)
+        wanted, given = expected(*arguments), copy.deepcopy(arguments)
+        with testing.poisoned_libraries():  # what nobody writes shows
+            found = solution(*given)
         found = found.copy_to_host() if hasattr(found, "copy_to_host") else found
-        if isinstance(wanted, np.ndarray):
-            found = np.asarray(found)
-            same = found.shape == wanted.shape and found.dtype == wanted.dtype and np.allclose(found, wanted)
-        else:
-            same = math.isclose(found, wanted, rel_tol=1e-6)
-        if not same:
+        wrong = difference(found, wanted)
+        if not wrong and not all(map(np.array_equal, given, arguments)):
+            wrong = "it must leave its arguments as they are"
+        if wrong:
             with np.printoptions(threshold=8, edgeitems=3):
-                named = ", ".join(map(repr, arguments))
-                return f"For ({named}) it must return {wanted!r}, got {found!r}."
+                return f"For ({', '.join(map(repr, arguments))}) {wrong}."
     return ""
+
+
+def difference(found: Any, wanted: Any) -> str:
+    """Return how a result differs from the one that is wanted, "" if it does not."""
+    if not isinstance(wanted, np.ndarray):
+        same = math.isclose(found, wanted, rel_tol=1e-6)
+        return "" if same else f"it must return {wanted}, got {found}"
+    found = np.asarray(found)
+    if found.shape != wanted.shape:
+        return f"its result must have the shape {wanted.shape}, got {found.shape}"
+    if found.dtype != wanted.dtype:
+        return f"its result must be of dtype {wanted.dtype}, got {found.dtype}"
+    differs = np.flatnonzero(~np.isclose(found, wanted))
+    return f"element {differs[0]} must be {wanted[differs[0]]}, got {found[differs[0]]}" if differs.size else ""
+
+
+def by_kernel(check: Callable[..., str], most_threads: int | None = None) -> Callable[..., str]:
+    """Return a check that also wants a kernel to run, where the simulator can tell; and small ones no shared memory."""
+
+    def checked(solution: Callable[..., Any]) -> str:
+        from numba_moe import lab
+        from numba_moe.device import simulator
+
+        if not simulator.ENABLED:
+            return check(solution)
+        with lab.counting() as counts:
+            wrong = check(solution)
+        if wrong or not counts.launches:
+            return wrong or "The answers are right, but no kernel ran: the exercise asks for one of yours."
+        if most_threads and counts.threads > most_threads * counts.launches:
+            return f"The answers are right, but a launch must have {most_threads} threads."
+        if most_threads and counts.shared_loads + counts.shared_stores:
+            return "The answers are right, but the kernel must use no shared memory."
+        return ""
+
+    return checked
 
 
 def floats(size: int) -> np.ndarray:
@@ -119,21 +156,27 @@ CHECKS: dict[str, Callable[[Callable[..., Any]], str]] = {
         f,
         lambda ids, n: int(((ids < 0) | (ids >= n)).sum()),
         *((np.array([[0, -1], [3, 2]]), 3), (np.array([[-7, 2**40]]), 9), (np.zeros((0, 2), np.int32), 4)),
+        *((np.array([[-1, -1], [1, -1]]), 2), (np.array([[0, 1]]), 2)),
     ),
-    "doubled": lambda f: compare(
-        f, lambda values: values * 2, (floats(10),), (floats(64),), (floats(1),), (floats(257),)
+    "doubled": by_kernel(
+        lambda f: compare(f, lambda values: values * 2, (floats(10),), (floats(64),), (floats(1),), (floats(257),))
     ),
-    "shifted": lambda f: compare(
-        f, lambda v: np.append(v[1:], v.dtype.type(0)), (floats(5),), (floats(64),), (floats(1),)
+    "shifted": by_kernel(
+        lambda f: compare(f, lambda v: np.append(v[1:], v.dtype.type(0)), (floats(5),), (floats(64),), (floats(1),))
     ),
-    "histogram": lambda f: compare(
-        f, reference.count_tokens_per_expert, (ids_of(100), 5), (ids_of(300, -2), 4), (ids_of(1), 7), (ids_of(0), 3)
+    "histogram": by_kernel(
+        lambda f: compare(
+            f, reference.count_tokens_per_expert, (ids_of(100), 5), (ids_of(300, -2), 4), (ids_of(1), 7), (ids_of(0), 3)
+        )
     ),
     "places": lambda f: compare(f, places, (ids_of(6), 5), (ids_of(90), 5), (np.zeros(40, int), 1)),
-    "sum_in_every_lane": lambda f: compare(
-        f, lambda values: np.full(32, values.sum(), np.float32), (floats(32),), (np.arange(32, dtype=np.float32),)
+    "sum_in_every_lane": by_kernel(
+        lambda f: compare(
+            f, lambda values: np.full(32, values.sum(), np.float32), (floats(32),), (np.arange(32, dtype=np.float32),)
+        ),
+        most_threads=32,
     ),
-    "topk_softmax": check_topk,
+    "topk_softmax": by_kernel(check_topk),
     "least_us": lambda f: compare(
         f,
         lambda tokens, hidden, k, size, speed: (1 + k) * tokens * hidden * size / speed / 1e3,

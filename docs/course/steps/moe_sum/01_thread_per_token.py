@@ -1,7 +1,7 @@
 """Add up what a token's experts gave, step 1: a thread serves a token.
 
-New: where memory is read. Neighbouring threads are a whole token apart, so each of their loads fetches a line of 128
-bytes to use four of them. The arithmetic is nothing beside it.
+New: where memory is read. Neighbouring threads are a whole token apart, so each of their loads fetches a line of 32
+bytes to use two or four of them. The arithmetic is nothing beside it.
 """
 
 from numba_moe import lab

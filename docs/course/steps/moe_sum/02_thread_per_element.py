@@ -1,7 +1,7 @@
 """Add up what a token's experts gave, step 2: a thread serves an element.
 
-New: neighbouring threads read neighbouring elements, so a warp's load is one or two lines, all of it used. This is
-called coalesced. There is also one thread for each element, so that more loads run at once.
+New: neighbouring threads read neighbouring elements, so a warp's load is two or four lines, all of them used. This
+is called coalesced. There is also one thread for each element, so that more loads run at once.
 """
 
 from numba_moe import lab

@@ -1,7 +1,8 @@
 """Copy each token's row once for each of its experts, step 4: a row is read once and written top_k times.
 
 New: turn the loop around. A thread serves a word of a *token*, reads it once, and writes it to the rows of all its
-slots, which `order.inv_permuted_idx` has. Of 1 + top_k bytes for each of the result that is top_k less to read.
+slots, which `order.inv_permuted_idx` has. For each token it reads one row and writes top_k; the steps before read top_k
+as well.
 """
 
 from numba_moe import lab

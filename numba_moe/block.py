@@ -495,8 +495,8 @@ class MoEBlock(torch.nn.Module):
         weights, ids, *logits = self.router(rows, True) if with_logits else self.router(rows)
         given, own = rows, (weights, ids)
         if self.apply_router_weight_on_input:
-            given = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(dtype).reshape(-1, rows.shape[1])
-            own = (torch.ones_like(weights).reshape(-1, 1), ids.reshape(-1, 1))
+            given = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(dtype).flatten(0, 1)
+            own = (torch.ones_like(weights).flatten().unsqueeze(1), ids.flatten().unsqueeze(1))
         gate_up_bias, down_bias = (
             None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias)
         )
@@ -520,7 +520,7 @@ class MoEBlock(torch.nn.Module):
             **self.activation_options,
         )
         if self.apply_router_weight_on_input:
-            combined = combined.view(*weights.shape, -1).sum(1)
+            combined = combined.view(*weights.shape, self.hidden_size).sum(1)
         if self.shared_gate_up is not None and self.shared_down is not None:
             shared = linear(rows, self.shared_gate_up)
             shared = moe_activation(shared, activation=self.activation, **self.activation_options)

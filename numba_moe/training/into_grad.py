@@ -7,7 +7,6 @@ import torch
 from numba_moe.ops.experts import TENSORS, differentiate, fused_experts, fused_experts_keeping
 from numba_moe.ops.grouped_products import add_outer_by_expert, outer_by_expert
 from numba_moe.runtime import checks, torch_library
-from numba_moe.runtime.plans import layout
 from numba_moe.runtime.torch_private import Asked, asked_of, is_transformed
 
 MATRICES = ("gate_up_proj", "down_proj")
@@ -135,8 +134,7 @@ def fused_experts_into_grad(
     """
     matrices = (gate_up_proj, down_proj)
     for name, array in {"hidden_states": hidden_states, **dict(zip(MATRICES, matrices, strict=True))}.items():
-        if not isinstance(array, torch.Tensor):
-            checks.array(name, layout(array), checks.FLOATS, (2, 3))
+        checks.tensor(name, array)
     checks.holds("hidden_states", "outside of torch.func's transforms", not is_transformed(), "one within")
     for name, matrix in zip(MATRICES, matrices, strict=True):
         checks.holds(name, "a parameter, or another leaf of the graph", matrix.is_leaf, "the result of an operation")

@@ -180,6 +180,7 @@ def test_a_hook_gets_none_and_one_after_accumulation_finds_the_sum():
         assert (by_hook is None) == (block is ours)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch asks for it where a graph goes on
 def test_compiled_code_breaks_its_graph_or_refuses():
     plain, ours = pair()

@@ -82,7 +82,8 @@ def test_a_plain_model_leaves_no_trace(monkeypatch, capsys):
     assert "--plain leaves no trace" in capsys.readouterr().err
 
 
-def test_a_training_pass_has_the_experts_of_its_rollouts(monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_training_pass_has_the_experts_of_its_rollouts():
     settings = SMALL._replace(steps=20, rate=1e-2, length=16, experts=16, top_k=4)
     model = tiny.train(settings, "cpu").model
     model.zero_grad()
@@ -91,7 +92,9 @@ def test_a_training_pass_has_the_experts_of_its_rollouts(monkeypatch, capsys):
     assert 0 < found.differing < 0.1
     assert found.replayed < found.own < 0.1
     assert all(layer.experts.router.weight.grad.any() for layer in model.layers)
-    assert torch.equal(found.tokens, tiny_rollouts.replay_rollouts(model, settings, "cpu", 16).tokens)
+
+
+def test_the_script_replays_its_rollouts(monkeypatch, capsys):
     script(monkeypatch, "--rollouts", "1")
     assert "of the picks would be others" in capsys.readouterr().out
 

@@ -130,6 +130,24 @@ def test_frozen_matrices_get_none_and_others_the_same():
         assert torch.equal(plain(rows()), ours(rows()))
 
 
+def test_a_transposed_matrix_has_a_gradient_of_its_layout():
+    plain, ours = pair()
+    for block in (plain, ours):
+        for name in MATRICES:
+            flipped = getattr(block, name).detach().transpose(1, 2).contiguous().transpose(1, 2)
+            setattr(block, name, torch.nn.Parameter(flipped))
+        step(block)
+    same(plain, ours, rtol=1e-6, atol=1e-6)
+    assert all(getattr(ours, name).grad.stride() == getattr(plain, name).grad.stride() for name in MATRICES)
+
+
+def test_a_matrix_of_two_layers_has_the_sum():
+    plain, ours = pair()
+    for block in (plain, ours):
+        block(block(rows())).square().sum().backward()
+    same(plain, ours, rtol=1e-6, atol=1e-6)
+
+
 def test_only_the_matrices_want_a_gradient():
     _, ours = pair()
     ours.router.weight.requires_grad_(False)

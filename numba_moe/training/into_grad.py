@@ -22,7 +22,9 @@ def _accumulate(matrix: Any, grad: torch.Tensor, rows: torch.Tensor, ends: torch
     elif matrix.grad is not None:
         add_outer_by_expert(grad, rows, ends, matrix.grad)
     else:
-        matrix.grad = outer_by_expert(grad, rows, ends).to(getattr(matrix, "grad_dtype", None) or matrix.dtype)
+        made = outer_by_expert(grad, rows, ends).to(getattr(matrix, "grad_dtype", None) or matrix.dtype)
+        is_alike = made.stride() == matrix.stride()
+        matrix.grad = made if is_alike else torch.empty_like(matrix, dtype=made.dtype).copy_(made)
 
 
 def _gradient(matrix: Any, asked: Asked, grad: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> Any:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +99,25 @@ def test_a_training_pass_has_the_experts_of_its_rollouts():
 def test_the_script_replays_its_rollouts(monkeypatch, capsys):
     script(monkeypatch, "--rollouts", "1")
     assert "of the picks would be others" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the ranks would want a GPU each")
+def test_the_script_trains_on_two_ranks_what_it_trains_on_one(monkeypatch, capsys):
+    script(monkeypatch)
+    (wanted,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("seed"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, *sys.argv, "--shard"],
+        cwd=Path(__file__).parents[1] / "scripts",
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.partition(", step")[0] for line in done.stdout.splitlines() if line.startswith("seed")]
+    assert found == [wanted.partition(", step")[0]]
 
 
 def test_ranks_train_and_do_nothing_else(monkeypatch, capsys):

@@ -274,7 +274,7 @@ class MoEBlock(torch.nn.Module):
         dispatcher only where `top_k` is 1.
     accumulate_into_grad : bool
         Backward adds the gradients of the experts' matrices to their `.grad` itself, or to `main_grad`, and their hooks
-        get None: `training.fused_experts_into_grad`. Not with a dispatcher.
+        get None: `training.fused_experts_into_grad`.
     return_router_logits : bool
         Calls return the router's logits beside the output, unless they say otherwise.
     device : torch.device, optional
@@ -413,8 +413,6 @@ class MoEBlock(torch.nn.Module):
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.accumulate_into_grad = accumulate_into_grad
         self.return_router_logits = return_router_logits
-        rule = "False with a dispatcher"
-        checks.holds("accumulate_into_grad", rule, dispatcher is None or not accumulate_into_grad, accumulate_into_grad)
         self.dispatcher, self.layer = dispatcher, layer
         num_local = experts if dispatcher is None else self._check_dispatcher(top_k + spare)
         self.router = Router(hidden, experts, top_k, correction_bias, options, numerics, **kind)
@@ -495,8 +493,8 @@ class MoEBlock(torch.nn.Module):
         weights, ids, *logits = self.router(rows, True) if with_logits else self.router(rows)
         given, own = rows, (weights, ids)
         if self.apply_router_weight_on_input:
-            given = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(dtype).reshape(-1, rows.shape[1])
-            own = (torch.ones_like(weights).reshape(-1, 1), ids.reshape(-1, 1))
+            given = (rows.unsqueeze(1) * weights.unsqueeze(2)).to(dtype).flatten(0, 1)
+            own = (torch.ones_like(weights).flatten().unsqueeze(1), ids.flatten().unsqueeze(1))
         gate_up_bias, down_bias = (
             None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias)
         )
@@ -504,13 +502,16 @@ class MoEBlock(torch.nn.Module):
         if self.dispatcher is not None:
             from numba_moe.parallel import group_experts
 
-            experts = functools.partial(group_experts.fused_experts, dispatcher=self.dispatcher, layer=self.layer)
-        matrices: tuple[torch.Tensor, ...] = (self.gate_up_proj, self.down_proj)
-        if self.accumulate_into_grad:
+            where = {"dispatcher": self.dispatcher, "layer": self.layer}
+            experts = functools.partial(
+                group_experts.fused_experts, **where, accumulate_into_grad=self.accumulate_into_grad
+            )
+        elif self.accumulate_into_grad:
             from numba_moe.training.into_grad import fused_experts_into_grad  # loads torch's compiler
 
             experts = fused_experts_into_grad
-        else:
+        matrices: tuple[torch.Tensor, ...] = (self.gate_up_proj, self.down_proj)
+        if not self.accumulate_into_grad:
             matrices = tuple(matrix.to(dtype) for matrix in matrices)
         combined = experts(
             *(given, *matrices, *own),
@@ -520,7 +521,7 @@ class MoEBlock(torch.nn.Module):
             **self.activation_options,
         )
         if self.apply_router_weight_on_input:
-            combined = combined.view(*weights.shape, -1).sum(1)
+            combined = combined.view(*weights.shape, self.hidden_size).sum(1)
         if self.shared_gate_up is not None and self.shared_down is not None:
             shared = linear(rows, self.shared_gate_up)
             shared = moe_activation(shared, activation=self.activation, **self.activation_options)

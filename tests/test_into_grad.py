@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import numba_moe as moe
-from numba_moe import training
+from numba_moe import parallel, training
 from numba_moe.device import simulator
 from numba_moe.ops import grouped_products
 
@@ -64,6 +64,22 @@ def test_the_gradients_of_autograd(options, passes):
         same(plain, ours, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("main", [False, True])
+def test_with_a_dispatcher_too(main, autocast):
+    dtype = autocast or torch.float32
+    sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden": HIDDEN, "max_tokens": 16, "dtype": dtype}
+    plain, ours = pair(bias=True, dispatcher=parallel.TokenDispatcher(**sizes, device=DEVICE))
+    for name in MATRICES if main else ():
+        getattr(ours, name).main_grad = torch.zeros_like(getattr(ours, name))
+    for one, other in zip(step(plain, autocast=autocast), step(ours, autocast=autocast), strict=True):
+        assert torch.equal(one, other)
+    for name in MATRICES:
+        matrix, wanted = getattr(ours, name), getattr(plain, name).grad
+        assert (matrix.grad is None) == main
+        torch.testing.assert_close(matrix.main_grad if main else matrix.grad, wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(dtype):
     plain, ours = pair()
@@ -112,6 +128,24 @@ def test_frozen_matrices_get_none_and_others_the_same():
                 torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(plain(rows()), ours(rows()))
+
+
+def test_a_transposed_matrix_has_a_gradient_of_its_layout():
+    plain, ours = pair()
+    for block in (plain, ours):
+        for name in MATRICES:
+            flipped = getattr(block, name).detach().transpose(1, 2).contiguous().transpose(1, 2)
+            setattr(block, name, torch.nn.Parameter(flipped))
+        step(block)
+    same(plain, ours, rtol=1e-6, atol=1e-6)
+    assert all(getattr(ours, name).grad.stride() == getattr(plain, name).grad.stride() for name in MATRICES)
+
+
+def test_a_matrix_of_two_layers_has_the_sum():
+    plain, ours = pair()
+    for block in (plain, ours):
+        block(block(rows())).square().sum().backward()
+    same(plain, ours, rtol=1e-6, atol=1e-6)
 
 
 def test_only_the_matrices_want_a_gradient():
@@ -164,6 +198,7 @@ def test_a_hook_gets_none_and_one_after_accumulation_finds_the_sum():
         assert (by_hook is None) == (block is ours)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch asks for it where a graph goes on
 def test_compiled_code_breaks_its_graph_or_refuses():
     plain, ours = pair()
@@ -242,6 +277,8 @@ def test_bad_arguments():
         call(given, ours.gate_up_proj, ours.down_proj.detach()[:, :3].contiguous().requires_grad_(), weights, ids)
     with pytest.raises(TypeError, match="`accumulate_into_grad` must be"):
         moe.MoEBlock(8, 8, 4, 2, accumulate_into_grad=1)
-    with pytest.raises(ValueError, match="`accumulate_into_grad` must be False with a dispatcher"):
-        moe.MoEBlock(8, 8, 4, 2, accumulate_into_grad=True, dispatcher=object())
+    dispatcher = parallel.TokenDispatcher(num_experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN, max_tokens=16)
+    matrices = ours.gate_up_proj, 2 * ours.down_proj
+    with pytest.raises(ValueError, match="`down_proj` must be a parameter, or another leaf of the graph"):
+        parallel.fused_experts(given, *matrices, weights, ids, dispatcher, accumulate_into_grad=True)
     assert "accumulate_into_grad=True" in repr(copy.deepcopy(ours))

@@ -275,3 +275,37 @@ def test_models_of_transformers():
         assert torch.equal(routers[0](rows(TOKENS).repeat(1, 2))[2].int(), chosen)
     loss.backward()
     assert all(router.weight.grad.any() for router in routers)
+
+
+BAD_CALLS = {
+    "other picks": (lambda replay: replay.record(0, torch.zeros(3, 1)), "`topk_ids` must be of shape"),
+    "layer": (lambda replay: replay.record(2, torch.zeros(3, 2)), "`layer` must be at most num_layers - 1 = 1, got 2"),
+    "last layer": (lambda replay: replay.choice(-1, 3), "`layer` must be at least 0, got -1"),
+    "row": (lambda replay: replay.choice(0, 3, -1), "`first_token` must be at least 0, got -1"),
+    "token": (lambda replay: replay.stitch("a", drawn(3), -1), "`first_token` must be at least 0, got -1"),
+    "id": (lambda replay: replay.stitch("a", drawn(3) + 9), "`topk_ids` must be -1 or below num_experts = 6"),
+    "floats": (lambda replay: replay.stitch("a", drawn(3) / 2), "`topk_ids` must be of integers, got float64"),
+    "numbers": (
+        lambda replay: replay.fill(["a"], [1, 2]),
+        "`num_tokens` must be a number for each of 1 requests, got 2",
+    ),
+    "router's picks": (
+        lambda replay: replay.attach(blocks(token_rounding=4)),
+        "`model` must be of routers with top_k = 2 picks of num_experts = 6, got 4 of 6",
+    ),
+    "router's experts": (
+        lambda _: training.RoutingReplay(LAYERS, 16, TOP_K, 5).attach(blocks()),
+        "`model` must be of routers with top_k = 2 picks of num_experts = 5, got 2 of 6",
+    ),
+}
+
+
+def blocks(**options):
+    return torch.nn.Sequential(*(moe.MoEBlock(8, 4, EXPERTS, TOP_K, **options) for _ in range(LAYERS)))
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_what_fits_no_record_is_refused_by_name(name):
+    call, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call(training.RoutingReplay(LAYERS, 16, TOP_K, EXPERTS))

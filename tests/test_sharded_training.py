@@ -43,11 +43,11 @@ def rows(step):
     return torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(step))
 
 
-def steps(module, part, optimizer, micro_batches=2):
+def steps(module, part, optimizer):
     losses = []
     for step in range(3):
         optimizer.zero_grad()
-        for batch in range(micro_batches):
+        for batch in range(2):
             loss = module(part(rows(10 * step + batch))).square().mean()
             loss.backward()
         optimizer.step()
@@ -91,8 +91,8 @@ def test_a_start_on_the_meta_device(run_ranks, adds):
 
 def train_in_ddp(rank, size, wanted):
     torch.manual_seed(0)
-    ours = DistributedDataParallel(model(accumulate_into_grad=True))
-    losses = steps(ours, lambda batch: batch.chunk(size)[rank], torch.optim.SGD(ours.parameters(), lr=0.1), 1)
+    ours = DistributedDataParallel(model(accumulate_into_grad=True), gradient_as_bucket_view=True)
+    losses = steps(ours, lambda batch: batch.chunk(size)[rank], torch.optim.SGD(ours.parameters(), lr=0.1))
     dist.all_reduce(losses)
     torch.testing.assert_close(losses / size, wanted, rtol=1e-5, atol=1e-7)
 
@@ -100,5 +100,5 @@ def train_in_ddp(rank, size, wanted):
 def test_ddp_reduces_what_backward_added(run_ranks):
     torch.manual_seed(0)
     whole = model()
-    losses = steps(whole, lambda batch: batch, torch.optim.SGD(whole.parameters(), lr=0.1), 1)
+    losses = steps(whole, lambda batch: batch, torch.optim.SGD(whole.parameters(), lr=0.1))
     assert run_ranks(train_in_ddp, RANKS, losses) == [0] * RANKS

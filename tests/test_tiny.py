@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,7 +84,8 @@ def test_a_plain_model_leaves_no_trace(monkeypatch, capsys):
     assert "--plain leaves no trace" in capsys.readouterr().err
 
 
-def test_a_training_pass_has_the_experts_of_its_rollouts(monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_training_pass_has_the_experts_of_its_rollouts():
     settings = SMALL._replace(steps=20, rate=1e-2, length=16, experts=16, top_k=4)
     model = tiny.train(settings, "cpu").model
     model.zero_grad()
@@ -91,9 +94,30 @@ def test_a_training_pass_has_the_experts_of_its_rollouts(monkeypatch, capsys):
     assert 0 < found.differing < 0.1
     assert found.replayed < found.own < 0.1
     assert all(layer.experts.router.weight.grad.any() for layer in model.layers)
-    assert torch.equal(found.tokens, tiny_rollouts.replay_rollouts(model, settings, "cpu", 16).tokens)
+
+
+def test_the_script_replays_its_rollouts(monkeypatch, capsys):
     script(monkeypatch, "--rollouts", "1")
     assert "of the picks would be others" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the ranks would want a GPU each")
+def test_the_script_trains_on_two_ranks_what_it_trains_on_one(monkeypatch, capsys):
+    script(monkeypatch)
+    (wanted,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("seed"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, *sys.argv, "--shard"],
+        cwd=Path(__file__).parents[1] / "scripts",
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.partition(", step")[0] for line in done.stdout.splitlines() if line.startswith("seed")]
+    assert found == [wanted.partition(", step")[0]]
 
 
 def test_ranks_train_and_do_nothing_else(monkeypatch, capsys):

@@ -177,6 +177,22 @@ def test_a_block_has_gradients_for_each_sample():
             torch.testing.assert_close(found[name][sample], parameter.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_transformed_function_closes_over_is_read(dtype):
+    weights = WEIGHTS.to(dtype)
+
+    def loss(scale):
+        counts = moe.count_tokens_per_expert(IDS, 8)
+        combined = moe.moe_unpermute(
+            ROWS.repeat(2, 1).to(dtype), weights, torch.arange(8, dtype=torch.int32).view(4, 2)
+        )
+        return scale * (combined.float().sum() + counts.sum())
+
+    wanted = loss(torch.ones(()))
+    assert torch.equal(torch.func.grad(loss)(torch.ones(())), wanted)
+    assert torch.equal(torch.func.vmap(loss)(torch.ones(3)), wanted.expand(3))
+
+
 def test_functionalized_code_sees_the_ops():
     assert torch.equal(
         torch.func.functionalize(lambda rows: moe.topk_softmax(rows, 2)[0])(LOGITS), moe.topk_softmax(LOGITS, 2)[0]

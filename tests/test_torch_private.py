@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = (
     *("current_device", "current_stream", "is_capturing", "empty_strided", "in_transform", "is_wrapped_by_transform"),
     *("is_jit_tracing", "num_modes", "is_functional", "is_transformed", "FakeTensor", "group_store", "_graph_task"),
-    *("reshaped", "_will_execute", "set_eval_frame"),
+    *("reshaped", "_will_execute", "set_eval_frame", "without_transforms"),
 )
 # Kernels, gradients, compiled code, the bridge and the recorder.
 CORE = (

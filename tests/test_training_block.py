@@ -129,6 +129,17 @@ def test_weights_on_the_input():
     torch.testing.assert_close(made(rows()), wanted)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity_factor": 1.0}, {"token_rounding": 4}, {"accumulate_into_grad": True}]
+)
+def test_no_tokens_with_weights_on_the_input(options):
+    made = block(apply_router_weight_on_input=True, **options)
+    out = made(rows(0))
+    assert out.shape == (0, HIDDEN)
+    out.sum().backward()
+    assert not made.down_proj.grad.any()
+
+
 def test_a_block_of_a_capacity():
     made = block(capacity_factor=0.5, drop_policy="position")
     weights, ids = made.router(rows())
@@ -301,3 +312,11 @@ def test_bad_arguments_of_capacities():
         training.expert_choice(torch.zeros(3, 2), 4)
     with pytest.raises(ValueError, match="`topk_weights` must be of the shape of `topk_ids`"):
         training.apply_capacity(torch.zeros(3, 2), torch.zeros(3, 1, dtype=torch.int32), 4, 1)
+    with pytest.raises(TypeError, match="`topk_weights` must be a tensor, got ndarray"):
+        training.apply_capacity(np.zeros((3, 2)), np.zeros((3, 2), np.int32), 4, 1)
+    with pytest.raises(TypeError, match="`gating_output` must be a tensor, got list"):
+        training.expert_choice([[0.0]], 1)
+    with pytest.raises(TypeError, match="`is_padding` must be of dtype bool, got int64"):
+        training.expert_choice(torch.zeros(3, 2), 1, is_padding=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="`is_padding` must be of shape"):
+        training.expert_choice(torch.zeros(3, 2), 1, is_padding=torch.zeros(2, dtype=torch.bool))

@@ -433,11 +433,12 @@ def feed_forward(
     down_proj: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
+    multiply: Callable[..., Any] = multiply_by_expert,
     **options: Any,
 ) -> torch.Tensor:
     """Return what experts make of rows in expert order, those of expert e from ``offset[e]`` on, with gradients."""
     ends = offset[1:].to(torch.int32)
-    rows = multiply_by_expert(rows, gate_up_proj, ends)
+    rows = multiply(rows, gate_up_proj, ends)
     rows = moe_activation(rows, offset, gate_up_bias, **options)
-    rows = multiply_by_expert(rows, down_proj, ends)
+    rows = multiply(rows, down_proj, ends)
     return rows if down_bias is None else moe_activation(rows, offset, down_bias, activation="none")

@@ -1,6 +1,6 @@
 """Experts whose matrices are spread over the ranks of a group, and state dicts of all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from numba_moe.ops.experts import check_experts, feed_forward
 from numba_moe.ops.experts import fused_experts as on_one_rank
+from numba_moe.ops.grouped_products import multiply_by_expert
 from numba_moe.parallel.dispatcher import TokenDispatcher
 from numba_moe.runtime import checks, plans
 
@@ -30,6 +31,7 @@ def fused_experts(
     linear_beta: float | None = None,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
+    accumulate_into_grad: bool = False,
 ) -> torch.Tensor:
     """Send each token through its experts, wherever they are, and sum what they return, weighted.
 
@@ -58,6 +60,8 @@ def fused_experts(
         Added after the first matrix.
     down_bias : tensor, shape [num_local_experts, hidden], optional
         Added after the second.
+    accumulate_into_grad : bool
+        Backward adds the gradients of both matrices to their `.grad` itself: `training.fused_experts_into_grad`.
 
     Returns
     -------
@@ -93,12 +97,19 @@ def fused_experts(
     for name in names[1:]:  # which may be strided, as torch's products and `dispatch` take them
         if isinstance(described[name], plans.Layout):
             described[name] = described[name]._replace(strides=None)
+    multiply: Callable[..., Any] = multiply_by_expert
+    if accumulate_into_grad:
+        from numba_moe.training import into_grad  # loads torch's compiler
+
+        into_grad.check_leaves(hidden_states, gate_up_proj, down_proj)
+        multiply = into_grad.multiply_into_grad  # which converts matrices
+        described |= {name: described[name]._replace(dtype=hidden_states.dtype) for name in into_grad.MATRICES}
     check_experts(on_one_rank.declaration.given_of({**described, **options}))  # before other ranks are told anything
     sent = dispatcher.dispatch(hidden_states, topk_ids, topk_weights, layer=layer)
     biases = (gate_up_bias, down_bias)
     arrived = (sent.permuted_hidden_states, sent.expert_first_token_offset)
     try:
-        rows = feed_forward(*arrived, gate_up_proj, down_proj, *biases, **options)
+        rows = feed_forward(*arrived, gate_up_proj, down_proj, *biases, multiply, **options)
     except BaseException:
         dispatcher.release(sent)
         raise

@@ -294,5 +294,7 @@ def by_reference(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         value = value.detach().resolve_neg()
         return _in_numpy(value.float() if value.dtype == torch.bfloat16 else value)
 
-    result = function(*map(to_numpy, args), **{name: to_numpy(value) for name, value in kwargs.items()})
+    with torch_private.without_transforms():  # these tensors are no part of them
+        arguments, named = [*map(to_numpy, args)], {name: to_numpy(value) for name, value in kwargs.items()}
+    result = function(*arguments, **named)
     return each(torch.from_numpy, result)

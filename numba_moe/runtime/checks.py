@@ -164,6 +164,14 @@ def readable(argument: str, value: Any) -> None:
         raise UnreadableError(f"`{argument}` must be a tensor with memory to read, got {value.what}")
 
 
+def tensor(argument: str, value: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
+    """Check that a value itself is a tensor of torch, of one of some dtypes; code that torch compiles can call it."""
+    if not isinstance(value, torch.Tensor):
+        _wrong_type(argument, "a tensor", type(value).__name__)
+    if dtypes is not None and value.dtype not in dtypes:
+        _wrong_type(argument, "of dtype " + " or ".join(map(_name, dtypes)), _name(value.dtype))
+
+
 def array(
     argument: str,
     value: Any,

@@ -4,6 +4,7 @@
 instead of 1.3 (CPU, torch 2.13).
 """
 
+import contextlib
 import enum
 import importlib
 import os
@@ -61,6 +62,9 @@ is_transformed = _private("_C._are_functorch_transforms_active", bool)
 
 # Whether a tensor is one that a transform of torch.func made.
 is_wrapped_by_transform = _private("_C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
+
+# A context in which torch.func's transforms do not wrap what is computed. There is no public name.
+without_transforms = _private("_C._DisableFuncTorch", contextlib.nullcontext)
 
 # Whether torch.jit.trace is at work.
 is_jit_tracing = _private("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]

@@ -63,13 +63,20 @@ def apply_capacity(
     """
     checks.choice("drop_policy", drop_policy, DROP_POLICIES)
     capacity = checks.integer("capacity", capacity, 0)
-    rule = f"of the shape of `topk_ids`, {tuple(topk_ids.shape)}"
-    checks.holds("topk_weights", rule, topk_weights.shape == topk_ids.shape, tuple(topk_weights.shape))
+    check_choice(topk_weights, topk_ids)
     order = None
     if drop_policy == "probs":
         order = topk_weights.detach().reshape(-1).sort(descending=True, stable=True).indices
     limits = torch.full((num_experts,), capacity, dtype=torch.int64, device=topk_ids.device)
     return keep_first(topk_weights, topk_ids, limits, order)
+
+
+def check_choice(topk_weights: Any, topk_ids: Any) -> None:
+    """Check that weights and ids are tensors of one shape."""
+    checks.tensor("topk_weights", topk_weights)
+    checks.tensor("topk_ids", topk_ids)
+    rule = f"of the shape of `topk_ids`, {tuple(topk_ids.shape)}"
+    checks.holds("topk_weights", rule, topk_weights.shape == topk_ids.shape, tuple(topk_weights.shape))
 
 
 def keep_first(topk_weights: torch.Tensor, topk_ids: torch.Tensor, limits: torch.Tensor, order: Any) -> TopK:
@@ -130,9 +137,14 @@ def expert_choice(
     [[0, 1], [2, 1]]
     """
     checks.choice("scoring_func", scoring_func, SCORING)
+    checks.tensor("gating_output", gating_output)
     checks.holds("gating_output", "of 2 dimensions", gating_output.dim() == 2, f"shape {tuple(gating_output.shape)}")
     num_tokens = gating_output.shape[0]
     capacity = checks.integer("capacity", capacity, 1, num_tokens, f"num_tokens = {num_tokens}")
+    if is_padding is not None:
+        checks.tensor("is_padding", is_padding, (torch.bool,))
+        shape = tuple(is_padding.shape)
+        checks.holds("is_padding", f"of shape (num_tokens,) = ({num_tokens},)", shape == (num_tokens,), shape)
     logits = gating_output.float()
     scores = (logits.softmax(1) if scoring_func == "softmax" else logits.sigmoid()).nan_to_num(0.0).T
     ranks = scores.detach()

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 
 from numba_moe.ops.experts import TENSORS, differentiate, fused_experts, fused_experts_keeping
-from numba_moe.ops.grouped_products import add_outer_by_expert, outer_by_expert
+from numba_moe.ops.grouped_products import add_outer_by_expert, multiply_by_expert, outer_by_expert
 from numba_moe.runtime import checks, torch_library
-from numba_moe.runtime.plans import layout
 from numba_moe.runtime.torch_private import Asked, asked_of, is_transformed
 
 MATRICES = ("gate_up_proj", "down_proj")
@@ -23,7 +22,18 @@ def _accumulate(matrix: Any, grad: torch.Tensor, rows: torch.Tensor, ends: torch
     elif matrix.grad is not None:
         add_outer_by_expert(grad, rows, ends, matrix.grad)
     else:
-        matrix.grad = outer_by_expert(grad, rows, ends).to(getattr(matrix, "grad_dtype", None) or matrix.dtype)
+        made = outer_by_expert(grad, rows, ends).to(getattr(matrix, "grad_dtype", None) or matrix.dtype)
+        is_alike = made.stride() == matrix.stride()
+        matrix.grad = made if is_alike else torch.empty_like(matrix, dtype=made.dtype).copy_(made)
+
+
+def _gradient(matrix: Any, asked: Asked, grad: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> Any:
+    """Do what is asked with the gradient of a matrix: add it, return it, or nothing."""
+    if asked is Asked.RETURN:
+        return outer_by_expert(grad, rows, ends)
+    if asked is Asked.ADD:
+        _accumulate(matrix, grad, rows, ends)
+    return None
 
 
 class _IntoGrad(torch.autograd.Function):
@@ -51,14 +61,53 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     asked = {name: asked_of(matrix) for name, matrix in ctx.matrices.items() if name in needed}
     wanted = {name for name in needed if asked.get(name) is not Asked.LEAVE}
 
-    def by_matrix(name: str, *factors: torch.Tensor) -> torch.Tensor | None:
-        if asked[name] is Asked.RETURN:
-            return outer_by_expert(*factors)
-        _accumulate(ctx.matrices[name], *factors)
-        return None
+    def by_matrix(name: str, by_products: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> Any:
+        return _gradient(ctx.matrices[name], asked[name], by_products, rows, ends)
 
     found = differentiate(ctx, grad, wanted, by_matrix)
     return *(found.get(name) for name in names), None
+
+
+def check_leaves(hidden_states: Any, *matrices: Any) -> None:
+    """Check that backward can add to the gradients of matrices."""
+    for name, array in zip(("hidden_states", *MATRICES), (hidden_states, *matrices), strict=True):
+        checks.tensor(name, array)
+    checks.holds("hidden_states", "outside of torch.func's transforms", not is_transformed(), "one within")
+    for name, matrix in zip(MATRICES, matrices, strict=True):
+        checks.holds(name, "a parameter, or another leaf of the graph", matrix.is_leaf, "the result of an operation")
+
+
+class _ProductIntoGrad(torch.autograd.Function):
+    """Rows times the matrices of their experts; backward adds the gradient of the matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, matrix: Any) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights, ends)
+        ctx.matrix = matrix
+        product: torch.Tensor = multiply_by_expert(rows, weights, ends)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return torch_library.of_first_order("multiply_into_grad", _backward_of_product)(ctx, grad)
+
+
+def _backward_of_product(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    (rows, weights, ends), grad = ctx.saved_tensors, grad.contiguous()
+    by_rows, *_, by_matrix = ctx.needs_input_grad
+    return (
+        multiply_by_expert(grad, weights.transpose(1, 2), ends) if by_rows else None,
+        None,
+        None,
+        _gradient(ctx.matrix, asked_of(ctx.matrix), grad, rows, ends) if by_matrix else None,
+    )
+
+
+@torch.compiler.disable
+def multiply_into_grad(rows: torch.Tensor, matrix: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Do what `multiply_by_expert` does for a leaf of any dtype, to whose `.grad` backward adds the gradient itself."""
+    product: torch.Tensor = _ProductIntoGrad.apply(rows, matrix.detach().to(rows.dtype), ends, matrix)
+    return product
 
 
 @torch.compiler.disable  # a graph that is compiled ahead writes no `.grad`
@@ -134,12 +183,7 @@ def fused_experts_into_grad(
     tensor([6.])
     """
     matrices = (gate_up_proj, down_proj)
-    for name, array in {"hidden_states": hidden_states, **dict(zip(MATRICES, matrices, strict=True))}.items():
-        if not isinstance(array, torch.Tensor):
-            checks.array(name, layout(array), checks.FLOATS, (2, 3))
-    checks.holds("hidden_states", "outside of torch.func's transforms", not is_transformed(), "one within")
-    for name, matrix in zip(MATRICES, matrices, strict=True):
-        checks.holds(name, "a parameter, or another leaf of the graph", matrix.is_leaf, "the result of an operation")
+    check_leaves(hidden_states, gate_up_proj, down_proj)
     detached = (matrix.detach().to(hidden_states.dtype) for matrix in matrices)
     numbers = {"interleaved": interleaved, "limit": limit, "alpha": alpha, "beta": beta, "linear_beta": linear_beta}
     options: dict[str, Any] = {"activation": activation, **numbers}

@@ -119,6 +119,12 @@ class RoutingReplay:
         routers = [module for module in model.modules() if isinstance(module, Router) or _is_replaced(module)]
         num_layers = len(self.ids)
         checks.holds("model", f"of num_layers = {num_layers} routers", len(routers) == num_layers, len(routers))
+        for router in routers:
+            if isinstance(router, Router):
+                sizes = (router.picks, len(router.weight))
+                wanted = (self.ids.shape[2], self.num_experts)
+                rule = f"of routers with top_k = {wanted[0]} picks of num_experts = {wanted[1]}"
+                checks.holds("model", rule, sizes == wanted, f"{sizes[0]} of {sizes[1]}")
         for layer, router in enumerate(routers):
             router.replay = (self, layer)  # type: ignore[assignment]
         return num_layers
@@ -156,6 +162,9 @@ class RoutingReplay:
     ) -> None:
         """Record a layer's choice for tokens from one on: by hand, for a model of whatever kind."""
         rows = self._rows(layer, first_token, len(topk_ids))
+        if topk_ids.shape != (len(topk_ids), self.ids.shape[2]):
+            rule = f"of shape (num_tokens, top_k = {self.ids.shape[2]})"
+            checks.holds("topk_ids", rule, False, f"shape {tuple(topk_ids.shape)}")
         self.ids[rows].copy_(topk_ids)  # -1 becomes 255 in uint8
         if self.weights is not None:
             given = topk_weights is not None
@@ -169,13 +178,12 @@ class RoutingReplay:
         return ids if self.none == NO_EXPERT else torch.where(ids == self.none, NO_EXPERT, ids)
 
     def _rows(self, layer: int, first_token: int, num_tokens: int) -> tuple[int, slice]:
-        most = self.ids.shape[1]
-        checks.holds(
-            "max_tokens",
-            f"at least the {first_token + num_tokens} tokens of a pass",
-            first_token + num_tokens <= most,
-            most,
-        )
+        num_layers, most, _ = self.ids.shape
+        if not (0 <= layer < num_layers and 0 <= first_token <= most - num_tokens):  # messages cost more than a copy
+            checks.integer("layer", layer, 0, num_layers - 1, f"num_layers - 1 = {num_layers - 1}")
+            checks.integer("first_token", first_token, 0)
+            rule = f"at least the {first_token + num_tokens} tokens of a pass"
+            checks.holds("max_tokens", rule, first_token + num_tokens <= most, most)
         return layer, slice(first_token, first_token + num_tokens)
 
     def steer(self, layer: int, num_tokens: int, select: Any, weigh: Any) -> TopK:
@@ -221,8 +229,10 @@ class RoutingReplay:
         Tokens in between that nobody recorded are -1.
         """
         num_layers, _, top_k = self.ids.shape
+        topk_ids, first_token = np.asarray(topk_ids), checks.integer("first_token", first_token, 0)
         expected = (len(topk_ids), num_layers, top_k)
         checks.holds("topk_ids", f"of shape {expected}", topk_ids.shape == expected, f"shape {topk_ids.shape}")
+        self._check_ids("topk_ids", topk_ids)
         before = self.requests.get(request, np.empty((0, num_layers, top_k), np.int32))
         length = max(len(before), first_token + len(topk_ids))
         whole = np.full((length, num_layers, top_k), NO_EXPERT, np.int32)
@@ -244,6 +254,8 @@ class RoutingReplay:
     def fill(self, requests: Sequence[Hashable | None], num_tokens: Sequence[int]) -> None:
         """Lay out requests for a pass to replay, one after another, each with its `num_tokens`; None is padding."""
         num_layers, most, top_k = self.ids.shape
+        rule = f"a number for each of {len(requests)} requests"
+        checks.holds("num_tokens", rule, len(num_tokens) == len(requests), len(num_tokens))
         checks.holds("num_tokens", f"{most} at most together", sum(num_tokens) <= most, sum(num_tokens))
         self.clear()
         padding = [np.full((count, num_layers, top_k), NO_EXPERT, np.int32) for count in num_tokens]
@@ -291,10 +303,14 @@ class RoutingReplay:
             ids = np.stack([rows.cpu().numpy() for rows in packed], 1)
         else:
             ids = np.asarray(packed)
+        self._check_ids("packed", ids)
+        self.stitch(request, ids.astype(np.int32), first_token)
+
+    def _check_ids(self, argument: str, ids: np.ndarray) -> None:
+        checks.holds(argument, "of integers", ids.dtype.kind in "iu", ids.dtype)
         ids = ids.astype(np.int64)
         good = (ids >= NO_EXPERT) & (ids < self.num_experts)
-        checks.every("packed", f"-1 or below num_experts = {self.num_experts}", good, ids, ("token", "layer", "pick"))
-        self.stitch(request, ids.astype(np.int32), first_token)
+        checks.every(argument, f"-1 or below num_experts = {self.num_experts}", good, ids, ("token", "layer", "pick"))
 
 
 def _is_replaced(module: torch.nn.Module) -> bool:

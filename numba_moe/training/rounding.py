@@ -6,7 +6,7 @@ from numba_moe.ops.count import count_tokens_per_expert
 from numba_moe.reference.capacity import ROUNDINGS
 from numba_moe.reference.gating import TopK
 from numba_moe.runtime import checks
-from numba_moe.training.capacity import keep_first
+from numba_moe.training.capacity import check_choice, keep_first
 
 
 def token_rounding(
@@ -69,9 +69,9 @@ def token_rounding(
     """
     checks.choice("rounding", rounding, ROUNDINGS)
     tile = checks.integer("tile", tile, 1)
-    picks, rule = topk_ids.shape[-1], f"of the shape of `topk_ids`, {tuple(topk_ids.shape)}"
+    check_choice(topk_weights, topk_ids)
     checks.holds("topk_ids", "of 2 dimensions", topk_ids.dim() == 2, f"shape {tuple(topk_ids.shape)}")
-    checks.holds("topk_weights", rule, topk_weights.shape == topk_ids.shape, tuple(topk_weights.shape))
+    picks = topk_ids.shape[1]
     top_k = picks if top_k is None else checks.integer("top_k", top_k, 0, picks, f"the picks of a token, {picks}")
     slots = torch.arange(topk_ids.numel(), dtype=torch.int64, device=topk_ids.device).view(topk_ids.shape)
     parts = []

@@ -571,6 +571,15 @@ def test_modules_without_ids_say_so():
         model(torch.randn(2, 8))
 
 
+@pytest.mark.parametrize("found", [None, [[0, 1]], torch.tensor([[0.5]]), (torch.tensor([[0]]), None, None)], ids=repr)
+def test_what_a_function_reads_is_ids(found):
+    recorder = attach(model := make("tiny"), ids=lambda *_: found)
+    with recorder.recording(), pytest.raises(TypeError, match="`ids` must return a tensor of integers, or that and"):
+        model(torch.zeros((1, 4), dtype=torch.int64))
+    assert not recorder.in_pass
+    recorder.detach()
+
+
 def test_a_recorder_is_attached_once():
     recorder = attach(make("tiny"))
     with pytest.raises(RuntimeError, match="`attach` must come after `detach`"):

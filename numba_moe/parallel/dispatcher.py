@@ -14,7 +14,7 @@ from numba_moe.parallel.network import Network
 from numba_moe.parallel.nvlink import PeerMemory, Sizes
 from numba_moe.parallel.peers import Peers
 from numba_moe.placement.expert_dispatch import ExpertDispatch
-from numba_moe.placement.location import ExpertLocation, check_location
+from numba_moe.placement.location import ExpertLocation
 from numba_moe.placement.migration import digest, gather
 from numba_moe.reference.parallel import DispatchedTokens
 from numba_moe.runtime import checks
@@ -187,7 +187,7 @@ class TokenDispatcher:
 
         if location is None:
             location = even_location(self.num_experts, self.num_ranks)
-        check_location("location", location)
+        checks.instance("location", location, ExpertLocation)
         rule = f"of num_experts = {self.num_experts} experts on {self.num_ranks} ranks, those of the group"
         fits = (location.num_logical_experts, location.num_gpus) == (self.num_experts, self.num_ranks)
         checks.holds("location", rule, fits, location)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from numba_moe.parallel.peers import Peers, PeerTimeoutError
 from numba_moe.placement import migration
-from numba_moe.placement.location import ExpertLocation, check_alike, check_location
+from numba_moe.placement.location import ExpertLocation, check_alike
 from numba_moe.placement.migration import CorruptedWeightsError, LayerWeights, digest
 from numba_moe.placement.rebalance import ALGORITHMS, check_loads, rebalance_experts
 from numba_moe.reference import balancer as reference
@@ -99,7 +99,7 @@ def layers_worth_moving(
     array([], dtype=int64)
     """
     loads = check_loads("weight", weight, (2,))
-    check_location("old", old)
+    checks.instance("old", old, ExpertLocation)
     check_alike("new", new, old)
     shape = old.num_layers, old.num_logical_experts
     checks.host_shape("weight", loads, shape, "(num_layers, num_experts)")
@@ -580,7 +580,7 @@ def _check_dispatchers(dispatchers: Any) -> list[Any]:
         if not (hasattr(dispatcher, "location") and callable(getattr(dispatcher, "update", None))):
             rule = "of an ExpertDispatch or a TokenDispatcher"
             raise TypeError(f"`dispatchers` must be {rule}, got {type(dispatcher).__name__}")
-        check_location("dispatchers", dispatcher.location)
+        checks.instance("dispatchers", dispatcher.location, ExpertLocation)
         same = dispatcher.location == found[0].location
         checks.holds("dispatchers", "of one location", same, f"{dispatcher.location} and {found[0].location}")
     return found

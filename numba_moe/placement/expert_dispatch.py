@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import torch
 
 from numba_moe.ops.dispatch import ALGORITHMS, dispatch_ids
-from numba_moe.placement.location import ExpertLocation, check_layers, check_location
+from numba_moe.placement.location import ExpertLocation, check_layers
 from numba_moe.reference import dispatch as reference
 from numba_moe.reference.dispatch import DispatchTables
 from numba_moe.runtime import checks
@@ -78,7 +78,7 @@ class ExpertDispatch:
         algorithm: str = "static",
         seed: int = 0,
     ) -> None:
-        check_location("location", location)
+        checks.instance("location", location, ExpertLocation)
         last = location.num_gpus - 1
         self.rank = checks.integer("rank", rank, 0, last, f"num_gpus - 1 = {last}")
         checks.choice("algorithm", algorithm, ALGORITHMS)

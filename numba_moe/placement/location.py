@@ -444,13 +444,9 @@ class ExpertLocation:
         return ExpertLocation(places, *slots_of_experts(places, experts), self.rank_of_slot, self.node_of_slot)
 
 
-def check_location(argument: str, value: Any) -> None:
-    checks.instance(argument, value, ExpertLocation)
-
-
 def check_alike(argument: str, value: Any, location: ExpertLocation) -> None:
     """Check that a location differs from another in the places of experts at most."""
-    check_location(argument, value)
+    checks.instance(argument, value, ExpertLocation)
     for name in ("logical_to_all_physical_map", "rank_of_slot", "node_of_slot"):
         mine, given = getattr(location, name), getattr(value, name)
         same = mine.shape == given.shape and (mine.ndim > 1 or np.array_equal(mine, given))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from numba_moe.placement.location import ExpertLocation, check_alike, check_layers, check_location
+from numba_moe.placement.location import ExpertLocation, check_alike, check_layers
 from numba_moe.reference import migration as reference
 from numba_moe.runtime import checks
 from numba_moe.runtime.plans import layout
@@ -94,7 +94,7 @@ def plan_migration(old: Any, new: Any, layer: int) -> np.ndarray:
     >>> plan_migration(old, new, layer=0)
     array([3, 1, 2, 0])
     """
-    check_location("old", old)
+    checks.instance("old", old, ExpertLocation)
     check_alike("new", new, old)
     [layer] = check_layers([layer], old.num_layers)
     return reference.plan_migration(old, new, layer)
@@ -136,7 +136,7 @@ def preserve_intragpu_slots(old: Any, new: Any) -> ExpertLocation:
     >>> preserve_intragpu_slots(old, new).physical_to_logical_map
     array([[2, 1, 0, 3]])
     """
-    check_location("old", old)
+    checks.instance("old", old, ExpertLocation)
     check_alike("new", new, old)
     return new.with_places(reference.preserve_intragpu_slots(old, new))
 
@@ -492,7 +492,7 @@ def migrate_in_chunks(
     [0] [2.5, 1.5, 3.5, 4.5]
     [1] [2.5, 1.5, 4.5, 3.5]
     """
-    check_location("old", old)
+    checks.instance("old", old, ExpertLocation)
     check_alike("new", new, old)
     chosen = check_layers(layers, old.num_layers)
     checks.holds("layers", "distinct", len(set(chosen)) == len(chosen), chosen)
@@ -558,7 +558,7 @@ def migrate(
     >>> weights[0]["up"].ravel()
     tensor([1.5000, 2.5000, 2.5000])
     """
-    check_location("old", old)
+    checks.instance("old", old, ExpertLocation)
     every = old.num_layers
     for _ in migrate_in_chunks(weights, old, new, group, layers=layers, chunk_layers=every, verify=verify):
         pass

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numba_moe.placement.location import ExpertLocation, check_location
+from numba_moe.placement.location import ExpertLocation
 from numba_moe.placement.rebalance import ALGORITHMS, Tick, check_loads, place
 from numba_moe.reference.migration import plan_migration
 from numba_moe.runtime import checks
@@ -385,8 +385,7 @@ def simulate(
     num_nodes = checks.integer("num_nodes", num_nodes, 1, num_gpus, f"num_gpus = {num_gpus}")
     if loads.ndim == 4:
         checks.holds("weight", f"of {num_gpus} ranks", loads.shape[3] == num_gpus, f"shape {loads.shape}")
-    listed = {"algorithms": algorithms, "intervals": intervals, "once_after": once_after}
-    for name, values in listed.items():
+    for name, values in {"algorithms": algorithms, "intervals": intervals, "once_after": once_after}.items():
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise TypeError(f"`{name}` must be a sequence, got {type(values).__name__}")
     for algorithm in algorithms:
@@ -401,7 +400,7 @@ def simulate(
             checks.number(name, value)
             checks.holds(name, "above 0", value > 0, value)
     if current is not None:
-        check_location("current", current)
+        checks.instance("current", current, ExpertLocation)
         everywhere = bool((current.physical_to_logical_map >= 0).all())
         checks.holds("current", "a location with experts on every rank", everywhere, current)
 

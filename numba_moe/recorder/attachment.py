@@ -219,8 +219,7 @@ class LayerForward(Forward):
         result = self.own(*args, **kwargs)
         attachment = self.attachment
         if attachment.is_attached:
-            found = self.read(self.module, args, kwargs, result)
-            ids, weights = found if isinstance(found, tuple) else (found, None)
+            ids, weights = self.read(self.module, args, kwargs, result)
             if _goes_by_ops():
                 weights = None if weights is None else weights.detach()
                 torch.ops.numba_moe_recorder.chosen(ids, weights, attachment.order, self.where)

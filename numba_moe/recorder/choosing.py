@@ -91,7 +91,7 @@ def _rows(module: torch.nn.Module) -> int | None:
 def reader_of(module: torch.nn.Module, name: str, ids: Reader | None) -> Reader:
     """Return what reads ids, or ids and weights, from what a module is given and what it returns."""
     if ids is not None:
-        return ids
+        return Own(ids)
     if isinstance(module, Router):
         return _of_router
     return Given(_parameters(module)[1:3]) if is_given_experts(module) else Searched(name)
@@ -99,6 +99,21 @@ def reader_of(module: torch.nn.Module, name: str, ids: Reader | None) -> Reader:
 
 def _of_router(_module: Any, _args: Any, _kwargs: Any, result: Any) -> Any:
     return result.topk_ids, result.topk_weights
+
+
+class Own:
+    """Reads what a function of the caller's says."""
+
+    def __init__(self, read: Reader) -> None:
+        self.read = read
+
+    def __call__(self, *call: Any) -> Any:
+        found = self.read(*call)
+        ids, *others = found if isinstance(found, tuple) else (found,)
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex() or len(others) > 1:
+            got = getattr(ids, "dtype", type(ids).__name__)
+            raise TypeError(f"`ids` must return a tensor of integers, or that and weights, got {got}")
+        return ids, others[0] if others else None
 
 
 class Given:

@@ -341,13 +341,10 @@ def _of_arrays(content: dict[str, Any]) -> Dump:
         physical_to_logical_maps=maps,
         rank_physical_count=by_rank,
     )
-    shapes = {"logical_count": (num_steps, num_layers, experts)}
-    shapes["global_physical_count"] = (num_steps, num_layers, num_slots)
-    found: dict[str, Any] = {
-        name: _shaped(name, content[name], shape, "(records, L, E or P)") for name, shape in shapes.items()
-    }
-    for name, count in found.items():
-        checks.counts(name, count)
+    found: dict[str, Any] = {}
+    for name, size in {"logical_count": experts, "global_physical_count": num_slots}.items():
+        found[name] = _shaped(name, content[name], (num_steps, num_layers, size), "(records, L, E or P)")
+        checks.counts(name, found[name])
     return dataclasses.replace(dump, **found, **_tokens_of(content, num_steps, num_layers, num_slots))
 
 
@@ -376,8 +373,7 @@ def _tokens_of(content: dict[str, Any], num_steps: int, num_layers: int, num_slo
         weights = None if weights is None else ids.astype(np.float32)
     ids = formats.array("topk_ids", ids, (3,), empty=True)
     checks.host_shape("topk_ids", ids, (total, num_layers, ids.shape[2]), "(tokens, L, K)")
-    known = (ids >= -1) & (ids < num_slots)
-    checks.every("topk_ids", f"in [-1, {num_slots})", known, ids, ("token", "layer", "k"))
+    checks.every("topk_ids", f"in [-1, {num_slots})", (ids >= -1) & (ids < num_slots), ids, ("token", "layer", "k"))
     found["topk_ids"] = ids.astype(np.int32)
     if weights is not None:
         found["topk_weights"] = formats.array("topk_weights", weights, (3,), "float64", empty=True).astype(np.float32)
@@ -394,8 +390,7 @@ def _of_counts(content: dict[str, Any]) -> Dump:
     if "last_physical_to_logical_map" in content and "global_physical_count" in content:
         places = formats.array("last_physical_to_logical_map", content["last_physical_to_logical_map"], (2,))
         known = (places >= -1) & (places < num_experts)
-        rule = f"-1 or in [0, {num_experts})"
-        checks.every("last_physical_to_logical_map", rule, known, places, ("layer", "slot"))
+        checks.every("last_physical_to_logical_map", f"-1 or in [0, {num_experts})", known, places, ("layer", "slot"))
         physical = formats.counts("global_physical_count", content["global_physical_count"], (2, 3))
         physical = physical if physical.ndim == 3 else physical[None]
         shape = (num_steps, num_layers, places.shape[1])

@@ -470,6 +470,23 @@ def test_shared_memory_and_local_memory_hold_no_zeros_and_threads_are_named():
 
 
 @IN_SIMULATOR
+def test_what_a_gpu_would_not_compile_is_an_error():
+    @cuda.jit
+    def returns(out):
+        return out[0]
+
+    @cuda.jit
+    def shares_much(out):
+        shared = cuda.shared.array((100, 128), np.float32)
+        out[0] = shared[0, 0]
+
+    with pytest.raises(TypeError, match="thread 0 of block 0: a kernel must return nothing, got 0"):
+        returns[1, 1](np.zeros(1, np.int32))
+    with pytest.raises(ValueError, match="shared memory of a fixed size must be at most 49152 bytes, got 51200"):
+        shares_much[1, 1](np.zeros(1, np.float32))
+
+
+@IN_SIMULATOR
 def test_a_missing_barrier_shows():
     @cuda.jit
     def reverse(values, out):
@@ -491,6 +508,7 @@ def test_the_roofline_counts_bytes():
     assert "barriers: " in found.accesses
     nothing = lab.roofline(functools.partial(count, expert_map=None), like="count_tokens_per_expert", show=False)
     assert np.isnan(nothing.share)
+    assert nothing.accesses == "no kernel ran"
     assert nothing.name == "count"
 
 

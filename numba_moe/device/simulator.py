@@ -209,7 +209,9 @@ if ENABLED:
                 while self._ready:
                     thread = self._ready.pop(order.randrange(len(self._ready)))
                     try:
-                        thread.switch()
+                        returned = thread.switch()
+                        if thread.dead and returned is not None:
+                            raise TypeError(f"a kernel must return nothing, got {returned}")
                     except Exception as error:
                         where = f"thread {thread.thread_id} of block {thread.block}"
                         error.args = (f"{where}: {error}", *error.args[1:])

@@ -19,6 +19,7 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKe
 from numba.cuda.simulator.kernelapi import FakeCUDAAtomic, FakeCUDALocal, FakeCUDAShared
 
 POISON = 0x5A
+MOST_SHARED = 48 << 10  # bytes; more has to come with the launch
 
 
 @dataclasses.dataclass(eq=False)
@@ -122,7 +123,11 @@ class SharedMemory(FakeCUDAShared):
             caller = sys._getframe(1)
             place = caller.f_code, caller.f_lasti
             if place not in self._allocations:
-                self._allocations[place] = FakeCUDALocal().array(shape, dtype, alignment)  # poisoned, by `install`
+                made = FakeCUDALocal().array(shape, dtype, alignment)  # poisoned, by `install`
+                size = made.nbytes + sum(array.nbytes for array in self._allocations.values())
+                if size > MOST_SHARED:
+                    raise ValueError(f"shared memory of a fixed size must be at most {MOST_SHARED} bytes, got {size}")
+                self._allocations[place] = made
             found = self._allocations[place]
         return WatchedShared(FakeCUDAArray(found)) if self.watched else found
 

@@ -90,6 +90,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="show the times of an earlier run beside")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over tokens, of a grid the ratios")
+    parser.add_argument("--patched", action="store_true", help="what `patch` puts into peers, beside the peers' own")
     _grid_options(parser)
 
 
@@ -264,6 +265,7 @@ COMMANDS = {
         numba-moe bench --op topk_softmax --peers torch --json today.json
         numba-moe bench --compare yesterday.json
         numba-moe bench --grid 'moe_*' --shapes 100 --plot map.png
+        numba-moe bench --patched --peer-lib vllm_moe.so.xz --peer-tree triton_peers
         """,
         bench_options,
         "numba_moe.bench.command:prepare",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from numba_moe.bench import contenders, grid, measure, ratios
+from numba_moe.bench import contenders, grid, measure, patched, ratios
 from numba_moe.bench.measure import Row
 from numba_moe.runtime import checks, files
 from numba_moe.runtime.text import fitted
@@ -46,7 +46,11 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
     """Read, check and load what the options name; return what measures, and returns the exit status."""
     chosen: Any = None
     if options.merge is None:
-        chosen = select_cases(options) if options.grid is None else grid.select_shapes(options)
+        if options.patched:
+            checks.holds("--grid", "left out with `--patched`", options.grid is None, options.grid)
+            chosen = patched.select_pairs(options)
+        else:
+            chosen = select_cases(options) if options.grid is None else grid.select_shapes(options)
     for name, suffixes in {"json": None, "plot": PICTURES}.items():
         if getattr(options, name) is not None:
             files.check_output(f"--{name}", getattr(options, name), suffixes)
@@ -69,14 +73,15 @@ def prepare(options: argparse.Namespace) -> Callable[[], int]:
 
 
 def run(
-    options: argparse.Namespace, cases: Sequence[Case], old: dict[tuple[str, ...], Row] | None, peers: dict[str, str]
+    options: argparse.Namespace, cases: Sequence[Any], old: dict[tuple[str, ...], Row] | None, peers: dict[str, str]
 ) -> int:
     """Measure, print the table, and return the exit status: 1 if a result of ours is wrong."""
     bandwidth = measure.copy_bandwidth()
     where = {**measure.environment(peers), "copy": f"{bandwidth / 1e3:.0f} GB/s read plus written"}
     print("\n".join(f"{name}: {value}" for name, value in where.items()))
     progress = tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False)
-    rows = [row for case in progress for row in measure.measure(case, tuple(peers), bandwidth)]
+    measured = functools.partial(measure.measure, peers=tuple(peers), copy_bytes_per_us=bandwidth)
+    rows = [row for case in progress for row in (patched.rows_of(*case) if options.patched else measured(case))]
     print(ratios.table(rows, old))
     headers = ("op", "shapes", "device / best peer", "host / best peer")
     print(fitted([(op, *values) for op, values in ratios.means(rows).items()], headers, floatfmt=".2f"))

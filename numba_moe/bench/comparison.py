@@ -1,4 +1,4 @@
-"""Our ops against the peers' own, called the same way with the same arguments: what differs, op by op.
+"""Functions of ours under the peers' names against the peers' own, called the same way: what differs, one by one.
 
 Both get memory with the same rubbish in it. What peers leave open is left out: the order of slots inside an expert,
 what lies past the last block or row in use, rows of gating where rounding decides. Cases keep to what the peers can do:
@@ -6,6 +6,7 @@ fewer than 992 experts, no ids below 0 where vLLM 0.21 does not look for them, a
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from numba_moe.bench import contenders
-from numba_moe.interop import sglang, vllm_ops
+from numba_moe.interop import sglang, sglang_kernels, vllm, vllm_ops
 from numba_moe.reference.align import AlignedBlocks, max_sorted_slots
 from numba_moe.reference.gating import TopK
 from numba_moe.verify import random_cases, testing
@@ -33,6 +34,7 @@ class Shape(NamedTuple):
     experts: int
     top_k: int
     block_size: int
+    hidden: int = 64
 
 
 class Call(NamedTuple):
@@ -44,9 +46,9 @@ class Call(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One op of a peer and ours of that name."""
+    """One function of a peer and ours of that name."""
 
-    theirs: str  # namespace.name in torch.ops
+    theirs: str  # namespace.name in torch.ops, or module.name
     ours: Callable[..., Any]
     draw: Callable[[np.random.Generator, Shape, str], Call]
     fault: Callable[[Any, Any, Mapping[str, Any]], str]
@@ -163,7 +165,7 @@ def draw_kimi(rng: np.random.Generator, shape: Shape, device: str) -> Call:
 
 
 def draw_permute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
-    ids, hidden = chosen(rng, shape, device), 64
+    ids, hidden = chosen(rng, shape, device), shape.hidden
     expert_map = some_map(rng, shape.experts, device) if rng.random() < 0.5 else None
     local = shape.experts if expert_map is None else int(expert_map.max()) + 1
     if local == 0:  # a rank without experts is nothing that vLLM has
@@ -181,7 +183,7 @@ def draw_permute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
 
 
 def draw_unpermute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
-    slots, hidden = shape.tokens * shape.top_k, 64
+    slots, hidden = shape.tokens * shape.top_k, shape.hidden
     rows = logits(rng, slots, hidden, device)
     weights = torch.from_numpy(rng.random((shape.tokens, shape.top_k), np.float32)).to(device)
     index = torch.from_numpy(rng.permutation(slots).astype(np.int32)).to(device)
@@ -191,12 +193,18 @@ def draw_unpermute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
     return Call((rows, weights, index, offset, shape.top_k, out), (5,), {})
 
 
+def slots(rng: np.random.Generator, shape: Shape, device: str) -> torch.Tensor:
+    """Draw a row for each slot of each token."""
+    drawn = logits(rng, shape.tokens * shape.top_k, shape.hidden, device, "float32")
+    return drawn.view(shape.tokens, shape.top_k, shape.hidden)
+
+
 def draw_sum(*scale: float) -> Callable[[np.random.Generator, Shape, str], Call]:
     """Return a function that draws calls that sum rows, with the factor `scale` if the op takes one."""
 
     def draw(rng: np.random.Generator, shape: Shape, device: str) -> Call:
-        rows = logits(rng, shape.tokens * shape.top_k, 64, device, "float32").view(shape.tokens, shape.top_k, 64)
-        out = torch.full((shape.tokens, 64), torch.nan, dtype=torch.float32, device=device)
+        rows = slots(rng, shape, device)
+        out = torch.full((shape.tokens, shape.hidden), torch.nan, dtype=torch.float32, device=device)
         return Call((rows, out, *scale), (1,), {})
 
     return draw
@@ -209,6 +217,56 @@ def draw_prepare(rng: np.random.Generator, shape: Shape, device: str) -> Call:
     scales = ints(device, experts + 1) if rng.random() < 0.5 else None
     args = (ids, written[0], scales, *written[1:], *permutations, experts, 1024, 2048)
     return Call(args, (1, 2, 3, 4, 5, 6) if scales is not None else (1, 3, 4, 5, 6), {"ids": ids})
+
+
+def draw_module_gate(
+    scoring_func: str, experts: int = 0, *more: Any
+) -> Callable[[np.random.Generator, Shape, str], Call]:
+    """Return what draws calls of gates that modules have, by a bias if they know no softmax."""
+
+    def draw(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+        given = logits(rng, shape.tokens, experts or shape.experts, device, "float32")
+        bias = bias_of(rng, given.shape[1], device)
+        about = {"gating_output": given, "renormalize": True, "correction_bias": bias, "by": scoring_func}
+        args = (given, bias, *(more or (shape.top_k, scoring_func)))
+        return Call(args, (), about)
+
+    return draw
+
+
+def draw_fused_topk(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+    given = logits(rng, shape.tokens, shape.experts, device)
+    about = {"gating_output": given, "renormalize": True, "correction_bias": None, "by": "softmax"}
+    return Call((given, given, shape.top_k, True), (), about)
+
+
+def draw_scaled(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+    (given, _, top_k, _), *_, about = draw_fused_topk(rng, shape, device)
+    return Call((given, torch.ones(shape.experts, device=device), top_k), (), about)
+
+
+def draw_returned_align(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+    return Call((chosen(rng, shape, device), shape.block_size, shape.experts), (), {"block_size": shape.block_size})
+
+
+def draw_small_align(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+    few = shape._replace(tokens=max(1, min(shape.tokens, contenders.SMALL_SLOTS // shape.top_k)))
+    args, written, about = draw_sglang_align(rng, few, device)
+    return Call(args[:6], written, about)  # without SGLang's scratch
+
+
+def draw_returned_permute(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+    rows = logits(rng, shape.tokens, shape.hidden, device)
+    return Call((rows, None, chosen(rng, shape, device), shape.experts), (), {})
+
+
+def draw_weighted_sum(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+    weights = torch.from_numpy(rng.random((shape.tokens, shape.top_k), np.float32)).to(device)
+    return Call((slots(rng, shape, device), weights), (), {})
+
+
+def draw_count(rng: np.random.Generator, shape: Shape, device: str) -> Call:
+    return Call((chosen(rng, shape, device), shape.experts, None), (), {})
 
 
 def align_fault(ours: Any, theirs: Any, about: Mapping[str, Any]) -> str:
@@ -260,6 +318,11 @@ def prepare_fault(ours: Any, theirs: Any, about: Mapping[str, Any]) -> str:
     return "" if inside.all() else "a row lies outside its expert's"
 
 
+def permute_returned_fault(ours: Any, theirs: Any, about: Mapping[str, Any]) -> str:
+    """Compare what the functions return, which is scales too."""
+    return permute_fault((ours[0], *ours[2:]), (theirs[0], *theirs[2:]), about)
+
+
 def prepare_as_registered(*args: Any) -> None:
     """Call ours with the arguments in the op's order, where offsets of scales come third."""
     ids, offsets, scales, sizes1, sizes2, tokens, rows, experts, n, k = args
@@ -287,6 +350,27 @@ PAIRS = (
 )
 
 
+def in_module(module: str, ours: Any, draw: Any, fault: Any) -> Pair:
+    """Return a pair of a function that a module has, from --peer-tree or an installed peer."""
+    return Pair(f"{module}.{ours.__name__}", ours, draw, fault)
+
+
+VLLM, SGLANG = vllm.LAYERS, sglang.KERNELS
+DEEPSEEK_V4 = draw_module_gate("softplus_sqrt", 256, torch.int32, 1.0)
+MODULE_PAIRS = (
+    in_module(f"{VLLM}.moe_align_block_size", vllm.moe_align_block_size, draw_returned_align, align_fault),
+    in_module(f"{VLLM}.router.fused_topk_router", vllm.fused_topk, draw_fused_topk, choice_fault),
+    in_module(f"{VLLM}.router.dsv4_topk", vllm.dsv4_topk, DEEPSEEK_V4, choice_fault),
+    in_module(f"{VLLM}.moe_permute_unpermute", vllm.moe_permute, draw_returned_permute, permute_returned_fault),
+    in_module(f"{VLLM}.moe_fused_mul_sum", vllm.moe_fused_mul_sum, draw_weighted_sum, sum_fault),
+    in_module(f"{VLLM}.utils", vllm.count_expert_num_tokens, draw_count, same),
+    in_module(f"{SGLANG}.moe_fused_gate", sglang_kernels.moe_fused_gate, draw_module_gate("sigmoid"), choice_fault),
+    in_module(f"{SGLANG}.moe_align_small_numel", sglang_kernels.moe_align_small_numel, draw_small_align, align_fault),
+    in_module(f"{SGLANG}.moe_fused_mul_sum", sglang_kernels.moe_fused_mul_sum, draw_weighted_sum, sum_fault),
+    in_module(f"{SGLANG}.gemma4_routing", sglang_kernels.gemma4_fused_routing, draw_scaled, choice_fault),
+)
+
+
 def random_shape(rng: np.random.Generator, most_tokens: int = 8192) -> Shape:
     experts = int(rng.choice([8, 16, 32, 60, 64, 72, 128, 160, 256, 384, 512]))
     top_k = int(rng.choice([1, 2, 4, 6, 8]))
@@ -297,16 +381,34 @@ def run(call: Callable[..., Any], made: Call) -> Any:
     """Call an op with arguments of its own; return what it wrote or returned."""
     args = [value.clone() if isinstance(value, torch.Tensor) else value for value in made.args]
     results = call(*args)
-    return tuple(args[place] for place in made.written) if made.written else tuple(results)
+    if made.written:
+        return tuple(args[place] for place in made.written)
+    return tuple(results) if isinstance(results, tuple) else (results,)
+
+
+def peers_own(name: str) -> Callable[..., Any] | None:
+    """Return a peer's function, an op or one of a module; None where the peer is not there."""
+    parent, _, last = name.rpartition(".")
+    if "." not in parent:
+        return getattr(getattr(torch.ops, parent), last) if contenders.is_registered(name) else None
+    try:
+        return getattr(importlib.import_module(parent), last, None)
+    except ImportError:
+        return None
+
+
+def as_called(theirs: Callable[..., Any], made: Call) -> Call:
+    """Return a call with what newer releases have behind the arguments."""
+    return made._replace(args=(*made.args, *contenders.later(theirs, len(made.args))))
 
 
 def compare(pair: Pair, shape: Shape, seed: Any, device: str, theirs: Callable[..., Any] | None = None) -> str:
     """Return what differs in one case, "" if nothing does."""
     made = pair.draw(np.random.default_rng(seed), shape, device)
+    theirs = theirs or peers_own(pair.theirs)
     if theirs is None:
-        namespace, name = pair.theirs.split(".")
-        theirs = getattr(getattr(torch.ops, namespace), name)
-    return pair.fault(run(pair.ours, made), run(theirs, made), made.about)
+        raise ValueError(f"`pair` must be of a peer that is there, got {pair.theirs!r}")
+    return pair.fault(run(pair.ours, made), run(theirs, as_called(theirs, made)), made.about)
 
 
 def cases(seed: int, count: int) -> list[tuple[Pair, Shape, Any]]:

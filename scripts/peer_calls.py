@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -408,6 +409,14 @@ def sglang_gates_with_a_bias() -> None:
 
 
 @route("sglang")
+def sglang_gates_of_flashinfer() -> None:
+    groups = of(f"{RUNNER}.topk", "biased_grouped_topk_gpu")  # FlashInfer's if it is among the trees
+    for shared in (0, 1):
+        groups(*logits(), floats(EXPERTS) / 8, TOP_K + shared, True, 8, 4, shared, 2.5, True)
+    groups(*logits(), floats(EXPERTS) / 8, TOP_K, True, 1, 1, 0, 2.5)
+
+
+@route("sglang")
 def sglang_grouped_gate_of_choice() -> None:
     flag = getattr(of("sglang.srt.environ", "envs"), "SGLANG_OPT_USE_JIT_KERNEL_GROUPED_TOPK", None)
     with contextlib.nullcontext() if flag is None else flag.override(True):
@@ -513,17 +522,18 @@ def sglang_marlin() -> None:
     bits: dict[str, Any] = {"dtype": torch.int32, "device": DEVICE}
     w1, w2 = torch.empty(EXPERTS, HIDDEN // 16, 256, **bits), torch.empty(EXPERTS, 4, HIDDEN * 4, **bits)
     scale = floats(EXPERTS, 1, 1, dtype=torch.bfloat16)
-    quiet: dict[str, Any] = {
-        "moe_wna16_marlin_gemm": lambda rows, out, *rest, **options: out.normal_(),
-        "silu_and_mul": nothing,
-    }
+    four_bits = torch.empty(EXPERTS, 4, HIDDEN * 2, **bits), scale.abs().to(torch.float8_e8m0fnu), {"num_bits": 4}
+    quiet = {"moe_wna16_marlin_gemm": lambda rows, out, *rest, **options: out.normal_(), "silu_and_mul": nothing}
     with instead(where, **quiet):
-        for tokens in (1, TOKENS):
+        for tokens, (down, scales, more) in itertools.product((1, TOKENS), ((w2, scale, {}), four_bits)):
             states, gate = floats(tokens, HIDDEN, dtype=torch.bfloat16), floats(tokens, EXPERTS)
-            chosen, factor = ids(tokens), 2.5 if tokens > 1 else None
-            run = of(where, "fused_marlin_moe")
-            space = {"workspace": torch.zeros(64, **bits), "routed_scaling_factor": factor}
-            run(states, w1, w2, scale, scale, gate, weights()[:tokens], chosen, **space)
+            space = {
+                "workspace": torch.zeros(64, **bits),
+                "routed_scaling_factor": None if tokens == 1 else 2.5,
+                **more,
+            }
+            given = (states, w1, down, scales, scales, gate, weights()[:tokens], ids(tokens))
+            of(where, "fused_marlin_moe")(*given, **space)
 
 
 @route("sglang")
@@ -531,8 +541,9 @@ def sglang_sums() -> None:
     rows, out = floats(TOKENS, TOP_K, HIDDEN, dtype=torch.bfloat16), floats(TOKENS, HIDDEN, dtype=torch.bfloat16)
     of(f"{RUNNER}.paged_experts.runners", "MarlinContract")._sum_top_k(anything(), rows, out, 2.5)
     where = f"{RUNNER}.moe_runner.triton_utils.fused_moe"
-    with instead(where, _use_moe_sum_reduce_torch_compile=lambda tokens: False):
-        of(where, "moe_combine_topk")(rows, out, 2.5)
+    for few in (False, True):
+        with instead(where, _use_moe_sum_reduce_torch_compile=lambda tokens, few=few: few):
+            of(where, "moe_combine_topk")(rows, out, 2.5)
 
 
 @route("sglang")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-PEERS = ("vllm", "sglang", "sgl_kernel")
+PEERS = ("vllm", "sglang", "sgl_kernel", "flashinfer")
 
 
 class _Made(type):

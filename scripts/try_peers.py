@@ -187,11 +187,15 @@ def choice(ours: Outcome, theirs: Outcome) -> str:
                 outcome.named.get("topk_ids", outcome.named.get("topk_indices")),
             )
         order = ids.long().sort(dim=1)
-        found.append((order.values, weights.gather(1, order.indices)))
+        packed = outcome.named.get("packed_out")
+        packed = weights if packed is None else (packed << 16).view(torch.float32)  # weights as bfloat16 has them
+        found.append((order.values, weights.gather(1, order.indices), packed.gather(1, order.indices).bfloat16()))
     if differ(found[0][0], found[1][0]):
         return "other experts"
-    masked = [weights.masked_fill(ids < 0, 0) for ids, weights in found]  # those of padding are not written by all
-    return "other weights" if differ(*masked) else ""
+    for one in (1, 2):  # weights of padding are not written by all
+        if differ(*(parts[one].masked_fill(parts[0] < 0, 0) for parts in found)):
+            return ("other weights", "other packed weights")[one - 1]
+    return ""
 
 
 def alignment(ours: Outcome, theirs: Outcome) -> str:
@@ -256,6 +260,7 @@ def maps(ours: Outcome, theirs: Outcome) -> str:
 COMPARISONS: dict[str, Callable[[Outcome, Outcome], str]] = {
     **dict.fromkeys(("fused_topk", "grouped_topk", "dsv4_topk", "topk_softmax", "topk_sigmoid"), choice),
     **dict.fromkeys(("topk_hash_softplus_sqrt", "moe_fused_gate", "hash_topk", "gemma4_fused_routing"), choice),
+    "fused_topk_deepseek": choice,
     **dict.fromkeys(("moe_align_block_size", "batched_moe_align_block_size", "moe_lora_align_block_size"), alignment),
     **dict.fromkeys(("moe_align_small_numel", "moe_align_single_token", "fused_globalize_align_block_size"), alignment),
     "moe_permute": permutation,

@@ -39,7 +39,9 @@ def peers():
             vars(sys.modules[name]).update(dict.fromkeys(functions, print))
     yield
     torch._dynamo.reset()  # which otherwise outlives what a page defines
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel", "sglang")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel", "sglang", "flashinfer")
+    ]:
         del sys.modules[name]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from numba_moe.interop import sglang, vllm
+from numba_moe.interop import sglang, sglang_kernels, vllm
 from numba_moe.interop.patching import Patch, lacking
 
 SIGNATURES = json.loads((Path(__file__).parent / "data" / "peer_signatures.json").read_text())
@@ -161,6 +161,22 @@ def test_sglang_without_sgl_kernel_is_patched_and_nothing_at_all_is_an_import_er
         sglang.patch()
     installed("sglang 0.5.23")
     assert len(sglang.patch()) == len(SIGNATURES["sglang 0.5.23"])
+
+
+def test_flashinfer_is_patched_where_it_can_be_imported_and_is_not_enough(installed, monkeypatch):
+    gate = "flashinfer.fused_moe.fused_routing_dsv3.fused_topk_deepseek"
+    installed("sglang 0.5.23")
+    theirs = function_at(gate)
+    holder = make_module("sglang.srt.layers.moe.topk", _fused_topk_deepseek=theirs)  # by a name of its own
+    assert gate in sglang.patch()
+    assert holder._fused_topk_deepseek is sglang_kernels.fused_topk_deepseek
+    sglang.unpatch()
+    assert holder._fused_topk_deepseek is theirs
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flashinfer"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "flashinfer", None)  # what breaks at its import
+    assert gate not in sglang.patch()
+    sglang.unpatch()
 
 
 def test_the_plugin_of_sglang_patches_when_the_environment_asks(installed, monkeypatch):

@@ -241,3 +241,37 @@ def test_weighted_sum_of_the_kernels():
         kernels.moe_fused_mul_sum(rows, weights, expert_map=local)
     with pytest.raises(TypeError, match="`is_ep` must be True or False, got None"):
         kernels.moe_fused_mul_sum(rows, weights, is_ep=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flashinfers_gate_for_deepseek_writes_what_it_is_given(dtype):
+    given = LOGITS.to(dtype), BIAS.to(dtype)
+    values, ids, replay = torch.full((5, 2), torch.nan, dtype=dtype), ints(5, 2), torch.full((6, 2), -7).short()
+    assert kernels.fused_topk_deepseek(*given, 4, 2, 2, 2.5, values, ids, True, replay, backend="cake") is None
+    expected = moe.grouped_topk(
+        *(given[0], 2, 4, 2, True),
+        scoring_func="sigmoid",
+        correction_bias=given[1].float(),
+        routed_scaling_factor=2.5,
+        group_score="top2_sum",
+    )
+    assert torch.equal(ids, expected.topk_ids)
+    torch.testing.assert_close(values, expected.topk_weights.to(dtype))
+    assert replay[:5].tolist() == ids.tolist()
+    assert replay[5].tolist() == [-7, -7]
+    one_group = ints(5, 2)
+    kernels.fused_topk_deepseek(*given, 1, 1, 2, 1.0, values, one_group)
+    assert torch.equal(one_group, (given[0].float().sigmoid() + given[1].float()).topk(2).indices.int())
+    with pytest.raises(ValueError, match="`topk` must be the columns of `topk_indices`, 2, got 3"):
+        kernels.fused_topk_deepseek(*given, 4, 2, 3, 1.0, values, ids)
+    with pytest.raises(ValueError, match="`backend` must be"):
+        kernels.fused_topk_deepseek(*given, 4, 2, 2, 1.0, values, ids, backend="trtllm")
+
+
+def test_sums_of_the_kernels_write_what_they_are_given():
+    rows, out = torch.randn(3, 4, 8), torch.full((3, 8), torch.nan)
+    assert kernels.moe_sum_reduce_triton(rows, out, 2.5) is None
+    torch.testing.assert_close(out, 2.5 * rows.sum(1))
+    half = torch.full((3, 8), torch.nan).bfloat16()
+    assert kernels.moe_topk_sum(rows.bfloat16(), half) is half
+    torch.testing.assert_close(half, rows.bfloat16().float().sum(1).bfloat16())

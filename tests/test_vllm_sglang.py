@@ -595,7 +595,9 @@ def peers():
     yield sys.modules
     vllm.unpatch()
     sglang.unpatch()
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel", "sglang")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("vllm", "sgl_kernel", "sglang", "flashinfer")
+    ]:
         del sys.modules[name]
 
 

@@ -242,7 +242,7 @@ def draw_fused_topk(rng: np.random.Generator, shape: Shape, device: str) -> Call
 
 def draw_scaled(rng: np.random.Generator, shape: Shape, device: str) -> Call:
     (given, _, top_k, _), *_, about = draw_fused_topk(rng, shape, device)
-    return Call((given, torch.ones(shape.experts, device=device), top_k), (), about)
+    return Call((given, torch.ones(shape.experts, dtype=torch.float32, device=device), top_k), (), about)
 
 
 def draw_returned_align(rng: np.random.Generator, shape: Shape, device: str) -> Call:

@@ -19,7 +19,7 @@ from numba_moe.verify import testing
 
 THEIRS = "theirs"
 # Decode and prefill.
-SHAPES = tuple(Shape(tokens, 256, 8, 16 if tokens <= 64 else 64, 4096) for tokens in (1, 8, 64, 512, 4096, 16384))
+SHAPES = tuple(Shape(tokens, 256, 8, 16 if tokens <= 64 else 64, 2048) for tokens in (1, 8, 64, 512, 4096))
 
 
 def select_pairs(options: argparse.Namespace) -> list[tuple[Pair, Shape]]:

@@ -1,5 +1,6 @@
 """Functions of an installed package, replaced wherever its modules hold them, and put back."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -35,12 +36,19 @@ class Patch:
         The functions of ours, by the module that defines a function and its name there; a tuple has one for each form.
     changed : callable, optional
         Called when functions have been replaced or put back: it makes the packages forget which they found before.
+    optional : sequence of str
+        More packages, whose functions are replaced where these can be imported.
     """
 
     def __init__(
-        self, packages: Sequence[str], replacements: Replacements, changed: Callable[[], None] = lambda: None
+        self,
+        packages: Sequence[str],
+        replacements: Replacements,
+        changed: Callable[[], None] = lambda: None,
+        optional: Sequence[str] = (),
     ) -> None:
-        self._packages, self._replacements, self._changed = tuple(packages), replacements, changed
+        self._packages, self._replacements, self._changed = (*packages, *optional), replacements, changed
+        self._optional = tuple(optional)
         self._replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # the package's own and ours, by module and name
 
     def apply(
@@ -110,12 +118,16 @@ class Patch:
 
     def _import_packages(self) -> None:
         """Import the packages that define functions and are installed, at least one."""
-        packages = list(dict.fromkeys(name.partition(".")[0] for name in self._replacements))
+        defining = dict.fromkeys(name.partition(".")[0] for name in self._replacements)
+        packages = [name for name in defining if name not in self._optional]
         installed = [name for name in packages if name in sys.modules or importlib.util.find_spec(name) is not None]
         if not installed:
             raise ImportError(f"{' or '.join(packages)} must be installed to be patched")
         for name in installed:
             importlib.import_module(name)
+        for name in self._optional:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 
     def undo(self) -> None:
         """Put back what was replaced; what somebody else has put in our functions' places since stays."""

@@ -253,13 +253,19 @@ PATCH = Patch(
         f"{KERNELS}.dsv4": {"hash_topk": sglang_kernels.hash_topk, "mask_topk_ids": sglang_kernels.mask_topk_ids},
         f"{KERNELS}.moe_fused_mul_sum": {"moe_fused_mul_sum": sglang_kernels.moe_fused_mul_sum},
         f"{KERNELS}.gemma4_routing": {"gemma4_fused_routing": sglang_kernels.gemma4_fused_routing},
+        f"{KERNELS}.fused_moe_triton_kernels": {"moe_sum_reduce_triton": sglang_kernels.moe_sum_reduce_triton},
+        f"{KERNELS}.moe_topk_sum": {"moe_topk_sum": sglang_kernels.moe_topk_sum},
+        "flashinfer.fused_moe.fused_routing_dsv3": {"fused_topk_deepseek": sglang_kernels.fused_topk_deepseek},
     },
     _forget_kernels,
+    ["flashinfer"],
 )
 
 
 def patch(names: Sequence[str] | None = None) -> list[str]:
     """Put our functions into the installed `sgl_kernel` and `sglang`, wherever modules of theirs hold their own.
+
+    If FlashInfer is there, its gate for DeepSeek V3, which SGLang prefers, is replaced too, in all its modules.
 
     Parameters
     ----------

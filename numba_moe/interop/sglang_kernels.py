@@ -354,6 +354,50 @@ def hash_topk(
     return found.topk_weights, found.topk_ids
 
 
+@apart("topk_values", "topk_indices", "routing_replay_out")
+def fused_topk_deepseek(
+    scores: torch.Tensor,
+    bias: torch.Tensor,
+    n_group: int,
+    topk_group: int,
+    topk: int,
+    routed_scaling_factor: float,
+    topk_values: torch.Tensor,
+    topk_indices: torch.Tensor,
+    launch_with_pdl: bool = True,
+    routing_replay_out: torch.Tensor | None = None,
+    *,
+    backend: str = "default",
+) -> None:
+    """Choose groups and then experts by sigmoid scores and a bias, renormalise, and scale: DeepSeek V3's gate.
+
+    It is FlashInfer's, which SGLang calls where it is installed. `scores` are logits. `routing_replay_out`, which may
+    have more rows, gets the ids too. How FlashInfer would launch its kernel, and which one, changes nothing here.
+    """
+    checks.boolean("launch_with_pdl", launch_with_pdl)
+    checks.choice("backend", backend, ("default", "cake"))
+    slots = topk_indices.shape[1]
+    checks.holds("topk", f"the columns of `topk_indices`, {slots}", topk == slots, topk)
+    options: dict[str, Any] = {"num_expert_group": n_group, "topk_group": topk_group, "group_score": "top2_sum"}
+    options |= {"correction_bias": float32_bias(bias), "routed_scaling_factor": routed_scaling_factor}
+    choose_into(topk_values, topk_indices, scores, scoring_func="sigmoid", renormalize=True, **options)
+    if routing_replay_out is not None:
+        routing_replay_out[: len(topk_indices)].copy_(topk_indices)
+
+
+@apart("output")
+def moe_sum_reduce_triton(input: torch.Tensor, output: torch.Tensor, routed_scaling_factor: float) -> None:
+    """Sum each token's rows, and scale the sums."""
+    into.moe_sum(output, input, None, routed_scaling_factor)
+
+
+@apart("out")
+def moe_topk_sum(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Sum each token's rows into `out`, and return it."""
+    into.moe_sum(out, x)
+    return out
+
+
 def mask_topk_ids(topk_ids: torch.Tensor, num_token_non_padded: torch.Tensor) -> None:
     """Write -1 for the ids of tokens from a number on the device on, by torch."""
     topk_ids.masked_fill_(~real_tokens(topk_ids, "num_token_non_padded", num_token_non_padded), -1)

@@ -20,7 +20,7 @@ numpydoc_show_class_members = False
 myst_heading_anchors = 3
 html_css_files = ["narrow.css"]
 html_static_path = ["static"]
-html_theme_options = {"page_width": "1100px", "description": "Mixture-of-Experts routing in Python"}
+html_theme_options = {"page_width": "1200px", "description": "Mixture-of-Experts routing in Python"}
 
 
 def to_pages(app: object, name: str, text: list[str]) -> None:  # noqa: ARG001

@@ -439,6 +439,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"numba-moe {numba_moe.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_path_is_printed_in_any_encoding(encoding, tmp_path):
     np.savez(tmp_path / "counts.npz", logical_count=np.ones((1, 1, 2), np.int64))
@@ -486,10 +487,12 @@ def taking_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
+SECONDS = (0, 0.5, 2, 5, 15)
+
+
 @POSIX
 @pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
-@pytest.mark.sweep(1)
-@pytest.mark.parametrize("seconds", [0, 0.5, 2, 5, 15])
+@pytest.mark.parametrize("seconds", [pytest.param(s, marks=[] if s == 0.5 else pytest.mark.slow) for s in SECONDS])
 def test_an_interrupt_is_silence(seconds, to_all, folder, taking_interrupts):
     """A signal while modules are imported, while kernels compile or while cases run, here or in other processes."""
     program = "print('begun', flush=True); import sys; from numba_moe.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -241,6 +241,7 @@ print(json.dumps([[tile.shared_bytes <= MOST_SHARED_BYTES, tile.tokens % 8, tile
 """
 
 
+@pytest.mark.slow
 def test_tiles_fit_shared_memory(without_simulator):
     assert all(found == [True, 0, True] for found in json.loads(without_simulator(PROGRAM)))
 

@@ -31,7 +31,7 @@ def small(op, dtype="bfloat16"):
     return Shape(op, {**SMALL[op], **({"dtype": dtype} if "dtype" in GRIDS[op].axes else {})})
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("op", GRIDS)
 def test_shapes_are_drawn_by_a_seed_from_all_axes(op):
     drawn = grid_shapes.draw(op, 300, seed=1)
@@ -221,6 +221,7 @@ def test_runs_are_merged_and_drawn(tmp_path, capsys):
     assert of_b == [0.25], "the last run counts"
 
 
+@pytest.mark.slow
 def test_options(capsys):
     parser = argparse.ArgumentParser()
     bench_options(parser)

@@ -85,6 +85,7 @@ def random_pair(rng, num_gpus, num_layers=1):
     return ExpertLocation.from_mapping(old, **make), ExpertLocation.from_mapping(new, **make)
 
 
+@pytest.mark.slow
 def test_plan_by_brute_force():
     rng = np.random.default_rng(0)
     kinds = np.zeros(5, int)

@@ -109,7 +109,7 @@ def counts_of_passes(found):
     return counts
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize(("mode", "spilled"), [*((mode, False) for mode in MODES), ("per_token", True)])
 def test_a_pass_that_stops_at_any_line_loses_and_doubles_nothing(mode, spilled, error, tmp_path):
@@ -154,7 +154,7 @@ def test_a_pass_that_stops_leaves_no_setting_behind(mode):
 
 
 # Python runs the line of a `with` again before it closes the file.
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("output", ["object", "npz", "json", "pt"])

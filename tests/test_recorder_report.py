@@ -156,6 +156,7 @@ def test_the_page_is_whole(dump, capsys):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pictures_are_files_where_they_are_asked_for(dump):
     pytest.importorskip("matplotlib")
     folder = dump.parent / "pictures"

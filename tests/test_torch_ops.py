@@ -201,6 +201,7 @@ def assert_equal(found, expected):
     assert all(torch.equal(left, right) for left, right in leaves)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_block_compiles_whole_and_once_for_any_number_of_tokens(backend, device):
@@ -276,6 +277,7 @@ def test_a_gradient_that_is_wanted_later_is_there():
     assert "was not registered" not in str(refusal.value)  # what torch warns of where there is none
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_moe_block_compiles_whole_with_its_gradients(bias, device):

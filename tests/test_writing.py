@@ -370,6 +370,22 @@ PEERS = {
         [("outputs", (3, 8))],
         {"inputs": ROWS.view(3, 1, 8), "topk_weights": torch.ones(3, 1)},
     ),
+    sglang_kernels.moe_sum_reduce_triton: (
+        [("output", (3, 8))],
+        {"input": ROWS.view(3, 1, 8), "routed_scaling_factor": 2.0},
+    ),
+    sglang_kernels.moe_topk_sum: ([("out", (3, 8))], {"x": ROWS.view(3, 1, 8)}),
+    sglang_kernels.fused_topk_deepseek: (
+        [("topk_values", (3, 2)), ("topk_indices", (3, 2)), ("routing_replay_out", (3, 2))],
+        {
+            "scores": LOGITS,
+            "bias": torch.zeros(4),
+            "n_group": 2,
+            "topk_group": 1,
+            "topk": 2,
+            "routed_scaling_factor": 1.0,
+        },
+    ),
     sglang_kernels.topk_sigmoid: (CHOICE, {"gating_output": LOGITS}),
     sglang_kernels.cutlass_prepare_moe_input: (
         [*zip(PROBLEMS, [(5,), (4, 3), (4, 3), (6,), (6,)], strict=True), ("blockscale_offsets", (5,))],
@@ -408,6 +424,7 @@ PEERS = {
     ),
 }
 FLOATS = {
+    "topk_values",
     "topk_weights",
     "output",
     "output_tensor",

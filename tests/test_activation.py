@@ -200,7 +200,7 @@ def assert_gradients_as_reference(width, dtype, options, seed=0):
     assert not comparison.mismatches, comparison
 
 
-@pytest.mark.sweep(20)
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("width", [8, 5])
 @pytest.mark.parametrize("name", OPTIONS)

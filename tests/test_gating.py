@@ -49,7 +49,7 @@ def assert_as_reference(op, *args, **kwargs):
 
 
 # Of these cases verification runs in the simulator what their sizes ask for: by warps, and long rows from memory.
-@pytest.mark.sweep(20)
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize(
     "kernel", ["lanes", "eight_lanes", pytest.param("long_rows", marks=pytest.mark.gpu)], indirect=True
 )

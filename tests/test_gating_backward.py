@@ -107,7 +107,7 @@ def assert_gradient_as_reference(logits, scoring_func, renormalize, call, factor
 SHAPES = ((3, 8, 2), (2, 60, 6), (5, 33, 33), (2, 300, 40), (1, 1, 1), (0, 8, 2))
 
 
-@pytest.mark.sweep(16)
+@pytest.mark.sweep(10)
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("scoring_func", SCORING)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -49,11 +49,13 @@ def imports_of(path, at_once=False):
                 yield name
 
 
-GRAPH = {module_of(path): set(imports_of(path)) - {"numba_moe", module_of(path)} for path in FILES}
+@pytest.fixture(scope="module")
+def graph():
+    return {module_of(path): set(imports_of(path)) - {"numba_moe", module_of(path)} for path in FILES}
 
 
-def test_imports_make_no_circle():
-    left = dict(GRAPH)
+def test_imports_make_no_circle(graph):
+    left = dict(graph)
     while left:
         imported = set().union(*left.values())
         ends = {module for module, needed in left.items() if not needed & left.keys() or module not in imported}
@@ -61,10 +63,10 @@ def test_imports_make_no_circle():
         left = {module: needed for module, needed in left.items() if module not in ends}
 
 
-def test_a_file_imports_from_floors_below_its_own():
+def test_a_file_imports_from_floors_below_its_own(graph):
     climbing = [
         f"{module} imports {needed}"
-        for module, all_needed in GRAPH.items()
+        for module, all_needed in graph.items()
         if module != "numba_moe"
         for needed in all_needed
         if not needed.startswith("numba_moe.reference")

@@ -44,7 +44,7 @@ def test_every_op_is_here():
     assert set(OPS) - set(WITH_OUT) == {"add_expert_counts"}  # whose result is what it is given to add to
 
 
-@pytest.mark.sweep(30)
+@pytest.mark.sweep(20)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("name", WITH_OUT)

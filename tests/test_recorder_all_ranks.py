@@ -154,7 +154,7 @@ class Group:
                 process.kill()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(size, marks=pytest.mark.slow) for size in (2, 4)])
 def group(request, tmp_path_factory):
     group = Group(request.param, tmp_path_factory.mktemp("ranks"))
     yield group

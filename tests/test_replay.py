@@ -40,7 +40,7 @@ def disturb(model):
     return model
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("with_weights", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_replay_has_the_bits_of_what_was_recorded(name, with_weights, device):

@@ -165,7 +165,7 @@ def test_every_op_is_registered_with_its_names_and_defaults():
     assert {name for name in verification.OPS if name not in NAMES} == set()
 
 
-@pytest.mark.sweep(24)
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tokens", [0, 1, 70])
 @pytest.mark.parametrize("name", NAMES)

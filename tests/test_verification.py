@@ -22,7 +22,7 @@ LEVEL = "quick" if ON_GPU else "simulator"
 CASES = [*cases.model_cases(LEVEL), *cases.edge_cases()]
 
 
-@pytest.mark.sweep(100)
+@pytest.mark.sweep(60)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")
 def test_kernels_equal_the_reference(case):
     outcome = verification.run_case(case, seed=1, device="cuda" if ON_GPU else "cpu")

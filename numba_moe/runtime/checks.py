@@ -56,8 +56,8 @@ def _wrong_value(argument: str, rule: str, value: Any) -> NoReturn:
 def integer(argument: str, value: Any, lowest: int, highest: int = LARGEST_INT32, because: str = "") -> int:
     """Return an integer within its bounds; `because` says where the upper bound comes from."""
     try:
-        if isinstance(value, torch.Tensor):
-            raise TypeError  # to ask it would synchronise
+        if isinstance(value, (torch.Tensor, np.bool_)):
+            raise TypeError  # to ask a tensor would synchronise; NumPy before 2.3 takes its bools for numbers
         number = operator.index(value)
     except TypeError:
         _wrong_type(argument, "an integer", type(value).__name__)
